@@ -29,14 +29,14 @@ from nnunet_autoreg.errors import AutoregError, InterruptedRunError, UsageError
 from nnunet_autoreg.phases import phase
 from nnunet_autoreg.records import atomic_path, read_json, write_json
 from nnunet_autoreg.report.palette import GRID, SERIES, STRUCTURES
-from nnunet_autoreg.wording import duration
+from nnunet_autoreg.wording import counted, duration
 
 DATASET, DATASET_ID = "Dataset901_Phantom", "901"
 NUM_UNLABELLED, NUM_LABELLED, NUM_TEST = 24, 40, 4
 NAME = "demo"
 PRETRAIN_STEPS = 300
 # The probe fits a classifier to a few of the labelled scans and scores it on others.
-PROBE_LABELS, PROBE_DRAWS = 3, 5
+PROBE_LABELS, PROBE_DRAWS = 1, 10
 RECIPE = {"num_epochs": 10, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
 
 NUM_STEPS = 6
@@ -324,7 +324,8 @@ def draw_probe(axis: Any, features: FrozenFeatures) -> None:
         )
         axis.text(position + 0.12, fmean(of_column), f"{fmean(of_column):.3f}", va="center")
 
-    axis.set_title(f"frozen features, {PROBE_LABELS} labelled scans:\ngain {features.gain}")
+    labelled = counted(PROBE_LABELS, "labelled scan")
+    axis.set_title(f"frozen features, {labelled}:\ngain {features.gain}")
     axis.set_xticks(range(len(columns)), list(columns))
     axis.set(xlim=(-0.4, len(columns) - 0.3), ylabel="Dice of a linear classifier")
     axis.grid(axis="y", color=GRID)
@@ -415,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
         ) from error
     picture = draw(demo, features, dice)
     print(
-        f"frozen features, a linear classifier on {PROBE_LABELS} labelled scans: Dice "
+        f"frozen features, a linear classifier on {counted(PROBE_LABELS, 'labelled scan')}: Dice "
         f"{fmean(features.pretrained):.3f} with pretrained weights, {fmean(features.random):.3f} "
         f"with random ones; difference {features.gain} over {PROBE_DRAWS} draws"
     )

@@ -16,7 +16,7 @@ from nnunet_autoreg.geometry import Size, Spacing
 LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spine": 3}
 SHAPE_VOX: Size = (32, 48, 56)
 SPACING_MM: Spacing = (5.0, 5.0, 5.0)
-AIR_HU, FAT_HU, TISSUE_HU, NOISE_HU = -1000.0, -100.0, 40.0, 20.0
+AIR_HU, FAT_HU, TISSUE_HU, NOISE_HU = -1000.0, -100.0, 40.0, 60.0
 WARP_VOX, WARP_SMOOTHNESS_VOX = 1.2, 6.0
 
 
@@ -52,6 +52,7 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
 
     The size of the body, and the position, size and intensity of every organ vary. Borders are
     deformed by a smooth random field. Noise is added and slightly smoothed, as in a real scanner.
+    There is so much of it that single voxels do not tell the organs apart.
     """
     from scipy.ndimage import gaussian_filter
 
