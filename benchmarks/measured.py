@@ -1,17 +1,18 @@
-"""Write the tables of ``docs/explanation/measured.md`` from the files in ``benchmarks/results``.
+"""Write the tables of the pages of measurements from the files in ``benchmarks/results``.
 
-    python benchmarks/measured.py            # rewrite the page
-    python benchmarks/measured.py --check    # exit with 1 if the page differs
+    python benchmarks/measured.py            # rewrite the pages
+    python benchmarks/measured.py --check    # exit with 1 if a page differs
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. The text around the tables is
-written by hand.
+The pages are ``measured.md`` and ``measured_classification.md`` in ``docs/explanation``. A table
+stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. The text around the tables is written
+by hand.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from nnunet_autoreg.benchmark.table import markdown as benchmark_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-PAGE = REPOSITORY / "docs" / "explanation" / "measured.md"
+EXPLANATION = REPOSITORY / "docs" / "explanation"
+PAGES = (EXPLANATION / "measured.md", EXPLANATION / "measured_classification.md")
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Line = dict[str, Any]
@@ -106,6 +108,65 @@ def kills() -> str:
     return markdown(["command", "kills", "runs finished", "of them equal to the last bit"], rows)
 
 
+def classification_scores(kind: str) -> str:
+    """Return the scores of classification of one kind of lines, ``tuned`` or ``frozen``."""
+    rows = []
+    for line in lines_of("classification.jsonl"):
+        if line["kind"] != kind:
+            continue
+        cases = f"{line['cases']} ({line['patients']})"
+        scores = [score_text(line.get(name)) for name in ("auc", "balanced_accuracy")]
+        features = line.get("features")
+        tile = sizes_text(features["tile_size_vox"]) if features else "-"
+        spacing = sizes_text(features["spacing_mm"]) if features else "-"
+        tiles = [spacing, tile] if kind == "frozen" else []
+        rows.append([line["set"], line["task"], line["what"], cases, *tiles, *scores])
+    tiles = ["voxel, mm (z, y, x)", "tile"] if kind == "frozen" else []
+    header = ["set", "task", "what", "cases (patients)", *tiles, "AUC", "balanced accuracy"]
+    return markdown(header, rows)
+
+
+def sizes_text(values: Sequence[float]) -> str:
+    """Return sizes along three axes as text."""
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def score_text(score: Mapping[str, Any] | None) -> str:
+    """Return a score with its 95 % interval."""
+    if score is None or score["value"] is None:
+        return "-"
+    ends = score["ci95"]
+    interval = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+    return f"{score['value']:.2f}{interval}"
+
+
+def classification_settings() -> str:
+    """Return how every set was fine-tuned, and the time of all epochs of its five folds."""
+    rows = {}
+    for line in lines_of("classification.jsonl"):
+        if line["kind"] == "tuned":
+            minutes = [f"{seconds / 60:.0f}" for seconds in line["seconds_of_epochs"].values()]
+            spacing, patch = sizes_text(line["spacing_mm"]), sizes_text(line["patch_vox"])
+            steps = line["epochs"] * line["iterations_per_epoch"]
+            rate = f"{line['rates']['pretrained']:g}"
+            settings = [spacing, patch, line["batch"], steps, rate, line["balance"]]
+            rows[line["set"]] = [line["set"], *settings, " / ".join(minutes)]
+    header = ["set", "voxel, mm (z, y, x)", "patch", "batch", "steps", "rate", "balance"]
+    return markdown([*header, "minutes, pretrained / scratch"], list(rows.values()))
+
+
+def classification_map() -> str:
+    """Return how well the sets of the map of scans separate."""
+    rows = []
+    for line in lines_of("classification.jsonl"):
+        if line["kind"] == "map":
+            for name, share in line["nearest_neighbour_of_own_set"].items():
+                described = line["features"][name]
+                tile = sizes_text(described["tile_size_vox"])
+                rows.append([name, described["encoder"], tile, line["scans"][name], f"{share:.0%}"])
+    return markdown(["set", "encoder", "tile", "scans", "nearest neighbour of the same set"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "evidence": evidence,
     "few-label": few_label,
@@ -113,6 +174,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "detection": detection,
     "steps": steps,
     "crops": crops,
+    "classification-tuned": lambda: classification_scores("tuned"),
+    "classification-frozen": lambda: classification_scores("frozen"),
+    "classification-settings": classification_settings,
+    "classification-map": classification_map,
     "kills": kills,
 }
 
@@ -123,21 +188,23 @@ def filled(page: str) -> str:
 
 
 def main() -> int:
-    """Rewrite the page, or compare it."""
+    """Rewrite the pages, or compare them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="compare the page, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare the pages, write nothing")
     args = parser.parse_args()
 
-    page = PAGE.read_text(encoding="utf-8")
-    made = filled(page)
-    if args.check:
-        if made != page:
-            print(f"{PAGE} is not what its results say; run: python benchmarks/measured.py")
-        return int(made != page)
-    PAGE.write_text(made, encoding="utf-8")
-    return 0
+    num_different = 0
+    for file in PAGES:
+        page = file.read_text(encoding="utf-8")
+        made = filled(page)
+        if not args.check:
+            file.write_text(made, encoding="utf-8")
+        elif made != page:
+            num_different += 1
+            print(f"{file} is not what its results say; run: python benchmarks/measured.py")
+    return int(num_different > 0)
 
 
 if __name__ == "__main__":

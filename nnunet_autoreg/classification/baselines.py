@@ -31,6 +31,7 @@ def size_features(
     They are the volume of every label in mm^3, that of all together, and the sides of the box
     around all of them in mm, the shortest first. A voxel is added, so that 0 is finite.
     """
+    # Logarithms, because twice the size means as much for a small object as for a large one.
     voxel_mm3 = float(np.prod(spacing_mm))
     numbers = [int((labels_ZYX == value).sum()) for value in values]
     inside = np.argwhere(labels_ZYX > 0)  # (voxels, 3)
@@ -54,15 +55,24 @@ def fit_predict(
         groups: the patient of every training case.
         num: number of classes; one that no training case has gets the probability 0.
     """
+    # Cases whose class is not known teach nothing.
     known = np.array(labels_N) != UNKNOWN
     train = np.asarray(train_NV, dtype=np.float64)[known]
     labels = np.array(labels_N)[known]
+
+    # The scale of the test cases must not be looked at.
     mean, deviation = train.mean(0), np.maximum(train.std(0), 1e-6)
     train = (train - mean) / deviation
     test = (np.asarray(test_MV, dtype=np.float64) - mean) / deviation
 
-    chosen = [group for group, is_known in zip(groups, known, strict=True) if is_known]
-    folds = _inner_folds(chosen)
+    # Patients are dealt out to the inner folds at random, but always in the same way.
+    groups_N = np.array(groups)[known]
+    names = sorted(set(groups_N.tolist()))
+    order = generator(0, "linear probe: inner folds").permutation(len(names))
+    fold_of = {names[index]: number % NUM_INNER_FOLDS for number, index in enumerate(order)}
+    folds = np.array([fold_of[group] for group in groups_N.tolist()])
+
+    # The strength of the penalty is chosen on training cases alone.
     errors = []
     for strength in STRENGTHS:
         losses = []
@@ -72,16 +82,11 @@ def fit_predict(
                 continue
             probabilities = _fitted(train[inner], labels[inner], train[outer], strength, num)
             own = probabilities[np.arange(outer.sum()), labels[outer]]
+
+            # One confident error must not decide alone.
             losses += (-np.log(np.maximum(own, 1e-6))).tolist()
         errors.append(float(np.mean(losses)) if losses else 0.0)
     return _fitted(train, labels, test, STRENGTHS[int(np.argmin(errors))], num)
-
-
-def _inner_folds(groups: Sequence[str]) -> NDArray[np.int64]:
-    names = sorted(set(groups))
-    order = generator(0, "linear probe: inner folds").permutation(len(names))
-    fold_of = {names[index]: number % NUM_INNER_FOLDS for number, index in enumerate(order)}
-    return np.array([fold_of[group] for group in groups])
 
 
 def _fitted(
@@ -94,6 +99,8 @@ def _fitted(
         # A fit that stopped early is still a baseline.
         warnings.simplefilter("ignore")
         model.fit(train, labels)
+
+    # A class that no training case has gets the probability 0.
     found = np.zeros((len(test), num))
     found[:, model.classes_] = model.predict_proba(test)
     return found
@@ -102,8 +109,8 @@ def _fitted(
 def majority(labels: Sequence[int], num_cases: int, num: int) -> NDArray[np.float64]:
     """Return the frequencies of the classes in training as the probabilities of every case."""
     known = [label for label in labels if label != UNKNOWN]
-    shares = np.bincount(known, minlength=num) / len(known)
-    return np.tile(shares, (num_cases, 1))
+    counts_K = np.bincount(known, minlength=num)
+    return np.tile(counts_K / len(known), (num_cases, 1))
 
 
 def score_baselines(

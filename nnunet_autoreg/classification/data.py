@@ -28,11 +28,15 @@ class ClassLoader(nnUNetDataLoader):  # type: ignore[misc]
     ):
         super().__init__(data, *args, **kwargs)
         self.labels = labels
-        # A case without any known class carries no loss, so it is never drawn.
-        self.known = [case for case in data.identifiers if any(v != UNKNOWN for v in labels[case])]
+
+        # Without balancing, all cases are in one group.
         groups: dict[int, list[str]] = {}
-        for case in self.known:
-            groups.setdefault(labels[case][0] if is_balanced else 0, []).append(case)
+        for case in data.identifiers:
+            # A case without any known class carries no loss, so it is never drawn.
+            if all(label == UNKNOWN for label in labels[case]):
+                continue
+            group = labels[case][0] if is_balanced else 0
+            groups.setdefault(group, []).append(case)
         self.groups = list(groups.values())
 
     def get_indices(self) -> list[str]:

@@ -70,6 +70,8 @@ def judge(
     is_known = np.array(truth) != UNKNOWN
     if not is_known.any():
         return None
+
+    # Scans of one patient are drawn together, because they are alike.
     chosen = [patient for patient, known in zip(patients, is_known, strict=True) if known]
     names = sorted(set(chosen))
     index_S = np.array([names.index(patient) for patient in chosen])
@@ -78,6 +80,7 @@ def judge(
     if num_resamples and len(names) > 1:
         drawn_BJ = bootstrap_weights(len(names), num_resamples, seed)
         weights_BS = np.concatenate([weights_BS, drawn_BJ[:, index_S]])
+
     return Judged(
         task,
         np.array(truth)[is_known],
@@ -98,10 +101,16 @@ def auc_of_class(judged: Judged, index: int) -> Floats:
     is_own_S = judged.truth_S == index
     own = scores_S[is_own_S]
     others = scores_S[~is_own_S]
-    wins = (own[:, None] > others).astype(np.float64) + 0.5 * (own[:, None] == others)
+
+    # Every case of the class (row) is compared with every other case (column).
+    is_higher = own[:, None] > others
+    is_equal = own[:, None] == others
+    wins = is_higher + 0.5 * is_equal
     is_compared = np.ones_like(wins)
     if judged.strata_S is not None:
         is_compared = judged.strata_S[is_own_S][:, None] == judged.strata_S[~is_own_S]
+
+    # A pair weighs as much as the product of its cases, so that a matrix product sums all pairs.
     own_weights = judged.weights_BS[:, is_own_S]
     other_weights = judged.weights_BS[:, ~is_own_S]
     won_B = ((own_weights @ (wins * is_compared)) * other_weights).sum(1)
@@ -120,9 +129,10 @@ def auc(judged: Judged) -> Floats:
 def confusion(judged: Judged) -> Floats:
     """Return the weight of the cases of each true class (row) and predicted class, (B, K, K)."""
     K = len(judged.task.classes)
-    cells = np.zeros((len(judged.truth_S), K * K))
-    cells[np.arange(len(cells)), judged.truth_S * K + judged.predicted_S] = 1
-    return np.asarray((judged.weights_BS @ cells).reshape(-1, K, K))
+    cell_S = judged.truth_S * K + judged.predicted_S
+    is_in_cell = np.eye(K * K)[cell_S]  # (S, K * K)
+    weights = judged.weights_BS @ is_in_cell
+    return np.asarray(weights.reshape(-1, K, K))
 
 
 def balanced_accuracy(judged: Judged) -> Floats:
@@ -144,14 +154,16 @@ def macro_f1(judged: Judged) -> Floats:
 
 def accuracy(judged: Judged) -> Floats:
     """Return the share of the cases that is right, (B,)."""
-    is_right_S = (judged.predicted_S == judged.truth_S).astype(np.float64)
-    return np.asarray(judged.weights_BS @ is_right_S / judged.weights_BS.sum(1))
+    is_right_S = judged.predicted_S == judged.truth_S
+    right_B = judged.weights_BS @ is_right_S.astype(np.float64)
+    return np.asarray(right_B / judged.weights_BS.sum(1))
 
 
 def brier(judged: Judged) -> Floats:
     """Return the mean squared distance of the probabilities from the truth, (B,)."""
     target_SK = np.eye(len(judged.task.classes))[judged.truth_S]
-    error_S = ((judged.probabilities_SK - target_SK) ** 2).sum(1)
+    difference_SK = judged.probabilities_SK - target_SK
+    error_S = (difference_SK**2).sum(1)
     return np.asarray(judged.weights_BS @ error_S / judged.weights_BS.sum(1))
 
 
@@ -162,11 +174,15 @@ def calibration_error(judged: Judged) -> Floats:
     """
     confidence_S = judged.probabilities_SK.max(1)
     is_right_S = (judged.predicted_S == judged.truth_S).astype(np.float64)
+
+    # A confidence of 1 belongs to the last bin.
     bins_S = np.minimum((confidence_S * NUM_BINS).astype(int), NUM_BINS - 1)
     total_B = np.zeros(len(judged.weights_BS))
     for number in set(bins_S.tolist()):
         inside = bins_S == number
         difference_S = is_right_S[inside] - confidence_S[inside]
+
+        # The difference of two means, times the weight of the bin.
         total_B += np.abs(judged.weights_BS[:, inside] @ difference_S)
     return np.asarray(total_B / judged.weights_BS.sum(1))
 
@@ -174,7 +190,8 @@ def calibration_error(judged: Judged) -> Floats:
 def ordinal_error(judged: Judged) -> Floats:
     """Return the mean number of grades between the expected and the true class, (B,)."""
     grades_K = np.arange(len(judged.task.classes))
-    error_S = np.abs(judged.probabilities_SK @ grades_K - judged.truth_S)
+    expected_S = judged.probabilities_SK @ grades_K
+    error_S = np.abs(expected_S - judged.truth_S)
     return np.asarray(judged.weights_BS @ error_S / judged.weights_BS.sum(1))
 
 
@@ -248,9 +265,12 @@ def _roc_of_class(judged: Judged, index: int, grid_F: Floats) -> Floats:
     # A threshold lies between different scores only.
     is_last_S = np.append(np.diff(scores_S[order]) != 0, True)
     weights_BS = judged.weights_BS[:, order]
+
+    # Lowering the threshold from the highest score takes in one case after the other.
     own_BS = np.cumsum(weights_BS * is_own_S, 1)
     others_BS = np.cumsum(weights_BS * ~is_own_S, 1)
 
+    # A resample without the class, or without any other, has no curve.
     curves = np.full((len(weights_BS), len(grid_F)), np.nan)
     for number, (own_S, others_S) in enumerate(zip(own_BS, others_BS, strict=True)):
         if own_S[-1] > 0 and others_S[-1] > 0:
@@ -296,8 +316,11 @@ def _mean_of_present(values: Sequence[Floats]) -> Floats:
     """Return the mean over the classes, leaving out those that a resample lacks."""
     stacked = np.stack(values)
     number_B = (~np.isnan(stacked)).sum(0)
+    total_B = np.nansum(stacked, axis=0)
+
+    # Without any class there is no mean.
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.nansum(stacked, axis=0) / np.where(number_B, number_B, np.nan))
+        return np.asarray(total_B / np.where(number_B, number_B, np.nan))
 
 
 def _or_none(value: float) -> float | None:

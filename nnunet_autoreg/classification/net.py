@@ -39,6 +39,8 @@ class Classifier(FeatureEncoder):
         self.gives_classes = False
         width = self.num_features[-1]
         self.heads = nn.ModuleList(nn.Linear(width, number) for number in class_numbers)
+
+        # Small logits, so that training begins near the same probability for every class.
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)  # type: ignore[arg-type]
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
@@ -118,8 +120,9 @@ def class_weights(counts: Sequence[int]) -> Tensor:
     The mean is taken over the cases. A class without cases has the weight 0.
     """
     present = [count for count in counts if count]
-    even = sum(present) / len(present)
-    return torch.tensor([even / count if count else 0.0 for count in counts])
+    even_share = sum(present) / len(present)
+    weights = [even_share / count if count else 0.0 for count in counts]
+    return torch.tensor(weights)
 
 
 def ones(counts: Sequence[int]) -> Tensor:

@@ -53,7 +53,10 @@ class ScanClasses:
 
     def of_tasks(self) -> list[NDArray[np.float64]]:
         """Return one array (K,) for each task."""
-        return [np.array(list(of_task.values())) for of_task in self.probabilities.values()]
+        found = []
+        for of_classes in self.probabilities.values():
+            found.append(np.array(list(of_classes.values())))
+        return found
 
 
 def classify(model: ClassifierModel, scan: Scan) -> ScanClasses:
@@ -66,6 +69,8 @@ def classify(model: ClassifierModel, scan: Scan) -> ScanClasses:
     inputs = scan.inputs()
     with ready(scan) as files:
         image_CZYX, _ = model.preprocess(files, scan.name)
+
+    # The probabilities of the folds are averaged.
     sums: list[NDArray[np.float64]] = []
     num_folds = 0
     for _ in model.weights():
@@ -108,6 +113,7 @@ def probabilities_of(
     Raises:
         WeightsError: they are not finite (code "classification-not-finite").
     """
+    # Features are pooled over all tiles first, and then the heads read them once.
     with context:
         pooled_V = network.pooled_over_scan(image_CZYX, patch_size, device)
     with torch.no_grad():

@@ -53,7 +53,8 @@ def write_predictions(
     for case, of_tasks in probabilities.items():
         row = [to_cell(case)]
         for task, values_K in zip(tasks, of_tasks, strict=True):
-            row.append(to_cell(task.classes[int(np.argmax(values_K))]))
+            most_probable = int(np.argmax(values_K))
+            row.append(to_cell(task.classes[most_probable]))
             row += [f"{value:.6f}" for value in values_K]
         writer.writerow(row)
     write_text(file, lines.getvalue())
@@ -66,14 +67,16 @@ def read_predictions(file: Path) -> ClassPredictions:
         ClassesError: it is missing, no such table (code "classes-predictions-format"), or a
             probability is none (code "classes-probability").
     """
-    rows = [
-        {from_cell(name): from_cell(value) for name, value in row.items()}
-        for row in read_rows(file)
-    ]
+    rows = []
+    for row in read_rows(file):
+        rows.append({from_cell(name): from_cell(value) for name, value in row.items()})
+
+    # A task is a column that has columns of probabilities beside it.
     columns = [name for name in rows[0] if name != CASE_COLUMN]
     tasks = []
     for name in columns:
-        classes = [c.removeprefix(f"{name}:") for c in columns if c.startswith(f"{name}:")]
+        prefix = f"{name}:"
+        classes = [c.removeprefix(prefix) for c in columns if c.startswith(prefix)]
         if len(classes) >= 2:
             tasks.append(ClassificationTask(name, tuple(classes)))
     if not tasks:

@@ -70,7 +70,8 @@ class ClassTable:
         """Return the number of cases of each class of a task; of all cases if none are given."""
         chosen = self.labels if cases is None else cases
         found = [self.labels[case][task_index] for case in chosen]
-        return [found.count(index) for index in range(len(self.tasks[task_index].classes))]
+        num_classes = len(self.tasks[task_index].classes)
+        return [found.count(index) for index in range(num_classes)]
 
 
 def read_table(file: Path, dataset: Mapping[str, Any], cases: Sequence[str]) -> ClassTable:
@@ -263,8 +264,10 @@ def patients_of(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], str]
     found = {}
     for row in rows:
         # A case without a patient in the table is a patient of its own.
-        found[row[CASE_COLUMN]] = row[columns[0]] or f"case {row[CASE_COLUMN]}"
-    return found, f"{len(set(found.values()))} patients by the column {columns[0]}"
+        case = row[CASE_COLUMN]
+        found[case] = row[columns[0]] or f"case {case}"
+    num_patients = len(set(found.values()))
+    return found, f"{num_patients} patients by the column {columns[0]}"
 
 
 def _check_classes(file: Path, table: ClassTable) -> None:

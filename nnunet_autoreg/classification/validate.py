@@ -55,6 +55,8 @@ def kept_table(preprocessed: Path, dataset: Mapping[str, Any], cases: Sequence[s
     """
     copy = preprocessed / TABLE_NAME
     raw = Path(os.environ.get("nnUNet_raw", "")) / preprocessed.name / TABLE_NAME  # noqa: SIM112
+
+    # Classes that were corrected in the raw dataset count; the copy is for datasets without it.
     if not raw.is_file() and copy.is_file():
         return read_table(copy, dataset, cases)
     table = read_table(raw, dataset, cases)
@@ -123,9 +125,9 @@ def write_baselines(
     file = folder / BASELINES
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, of_tasks in predicted.items():
-        of_cases = {
-            case: [values_SK[row] for values_SK in of_tasks] for row, case in enumerate(validation)
-        }
+        of_cases = {}
+        for row, case in enumerate(validation):
+            of_cases[case] = [values_SK[row] for values_SK in of_tasks]
         write_predictions(file.with_name(f"baseline_{name}.csv"), table.tasks, of_cases)
 
     found = score_baselines(table, validation, predicted)
@@ -228,12 +230,15 @@ def patch_scores(
     for output in outputs:
         for row, case in enumerate(output["cases"]):
             values = [of_task[row] for of_task in output["probabilities"]]
-            before = sums.get(case)
-            sums[case] = values if before is None else [a + b for a, b in zip(before, values)]  # noqa: B905
+            # Several patches may be of one case.
+            before = sums.get(case, [np.zeros_like(of_task) for of_task in values])
+            sums[case] = [a + b for a, b in zip(before, values, strict=True)]
+
     cases = sorted(sums)
     found = []
     for number, task in enumerate(plan.tasks):
-        values_SK = np.stack([sums[case][number] / sums[case][number].sum() for case in cases])
+        sums_SK = np.stack([sums[case][number] for case in cases])
+        values_SK = sums_SK / sums_SK.sum(1, keepdims=True)
         truth = [table.labels[case][number] for case in cases]
         judged = judge(task, truth, values_SK, cases, num_resamples=0)
         value = float("nan") if judged is None else float(auc(judged)[0])

@@ -132,6 +132,8 @@ def test_training_writes_scores_beside_the_baselines(project: Path, finished: An
     assert len(finished.logger.local_logger.my_fantastic_logging["cls_auc"]) == 2
     assert "100.0 % of the encoder's parameters come from the file" in log_of(folder)
     assert "AUC of patches per task" in log_of(folder)
+    # The patch is larger than some scans, which a line names.
+    assert f"of {NUM_CASES} scans are smaller than the patch of 32 x 48 x 40" in log_of(folder)
     assert (folder / "checkpoint_best.pth").is_file()
 
 

@@ -6,16 +6,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import measured
+import pytest
 
 
-def test_the_tables_of_the_page_equal_the_results() -> None:
-    page = measured.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", measured.PAGES, ids=lambda file: file.stem)
+def test_the_tables_of_a_page_equal_the_results(file: Path) -> None:
+    page = file.read_text(encoding="utf-8")
 
     assert measured.filled(page) == page
 
 
 def test_a_changed_figure_is_noticed() -> None:
-    page = measured.PAGE.read_text(encoding="utf-8")
+    page = measured.PAGES[0].read_text(encoding="utf-8")
     changed = page.replace("<!-- end -->", "| an invented row |\n<!-- end -->", 1)
 
     assert changed != page
