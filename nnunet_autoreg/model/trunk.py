@@ -63,16 +63,16 @@ class FastPath:
 
     Attributes:
         is_given_up: layers run eagerly after all, because they could not be compiled.
-        witness: is called with every call of a layer (function, layer, inputs), for the
+        recorder: is called with every call of a layer (function, layer, inputs), for the
             self-check; None for nobody.
-        rules: while there is a witness, the rule behind each mask that is in use, and its number of
-            heads.
+        rules: while there is a recorder, the rule behind each mask that is in use, and its number
+            of heads.
     """
 
     def __init__(self, compile: Callable[["Layer"], "Layer"], flex: bool):
         self.compile, self.flex = compile, flex
         self.is_given_up = False
-        self.witness: Callable[[Layer, nn.Module, tuple[Any, ...]], None] | None = None
+        self.recorder: Callable[[Layer, nn.Module, tuple[Any, ...]], None] | None = None
         self.rules: MutableMapping[Mask, tuple[AttentionRule, int]] = WeakIdKeyDictionary()
 
 
@@ -110,7 +110,7 @@ def mask_of(rule: Rule, num_heads: int) -> Mask:
         return rule.mask()
 
     mask = rule.mask(path.flex, num_heads)
-    if path.witness is not None:
+    if path.recorder is not None:
         path.rules[mask] = rule, num_heads
     return mask
 
@@ -133,8 +133,8 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_
     if path is None:
         return recomputed(by, recompute, layer, *inputs)
 
-    if path.witness is not None:
-        path.witness(by, layer, inputs)
+    if path.recorder is not None:
+        path.recorder(by, layer, inputs)
     # The first layer's input may have other strides than that of the others. It would need a graph
     # of its own.
     inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)

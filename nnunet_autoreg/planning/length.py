@@ -30,8 +30,8 @@ def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) ->
         steps = max(1, round(num_epochs * steps_per_epoch))
         return steps, f"{num_epochs:g} epochs over {voxels}, {BY_USER}"
 
-    wished = NUM_PASSES * steps_per_epoch
-    steps = round(min(max(wished, MIN_STEPS), MAX_STEPS))
+    usual = NUM_PASSES * steps_per_epoch
+    steps = round(min(max(usual, MIN_STEPS), MAX_STEPS))
     epochs = f"{steps / steps_per_epoch:.0f} epochs over {voxels}"
     return steps, f"{epochs}: {NUM_PASSES}, but within {MIN_STEPS} to {MAX_STEPS} steps"
 

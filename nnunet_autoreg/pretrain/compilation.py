@@ -200,10 +200,10 @@ class Call:
     rules: dict[int, tuple[AttentionRule, int]]
 
 
-class Witness:
+class CallRecorder:
     """Notes the first call of every kind of layer for every kind of sequence.
 
-    It is to be set as ``FastPath.witness``.
+    It is to be set as ``FastPath.recorder``.
 
     Attributes:
         kind: the kind of sequence that is trained now.

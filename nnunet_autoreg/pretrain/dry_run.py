@@ -29,8 +29,8 @@ from nnunet_autoreg.planning.encoder import choose_objective, choose_order
 from nnunet_autoreg.planning.length import with_hours
 from nnunet_autoreg.planning.pool import BY_USER
 from nnunet_autoreg.pretrain.compilation import (
+    CallRecorder,
     Disagreement,
-    Witness,
     cannot_compile,
     first_line,
     is_out_of_memory,
@@ -283,9 +283,9 @@ def _try_step(build: Callable[[Plan], Trainer], plan: Plan, device: torch.device
     try:
         trainer = build(plan)
         path = trainer.train_step.fast_path
-        witness = None
+        recorder = None
         if path is not None and plan.run.self_check:
-            witness = path.witness = Witness(path)
+            recorder = path.recorder = CallRecorder(path)
 
         seconds = dry_step(trainer)
         peak = peak_memory_gib(device)
@@ -297,20 +297,20 @@ def _try_step(build: Callable[[Plan], Trainer], plan: Plan, device: torch.device
         # The traceback would keep the tensors alive.
         return DryStepResult(error.with_traceback(None))
 
-    if path is None or witness is None:
+    if path is None or recorder is None:
         return DryStepResult(seconds=seconds, crop_seconds=crop_seconds, peak_gib=peak)
 
-    path.witness = None
+    path.recorder = None
     trainer.optimizer.zero_grad(set_to_none=True)
-    disagreement = _find_disagreement(path, witness, device)
+    disagreement = _find_disagreement(path, recorder, device)
     return DryStepResult(None, seconds, crop_seconds, peak, disagreement, path.flex)
 
 
 def _find_disagreement(
-    path: FastPath, witness: Witness, device: torch.device
+    path: FastPath, recorder: CallRecorder, device: torch.device
 ) -> Disagreement | None:
     """Return what the self-check found; a check that cannot be done does not stop a training."""
-    calls = [(kind, call) for (kind, _, _), call in witness.calls.items()]
+    calls = [(kind, call) for (kind, _, _), call in recorder.calls.items()]
     try:
         with phase("checking attention on this device"):
             return self_check(path, calls, device)
@@ -334,7 +334,7 @@ def dry_step(trainer: Trainer) -> float:
     """
     sampler, cases = trainer.batches.sampler, trainer.batches.cases
     step = trainer.train_step
-    witness = None if step.fast_path is None else step.fast_path.witness
+    recorder = None if step.fast_path is None else step.fast_path.recorder
     samples = range(min(len(step.numbers), 2 * step.micro_batch_size))
     batches = StepBatches(sampler, cases, samples)
     if trainer.device.type == "cuda":
@@ -345,8 +345,8 @@ def dry_step(trainer: Trainer) -> float:
         batch = batches[number]
         if isinstance(batch, AutoregError):
             raise batch
-        if isinstance(witness, Witness):
-            witness.kind = kind
+        if isinstance(recorder, CallRecorder):
+            recorder.kind = kind
         for _ in range(2):
             start = time.monotonic()
             loss, _ = step(number, batch)

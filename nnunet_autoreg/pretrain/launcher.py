@@ -467,10 +467,10 @@ def picture_function(
     Where the weights are sharded, all processes have to call it.
     """
     from nnunet_autoreg.pretrain.distributed import gathered
-    from nnunet_autoreg.report.slices import held_out_pictures
+    from nnunet_autoreg.report.slices import validation_pictures
 
     draw = partial(
-        held_out_pictures,
+        validation_pictures,
         trainer.objective,
         trainer.validation_batches,
         trainer.device,

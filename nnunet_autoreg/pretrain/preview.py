@@ -32,7 +32,7 @@ from nnunet_autoreg.sampling.kinds import member_crop, num_blocks, wanted
 from nnunet_autoreg.sampling.neighbours import ALIKE, places_alike
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Sample
-from nnunet_autoreg.sampling.sampler import SequenceSampler, Shown
+from nnunet_autoreg.sampling.sampler import SampleOrigin, SequenceSampler
 from nnunet_autoreg.store.case import StoredCase
 from nnunet_autoreg.store.store import Store
 
@@ -61,7 +61,7 @@ class DrawnSequence:
     """One sequence to picture, and where it comes from."""
 
     sample: Sample
-    shown: Shown
+    origin: SampleOrigin
 
     @property
     def has_several_images(self) -> bool:
@@ -183,29 +183,29 @@ def draw_sequences(plan: Plan, pool: SamplingPool) -> list[DrawnSequence]:
         for number in range(min(PER_KIND[kind], pool.num_sources(kind))):
             source = getattr(pool, field)[number]
             generator = rng.generator(plan.run.seed, f"picture: {kind}", number)
-            _, shown = sampler.draw_kind(kind, replace(pool, **{field: (source,)}), generator)
+            _, origin = sampler.draw_kind(kind, replace(pool, **{field: (source,)}), generator)
 
-            sample, shown = upright(plan, shown)
+            sample, origin = upright(plan, origin)
             share = (0.3, 0.5, 0.2)[number % 3]
             prefix = informative_prefix(plan, sample, kind, share)
-            sequences.append(DrawnSequence(replace(sample, prefix=prefix), shown))
+            sequences.append(DrawnSequence(replace(sample, prefix=prefix), origin))
     return sequences
 
 
-def upright(plan: Plan, shown: Shown) -> tuple[Sample, Shown]:
+def upright(plan: Plan, origin: SampleOrigin) -> tuple[Sample, SampleOrigin]:
     """Return the same sequence as radiologists look at scans.
 
     It is one of the ways in which training flips them.
     """
     flips = (False, True, True) if plan.sequence.flip else (False, False, False)
-    drawn: Any = replace(shown.drawn, flip_transpose=FlipTranspose(flips))
-    if shown.kind == "spatial":
-        sample = spatial.apply(plan, shown.cases[0], drawn)
-    elif shown.kind == "strided":
-        sample = strided.apply(plan, shown.cases[0], drawn)
+    drawn: Any = replace(origin.drawn, flip_transpose=FlipTranspose(flips))
+    if origin.kind == "spatial":
+        sample = spatial.apply(plan, origin.cases[0], drawn)
+    elif origin.kind == "strided":
+        sample = strided.apply(plan, origin.cases[0], drawn)
     else:
-        sample = members.apply(plan, shown.kind, shown.cases, drawn)
-    return sample.augmented(), replace(shown, drawn=drawn)
+        sample = members.apply(plan, origin.kind, origin.cases, drawn)
+    return sample.augmented(), replace(origin, drawn=drawn)
 
 
 def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
@@ -280,12 +280,12 @@ def draw_picture(
 
 def draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path, str]) -> None:
     """Draw one sequence: a title, its views side by side, and below them its blocks in order."""
-    sample, shown = one.sample, one.shown
-    source = shown.subject or names.get(shown.cases[0].path, "")
+    sample, origin = one.sample, one.origin
+    source = origin.subject or names.get(origin.cases[0].path, "")
     num_given = sample.prefix
     num_predicted = int(sample.order_index.max()) + 1 - sample.prefix
-    title = TITLES[shown.kind]
-    if shown.subject.startswith(ALIKE):
+    title = TITLES[origin.kind]
+    if origin.subject.startswith(ALIKE):
         title = "Regions that look alike in several patients"
     panel.suptitle(
         f"{title}:  {source}   ({num_given} blocks are seen, {num_predicted} predicted)",
@@ -312,14 +312,14 @@ def views_of(
     The first is the scan with the crop marked. The others are the crop in layers, or the members
     side by side.
     """
-    sample, shown = one.sample, one.shown
+    sample, origin = one.sample, one.origin
     side_z = plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0]
     num_layers = sample.voxels.shape[2] // side_z
     title = "the crop in the whole scan"
     if one.has_several_images:
-        title = "the crop in the " + ("scan" if shown.kind == "contrast" else "first scan")
+        title = "the crop in the " + ("scan" if origin.kind == "contrast" else "first scan")
     views: list[tuple[str, Callable[[Any], None]]] = [
-        (title, partial(draw_context, case=shown.cases[0], one=one, plan=plan))
+        (title, partial(draw_context, case=origin.cases[0], one=one, plan=plan))
     ]
 
     if not one.has_several_images:
@@ -331,9 +331,9 @@ def views_of(
         return views
 
     for member in range(len(sample.voxels)):
-        name = names.get(shown.cases[member].path, "").rpartition("/")[2]
-        if shown.kind == "contrast":
-            name = shown.names[member]
+        name = names.get(origin.cases[member].path, "").rpartition("/")[2]
+        if origin.kind == "contrast":
+            name = origin.names[member]
         draw = partial(_draw_layer, plan=plan, sample=sample, member=member, layer=num_layers // 2)
         views.append((f"{member + 1}.  {name}", draw))
     return views
@@ -436,9 +436,9 @@ def draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan)
     """Draw the slice of the whole scan through the middle of the crop, with the crop marked."""
     from matplotlib.patches import Rectangle
 
-    drawn: Any = one.shown.drawn
+    drawn: Any = one.origin.drawn
     start = drawn.starts[0] if hasattr(drawn, "starts") else drawn.start
-    if one.shown.kind == "strided":
+    if one.origin.kind == "strided":
         size = strided.stretch(plan)
     else:
         # The sample was transposed after it was cut out; in the scan it has its old axes.

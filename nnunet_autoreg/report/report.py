@@ -88,7 +88,7 @@ class RunSetting:
 
     device: str
     num_training: int
-    num_heldout: int
+    num_validation: int
     scan_axes: tuple[int, ...] | None = None
 
 
@@ -109,7 +109,7 @@ class Reporter:
         """
         path = self.folder / REPORT_NAME
         metrics = self.folder / "metrics.jsonl"
-        num_scans = (self.setting.num_training, self.setting.num_heldout)
+        num_scans = (self.setting.num_training, self.setting.num_validation)
 
         try:
             if not self.scans:
@@ -287,8 +287,8 @@ def _tiles(plan: Plan, setting: RunSetting, series: Series) -> str:
         ),
         (
             "scans",
-            f"{setting.num_training + setting.num_heldout:,}",
-            f"{setting.num_heldout:,} of them for validation",
+            f"{setting.num_training + setting.num_validation:,}",
+            f"{setting.num_validation:,} of them for validation",
         ),
         (
             "validation error",
@@ -338,7 +338,7 @@ def _next(plan: Plan, series: Series) -> str:
 def _pictures(plan: Plan, pictures: Sequence[Picture], setting: RunSetting) -> str:
     """Return the slices of validation scans, or why there are none."""
     if not pictures:
-        reason = "none was drawn yet" if setting.num_heldout else "there are no validation scans"
+        reason = "none was drawn yet" if setting.num_validation else "there are no validation scans"
         return page.paragraph(f"There are no pictures: {reason}.")
 
     parts = [

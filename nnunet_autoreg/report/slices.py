@@ -78,7 +78,7 @@ class Picture:
     planes: tuple[Plane, ...]
 
 
-def held_out_pictures(
+def validation_pictures(
     objective: "Objective",
     batches: Sequence["Batch"],
     device: "torch.device",
@@ -147,7 +147,7 @@ def upright(
 
     Args:
         augmentation: how the volumes were flipped and transposed; None where they were not.
-        scan_axes: see ``held_out_pictures``.
+        scan_axes: see ``validation_pictures``.
     """
     if augmentation is not None:
         inverse = np.argsort(augmentation.axes)

@@ -165,9 +165,9 @@ def read_source(
     high = np.maximum(pivot + steps.max(axis=0).sum(axis=1), pivot)
 
     # Read neither beyond the scan nor more than the plan allows.
-    reach = max_source * length / 2
-    lowest = np.maximum(pivot - reach, 0)
-    highest = np.minimum(pivot + reach, shape - 1)
+    half_extent = max_source * length / 2
+    lowest = np.maximum(pivot - half_extent, 0)
+    highest = np.minimum(pivot + half_extent, shape - 1)
     first = np.floor(np.maximum(low, lowest)).astype(int)
     last = np.ceil(np.minimum(high, highest)).astype(int)
 

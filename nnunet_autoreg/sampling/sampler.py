@@ -24,7 +24,7 @@ VALIDATION_PREFIXES = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Shown:
+class SampleOrigin:
     """Where a sample came from, for pictures.
 
     Attributes:
@@ -107,7 +107,7 @@ class SequenceSampler:
         pool: SamplingPool,
         generator: np.random.Generator,
         affine_generator: np.random.Generator | None = None,
-    ) -> tuple[Sample, Shown]:
+    ) -> tuple[Sample, SampleOrigin]:
         """Draw one sequence of this kind from a case, group or structure chosen uniformly.
 
         Args:
@@ -123,13 +123,13 @@ class SequenceSampler:
             case = pool.cases[int(generator.integers(len(pool.cases)))]
             crop = spatial.draw(plan, case.shape_vox, generator, case.spacing_mm, affine_generator)
             sample = spatial.apply(plan, case, crop)
-            return sample, Shown(kind, "", (case,), ("",), crop)
+            return sample, SampleOrigin(kind, "", (case,), ("",), crop)
 
         if kind == "strided":
             case = pool.cases[int(generator.integers(len(pool.cases)))]
             slices = strided.draw(plan, case.shape_vox, generator, case.spacing_mm)
             sample = strided.apply(plan, case, slices)
-            return sample, Shown(kind, "", (case,), ("",), slices)
+            return sample, SampleOrigin(kind, "", (case,), ("",), slices)
 
         if kind in VIEW_KINDS:
             is_image = kind == "images"
@@ -154,7 +154,7 @@ class SequenceSampler:
                 plan, shape_vox, spacing_mm, codes, generator, affine_generator
             )
             sample = members.apply(plan, kind, cases, drawn)
-            return sample, Shown(kind, group.name, cases, names, drawn)
+            return sample, SampleOrigin(kind, group.name, cases, names, drawn)
 
         assert kind == "semantic", kind
         structure = pool.structures[int(generator.integers(len(pool.structures)))]
@@ -165,4 +165,4 @@ class SequenceSampler:
             plan, places, structure.spacing_mm, generator, affine_generator
         )
         sample = members.apply(plan, kind, cases, drawn)
-        return sample, Shown(kind, structure.name, cases, names, drawn)
+        return sample, SampleOrigin(kind, structure.name, cases, names, drawn)

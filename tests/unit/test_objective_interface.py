@@ -22,7 +22,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep, parameter_groups
 from nnunet_autoreg.pretrain.validation import Health
-from nnunet_autoreg.report.slices import held_out_pictures
+from nnunet_autoreg.report.slices import validation_pictures
 from nnunet_autoreg.sampling.sample import Batch, collate
 
 CPU = torch.device("cpu")
@@ -240,7 +240,7 @@ def test_an_objective_without_reconstruction_has_no_pictures() -> None:
     batch = collate([objective.sampler.draw((), "validation", 0)])
 
     assert objective.reconstruct(batch) is None
-    assert held_out_pictures(objective, [batch], CPU, (1.0, 1.0, 1.0)) == []
+    assert validation_pictures(objective, [batch], CPU, (1.0, 1.0, 1.0)) == []
 
 
 # Collapse.

@@ -65,10 +65,10 @@ from nnunet_autoreg.report.report import (
 from nnunet_autoreg.report.scans import HIDDEN, scans_section
 from nnunet_autoreg.report.slices import (
     BORDER_COLOUR,
-    held_out_pictures,
     panels,
     tinted,
     upright,
+    validation_pictures,
 )
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.sample import Sample, collate
@@ -225,7 +225,7 @@ class Reader(HTMLParser):
 def written(folder, objective, batch):
     reporter = Reporter(folder, PLAN, RunSetting("cpu", 2, 1))
     reporter.write(
-        lambda: held_out_pictures(objective, [batch], torch.device("cpu"), PLAN.data.spacing_mm)
+        lambda: validation_pictures(objective, [batch], torch.device("cpu"), PLAN.data.spacing_mm)
     )
     return (folder / REPORT_NAME).read_text(encoding="utf-8")
 
@@ -413,7 +413,7 @@ def test_pictures_leave_training_mode_and_random_state_alone(objective, batch):
     objective.module.train()
     before = torch.get_rng_state()
 
-    pictures = held_out_pictures(objective, [batch], torch.device("cpu"), (1.0, 1.0, 2.0))
+    pictures = validation_pictures(objective, [batch], torch.device("cpu"), (1.0, 1.0, 2.0))
 
     assert objective.module.training and torch.equal(before, torch.get_rng_state())
     assert [(p.num_given, p.num_blocks) for p in pictures] == [(1, 8), (4, 8)]
@@ -444,8 +444,8 @@ def test_planes_are_shown_as_radiologists_view_scans(scan_axes):
 
 def test_planes_have_names_letters_and_a_bar_of_10_mm(objective, batch):
     device, spacing_mm = torch.device("cpu"), (1.0, 1.0, 2.0)
-    named = held_out_pictures(objective, [batch], device, spacing_mm, (0, 1, 2))[0].planes
-    unnamed = held_out_pictures(objective, [batch], device, spacing_mm)[0].planes
+    named = validation_pictures(objective, [batch], device, spacing_mm, (0, 1, 2))[0].planes
+    unnamed = validation_pictures(objective, [batch], device, spacing_mm)[0].planes
 
     assert [plane.name for plane in named] == ["axial", "coronal", "sagittal"]
     assert [plane.edges for plane in named] == ["APRL", "SIRL", "SIAP"]

@@ -211,15 +211,15 @@ def test_right_layers_agree_and_nothing_is_compiled_for_it(
     assert len([r for r in caplog.records if r.name == compilation.__name__]) == 1
 
 
-def calls_of(plan: Plan, trainers: Trainers) -> tuple[FastPath, compilation.Witness]:
+def calls_of(plan: Plan, trainers: Trainers) -> tuple[FastPath, compilation.CallRecorder]:
     """What the dry step of a plan called."""
     trainer = trainers(plan)
     path = trainer.train_step.fast_path
     assert path is not None
-    witness = path.witness = compilation.Witness(path)
+    recorder = path.recorder = compilation.CallRecorder(path)
     dry_run.dry_step(trainer)
-    path.witness = None
-    return path, witness
+    path.recorder = None
+    return path, recorder
 
 
 def test_every_kind_of_sequence_and_of_layer_is_checked(trainers: Trainers) -> None:
@@ -228,24 +228,24 @@ def test_every_kind_of_sequence_and_of_layer_is_checked(trainers: Trainers) -> N
         weights=weights, contrasts=WORDS, contrast_members=4, num_subvolumes=2, stride_vox=8
     )
 
-    _, witness = calls_of(plan, trainers)
+    _, recorder = calls_of(plan, trainers)
 
-    found = {(kind, layer.__name__) for kind, _, layer in witness.calls}
+    found = {(kind, layer.__name__) for kind, _, layer in recorder.calls}
     assert found == {(kind, layer) for kind in weights for layer in ("EvaBlock", "CrossLayer")}
-    assert all(call.rules for call in witness.calls.values())
+    assert all(call.rules for call in recorder.calls.values())
 
 
 @pytest.mark.parametrize("way", ["raster", "random", "blocks", "vit"])
 def test_a_wrong_mask_shows_far_above_what_is_allowed(
     way: str, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, witness = calls_of(ways()[way], trainers)
+    path, recorder = calls_of(ways()[way], trainers)
     made = AttentionRule.block_mask
     monkeypatch.setattr(
         AttentionRule, "block_mask", lambda rule, num_heads=1: made(as_sample_0(rule), num_heads)
     )
 
-    for call in witness.calls.values():
+    for call in recorder.calls.values():
         found = compilation.self_check(path, [("spatial", call)], CPU)
         assert found is not None
         assert found.error > 10 * found.allowed
