@@ -34,7 +34,11 @@ from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import hardware_of, pool_of
-from nnunet_autoreg.pretrain.checkpointing import export_encoder
+from nnunet_autoreg.pretrain.checkpointing import (
+    check_initial_weights,
+    export_encoder,
+    prepare_starting_point,
+)
 from nnunet_autoreg.pretrain.launcher import Launcher, run_main
 from nnunet_autoreg.pretrain.preprocessing import (
     make_sampling_pools,
@@ -64,7 +68,6 @@ from nnunet_autoreg.pretrain.run_folder import (
     run_folder,
     write_plan,
 )
-from nnunet_autoreg.pretrain.starting_point import check_initial_weights, prepare_starting_point
 from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
 from nnunet_autoreg.report.report import REPORT_NAME, RunSetting

@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunet_autoreg.corpus.spacing import MEDIAN, parse_policy
-from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
+from nnunet_autoreg.errors import PlanError, UsageError, WeightsError, did_you_mean
 from nnunet_autoreg.families import RESENC, family_of
 from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.io.addresses import HUB, advice_for, is_address
 from nnunet_autoreg.model.card import EncoderCard, check_run_name
+from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.objective_kinds import objective_kinds, presets, with_objective
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, KINDS, Plan, literal, override
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
-from nnunet_autoreg.pretrain.starting_point import plannable_name
+
+WIDTHS = ("features_per_stage", "n_blocks_per_stage")
+"""Arguments of a CNN by which its encoder is recognised; strides and kernels may differ."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,39 @@ def overrides_of(request: Request, card: EncoderCard | None = None) -> Overrides
         token_size_vox=token_size,
         arguments=arguments,
     )
+
+
+def plannable_name(card: EncoderCard) -> str:
+    """Return what is typed after ``--encoder`` for a network of this size.
+
+    A CNN of other strides, kernels or depth has the name of the encoder of the same widths.
+
+    Raises:
+        WeightsError: no encoder has these widths (code "weights-other-encoder").
+    """
+    if card.encoder in ENCODERS:
+        return card.encoder
+
+    if family_of(card.class_path) == RESENC:
+        for size in ENCODERS.values():
+            if size.family == RESENC and _begins_alike(size.arguments, card.arguments):
+                return size.name
+    raise WeightsError(
+        f"--init: no encoder has the widths of '{card.encoder}' ({card.arguments}), so it cannot "
+        "be pretrained further; to fine-tune it as it is, use autoreg_weights import",
+        code="weights-other-encoder",
+    )
+
+
+def _begins_alike(ours: dict[str, object], theirs: dict[str, object]) -> bool:
+    """Return whether two CNNs have the same widths and blocks in the stages that both have."""
+    for key in WIDTHS:
+        first, second = ours[key], theirs[key]
+        if not isinstance(first, list) or not isinstance(second, list):
+            return False
+        if any(a != b for a, b in zip(first, second, strict=False)):
+            return False
+    return True
 
 
 def typed_token_size(settings: Sequence[str]) -> Size | None:

@@ -24,6 +24,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.checkpointing import (
     Progress,
     folder_identity,
+    load_initial_weights,
     measure_pool,
     restore,
     restore_weights,
@@ -49,7 +50,6 @@ from nnunet_autoreg.pretrain.distributed import (
 )
 from nnunet_autoreg.pretrain.probe import LabelledCrop
 from nnunet_autoreg.pretrain.run_folder import public_plan
-from nnunet_autoreg.pretrain.starting_point import load_initial_weights
 from nnunet_autoreg.pretrain.training_step import (
     StepStatistics,
     TrainingStep,

@@ -16,6 +16,7 @@ from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
+from nnunet_autoreg.pretrain.checkpointing import prepare_starting_point
 from nnunet_autoreg.pretrain.request import Request, overrides_of
 from nnunet_autoreg.pretrain.run_folder import (
     PLAN_NAME,
@@ -23,7 +24,6 @@ from nnunet_autoreg.pretrain.run_folder import (
     continued_plan,
     is_planned_anew,
 )
-from nnunet_autoreg.pretrain.starting_point import prepare_starting_point
 from nnunet_autoreg.records import from_jsonable, read_json, to_jsonable, write_json
 
 REQUEST = Request("run", datasets=("4",))
