@@ -28,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
             "autoreg_boxes_to_labels -d 4",
         ],
         prog="autoreg_boxes_to_labels",
-        description="For every case of a raw dataset that has boxesTr/CASE.json and no label map: "
-        "write labelsTr/CASE with an ellipsoid in every box that counts, so that nnU-Net can plan "
-        "and preprocess it. AutoregDetectionTrainer uses the boxes themselves.",
+        description="Write labelsTr/CASE for every case of a raw dataset that has "
+        "boxesTr/CASE.json and no label map: an ellipsoid in every box that counts. nnU-Net needs "
+        "label maps to plan and preprocess; AutoregDetectionTrainer learns the boxes themselves.",
     )
     add_raw_dataset(p)
     return p

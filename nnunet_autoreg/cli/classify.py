@@ -17,7 +17,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import local_path
+from nnunet_autoreg.cli.options import add_device, add_split_4d, add_trained_model, local_path
 from nnunet_autoreg.errors import AutoregError, ScanError
 
 log = logging.getLogger(__name__)
@@ -77,45 +77,13 @@ def parser() -> argparse.ArgumentParser:
         type=local_path,
         help="the folder to write results to",
     )
-    add(
-        "-f",
-        dest="folds",
-        nargs="+",
-        default=[],
-        metavar="FOLD",
-        help="folds; default: all that are finished, except fold all, which has to be named",
-    )
-    add(
-        "-tr",
-        dest="trainer",
-        default="AutoregClassificationTrainer",
-        metavar="TRAINER",
-        help="default: %(default)s",
-    )
-    add("-p", dest="plans", default="AutoregPlans", metavar="PLANS", help="default: %(default)s")
-    add(
-        "-c",
-        dest="configuration",
-        default="3d_fullres",
-        metavar="CONFIGURATION",
-        help="default: %(default)s",
-    )
-    add(
-        "-chk",
-        "--checkpoint",
-        dest="checkpoint",
-        default="checkpoint_final.pth",
-        metavar="FILE",
-        help="default: %(default)s",
-    )
-    add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
-    add(
-        "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
-    )
+    add_trained_model(p, "AutoregClassificationTrainer")
+    add_device(p, "where to classify")
+    add_split_4d(p)
     add(
         "--overwrite",
         action="store_true",
-        help="classify scans again that have results; default: go on with the others",
+        help="classify scans again that have results (default: go on with the others)",
     )
     return p
 

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
             "autoreg_convert_nndetection -i Task001_Lesions -d 12",
         ],
         prog="autoreg_convert_nndetection",
-        description="Writes nnUNet_raw/DatasetNNN_Name from a task of nnDetection: label maps for "
+        description="Write nnUNet_raw/DatasetNNN_Name from a task of nnDetection: label maps for "
         "nnU-Net, and instance maps for the detection trainer in instancesTr. nnDetection's class "
         "0 becomes label 1. Images are linked or copied.",
     )

@@ -20,7 +20,13 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import Group, add_device, local_path
+from nnunet_autoreg.cli.options import (
+    Group,
+    add_device,
+    add_split_4d,
+    add_trained_model,
+    local_path,
+)
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 from nnunet_autoreg.records import to_jsonable
 
@@ -119,52 +125,17 @@ def _add_input_options(group: Group) -> None:
         help="instead of -d and -i: what nnUNetv2_predict --save_probabilities wrote; every "
         "component of its segmentations becomes a detection, scored by its highest probability",
     )
-    group.add_argument(
-        "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
-    )
+    add_split_4d(group)
 
 
 def _add_model_options(group: Group) -> None:
-    group.add_argument(
-        "-f",
-        dest="folds",
-        nargs="+",
-        default=[],
-        metavar="FOLD",
-        help="folds; default: all that are finished, except fold all, which has to be named",
-    )
-    group.add_argument(
-        "-tr",
-        dest="trainer",
-        default="AutoregDetectionTrainer",
-        metavar="TRAINER",
-        help="default: %(default)s",
-    )
-    group.add_argument(
-        "-p",
-        dest="plans",
-        default="AutoregPlans",
-        metavar="PLANS",
-        help="default: %(default)s",
-    )
-    group.add_argument(
-        "-c",
-        dest="configuration",
-        default="3d_fullres",
-        metavar="CONFIGURATION",
-        help="default: %(default)s",
-    )
-    group.add_argument(
-        "--checkpoint",
-        default="checkpoint_final.pth",
-        metavar="FILE",
-        help="default: %(default)s",
-    )
+    add_trained_model(group, "AutoregDetectionTrainer")
     add_device(group, "where to detect")
     group.add_argument(
         "--tta",
         action=argparse.BooleanOptionalAction,
-        help="mirror along every axis too, which takes eight times as long; default: on a GPU only",
+        help="mirror along every axis too, which takes eight times as long (default: on a "
+        "GPU only)",
     )
 
 
@@ -173,8 +144,8 @@ def _add_box_options(group: Group) -> None:
         "--min-score",
         type=float,
         metavar="S",
-        help="leave out boxes below this score, from 0 to 1. Default: the JSON file has all boxes; "
-        "drawings and the table start at 0.5",
+        help="leave out boxes below this score, from 0 to 1 (default: the JSON file has all boxes; "
+        "drawings and the table start at 0.5)",
     )
     group.add_argument(
         "--fppi",
@@ -188,15 +159,15 @@ def _add_box_options(group: Group) -> None:
         type=float,
         default=0.1,
         metavar="IOU",
-        help="boxes of a class that overlap more are one object; default %(default)s",
+        help="boxes of a class that overlap more are one object (default: %(default)s)",
     )
     group.add_argument(
         "--max-boxes",
         type=int,
         default=100,
         metavar="N",
-        help="keep at most this many boxes of a scan, all classes and folds together; default "
-        "%(default)s",
+        help="keep at most this many boxes of a scan, all classes and folds together "
+        "(default: %(default)s)",
     )
 
 
@@ -214,7 +185,7 @@ def _add_output_options(group: Group) -> None:
         "--no-instances",
         dest="with_instances",
         action="store_false",
-        help="do not write NAME_instances",
+        help="do not write NAME_instances (default: write it where the model segments)",
     )
     group.add_argument(
         "--csv",
@@ -228,7 +199,7 @@ def _add_output_options(group: Group) -> None:
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="detect again in scans that have results; default: go on with the others",
+        help="detect again in scans that have results (default: go on with the others)",
     )
 
 

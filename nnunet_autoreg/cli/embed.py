@@ -12,7 +12,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import local_path
+from nnunet_autoreg.cli.options import add_device, add_split_4d, local_path
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 
 log = logging.getLogger(__name__)
@@ -114,10 +114,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="MM",
         help="enlarge the box of --region label by so many mm on every side (default: %(default)s)",
     )
-    add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is a GPU")
-    add(
-        "--split-4d", action="store_true", help="take every volume of a 4D file or series as a scan"
-    )
+    add_device(p, "where to compute the features")
+    add_split_4d(p)
     return p
 
 

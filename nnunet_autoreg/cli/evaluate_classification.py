@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         ],
         prog="autoreg_evaluate_classification",
         description="Score predicted classes: AUC, balanced accuracy, F1, accuracy, calibration "
-        "and confusion, with 95 %% intervals over patients. FILE.json gets every figure, FILE.png "
+        "and confusion, with 95 % intervals over patients. FILE.json gets every figure, FILE.png "
         "the ROC curve with its interval, the confusion matrix and the calibration of every task.",
     )
     add = p.add_argument

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
             "autoreg_evaluate_detection -p predictions -g labelsTs -o scores.json",
         ],
         prog="autoreg_evaluate_detection",
-        description="Scores detections against true objects. FILE.json gets every figure, FILE.csv "
+        description="Score detections against true objects. FILE.json gets every figure, FILE.csv "
         "a row per detection and missed object, FILE_froc.png the curve, FILE_scans.png some scans "
         "with true and found boxes.",
     )

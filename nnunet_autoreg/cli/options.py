@@ -74,6 +74,59 @@ def add_device(options: Options, purpose: str = "where to train") -> None:
     )
 
 
+def add_split_4d(options: Options) -> None:
+    """Add ``--split-4d``, for commands that predict on scans."""
+    options.add_argument(
+        "--split-4d",
+        action="store_true",
+        help="take every volume of a 4D file or series as a scan (default: these are left out)",
+    )
+
+
+def add_trained_model(options: Options, trainer: str) -> None:
+    """Add the options that name a trained model, as nnUNetv2_predict has them.
+
+    Args:
+        trainer: the default trainer class.
+    """
+    options.add_argument(
+        "-f",
+        dest="folds",
+        nargs="+",
+        default=[],
+        metavar="FOLD",
+        help="folds of the model (default: all that are finished; fold all has to be named)",
+    )
+    options.add_argument(
+        "-tr",
+        dest="trainer",
+        default=trainer,
+        metavar="TRAINER",
+        help="trainer class that the model was trained with (default: %(default)s)",
+    )
+    options.add_argument(
+        "-p",
+        dest="plans",
+        default="AutoregPlans",
+        metavar="PLANS",
+        help="name of the plans that it was trained with (default: %(default)s)",
+    )
+    options.add_argument(
+        "-c",
+        dest="configuration",
+        default="3d_fullres",
+        metavar="CONFIGURATION",
+        help="configuration that was trained (default: %(default)s)",
+    )
+    options.add_argument(
+        "-chk",
+        "--checkpoint",
+        default="checkpoint_final.pth",
+        metavar="FILE",
+        help="checkpoint of every fold (default: %(default)s)",
+    )
+
+
 def add_output_folder(group: Group, contents: str, default: str) -> None:
     """Add ``-o``.
 

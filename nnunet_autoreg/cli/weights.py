@@ -6,7 +6,7 @@ import sys
 import textwrap
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.cli.common import (
@@ -53,11 +53,11 @@ def parser() -> argparse.ArgumentParser:
     )
     actions = p.add_subparsers(dest="action", required=True)
 
-    actions.add_parser(
-        "list", help="list the finished and imported encoders that AutoregPlanner can use"
+    _add_action(
+        actions, "list", "list the finished and imported encoders that AutoregPlanner can use"
     )
-    inspecting = actions.add_parser(
-        "inspect", help="show what a weights file is, what it needs, its licence and its hash"
+    inspecting = _add_action(
+        actions, "inspect", "show what a weights file is, what it needs, its licence and its hash"
     )
     inspecting.add_argument(
         "path",
@@ -66,9 +66,10 @@ def parser() -> argparse.ArgumentParser:
         "of a run",
     )
 
-    importing = actions.add_parser(
+    importing = _add_action(
+        actions,
         "import",
-        help="import a trained nnU-Net model, an encoder on Hugging Face, or weights of AR-SSL4M "
+        "import a trained nnU-Net model, an encoder on Hugging Face, or weights of AR-SSL4M "
         "or nnssl (OpenMind, nnFoundation), so that AutoregPlanner can use them like a "
         "finished pretraining run",
     )
@@ -87,9 +88,10 @@ def parser() -> argparse.ArgumentParser:
     for sub in (inspecting, importing):
         _add_statements(sub)
 
-    exporting = actions.add_parser(
+    exporting = _add_action(
+        actions,
         "export",
-        help="export a finished pretraining run as a folder for Hugging Face, or in nnssl's "
+        "export a finished pretraining run as a folder for Hugging Face, or in nnssl's "
         "format, which the PretrainedTrainers of nnU-Net's master branch read",
     )
     exporting.add_argument(
@@ -119,6 +121,13 @@ def parser() -> argparse.ArgumentParser:
         "nnssl: (h, w, d), for readers that flatten tokens as nnssl does (default: %(default)s)",
     )
     return p
+
+
+def _add_action(actions: Any, name: str, what: str) -> argparse.ArgumentParser:
+    """Add a subcommand. What it does is shown by the command's help, and by its own."""
+    description = f"{what[0].upper()}{what[1:]}."
+    added: argparse.ArgumentParser = actions.add_parser(name, help=what, description=description)
+    return added
 
 
 def _add_statements(p: argparse.ArgumentParser) -> None:
