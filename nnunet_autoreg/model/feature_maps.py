@@ -83,7 +83,8 @@ class FeatureEncoder(nn.Module):
         """
         if self.is_cnn:
             return self._stages(volume_BCZYX)
-        layers = self._layers()
+        parts: Any = self
+        layers: Sequence[nn.Module] = parts.model.layers if self.family == VIT else parts.eva.blocks
         chosen = [max(0, round(share * len(layers)) - 1) for share in TRANSFORMER_DEPTHS]
         inner: dict[int, Tensor] = {}
 
@@ -124,11 +125,6 @@ class FeatureEncoder(nn.Module):
             )
         stages: list[Tensor] = self.encoder(volume_BCZYX)
         return stages
-
-    def _layers(self) -> Sequence[nn.Module]:
-        parts: Any = self
-        found: Sequence[nn.Module] = parts.model.layers if self.family == VIT else parts.eva.blocks
-        return found
 
     def _tokens(self, volume_BCZYX: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokenizer's map and the deepest map, both (B, V, z, y, x)."""

@@ -191,7 +191,6 @@ class Validation:
         self.batches = batches
         self.device = device
         self.probe = Probe(crops)
-        # Voxels do not change in training, so that their score is computed once.
         self.voxel_score: float | None = None
 
     @torch.no_grad()
@@ -219,12 +218,28 @@ class Validation:
             kinds = {kind: sums.error(figure) for kind, sums in by_kind.items()}
 
         features_NV, content_NV = self._features()
+        scores = None
+        if self.probe.works:
+            # Voxels do not change in training, so that their score is computed once.
+            if self.voxel_score is None:
+                self.voxel_score = self.probe.score(
+                    lambda batch: self._describe(batch).voxels[0].float().cpu()
+                )
+            feature_score = self.probe.score(
+                lambda batch: self._describe(batch).features[0].float().cpu()
+            )
+            scores = {
+                "features": feature_score,
+                "voxels": self.voxel_score,
+                "chance": self.probe.chance,
+            }
+
         own = self.objective.health(total.statistics)
         return Health(
             errors={"error": total.error(figure), **total.reference_errors(figure)},
             token_variance=token_variance(content_NV, features_NV),
             effective_rank=effective_rank(content_NV),
-            probe=self._probe_scores() if self.probe.works else None,
+            probe=scores,
             kinds=kinds,
             parts=total.means() if len(total.terms) > 1 else {},
             figure=figure,
@@ -252,14 +267,6 @@ class Validation:
         content_NV = content_part(features_NV, torch.cat(positions))
         chosen = evenly_spread(len(content_NV), MAX_TOKENS)
         return features_NV[chosen], content_NV[chosen]
-
-    def _probe_scores(self) -> dict[str, float]:
-        if self.voxel_score is None:
-            self.voxel_score = self.probe.score(
-                lambda batch: self._describe(batch).voxels[0].float().cpu()
-            )
-        score = self.probe.score(lambda batch: self._describe(batch).features[0].float().cpu())
-        return {"features": score, "voxels": self.voxel_score, "chance": self.probe.chance}
 
 
 def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:

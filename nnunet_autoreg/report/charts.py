@@ -39,6 +39,7 @@ CHART_SIZE = (6.39, 3.61)
 # On both sides there is room for half a number of the step axis.
 AXES_BOX = (0.115, 0.16, 0.825, 0.7)
 FONT_SIZE = 12
+DECIMALS = re.compile(r"-?\d+\.\d+")
 
 # The colours of the light page. The style sheet of page.html names them --main, --second, ... and
 # has other values for a dark page.
@@ -448,7 +449,18 @@ def _for_the_page(text: str, alt: str) -> str:
             del attributes["transform"]
 
         for name, value in attributes.items():
-            attributes[name] = _style_of_page(value) if name == "style" else _short_numbers(value)
+            if name == "style":
+                # Fonts are those of the page, and so are colours, by its variables.
+                parts = value.split("; ")
+                kept = [part for part in parts if not part.startswith(("font", "stroke-linecap"))]
+                style = ";".join(kept)
+                for colour_name, colour in COLOURS.items():
+                    style = style.replace(colour, f"var(--{colour_name})")
+                attributes[name] = style.replace(": ", ":")
+            else:
+                # A tenth of a unit is enough; more digits only make the page larger.
+                rounded = DECIMALS.sub(lambda match: f"{float(match[0]):.1f}", value)
+                attributes[name] = " ".join(rounded.replace(".0 ", " ").split())
         element.attrib = attributes
 
         # Line breaks between elements are not needed.
@@ -462,21 +474,6 @@ def _for_the_page(text: str, alt: str) -> str:
     title.text = alt
     root.insert(0, title)
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _style_of_page(style: str) -> str:
-    """Return a style with the page's variables for colours and without fonts."""
-    kept = [part for part in style.split("; ") if not part.startswith(("font", "stroke-linecap"))]
-    style = ";".join(kept)
-    for name, colour in COLOURS.items():
-        style = style.replace(colour, f"var(--{name})")
-    return style.replace(": ", ":")
-
-
-def _short_numbers(value: str) -> str:
-    """Return an attribute with its numbers rounded to a tenth of a unit, on one line."""
-    rounded = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}", value)
-    return " ".join(rounded.replace(".0 ", " ").split())
 
 
 def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> None:
