@@ -143,8 +143,12 @@ def main(argv: list[str] | None = None) -> int:
         except ScanError as error:
             log.warning("%s is left out (%s): %s", scan.name, error.status, error)
             continue
+
+        # At once, so that a call that is interrupted goes on behind this scan.
         write_scan_classes(request.output / f"{scan.name}.json", found)
         results[scan.name] = found
+
+        # The likeliest class of every task, for whoever watches.
         best = []
         for task, of_classes in found.probabilities.items():
             kind = max(of_classes, key=lambda name: of_classes[name])
@@ -164,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if small:
         print(small_scans_line(small, len(results), model.patch_size))
+
+    # The order of the scans, whichever of them were done before.
     in_order = {name: results[name].of_tasks() for name in by_name if name in results}
     write_predictions(request.output / NAME, model.plan.tasks, in_order)
     print(f"wrote {len(in_order)} scans to {request.output / NAME}")
@@ -171,4 +177,6 @@ def main(argv: list[str] | None = None) -> int:
         f"autoreg_evaluate_classification -p {shlex.quote(str(request.output))} -g CLASSES_CSV -o "
         "metrics.json"
     )
+
+    # A script that calls the command has to notice that scans are missing.
     return 0 if len(in_order) == len(scans) else 1

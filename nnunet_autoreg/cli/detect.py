@@ -230,6 +230,8 @@ def detect_all(request: DetectRequest) -> int:
     scans = find(
         request.scans, model.file_ending, model.num_channels, request.split_4d, request.output
     )
+
+    # By these, a later call sees whether a scan has changed.
     inputs = {scan.name: scan.inputs() for scan in scans}
     done = start(request, inputs, model.describe(), settings_of(model, options))
     names = []
@@ -271,6 +273,7 @@ def options_of(request: DetectRequest, model: "DetectorModel") -> "DetectionOpti
         most_boxes=request.max_boxes,
     )
     options = DetectionOptions(
+        # Eight passes instead of one are too many for a CPU.
         mirror=model.device.type == "cuda" if request.tta is None else request.tta,
         nms=nms,
         min_score=request.min_score,
@@ -336,6 +339,7 @@ def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> in
         "instances": options.with_instances,
     }
     inputs = {name: source.inputs(name) for name in source.names}
+
     # Resuming compares all of these with the files of the earlier run.
     done = start(request, inputs, source.describe(), settings)
     names = []
@@ -367,6 +371,7 @@ def finish(
     from nnunet_autoreg.detection.scanfile import read_scan_file, write_table
 
     folder = request.output
+
     # One scan that cannot be read is a warning; nothing at all is an error.
     if not names:
         raise AutoregError(
@@ -390,6 +395,8 @@ def finish(
         f"autoreg_evaluate_detection -p {results} -g FOLDER_OF_LABELS -o FILE; or open "
         "NAME.mrk.json over the scan in 3D Slicer"
     )
+
+    # A script that calls the command has to notice that scans are missing.
     return 0 if len(names) == num_scans else 1
 
 
@@ -443,6 +450,7 @@ def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
     check_same_run(file, present, wanted, lambda change: change.startswith(of_drawing))
     old = record.settings
     new = wanted["settings"]
+
     # A segmentation that exists, and is not asked for now, does no harm.
     has_instances = bool(old.get("instances") or not new["instances"])
     return old.get("filled") == new["filled"] and has_instances

@@ -147,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     checks = []
     for check in all_checks():
         checks.append(check)
+
+        # At once, because the later checks take seconds.
         print(f"{check.status:<5} {check.name:<19} {check.finding}", flush=True)
         if check.remedy:
             print(f"      -> {check.remedy}", flush=True)
@@ -204,6 +206,7 @@ def check_python() -> Check:
 def check_nnunet() -> Check:
     """Check that nnU-Net is installed in a supported version."""
     supported = "pip install 'nnunetv2>=2.8.1,<3'"
+
     # Nothing is imported here: nnU-Net imports torch, which takes seconds.
     spec = importlib.util.find_spec("nnunetv2")
     if spec is None:
@@ -276,6 +279,7 @@ def probe() -> dict[str, Any]:
             "live": False,
             "error": f"importing torch and nnunetv2 took longer than {PROBE_LIMIT_S} s",
         }
+
     # Packages may print lines of their own while they are imported.
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if not lines:
@@ -349,6 +353,7 @@ def check_networks(answer: dict[str, Any], violations: tuple[Violation, ...]) ->
 
     reason = _one_line(_why(answer, f"network {failed[0]}"))
     finding = f"cannot build {', '.join(failed)}: {reason}"
+
     # Several commands are joined, so that the user can copy them as one line.
     remedy = " && ".join(violation.remedy for violation in violations)
     if not remedy:
@@ -425,6 +430,7 @@ def check_runs() -> Check:
 
     # A run of a newer version, or a damaged one, is no problem of the installation.
     cards, unreadable = [], []
+
     # A name with a dot in front is an import that was interrupted.
     for path in sorted(folder.glob(f"[!.]*/{CARD_NAME}")):
         try:
@@ -500,6 +506,7 @@ def _link(folder: Path) -> int:
         ) from error
 
     print(f"wrote {target}")
+
     # A file in a folder that Python does not read as site-packages has no effect.
     if not _live_in_fresh_interpreter():
         raise AutoregError(

@@ -162,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
             log.warning("%s is left out (%s): %s", scan.name, error.status, error)
             continue
         done.append(found)
+
+        # A log file has no progress bar.
         if len(done) % 50 == 0:
             print(f"{len(done)} of {len(scans)} scans", flush=True)
     if not done:

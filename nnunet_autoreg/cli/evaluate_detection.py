@@ -243,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         request.min_voxels,
         request.connectivity,
     )
+
+    # Only this rule counts voxels, and reading them takes long.
     masks = request.predictions if settings.hit.kind == "mask" else None
     folders = gather(truth, found, request.all_scans, masks)
     if request.box_convention == "nndet":
@@ -253,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     results = evaluate(folders.scans, truth.classes, settings)
     results["scans"]["without_detections"] = list(folders.undetected)
     results["scans"]["without_truth"] = list(folders.unknown)
+
     # What the figures depend on besides the settings, so that the file explains itself.
     results["inputs"] = {
         "predictions": str(request.predictions),

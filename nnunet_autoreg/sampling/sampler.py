@@ -140,7 +140,7 @@ class SequenceSampler:
             # Volumes and images are numbered through, so that no two share a number.
             case_id = index + (len(pool.cases) if is_image else 0)
             sample = views.apply(plan, case, both, case_id, is_image)
-            return sample, Shown(kind, "", (case,), ("",), both)
+            return sample, SampleOrigin(kind, "", (case,), ("",), both)
 
         if kind == "contrast":
             group = pool.groups[int(generator.integers(len(pool.groups)))]
