@@ -107,9 +107,14 @@ def brought_onto(array_ZYX: Array, grid: Grid, target: Grid, outside: float) -> 
 
     image: Any = SimpleITK.GetImageFromArray(array_ZYX)
     _place(image, grid)
-    frame: Any = SimpleITK.Image([int(n) for n in target.shape_vox[::-1]], SimpleITK.sitkUInt8)  # type: ignore[no-untyped-call]
+    size_xyz = [int(n) for n in target.shape_vox[::-1]]
+    frame: Any = SimpleITK.Image(size_xyz, SimpleITK.sitkUInt8)  # type: ignore[no-untyped-call]
     _place(frame, target)
-    moved = SimpleITK.Resample(image, frame, SimpleITK.Transform(), SimpleITK.sitkLinear, outside)  # type: ignore[no-untyped-call]
+
+    unmoved: Any = SimpleITK.Transform()  # type: ignore[no-untyped-call]
+    moved = SimpleITK.Resample(  # type: ignore[no-untyped-call]
+        image, frame, unmoved, SimpleITK.sitkLinear, outside
+    )
     return np.asarray(SimpleITK.GetArrayFromImage(moved), dtype=np.float32)
 
 

@@ -173,7 +173,8 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
     import SimpleITK
 
     reader = information(path)
-    pixel = str(SimpleITK.GetPixelIDValueAsString(reader.GetPixelID()))  # type: ignore[no-untyped-call]
+    kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())  # type: ignore[no-untyped-call]
+    pixel = str(kind)
     if "complex" in pixel:
         raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
     if reader.GetNumberOfComponents() > 1:

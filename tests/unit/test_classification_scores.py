@@ -123,7 +123,8 @@ def test_resamples_draw_patients_and_not_scans() -> None:
 
     assert found is not None and found.num_patients == 20
     assert np.array_equal(found.weights_BS[:, ::2], found.weights_BS[:, 1::2])
-    assert mt.judge(TWO, truth, probabilities, ["p"] * 40, 50).weights_BS.shape == (1, 40)  # type: ignore[union-attr]
+    of_one_patient = mt.judge(TWO, truth, probabilities, ["p"] * 40, 50)
+    assert of_one_patient is not None and of_one_patient.weights_BS.shape == (1, 40)
 
 
 def test_scores_of_different_models_are_not_compared_with_each_other() -> None:

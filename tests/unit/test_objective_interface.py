@@ -195,8 +195,8 @@ def test_checkpoints_without_extra_state_are_still_read(tmp_path: Path) -> None:
 
 def test_extra_state_has_no_gradient_no_moments_and_is_not_optimised() -> None:
     objective = Averaged()
-    groups = parameter_groups(objective.module, 0.1)
-    optimised = [parameter for group in groups for parameter in group["params"]]  # type: ignore[attr-defined]
+    groups: Any = parameter_groups(objective.module, 0.1)
+    optimised = [parameter for group in groups for parameter in group["params"]]
 
     def loss_of(number: int) -> Tensor:
         return torch.empty(number, 1, requires_grad=True) * 2

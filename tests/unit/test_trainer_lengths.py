@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ TRAINER_MODULES = (autoreg_trainers, autoreg_detection_trainers, autoreg_classif
 MODULES = {module.__name__: module for module in TRAINER_MODULES}
 
 
-def base_and_module(name: str) -> tuple[type, ModuleType]:
+def base_and_module(name: str) -> tuple[Any, ModuleType]:
     module = MODULES[bridge.TRAINERS[name]]
     return getattr(module, name), module
 
@@ -42,7 +43,7 @@ def test_only_segmentation_trainers_build_the_plans_own_network(name: str) -> No
     base, module = base_and_module(name)
     made = getattr(module, f"{name}_3epochs")
 
-    builders = {made.build_network_architecture, base.build_network_architecture}  # type: ignore[attr-defined]
+    builders = {found.build_network_architecture for found in (made, base)}
 
     own = autoreg_trainers._AutoregTrainer.build_network_architecture
     is_segmentation = name in ("AutoregPretrainedTrainer", "AutoregScratchTrainer")
