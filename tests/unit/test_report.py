@@ -518,7 +518,7 @@ def test_the_given_part_is_tinted_and_bordered_towards_the_rest_only():
 
 
 def test_borders_do_not_cover_given_blocks_of_one_thick_slice(objective, batch):
-    pictures = held_out_pictures(objective, [batch], torch.device("cpu"), (1.0, 1.0, 1.0))
+    pictures = validation_pictures(objective, [batch], torch.device("cpu"), (1.0, 1.0, 1.0))
     plane = pictures[0].planes[0]
     given = np.zeros(plane.truth.shape, bool)
     given[4, 4:8] = True
