@@ -180,6 +180,9 @@ def joint_figure(plan: Plan) -> FigureOfMerit:
         hint=f"by chance {math.log(joint_of(plan).num_slab_clusters):.2f}",
         term="slabs",
         ranks_by_probe=True,
+        pictures="Each row shows the middle slices of validation slabs and 2D images that lie "
+        "nearest to one prototype, the nearest first, each from another sample. What lies together "
+        "should look alike.",
     )
 
 

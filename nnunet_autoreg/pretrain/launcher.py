@@ -43,6 +43,7 @@ from nnunet_autoreg.stopping import (
 if TYPE_CHECKING:
     from nnunet_autoreg.pretrain.distributed import World
     from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob
+    from nnunet_autoreg.report.galleries import Gallery
     from nnunet_autoreg.report.report import RunSetting
     from nnunet_autoreg.report.slices import Picture
 
@@ -461,12 +462,13 @@ def run_worker(world: "World", local_rank: int) -> None:
 
 def picture_function(
     trainer: "Trainer", setting: "RunSetting | None" = None
-) -> Callable[[], list["Picture"]]:
-    """Return a function that draws validation samples.
+) -> Callable[[], list["Picture | Gallery"]]:
+    """Return a function that draws validation samples, or what the objective groups of them.
 
     Where the weights are sharded, all processes have to call it.
     """
     from nnunet_autoreg.pretrain.distributed import gathered
+    from nnunet_autoreg.report.galleries import galleries_of
     from nnunet_autoreg.report.slices import validation_pictures
 
     draw = partial(
@@ -478,8 +480,13 @@ def picture_function(
         None if setting is None else setting.scan_axes,
     )
 
-    def draw_gathered() -> list["Picture"]:
+    def draw_gathered() -> list["Picture | Gallery"]:
         with gathered(trainer.train_step.loss_of):
-            return draw()
+            pictures: list[Picture | Gallery] = [*draw()]
+            if not pictures:
+                pictures += galleries_of(
+                    trainer.objective, trainer.validation_batches, trainer.device
+                )
+            return pictures
 
     return draw_gathered

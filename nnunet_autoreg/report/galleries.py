@@ -41,9 +41,13 @@ def galleries_of(
     """
     import torch
 
-    on_device = [batch.to(device) for batch in batches]
-    with torch.no_grad():
-        groups = objective.groups(on_device)
+    was_training = objective.module.training
+    objective.module.eval()
+    try:
+        with torch.no_grad():
+            groups = objective.groups([batch.to(device) for batch in batches])
+    finally:
+        objective.module.train(was_training)
 
     galleries = []
     for group in groups:

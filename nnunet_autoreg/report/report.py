@@ -34,6 +34,7 @@ from nnunet_autoreg.report.charts import (
     learning_charts,
     read_series,
 )
+from nnunet_autoreg.report.galleries import Gallery, html_of
 from nnunet_autoreg.report.metrics import read_lines
 from nnunet_autoreg.report.scans import scans_section
 from nnunet_autoreg.report.slices import Picture, panels
@@ -102,7 +103,7 @@ class Reporter:
         self.folder, self.plan, self.setting = folder, plan, setting
         self.scans = ""
 
-    def write(self, make_pictures: Callable[[], Sequence[Picture]]) -> None:
+    def write(self, make_pictures: Callable[[], Sequence[Picture | Gallery]]) -> None:
         """Write the whole report, or leave the one before.
 
         A report that fails is named in the log. It never ends a training.
@@ -142,7 +143,7 @@ def report(
     series: Series,
     notes: Sequence[str],
     scans: str,
-    pictures: Sequence[Picture],
+    pictures: Sequence[Picture | Gallery],
 ) -> str:
     """Return the whole page as HTML.
 
@@ -184,7 +185,7 @@ def report(
             "error_unit": escape(figure_of_merit(plan).explanation),
             "learning": "\n".join(figure_of(chart) for chart in learning_charts(series, plan)),
             "health": health,
-            "pictures": _pictures(plan, pictures, setting),
+            "pictures": _pictures_or_galleries(plan, pictures, setting),
             "cost": _cost(plan, setting, series),
             "plan": _plan(plan),
         }
@@ -333,6 +334,17 @@ def _next(plan: Plan, series: Series) -> str:
         "--c continues an interrupted fold."
     )
     return page.paragraph(text) + page.commands(lines)
+
+
+def _pictures_or_galleries(
+    plan: Plan, pictures: Sequence[Picture | Gallery], setting: RunSetting
+) -> str:
+    """Return what an objective predicts of validation scans, or what it groups of them."""
+    galleries = [picture for picture in pictures if isinstance(picture, Gallery)]
+    if galleries:
+        return page.paragraph(figure_of_merit(plan).pictures) + html_of(galleries)
+    samples = [picture for picture in pictures if isinstance(picture, Picture)]
+    return _pictures(plan, samples, setting)
 
 
 def _pictures(plan: Plan, pictures: Sequence[Picture], setting: RunSetting) -> str:

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK
 from phantom_runs import PhantomRuns
 
 from nnunet_autoreg.checkpoint import LATEST_NAME, RESUMABLE, damage_of, load_checkpoint
@@ -28,9 +30,22 @@ ALICE = [
     "--objective",
     "alice",
 ]
+JOINT = [
+    "data.holdout_fraction=0.4",
+    "objective.width=16",
+    "objective.num_heads=2",
+    "objective.depth=1",
+    "objective.slabs_first=0.3",
+    "objective.slab_vox=8",
+    "objective.slab_step_vox=4",
+    "--objective",
+    "joint",
+]
 OF_ALICE = ("train_classes", "train_patches", "centre_norm_patches", "teacher_entropy_patches")
+OF_JOINT = ("train_slabs", "train_volumes", "train_hidden", "cluster_entropy", "bank_filled")
 REPRODUCED = (
     *OF_ALICE,
+    *OF_JOINT,
     "train_error",
     "gradient_norm",
     "lr",
@@ -201,3 +216,32 @@ def test_a_killed_run_of_alice_goes_on_with_the_same_teacher(place, whole_alice,
     found, expected = (load_checkpoint(f / LATEST_NAME)["extra"] for f in (folder, whole_alice))
     assert found.keys() == expected.keys()
     assert all(found[key].equal(expected[key]) for key in found)
+
+
+def test_a_killed_joint_run_on_volumes_and_pictures_leaves_the_same_bytes(place):
+    pictures = place.root / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        values = np.random.default_rng(number).integers(1, 250, (24, 30), dtype=np.uint8)
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(pictures / f"{number}.png"))
+    options = [*JOINT, "-i", str(place.root / "scans"), str(pictures)]
+    point = "in the middle of a step"
+    assert place.run("whole_joint", options=options) == 0, place.output("whole_joint")[-2000:]
+    assert place.run("joint", point, options=options) == POINTS[point]
+
+    assert place.run("joint", options=options) == 0, place.output("joint")[-2000:]
+
+    whole, folder = place.folder("whole_joint"), place.folder("joint")
+    assert (folder / "encoder.safetensors").read_bytes() == (
+        whole / "encoder.safetensors"
+    ).read_bytes()
+    assert reproduced(folder) == reproduced(whole)
+    assert set(OF_JOINT) <= {metric for _, metric, _ in reproduced(folder)}
+    weights = json.loads((folder / "plan.json").read_text())["sequence"]["weights"]
+    assert weights == {"views": 1.0, "images": 0.5}
+
+    # Banks and balance decide what later steps learn.
+    found, expected = (load_checkpoint(f / LATEST_NAME)["extra"] for f in (folder, whole))
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(expected[key]) for key in found)
+    assert found["volume_known"].any() and found["slab_known"].any()

@@ -34,6 +34,7 @@ from nnunet_autoreg.pretrain.data import StepBatches, micro_batches, training_ba
 from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
+from nnunet_autoreg.report.galleries import galleries_of, html_of
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch, Sample, collate
 from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSampler
@@ -702,3 +703,20 @@ def test_the_positions_of_slabs_are_drawn_and_say_nothing_of_their_place() -> No
     assert windows == {0, 1}
     of_views = slabs.positions.reshape(2, -1, slabs.positions.shape[1])
     assert torch.equal(of_views, of_views[:, :1].expand_as(of_views))
+
+
+def test_the_report_shows_slabs_and_images_nearest_to_prototypes() -> None:
+    plan = planned()
+    objective = built(plan)
+    batches = [batch_of(plan, kind) for kind in ("views", "images")]
+    objective.module.train()
+
+    galleries = galleries_of(objective, batches, CPU)
+
+    assert len(galleries) == 6 and all(len(one.slices) == 4 for one in galleries)
+    captions = {text.split(",")[0] for one in galleries for text, _ in one.slices}
+    assert captions == {"volume", "2D image"}
+    assert all(values.shape == (16, 16) for one in galleries for _, values in one.slices)
+    assert objective.module.training
+    page = html_of(galleries)
+    assert page.count("<img") == 24 and galleries[0].title in page
