@@ -79,8 +79,9 @@ def _add_input_options(group: Group) -> None:
         default=[],
         type=absolute,
         metavar="FOLDER",
-        help="folders with DICOM, NIfTI, NRRD or MetaImage scans, or with .zip archives of them. "
-        "Subfolders are searched as well (default: none; give -d, -i or both)",
+        help="folders with DICOM, NIfTI, NRRD or MetaImage scans, or with .zip archives of "
+        "them; --objective joint also takes PNG and JPEG images. Subfolders are searched as well "
+        "(default: none; give -d, -i or both)",
     )
     group.add_argument(
         "--modality",

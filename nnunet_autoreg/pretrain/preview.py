@@ -20,8 +20,9 @@ from nnunet_autoreg.corpus.locations import StructureLocation, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import as_size, grid_of
-from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.plan import VIEW_KINDS, Plan
 from nnunet_autoreg.pretrain.preprocessing import PLACES_NAME, read_places, store_groups
+from nnunet_autoreg.pretrain.view_preview import draw_views
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import CROP, GIVEN, GRID, INK, PREDICTED, SOFT, Style
 from nnunet_autoreg.sampling import members, spatial, strided
@@ -96,7 +97,16 @@ def draw_preview(
     if "contrast" in kinds:
         groups = store_groups(plan, store, contrast_groups(chosen), num_workers)
 
-    sequences = draw_sequences(plan, gather(plan, cases, groups, places))
+    picture = folder / PICTURE_NAME
+    images = [cases[row.id] for row in stored if row.is_image]
+    volumes = {row.id: cases[row.id] for row in stored if not row.is_image}
+    pool = gather(plan, volumes, groups, places, images)
+    if set(kinds) <= set(VIEW_KINDS):
+        num_samples = draw_views(picture, plan, pool)
+        log.info("both views of %d samples of %d scans: %s", num_samples, len(cases), picture)
+        return picture
+
+    sequences = draw_sequences(plan, pool)
     if not sequences:
         raise AutoregError(
             f"--show: none of the {len(chosen)} scans tried gives a sequence; see the lines above, "
@@ -104,7 +114,6 @@ def draw_preview(
             code="preview-no-sequence",
         )
     names = {cases[row.id].path: row.id for row in stored}
-    picture = folder / PICTURE_NAME
     draw_picture(picture, plan, sequences, names)
     log.info("%d sequences of %d scans: %s", len(sequences), len(cases), picture)
     return picture
@@ -120,7 +129,7 @@ def choose_rows(
     """
     kinds = wanted(plan)
     chosen: list[ScanRow] = []
-    if "spatial" in kinds or "strided" in kinds:
+    if {"spatial", "strided", *VIEW_KINDS} & set(kinds):
         chosen += spread_over_datasets(rows)
     if "contrast" in kinds:
         with_contrasts = [reduced(g, plan.sequence.contrasts) for g in contrast_groups(rows)]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
+from safetensors.torch import load_file
 from sequence_cases import Ramp, Shifted
 from torch import Tensor
 from torch.nn import functional
@@ -32,8 +33,10 @@ from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches, training_batches
 from nnunet_autoreg.pretrain.dry_run import plan_memory
+from nnunet_autoreg.pretrain.starting_point import load_initial_weights
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
+from nnunet_autoreg.pretrain.view_preview import draw_views
 from nnunet_autoreg.report.galleries import galleries_of, html_of
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch, Sample, collate
@@ -720,3 +723,26 @@ def test_the_report_shows_slabs_and_images_nearest_to_prototypes() -> None:
     assert objective.module.training
     page = html_of(galleries)
     assert page.count("<img") == 24 and galleries[0].title in page
+
+
+def test_both_views_of_a_few_samples_are_pictured(tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / "sequences.png"
+
+    assert draw_views(path, planned(), pool()) == 6
+    with Image.open(path) as picture:
+        assert picture.size[0] == 1200 and picture.size[1] > 1000
+
+
+def test_it_starts_from_other_weights(tmp_path: Path, write_run: Any) -> None:
+    folder = write_run(tmp_path, "start", crop=(16, 16, 16))
+    weights = folder / "encoder.safetensors"
+    plan = replace(planned(), request={"init": str(weights)})
+    objective = built(plan)
+
+    load_initial_weights(objective.network, plan, tmp_path)
+
+    state, expected = objective.transferable_state(), load_file(weights)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())

@@ -1,0 +1,84 @@
+"""``sequences.png`` of objectives that compare views: a few crops and 2D images in both views."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_autoreg import rng
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.sampling.kinds import wanted
+from nnunet_autoreg.sampling.pool import SamplingPool
+from nnunet_autoreg.sampling.sample import Sample
+from nnunet_autoreg.sampling.sampler import SequenceSampler
+
+PER_KIND = 3
+MOST_SLICES = 4
+NAMES = {"views": "One crop", "images": "One 2D image"}
+
+
+def draw_views(path: Path, plan: Plan, pool: SamplingPool) -> int:
+    """Draw samples as training would, and picture both views of each.
+
+    Returns:
+        how many samples the picture shows.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    samples: list[tuple[str, Sample]] = []
+    sampler = SequenceSampler(plan)
+    for kind in wanted(plan):
+        for number in range(min(PER_KIND, pool.num_sources(kind))):
+            generator = rng.generator(plan.run.seed, f"picture: {kind}", number)
+            sample, _ = sampler.draw_kind(kind, pool, generator)
+            samples.append((kind, sample.augmented()))
+    if not samples:
+        return 0
+
+    figure = Figure(figsize=(15, 3.4 * len(samples) + 1), layout="constrained", facecolor="white")
+    figure.suptitle(
+        f"Two views of each sample, which should come to the same clusters: run '{plan.name}'",
+        x=0.01,
+        ha="left",
+        fontsize=16,
+        weight="bold",
+    )
+    rows: Any = figure.subfigures(len(samples), 1, squeeze=False)[:, 0]
+    for row, (kind, sample) in zip(rows, samples, strict=True):
+        row.suptitle(f"{NAMES[kind]}: the same slices in view 1 and in view 2", fontsize=12)
+        _draw_sample(row, plan, sample)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+    return len(samples)
+
+
+def _draw_sample(row: Any, plan: Plan, sample: Sample) -> None:
+    """Draw the same few slices of both views side by side."""
+    depth = sample.voxels.shape[2]
+    is_image = bool((sample.voxels == sample.voxels[:, :, :1]).all())
+    count = 1 if is_image else min(MOST_SLICES, depth)
+    layers = np.linspace(0, depth - 1, count).round().astype(int).tolist()
+
+    axes = np.atleast_1d(row.subplots(1, len(sample.voxels) * count))
+    low, high = _grey_range(sample)
+    _, y_mm, x_mm = plan.data.spacing_mm
+    aspect = 1.0 if is_image else y_mm / x_mm
+    for number, axis in enumerate(axes):
+        view, layer = divmod(number, count)
+        z = layers[layer]
+        slice_YX = np.where(sample.valid_mask[view, z], sample.voxels[view, 0, z], np.nan)
+        axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=aspect)
+        axis.set_title(f"view {view + 1}" + ("" if is_image else f", slice {z + 1}"), fontsize=10)
+        axis.set_axis_off()
+
+
+def _grey_range(sample: Sample) -> tuple[float, float]:
+    """Return the darkest and brightest grey of both views."""
+    inside: NDArray[np.float32] = sample.voxels[:, 0][sample.valid_mask]
+    low, high = np.percentile(inside, (1, 99.5)) if inside.size else (0.0, 1.0)
+    return float(low), float(max(high, low + 1e-3))
