@@ -54,6 +54,7 @@ def swapped_losses(
     """
     losses = []
     for own_NK, other_NK in ((first_NK, second_NK), (second_NK, first_NK)):
+        # The code is a target: only the view's own scores get a gradient.
         code_NK = codes_of(other_NK, balance_K, sharpness)
         log_share_NK = (own_NK.float() / temperature).log_softmax(dim=-1)
         losses.append((code_NK * log_share_NK).sum(dim=-1).neg())

@@ -147,6 +147,7 @@ class Joint(Objective):
         counts = self._counts(slabs)
         valid_BR = slabs.valid.float()
 
+        # Slab r of both views shows the same slices, so that each is the target of the other.
         scores_BMRK = scores_of(embedded_BMRD, network.prototypes)
         with full_precision(batch.voxels.device):
             first_BR, second_BR = swapped_losses(
@@ -159,6 +160,8 @@ class Joint(Objective):
         total = ((first_BR + second_BR) * valid_BR).sum()
         terms = {"slabs": LossTerm(total, counts["slabs"], settings.slab_weight)}
 
+        # A step on 2D images has one term: the attention over slabs then stays as it is. Validation
+        # measures all terms from the start.
         volumes_BMD = None
         if slabs.are_of_volumes and (self.with_volumes or references):
             volumes_BMD = self._embedded_volumes(embedded_BMRD, slabs.valid)
@@ -292,10 +295,12 @@ class Joint(Objective):
     @torch.no_grad()
     def after_step(self, step: int, processes: Processes, statistics: Mapping[str, Tensor]) -> None:
         """Write the step's embeddings into the banks, and balance the clusters anew."""
+        # Every process writes the same rows, so that the banks stay equal.
         rows = {name: processes.add(value.clone()) for name, value in statistics.items()}
         state, settings = self.state, self.settings
 
         for number, case in enumerate(rows["bank_cases"].long().tolist()):
+            # Rows that no sample was placed at.
             if case == 0:
                 continue
             place = (case - 1) % settings.bank_cases
@@ -308,6 +313,7 @@ class Joint(Objective):
                 state.volume_bank[place] = rows["bank_volumes"][number]
                 state.volume_known[place] = True
 
+        # Prototypes and embeddings have moved, so that another balance keeps the clusters equal.
         network = self.trained
         for bank_ND, prototypes, balance_K in (
             (state.slab_bank[state.slab_known], network.prototypes, state.slab_balance),
@@ -348,6 +354,7 @@ class Joint(Objective):
         each = statistics["code_entropy"] / count / most
         mean_D = statistics["embedding_sums"] / count
 
+        # Codes are soft: a cluster counts as empty if it is the first choice of no slab there.
         state = self.state
         bank_ND = state.slab_bank[state.slab_known]
         empty = 1.0
@@ -403,6 +410,7 @@ class Joint(Objective):
         if len(found) < 2:
             return []
 
+        # Of each sample only its nearest slab, so that slabs of one scan do not fill a row.
         nearest_NK = torch.stack([nearest_K for nearest_K, _, _ in found])
         count = min(SHOWN_SLABS, len(found))
         best_SK, sample_SK = nearest_NK.topk(count, dim=0)

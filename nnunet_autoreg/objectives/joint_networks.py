@@ -130,6 +130,7 @@ class SlabAttention(nn.Module):
         self.num_heads, self.key_every = heads, every
         self.max_offset = settings.max_offset
 
+        # Without biases, a projection of an interpolated slab is the interpolated projection.
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -183,6 +184,7 @@ class SlabAttention(nn.Module):
         near = functional.gelu(self.near_queries(queries)).transpose(1, 2)  # (B * H, J, E)
         offset_BHJ = self.max_offset * self.to_offset(near).tanh().reshape(B, H, -1)
 
+        # Without an offset, a key lies in the middle of the slabs that it stands for.
         first = (self.key_every - 1) / 2
         base_J = torch.arange(offset_BHJ.shape[2], device=query_BHRE.device) * self.key_every
         return (base_J + first + offset_BHJ).clamp(0, R - 1)
@@ -191,6 +193,7 @@ class SlabAttention(nn.Module):
         """Return the bias for every distance of a query and a key, (B, H, R, J)."""
         slab_R = torch.arange(num_slabs, device=place_BHJ.device)
         distance_BHRJ = slab_R[:, None] - place_BHJ[:, :, None]
+        # Near slabs are told apart more finely than far ones.
         signed_log = distance_BHRJ.sign() * distance_BHRJ.abs().log1p()
         hidden = functional.relu(self.distance(signed_log[..., None])).float()  # (B, H, R, J, F)
         return torch.einsum("bhrjf,hf->bhrj", hidden, self.to_bias)
@@ -210,6 +213,7 @@ def _neighbours(place_BHJ: Tensor, num_slabs: int) -> tuple[Tensor, Tensor, Tens
 def _between(x_BHRE: Tensor, lower_BHJ: Tensor, upper_BHJ: Tensor, share_BHJ: Tensor) -> Tensor:
     """Return values interpolated between two slabs each, (B, H, J, E)."""
     shape = (-1, -1, -1, x_BHRE.shape[3])
+    # The share carries the gradient of the offset; the choice of the neighbours has none.
     before = x_BHRE.gather(2, lower_BHJ[..., None].expand(shape))
     after = x_BHRE.gather(2, upper_BHJ[..., None].expand(shape))
     return before + share_BHJ[..., None] * (after - before)
@@ -267,6 +271,7 @@ class VolumeHead(nn.Module):
 
     def predict(self, slabs_BRD: Tensor, valid_BR: Tensor, hidden_BR: Tensor) -> Tensor:
         """Return predictions (B, R, D) of slabs, from which the hidden ones were taken away."""
+        # As long as the embeddings that it stands for.
         token = functional.normalize(self.mask_token, dim=-1).to(slabs_BRD.dtype)
         shown_BRD = torch.where(hidden_BR[:, :, None], token, slabs_BRD)
         out: Tensor = self.to_slab(self(shown_BRD, valid_BR))

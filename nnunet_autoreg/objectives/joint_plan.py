@@ -133,6 +133,7 @@ def fit_to_scans(plan: Plan, num_volumes: int, num_images: int) -> Plan:
         num_images: 2D images.
     """
     settings = joint_of(plan)
+    # A bank of very many cases would take more memory than the network.
     bank_cases = min(num_volumes + num_images, MOST_BANK_CASES)
     num_rows = num_volumes * BANK_SLABS + num_images
     slab_clusters = clusters_for(num_rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnunet_autoreg import checkpoint
-from nnunet_autoreg.errors import PlanError
+from nnunet_autoreg.errors import AutoregError, PlanError
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objective_kinds import kind_of, with_objective
@@ -34,6 +34,7 @@ from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches, training_batches
 from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.starting_point import load_initial_weights
+from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.pretrain.view_preview import draw_views
@@ -746,3 +747,18 @@ def test_it_starts_from_other_weights(tmp_path: Path, write_run: Any) -> None:
     state, expected = objective.transferable_state(), load_file(weights)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_a_run_whose_embeddings_stay_alike_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.draw_progress", lambda *_: None)
+    often = ("run.validate_every=1", "run.max_collapsed=2", "optim.lr=1e-12")
+    plan = planned("primus_tiny", *often, "optim.warmup_steps=1", "run.log_every=1")
+    objective = built(plan)
+    with torch.no_grad():
+        objective.trained.project[1].weight.zero_()
+    trainer = Trainer(plan, tmp_path, objective, pool(), pool(2, 2), CPU, num_workers=0)
+
+    with refused(AutoregError, "training-collapsed", "after step 4", "belongs to all clusters"):
+        trainer.run()
