@@ -540,10 +540,9 @@ class _Finder:
         counts = dict(others)
         pictures = {end: counts.pop(end) for end in PICTURE_ENDINGS if end in counts}
         if pictures:
-            listed = ", ".join(f"{count} {end}" for end, count in pictures.items())
-            self.leave_out(
-                path, dataset, f"{what} (2D)", "not3d", f"2D images: {listed}; {NEEDS_3D}"
-            )
+            of_pictures = ", ".join(f"{count} {end}" for end, count in pictures.items())
+            reason = f"2D images: {of_pictures}; {NEEDS_3D}"
+            self.leave_out(path, dataset, f"{what} (2D)", "not3d", reason)
         # The voxels of a .mhd file lie in a .raw file beside it.
         if any(c.path.suffix.lower() == ".mhd" and path in c.path.parents for c in self.found):
             counts.pop(".raw", None)

@@ -87,7 +87,7 @@ def is_flat(path: Path, part: ScanPart) -> bool:
     if part.t:
         return False
     check_file(path)
-    size = information(path).GetSize()
+    size: tuple[int, ...] = information(path).GetSize()
     return sum(side > 1 for side in size) == 2
 
 

@@ -361,7 +361,8 @@ class Joint(Objective):
         if len(bank_ND):
             scores_NK = scores_of(bank_ND, whole(self.trained.prototypes))
             nearest_N = (scores_NK / self.settings.sharpness + state.slab_balance).argmax(dim=1)
-            empty = 1 - len(nearest_N.unique()) / self.settings.num_slab_clusters
+            num_used = int((nearest_N.bincount() > 0).sum())
+            empty = 1 - num_used / self.settings.num_slab_clusters
         return {
             "cluster_entropy": (float(used), "share of the largest"),
             "code_entropy": (float(each), "share of the largest"),

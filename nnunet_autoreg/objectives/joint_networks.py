@@ -187,7 +187,8 @@ class SlabAttention(nn.Module):
         # Without an offset, a key lies in the middle of the slabs that it stands for.
         first = (self.key_every - 1) / 2
         base_J = torch.arange(offset_BHJ.shape[2], device=query_BHRE.device) * self.key_every
-        return (base_J + first + offset_BHJ).clamp(0, R - 1)
+        place_BHJ: Tensor = (base_J + first + offset_BHJ).clamp(0, R - 1)
+        return place_BHJ
 
     def bias(self, place_BHJ: Tensor, num_slabs: int) -> Tensor:
         """Return the bias for every distance of a query and a key, (B, H, R, J)."""

@@ -207,7 +207,9 @@ def upright(plan: Plan, origin: SampleOrigin) -> tuple[Sample, SampleOrigin]:
     It is one of the ways in which training flips them.
     """
     flips = (False, True, True) if plan.sequence.flip else (False, False, False)
-    drawn: Any = replace(origin.drawn, flip_transpose=FlipTranspose(flips))
+    # Views come to ``view_preview`` instead, so that all kinds here have this field.
+    before: Any = origin.drawn
+    drawn: Any = replace(before, flip_transpose=FlipTranspose(flips))
     if origin.kind == "spatial":
         sample = spatial.apply(plan, origin.cases[0], drawn)
     elif origin.kind == "strided":
