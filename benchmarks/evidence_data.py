@@ -106,6 +106,12 @@ class ResidentCase:
     shape_vox: Size
     spacing_mm: Spacing
 
+    def read(self, start_zyx: Sequence[int], size_zyx: Sequence[int]) -> NDArray[np.float32]:
+        """Return a crop inside the scan, (1, Z, Y, X)."""
+        inside = [slice(a, a + n) for a, n in zip(start_zyx, size_zyx, strict=True)]
+        crop: NDArray[np.float32] = self.voxels_ZYX[tuple(inside)]
+        return crop[None]
+
     def read_padded(
         self, start_zyx: Sequence[int], size_zyx: Sequence[int]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -157,9 +163,9 @@ class ResidentSet:
         """Classes of a segmentation, background included."""
         return len(self.facts.classes) + 1
 
-    def pool_cases(self) -> tuple[ResidentCase, ...]:
-        """Return the scans that pretraining may see."""
-        return tuple(self._resident(case) for case in self.division.pool)
+    def pool_cases(self) -> dict[str, ResidentCase]:
+        """Return the scans that pretraining may see, by the ids of ``pool_rows``."""
+        return {self._id(case): self._resident(case) for case in self.division.pool}
 
     def scans_on(self, cases: Sequence[str], device: torch.device) -> "list[DeviceScan]":
         """Copy scans and their labels to the device, where augmentation cuts its crops."""
@@ -180,7 +186,7 @@ class ResidentSet:
 
     def _row(self, scan: ScanFacts) -> ScanRow:
         return ScanRow(
-            id=f"{self.facts.dataset}/{scan.case}",
+            id=self._id(scan.case),
             dataset=self.facts.dataset,
             case=scan.case,
             channel=scan.channel,
@@ -193,6 +199,9 @@ class ResidentSet:
             status="ok",
             reason="",
         )
+
+    def _id(self, case: str) -> str:
+        return f"{self.facts.dataset}/{case}"
 
     def _resident(self, case: str) -> ResidentCase:
         voxels = self.images[case]

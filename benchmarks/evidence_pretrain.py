@@ -18,6 +18,7 @@ from evidence_data import SETS, ResidentSet
 from evidence_lines import Deadline, Line, ResultFile, Stopwatch, circumstances, half_precision
 
 from nnunet_autoreg import checkpoint
+from nnunet_autoreg.corpus.locations import StructureLocation
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.machine import has_bf16
@@ -48,6 +49,9 @@ from nnunet_autoreg.pretrain.data import StepBatches, micro_batches
 from nnunet_autoreg.pretrain.dry_run import step_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep, step_flops
 from nnunet_autoreg.records import differences, from_jsonable, read_json, write_json
+from nnunet_autoreg.sampling.gather import gather
+from nnunet_autoreg.sampling.kinds import member_crop, wanted
+from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
 
@@ -67,7 +71,7 @@ class PretrainJob:
 
     Attributes:
         arm: name of the arm; its runs of several seeds are called ``<set>-<arm>-s<seed>``.
-        objective: "autoregressive" or "masked".
+        objective: name of a registered objective.
         crop_vox: None for the set's usual crop.
         settings: overrides of plan values, "key=value".
         half: compute in bfloat16 also on a CPU.
@@ -134,6 +138,9 @@ def with_crop(plan: Plan, crop_vox: Sequence[int]) -> Plan:
         ]
         block.append(max(fitting))
     sequence = replace(plan.sequence, crop_size_vox=crop, block_tokens=as_size(block))
+    # Each image of a pair is a whole crop.
+    if sequence.member_crop_vox is not None:
+        sequence = replace(sequence, member_crop_vox=crop)
     return replace(plan, sequence=sequence)
 
 
@@ -168,8 +175,7 @@ def pretrain(
     found = checkpoint.load_newest(folder)
     notes: dict[str, Any] = {"seconds": 0.0, "process_seconds": 0.0, "curve": []}
     progress = Progress()
-    # Cases in memory have what the sampler asks of stored ones.
-    pool = SamplingPool(cast(Any, data.pool_cases()))
+    pool = sampling_pool(plan, data)
     if found is None:
         measure_pool(objective, pool)
     else:
@@ -227,6 +233,23 @@ def pretrain(
     }
     results.append({**identity, **_sizes(plan, data), **costs, **circumstances(device)})
     return True
+
+
+def sampling_pool(plan: Plan, data: ResidentSet) -> SamplingPool:
+    """Return what the plan's sequences are cut from.
+
+    Images of several patients are paired by likeness. The labels of the set are never looked at,
+    because fine-tuning and the probe get only a few of them.
+    """
+    # Cases in memory have what the samplers ask of stored ones.
+    cases = cast(Any, data.pool_cases())
+    places: list[StructureLocation] = []
+    if "semantic" in wanted(plan):
+        rows = [replace(row, subject=data.subject_of[row.case]) for row in data.pool_rows()]
+        places = places_alike(
+            rows, cases, member_crop(plan, "semantic"), plan.sequence.semantic_members
+        )
+    return gather(plan, cases, (), places)
 
 
 def loss_in_half(train_step: TrainingStep, device: torch.device) -> None:

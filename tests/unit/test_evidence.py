@@ -124,7 +124,7 @@ def test_draws_label_different_patients(data: evidence_data.ResidentSet) -> None
 
 
 def test_pretraining_sees_the_pool_alone(data: evidence_data.ResidentSet) -> None:
-    names = {case.name for case in data.pool_cases()}
+    names = {case.name for case in data.pool_cases().values()}
 
     assert names == set(divide(data.subject_of).pool)
     assert not names & set(data.division.development + data.division.test)
@@ -158,7 +158,7 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path, data: evidence_data.Res
 
 
 def test_a_crop_beyond_a_scan_is_zero_and_marked(data: evidence_data.ResidentSet) -> None:
-    case = data.pool_cases()[0]
+    case = next(iter(data.pool_cases().values()))
 
     crop, inside = case.read_padded((-2, 10, 0), (4, 16, 8))
 
@@ -357,6 +357,24 @@ def test_a_pretraining_in_slices_is_the_one_without(
     (first,), (second,) = whole.lines(), sliced.lines()
     assert first["loss"] == second["loss"] and len(first["loss"]) == 3
     assert first["samples"] == 6 and first["flops_per_step"] > 0
+
+
+def test_pairs_for_alice_are_found_without_labels_between_patients(
+    tmp_path: Path, data: evidence_data.ResidentSet
+) -> None:
+    job = replace(pretraining(steps=1), arm="alice", objective="alice")
+    plan = evidence_pretrain.plan_of(job, data, CPU)
+    results = ResultFile(tmp_path / "lines.jsonl")
+
+    structures = evidence_pretrain.sampling_pool(plan, data).structures
+    data.labels.clear()
+    without_labels = evidence_pretrain.sampling_pool(plan, data).structures
+
+    assert plan.sequence.member_crop_vox == plan.sequence.crop_size_vox == (16, 16, 16)
+    assert structures == without_labels
+    assert all(len(structure.by_subject()) == 2 for structure in structures)
+    assert evidence_pretrain.pretrain(job, data, tmp_path, results, Deadline(None), CPU)
+    assert results.lines()[0]["objective"] == "alice"
 
 
 def test_a_run_whose_plan_changed_is_refused(
