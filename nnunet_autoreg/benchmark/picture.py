@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_autoreg.benchmark.folds import merged_folds, shown_split
-from nnunet_autoreg.benchmark.protocol import OWN_PREFIX, STOCK
+from nnunet_autoreg.benchmark.protocol import OWN_PREFIX, PRETRAINED, SCRATCH, STOCK
 from nnunet_autoreg.benchmark.split import SPLITS
 from nnunet_autoreg.benchmark.statistics import mean_interval
 from nnunet_autoreg.benchmark.table import TableRow, rows_of
@@ -21,6 +21,7 @@ from nnunet_autoreg.report.palette import (
     FROM_PRETRAINED,
     FROM_RANDOM,
     GRID,
+    SERIES,
     SOFT,
     STOCK_TRAINING,
 )
@@ -30,11 +31,12 @@ FILLS = ("full", "none", "left", "bottom", "right", "top")
 """How the markers of the first, second, ... encoder are filled."""
 
 STYLE_OF_ARM = {
-    "pretrained": FROM_PRETRAINED,
-    "masked": FROM_BASELINE,
-    "scratch": FROM_RANDOM,
-    "stock": STOCK_TRAINING,
+    PRETRAINED: FROM_PRETRAINED,
+    SCRATCH: FROM_RANDOM,
+    STOCK: STOCK_TRAINING,
 }
+STYLES_OF_TWINS = (FROM_BASELINE, *SERIES[4:])
+"""Of arms with other objectives, in the order in which they are shown."""
 
 LEAST_SPAN = 0.1
 """Of an axis of Dice, so that differences within noise do not fill the picture."""
@@ -199,7 +201,10 @@ def _position(
 def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str, Any]:
     """Return the colour and marker of the arm; how the marker is filled shows the encoder."""
     encoder, arm = name
-    style = STYLE_OF_ARM[arm]
+    style = STYLE_OF_ARM.get(arm)
+    if style is None:
+        twins = list(dict.fromkeys(other for _, other in names if other not in STYLE_OF_ARM))
+        style = STYLES_OF_TWINS[twins.index(arm) % len(STYLES_OF_TWINS)]
     encoders = list(dict.fromkeys(encoder for encoder, _ in names))
     fill = FILLS[encoders.index(encoder) % len(FILLS)]
     return {"color": style.colour, "marker": style.marker, "fillstyle": fill}

@@ -6,7 +6,7 @@ It divides the patients, provides pretrained weights and plans, and preprocesses
 import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from nnunet_autoreg.benchmark.commands import Commands
 from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
 from nnunet_autoreg.benchmark.protocol import (
     CONFIGURATION,
-    MASKED_SUFFIX,
     STOCK,
     STOCK_PLANS,
     BenchmarkFolders,
@@ -22,6 +21,8 @@ from nnunet_autoreg.benchmark.protocol import (
     fold_of,
     plans_name,
     recipe_values,
+    twin_arms,
+    twin_name,
     weights_of,
 )
 from nnunet_autoreg.benchmark.public_ids import (
@@ -56,6 +57,7 @@ from nnunet_autoreg.finetune.block import BLOCK_KEY
 from nnunet_autoreg.finetune.resolve import locate
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.nnunet_api import dataset_folder
+from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.records import from_jsonable, read_json, read_object, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ log = logging.getLogger(__name__)
 RECORD_NAME, PINS_NAME = "benchmark.json", "weights.json"
 DEFAULT_LABELS = (5, 10, 20)
 OWN_REQUEST_KEYS = ("objective.name=", "sequence.order=", "sequence.predictor=", "sequence.prefix")
-"""Settings of a pretraining that its masked twin must not have."""
+"""Settings of a pretraining that its twins with other objectives must not have."""
 
 
 @dataclass(frozen=True)
@@ -280,14 +282,14 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
     for folder in (bench.layout.plans, bench.layout.results / RUNS_FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
 
-    # Weights: the user's or the benchmark's own, and their masked twins.
+    # Weights: the user's or the benchmark's own, and their twins with other objectives.
     with_weights = [key for key in keys if key.arm != STOCK]
     for family in sorted({key.encoder for key in with_weights}):
         ensure_weights(bench, family)
 
-    for name in sorted({weights_of(key) or "" for key in with_weights}):
-        if name.endswith(MASKED_SUFFIX):
-            ensure_masked(bench, name.removesuffix(MASKED_SUFFIX))
+    for family, arm in sorted({(key.encoder, key.arm) for key in with_weights}):
+        if arm in twin_arms():
+            ensure_twin(bench, family, arm)
 
     # No pretraining may have seen a scored patient.
     scored_cases = bench.record.scored(bench.request.split)
@@ -326,17 +328,17 @@ def ensure_weights(bench: Bench, family: str) -> None:
     _pretrain(bench, family, arguments)
 
 
-def ensure_masked(bench: Bench, family: str) -> None:
-    """Provide the masked twin of a run.
+def ensure_twin(bench: Bench, family: str, objective: str) -> None:
+    """Provide the twin of a run that has another objective.
 
     It is the user's run of that name, or else one by the run's own command line with
-    ``--objective masked``.
+    ``--objective``.
 
     Raises:
         AutoregError: the run was not made by autoreg_pretrain, or it was made by a preset, which
-            has no masked form.
+            belongs to its own objective.
     """
-    name = family + MASKED_SUFFIX
+    name = twin_name(family, objective)
     theirs = bench.user_results / RUNS_FOLDER / name
     if (theirs / CARD_NAME).is_file():
         _link(bench, theirs, name)
@@ -345,7 +347,7 @@ def ensure_masked(bench: Bench, family: str) -> None:
     plan_file = bench.layout.pretraining(family) / "plan.json"
     if not plan_file.is_file():
         raise AutoregError(
-            f"the arm 'masked' needs a twin of '{family}', which has no {plan_file.name} to "
+            f"the arm '{objective}' needs a twin of '{family}', which has no {plan_file.name} to "
             f"repeat; leave it out of --arms, or give a run named {name}",
             code="benchmark-no-twin",
         )
@@ -354,22 +356,23 @@ def ensure_masked(bench: Bench, family: str) -> None:
     preset = plan["request"].get("preset")
     if preset:
         raise AutoregError(
-            f"the arm 'masked' needs a twin of '{family}', which was made with --preset {preset} "
-            "and would differ in more than the objective; leave it out of --arms, or give a run "
-            f"named {name}",
+            f"the arm '{objective}' needs a twin of '{family}', which was made with --preset "
+            f"{preset} and would differ in more than the objective; leave it out of --arms, or "
+            f"give a run named {name}",
             code="benchmark-no-twin",
         )
 
     # The plan may be shared, so the paths of its request stand in the run's private file.
     request = show_paths(plan["request"], PATH_FIELDS, plan_file.parent)
-    arguments = retyped(request, int(plan["optim"]["num_steps"]))
-    _pretrain(bench, name, [*arguments, "--objective", "masked"])
+    arguments = retyped(request, int(plan["optim"]["num_steps"]), objective)
+    _pretrain(bench, name, [*arguments, "--objective", objective])
 
 
-def retyped(request: Mapping[str, Any], num_steps: int) -> list[str]:
-    """Return the arguments of ``autoreg_pretrain`` that a run was made with.
+def retyped(request: Mapping[str, Any], num_steps: int, objective: str) -> list[str]:
+    """Return the arguments of ``autoreg_pretrain`` for a twin of a run.
 
-    The run's name and objective are left out, and the number of steps is fixed.
+    Name and objective are left out, and with them all settings that another objective chooses
+    itself or does not know. The number of steps is fixed.
     """
     flags = {
         "datasets": "-d",
@@ -395,7 +398,14 @@ def retyped(request: Mapping[str, Any], num_steps: int) -> list[str]:
 
     if request.get("split_4d"):
         arguments.append("--split-4d")
-    settings = [s for s in request.get("settings", []) if not s.startswith(OWN_REQUEST_KEYS)]
+
+    known = {f"objective.{field.name}" for field in fields(kind_of(objective).plan_type)}
+    settings = []
+    for setting in request.get("settings", []):
+        key = setting.partition("=")[0]
+        is_unknown = key.startswith("objective.") and key not in known
+        if not is_unknown and not setting.startswith(OWN_REQUEST_KEYS):
+            settings.append(setting)
     if settings:
         arguments += ["--set", *settings]
     return arguments

@@ -11,20 +11,35 @@ from nnunet_autoreg.benchmark.split import CROSS_VALIDATION, NUM_FOLDS, SCORED_S
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
 from nnunet_autoreg.finetune.block import Recipe, check_recipe
 from nnunet_autoreg.model.card import RUNS_FOLDER
+from nnunet_autoreg.objective_kinds import objective_kinds
 from nnunet_autoreg.plan import literal
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 
-ARMS = ("pretrained", "masked", "scratch", "stock")
-TRAINERS = {
-    "pretrained": "AutoregPretrainedTrainer",
-    "masked": "AutoregPretrainedTrainer",
-    "scratch": "AutoregScratchTrainer",
-    "stock": "nnUNetTrainer",
-}
-STOCK, STOCK_PLANS = "stock", "nnUNetPlans"
+PRETRAINED, SCRATCH, STOCK = "pretrained", "scratch", "stock"
+STOCK_PLANS = "nnUNetPlans"
 CONFIGURATION = "3d_fullres"
-MASKED_SUFFIX = "_masked"
 OWN_PREFIX = "benchmark_"
+
+
+def twin_arms() -> tuple[str, ...]:
+    """Return the arms that repeat a pretraining with another objective, named after it."""
+    return tuple(objective_kinds())
+
+
+def arms() -> tuple[str, ...]:
+    """Return all arms, in the order of tables and pictures."""
+    return (PRETRAINED, *twin_arms(), SCRATCH, STOCK)
+
+
+def trainer_of(arm: str) -> str:
+    """Return the name of the trainer of an arm."""
+    others = {SCRATCH: "AutoregScratchTrainer", STOCK: "nnUNetTrainer"}
+    return others.get(arm, "AutoregPretrainedTrainer")
+
+
+def twin_name(family: str, arm: str) -> str:
+    """Return the name of the run that repeats another one with the objective of an arm."""
+    return f"{family}_{arm}"
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,9 @@ class BenchmarkRequest:
             UsageError: an impossible number, an unknown arm or recipe value.
         """
         for arm in self.arms:
-            if arm not in ARMS:
+            if arm not in arms():
                 raise UsageError(
-                    f"--arms {arm}: there is no such arm; {did_you_mean(arm, ARMS)}",
+                    f"--arms {arm}: there is no such arm; {did_you_mean(arm, arms())}",
                     code="benchmark-unknown-arm",
                 )
 
@@ -217,18 +232,16 @@ class BenchmarkFolders:
 
 def weights_of(key: RunKey) -> str | None:
     """Return the pretraining whose weights a run starts from; None for random weights."""
-    if key.arm == "pretrained":
+    if key.arm == PRETRAINED:
         return key.encoder
-    if key.arm == "masked":
-        return key.encoder + MASKED_SUFFIX
-    return None
+    return twin_name(key.encoder, key.arm) if key.arm in twin_arms() else None
 
 
 def plans_name(key: RunKey) -> str:
     """Return the name of the plans of a run.
 
-    The scratch arm has the plans of the pretrained arm. Those of the masked arm differ in the
-    weights alone.
+    The scratch arm has the plans of the pretrained arm. Those of the arms with other objectives
+    differ in the weights alone.
     """
     if key.arm == STOCK:
         return STOCK_PLANS

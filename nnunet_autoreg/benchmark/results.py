@@ -37,7 +37,7 @@ class RunKey:
     """What makes two runs the same run.
 
     Attributes:
-        arm: "pretrained", "masked", "scratch" or "stock".
+        arm: "pretrained", "scratch", "stock", or the objective of a twin of the pretraining.
         encoder: name of the weights whose plan it uses; "-" for stock.
         labels: labelled patients asked for; in folders of older versions, cases.
         split: "development", "test", or a fold such as "fold1of5".

@@ -17,10 +17,10 @@ from nnunet_autoreg.benchmark.prepare import Bench, fold, planned_batch, surface
 from nnunet_autoreg.benchmark.protocol import (
     CONFIGURATION,
     STOCK,
-    TRAINERS,
     fold_of,
     plans_name,
     runs_of,
+    trainer_of,
     weights_of,
 )
 from nnunet_autoreg.benchmark.results import (
@@ -259,7 +259,7 @@ def job_of(bench: Bench, key: RunKey, batch: int) -> FineTuningJob:
         dataset=bench.request.dataset,
         configuration=CONFIGURATION,
         fold=fold_of(folds, fold(bench, key)),
-        trainer=TRAINERS[key.arm],
+        trainer=trainer_of(key.arm),
         plans=plans_name(key),
         seed=key.seed,
         num_epochs=epochs,

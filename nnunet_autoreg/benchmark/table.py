@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_autoreg.benchmark.folds import merged_folds, shown_split, unfinished_folds
-from nnunet_autoreg.benchmark.protocol import ARMS, OWN_PREFIX, STOCK
+from nnunet_autoreg.benchmark.protocol import OWN_PREFIX, SCRATCH, STOCK, arms
 from nnunet_autoreg.benchmark.results import UNEQUAL_COST, RunKey, key_of
 from nnunet_autoreg.benchmark.split import SPLITS
 from nnunet_autoreg.benchmark.statistics import SURFACE, Difference, mean_dice, paired, tolerance_of
@@ -97,7 +97,7 @@ def _position_in_table(row: TableRow) -> tuple[Any, ...]:
     key = row.key
     length = (key.split, key.steps, key.batch, key.labels)
     # Stock comes last, since it belongs to no encoder.
-    return (*length, key.arm == STOCK, key.recipe, key.encoder, ARMS.index(key.arm))
+    return (*length, key.arm == STOCK, key.recipe, key.encoder, arms().index(key.arm))
 
 
 def _group(key: RunKey) -> tuple[Any, ...]:
@@ -206,7 +206,7 @@ def summary(lines: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()) -> st
         # Without the arm from random weights, stock nnU-Net is what to compare with.
         other = "scratch" if row.to_scratch is not None else STOCK
         difference = row.to_scratch or row.to_stock
-        if difference is not None and row.key.arm in ("pretrained", "masked"):
+        if difference is not None and row.key.arm not in (SCRATCH, STOCK):
             compared = f"{_name_of_arm(row.key)} minus {other}"
             patients = counted(row.key.labels, "labelled patient")
             sentences.append(verdict(difference))

@@ -36,6 +36,7 @@ from nnunet_autoreg.cli.options import (
 from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.machine import usable_cores
+from nnunet_autoreg.objective_kinds import objective_kinds
 from nnunet_autoreg.wording import counted, duration
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ def _add_comparison_options(group: Group) -> None:
         nargs="+",
         default=["pretrained", "scratch", "stock"],
         metavar="ARM",
-        help="networks to compare: pretrained; masked, the same pretraining with masked "
-        "autoencoding; scratch, random weights; stock, nnU-Net itself (default: pretrained "
-        "scratch stock)",
+        help="networks to compare: pretrained; the name of an objective "
+        f"({', '.join(objective_kinds())}), the same pretraining with that --objective; scratch, "
+        "random weights; stock, nnU-Net itself (default: pretrained scratch stock)",
     )
     group.add_argument(
         "--weights",

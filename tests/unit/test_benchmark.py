@@ -18,7 +18,7 @@ from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
 from nnunet_autoreg.benchmark.prepare import (
     Bench,
     Record,
-    ensure_masked,
+    ensure_twin,
     open_record,
     retyped,
     surface_tolerance_mm,
@@ -183,7 +183,7 @@ def test_a_twin_repeats_the_request_without_what_masking_sets() -> None:
         ],
         "objective": "autoregressive",
     }
-    words = retyped(made, 700)
+    words = retyped(made, 700, "masked")
     from nnunet_autoreg.cli.pretrain import parser as pretrain_parser
 
     args = pretrain_parser().parse_args(["--name", "brain_masked", *words, "--objective", "masked"])
@@ -191,6 +191,8 @@ def test_a_twin_repeats_the_request_without_what_masking_sets() -> None:
     assert (args.num_steps, args.num_hours, args.batch_size) == (700, None, 8)
     assert (args.exclude, args.split_4d, args.objective) == ("/x.txt", True, "masked")
     assert args.settings == ["optim.lr=1e-4", "objective.variance_floor=0.1"]
+    # Alice has no floor of the variance.
+    assert retyped(made, 700, "alice")[-2:] == ["--set", "optim.lr=1e-4"]
 
 
 # --- a benchmark with a runner that trains nothing
@@ -203,7 +205,7 @@ def test_a_run_of_a_preset_has_no_masked_twin(bench: Bench) -> None:
     )
 
     with refused(AutoregError, "benchmark-no-twin", "--preset faithful", "published_masked"):
-        ensure_masked(bench, "published")
+        ensure_twin(bench, "published", "masked")
 
 
 @pytest.fixture
@@ -736,7 +738,7 @@ def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Benc
     typing = replace(typing, request=request(encoders=("primus_tiny",), pretrain_steps=9))
     for _ in range(2):
         preparing.ensure_weights(typing, "benchmark_primus_tiny")
-        preparing.ensure_masked(typing, "benchmark_primus_tiny")
+        preparing.ensure_twin(typing, "benchmark_primus_tiny", "masked")
     (first, changes), (second, _) = typed
 
     assert (
@@ -765,7 +767,7 @@ def test_the_users_runs_are_linked_and_must_not_change(
     finished(theirs / "brain")
     finished(theirs / "brain_masked")
     preparing.ensure_weights(typing, "brain")
-    preparing.ensure_masked(typing, "brain")
+    preparing.ensure_twin(typing, "brain", "masked")
     assert (
         typed == []
         and typing.layout.pretraining("brain_masked").resolve()
@@ -785,7 +787,7 @@ def test_imported_weights_have_no_masked_twin(typing: Bench) -> None:
     preparing.ensure_weights(typing, "imported")
 
     with refused(AutoregError, "benchmark-no-twin", "'imported'", "plan.json"):
-        preparing.ensure_masked(typing, "imported")
+        preparing.ensure_twin(typing, "imported", "masked")
 
 
 def test_a_command_that_fails_ends_with_its_last_line(tmp_path: Path) -> None:

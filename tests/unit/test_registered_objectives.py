@@ -175,8 +175,7 @@ def compared_names(path: Path) -> set[str]:
 
 
 def test_no_file_decides_by_the_name_of_an_objective() -> None:
-    # The protocol of the benchmark has an arm called "masked".
-    excepted = {PACKAGE / "objectives" / "registered", PACKAGE / "benchmark"}
+    excepted = {PACKAGE / "objectives" / "registered"}
     names = set(objective_kinds()) | set(presets())
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
