@@ -37,7 +37,7 @@ from nnunet_autoreg.report.charts import (
 from nnunet_autoreg.report.galleries import Gallery, html_of
 from nnunet_autoreg.report.metrics import read_lines
 from nnunet_autoreg.report.scans import scans_section
-from nnunet_autoreg.report.slices import Picture, panels
+from nnunet_autoreg.report.slices import Picture, panels, plain_panel
 from nnunet_autoreg.wording import counted, duration
 
 log = logging.getLogger(__name__)
@@ -367,8 +367,25 @@ def _pictures(plan: Plan, pictures: Sequence[Picture], setting: RunSetting) -> s
             parts.append(f'<p class="soft">{escape(plane.name)}</p>')
             parts.append(f'<div class="panels">{"".join(cells)}</div>')
 
+        if picture.images:
+            parts.append(_side_by_side(picture))
         parts.append("</figure>")
 
+    return "\n".join(parts)
+
+
+def _side_by_side(picture: Picture) -> str:
+    """Return the images of a sequence beside each other, one row for every plane."""
+    parts = [
+        '<p class="soft">The images of this sequence, each through the middle of its crop: they '
+        "should show the same structure.</p>"
+    ]
+    for planes in zip(*picture.images, strict=True):
+        cells = [
+            f"<div><p>image {number}, {escape(plane.name)}</p>{plain_panel(plane)}</div>"
+            for number, plane in enumerate(planes, start=1)
+        ]
+        parts.append(f'<div class="panels">{"".join(cells)}</div>')
     return "\n".join(parts)
 
 

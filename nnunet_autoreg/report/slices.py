@@ -71,11 +71,18 @@ class Plane:
 
 @dataclass(frozen=True)
 class Picture:
-    """One validation sample: how many of its blocks were given, and its planes."""
+    """One validation sample.
+
+    Attributes:
+        num_given, num_blocks: how many of its blocks were given, and how many there are.
+        planes: of the image of which most was predicted.
+        images: where a sequence has several images, three planes through the middle of each.
+    """
 
     num_given: int
     num_blocks: int
     planes: tuple[Plane, ...]
+    images: tuple[tuple[Plane, ...], ...] = ()
 
 
 def validation_pictures(
@@ -124,8 +131,9 @@ def validation_pictures(
                     for name, part in parts.items()
                 }
                 own_mm = tuple(spacing_mm[axis] for axis in _axes_of_view(scan_axes))
-                planes = _planes(sample, as_spacing(own_mm), scan_axes is not None)
-                pictures.append(Picture(num_given, num_blocks[index], planes))
+                view = (as_spacing(own_mm), scan_axes is not None)
+                planes, images = _planes(sample, *view), _middle_planes(sample, *view)
+                pictures.append(Picture(num_given, num_blocks[index], planes, images))
     finally:
         objective.module.train(was_training)
 
@@ -165,29 +173,63 @@ def _planes(
     """Return three planes through the member of a sample in which most voxels were predicted."""
     # Another member may be given as a whole, with nothing to compare.
     member = int(sample["loss_mask"].sum(axis=(1, 2, 3)).argmax())
-    # Each volume: (Z, Y, X)
-    volumes = {name: part[member] for name, part in sample.items()}
+    volumes, grey = _volumes_of(sample, member)
 
+    # Where the truth differs most from the trivial prediction, there is most to see.
+    structure = volumes["loss_mask"] * np.abs(volumes["truth"] - volumes["trivial"])
+    positions = []
+    for axis in range(3):
+        others = tuple(a for a in range(3) if a != axis)
+        positions.append(int(structure.sum(axis=others).argmax()))
+    return tuple(
+        _plane(volumes, axis, position, spacing_mm, grey, is_oriented)
+        for axis, position in enumerate(positions)
+    )
+
+
+def _middle_planes(
+    sample: Mapping[str, Floats], spacing_mm: Spacing, is_oriented: bool
+) -> tuple[tuple[Plane, ...], ...]:
+    """Return three planes through the middle of every image of a sample; () of a single image.
+
+    The images of a sequence are crops around the same structure, or of the same place, so that
+    their middles show whether they match.
+    """
+    num_members = len(sample["truth"])
+    if num_members == 1:
+        return ()
+
+    images = []
+    for member in range(num_members):
+        volumes, grey = _volumes_of(sample, member)
+        planes = []
+        for axis, side in enumerate(volumes["truth"].shape):
+            planes.append(_plane(volumes, axis, side // 2, spacing_mm, grey, is_oriented))
+        images.append(tuple(planes))
+    return tuple(images)
+
+
+def _volumes_of(
+    sample: Mapping[str, Floats], member: int
+) -> tuple[dict[str, Floats], tuple[float, float]]:
+    """Return the volumes of one image, each (Z, Y, X), and its grey range."""
+    volumes = {name: part[member] for name, part in sample.items()}
     # A few bright voxels, such as metal, must not darken all others.
     voxels = volumes["truth"][volumes["valid_mask"] > 0]
     low, high = np.percentile(voxels, [1, 99]) if voxels.size else (0.0, 1.0)
-    grey = (float(low), float(max(high, low + 1e-3)))
-    return tuple(_plane(volumes, axis, spacing_mm, grey, is_oriented) for axis in range(3))
+    return volumes, (float(low), float(max(high, low + 1e-3)))
 
 
 def _plane(
     volumes: Mapping[str, Floats],
     axis: int,
+    position: int,
     spacing_mm: Spacing,
     grey: tuple[float, float],
     is_oriented: bool,
 ) -> Plane:
-    """Return the plane across ``axis`` in which the predicted part has most structure."""
+    """Return the plane across ``axis`` at a position along it."""
     others = tuple(a for a in range(3) if a != axis)
-    # Where the truth differs most from the trivial prediction, there is most to see.
-    structure = volumes["loss_mask"] * np.abs(volumes["truth"] - volumes["trivial"])
-    position = int(structure.sum(axis=others).argmax())
-
     cut = {key: np.take(volume, position, axis=axis) for key, volume in volumes.items()}
     height_mm, width_mm = (spacing_mm[a] for a in others)
     name, edges = PLANES[axis]
@@ -233,26 +275,43 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
         ("error", np.asarray(colormaps["inferno"](error, bytes=True)), plane.loss_mask),
     ]
 
-    # Letters at the edges, and a bar of 10 mm where the picture is that wide.
-    letters = []
-    for side, letter in zip(("top", "bottom", "left", "right"), plane.edges, strict=False):
-        letters.append(f'<i class="{side}">{letter}</i>')
-    share = 100 * BAR_MM / plane.width_mm
-    bar = f'<i class="mm" style="width:{share:.2f}%">{BAR_MM} mm</i>' if share <= 100 else ""
-    marks = f'<span aria-hidden="true">{"".join(letters)}{bar}</span>'
-
     percent = 100 * plane.given.mean()
-    # Pixels of the page per voxel, down and across.
-    across = max(1, round(PICTURE_WIDTH / plane.truth.shape[1]))
-    repeats = (max(1, round(across * plane.aspect)), across)
+    repeats = _repeats(plane)
     given = _enlarged(plane.given, repeats)
     found = []
     for title, image, visible in images:
         alt = f"{title}, {plane.name}: {percent:.0f} % of the picture was given"
         pixels = tinted(_enlarged(image, repeats), _enlarged(visible, repeats), given)
         element = _image(pixels, plane.aspect * repeats[1] / repeats[0], alt)
-        found.append((title, f'<div class="view">{element}{marks}</div>'))
+        found.append((title, _with_marks(element, plane)))
     return found
+
+
+def plain_panel(plane: Plane) -> str:
+    """Return the image alone as an HTML image, transparent where there is padding."""
+    from matplotlib import colormaps
+
+    low, high = plane.grey
+    grey = np.asarray(colormaps["gray"]((plane.truth - low) / (high - low), bytes=True))
+    grey[..., 3] = np.where(plane.valid_mask, 255, 0)
+    return _with_marks(_image(grey, plane.aspect, f"image, {plane.name}"), plane)
+
+
+def _with_marks(element: str, plane: Plane) -> str:
+    """Return the image with letters at its edges, and a bar of 10 mm where it is that wide."""
+    letters = []
+    for side, letter in zip(("top", "bottom", "left", "right"), plane.edges, strict=False):
+        letters.append(f'<i class="{side}">{letter}</i>')
+    share = 100 * BAR_MM / plane.width_mm
+    bar = f'<i class="mm" style="width:{share:.2f}%">{BAR_MM} mm</i>' if share <= 100 else ""
+    marks = f'<span aria-hidden="true">{"".join(letters)}{bar}</span>'
+    return f'<div class="view">{element}{marks}</div>'
+
+
+def _repeats(plane: Plane) -> tuple[int, int]:
+    """Return the pixels of the page per voxel, down and across."""
+    across = max(1, round(PICTURE_WIDTH / plane.truth.shape[1]))
+    return max(1, round(across * plane.aspect)), across
 
 
 def _enlarged(image: NDArray[Any], repeats: tuple[int, int]) -> NDArray[Any]:

@@ -37,6 +37,7 @@ from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
 from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep, learning_rate, parameter_groups
 from nnunet_autoreg.pretrain.validation import Validation
+from nnunet_autoreg.report.slices import held_out_pictures, plain_panel
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.pool import Place, SamplingPool, Structure
 from nnunet_autoreg.sampling.sample import Batch
@@ -535,6 +536,22 @@ def test_what_is_exported_has_the_downstream_keys(encoder: str, export: str) -> 
     prefixes = ("down_projection.", "eva.") if is_transformer else ("encoder.", "decoder.")
     assert state and all(key.startswith(prefixes) for key in state)
     assert all(not value.any() for value in state.values()) == (export == "teacher")
+
+
+def test_the_images_of_a_pair_are_shown_side_by_side() -> None:
+    objective = built(planned())
+    pair, alone = batch_of(objective.plan, 1), batch_of(objective.plan, 1, num_members=1)
+
+    spacing = objective.plan.data.spacing_mm
+    of_pair, of_one = held_out_pictures(objective, [pair, alone], CPU, spacing)
+
+    assert len(of_pair.images) == 2 and of_one.images == ()
+    for member, planes in enumerate(of_pair.images):
+        # Shown as radiologists view scans, from the opposite ends.
+        volume_ZYX = pair.voxels[0, member, 0].flip(0, 1, 2)
+        assert torch.equal(torch.tensor(planes[0].truth.copy()), volume_ZYX[8])
+        assert torch.equal(torch.tensor(planes[2].truth.copy()), volume_ZYX[:, :, 8])
+    assert 'alt="image,' in plain_panel(of_pair.images[1][0])
 
 
 def test_describe_and_pictures_have_the_shapes_of_the_batch() -> None:

@@ -20,6 +20,8 @@ from torch import distributed as dist
 
 from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objectives.alice import Alice
+from nnunet_autoreg.objectives.alice_plan import AlicePlan
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
@@ -73,6 +75,67 @@ WAYS = {
     "fsdp in parts": (1, "full", 6),
 }
 """Name -> crops at once, how weights are spread, crops of a step."""
+
+
+ALICE_PLAN = replace(
+    PLAN,
+    sequence=SequencePlan(
+        (16, 16, 16),
+        order="random",
+        prefix="fixed",
+        prefix_share=0.25,
+        weights={"semantic": 1.0},
+        semantic_members=2,
+        member_crop_vox=(16, 16, 16),
+    ),
+    objective=AlicePlan("alice", width=16, hidden=24, num_prototypes=32, decoder_depth=1),
+)
+NARROW_CNN = {
+    **encoder_size("resenc_tiny").arguments,
+    "features_per_stage": [4, 6, 8, 8],
+    "n_blocks_per_stage": [1, 1, 1, 1],
+}
+ALICE_WAYS = {
+    "alice, ddp in parts": ("transformer", 2, "none", 5),
+    "alice, fsdp in parts": ("transformer", 2, "full", 6),
+    "alice, ddp, cnn": ("cnn", None, "none", 5),
+}
+"""Name -> network, crops at once, how weights are spread, crops of a step."""
+
+
+class Pairs:
+    """Two crops of noise; every third pair is half padding, one pair of one step is infinite."""
+
+    def draw(self, cases: Any, purpose: str, step: int, number: int = 0) -> Sample:
+        rng = np.random.default_rng([step, number])
+        real = np.ones((2, 16, 16, 16), dtype=bool)
+        if number % 3 == 0:
+            real[:, :, :, 9:] = False
+        voxels = (rng.normal(size=real.shape).astype(np.float32) * real)[:, None]
+        if step == SPOILED and number == 4:
+            voxels[:] = np.inf
+        return Sample(voxels, real, rng.permutation(16), 4)
+
+
+def alice_in(
+    world: World, network: str, micro: int | None, sharding: str, batch_size: int
+) -> Trainer:
+    torch.manual_seed(0)
+    plan = replace(
+        ALICE_PLAN,
+        optim=replace(PLAN.optim, micro_batch_size=micro, batch_size=batch_size),
+        run=replace(PLAN.run, sharding=sharding),
+    )
+    if network == "cnn":
+        size = encoder_size("resenc_tiny")
+        encoder = EncoderPlan("resenc_tiny", size.class_path, NARROW_CNN, size.token_size)
+        plan = replace(plan, encoder=encoder)
+    objective = Alice(plan)
+    objective.sampler = Pairs()  # type: ignore[assignment]
+    anything: Any = objective
+    trainer = Trainer(plan, Path("nowhere"), anything, [], [], torch.device("cpu"), 0, world=world)
+    objective.begin()
+    return trainer
 
 
 class Mixed:
@@ -152,6 +215,15 @@ def together(rank: int, port: int, folder: Path) -> None:
             "numbers": world.gather(list(trainer.train_step.numbers)),
             "statistics": trainer.guard.statistics(),
         }
+    for name, of_alice in ALICE_WAYS.items():
+        trainer = alice_in(world, *of_alice)
+        found[name] = {
+            "losses": trained(trainer),
+            "extra": world.gather(dict(trainer.objective.extra_state())),
+            "encoder": trainer.objective.transferable_state(),
+            "sharded": trainer.is_sharded,
+            "statistics": trainer.guard.statistics(),
+        }
     for sharding in ("none", "full"):
         start = torch.load(folder / "alone.pt", weights_only=False)
         trainer = trainer_in(world, None, sharding, 6)
@@ -225,7 +297,7 @@ def two(
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=900) for process in processes] == [0, 0]
     found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
     return found
 
@@ -371,6 +443,32 @@ def test_shares_have_no_overlap_and_no_gap_and_are_as_even_as_can_be(num: int, s
     shares = [process_share(num, rank, size) for rank in range(size)]
     assert [number for share in shares for number in share] == list(range(num))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("way", ALICE_WAYS)
+def test_alice_has_one_teacher_in_all_processes_and_that_of_one(
+    two: dict[str, Any], way: str
+) -> None:
+    network, _, sharding, batch_size = ALICE_WAYS[way]
+    alone = alice_in(ALONE, network, None, "none", batch_size)
+    losses = trained(alone)
+    expected = alone.objective.extra_state()
+
+    found = two[way]
+
+    assert found["sharded"] is (sharding == "full")
+    good = [n for n in range(STEPS) if n != SPOILED]
+    assert [found["losses"][n] for n in good] == pytest.approx([losses[n] for n in good], rel=1e-4)
+    assert found["statistics"].nonfinite == alone.guard.statistics().nonfinite == 1
+
+    # Every process holds all of teacher, centres and temperature, also where weights are sharded.
+    first, second = found["extra"]
+    assert first.keys() == second.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], value, atol=2e-5), name
+    for name, value in alone.objective.transferable_state().items():
+        assert torch.allclose(found["encoder"][name], value, atol=5e-5), name
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused() -> None:
