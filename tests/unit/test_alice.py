@@ -5,18 +5,23 @@ The numbers T1 to T12 are those of the method's specification.
 
 import itertools
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from refusals import refused
+from scipy import ndimage
 from sequence_cases import Shifted
 from torch import Tensor
 
 from nnunet_autoreg import checkpoint
+from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.geometry import grid_of, volume
+from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of, volume
 from nnunet_autoreg.model.sequence import from_tokens
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objective_kinds import with_objective
@@ -39,6 +44,7 @@ from nnunet_autoreg.pretrain.training_step import TrainingStep, learning_rate, p
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.report.slices import held_out_pictures, plain_panel
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
+from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.pool import Place, SamplingPool, Structure
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import TRAINING, SequenceSampler
@@ -363,6 +369,57 @@ def test_t8_matches_of_shifted_features_hold_and_random_ones_do_not() -> None:
 
     assert float(known.float().mean()) > 0.8
     assert float(random.float().mean()) < 0.1
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A case that is an affine copy of another volume."""
+
+    voxels: NDArray[np.float32]
+    spacing_mm: Spacing = (4.0, 4.0, 4.0)
+
+    @property
+    def shape_vox(self) -> Size:
+        return as_size(self.voxels.shape)
+
+    def read(self, start: Sequence[int], size: Sequence[int]) -> NDArray[np.float32]:
+        inside = [slice(a, a + n) for a, n in zip(start, size, strict=True)]
+        crop: NDArray[np.float32] = self.voxels[tuple(inside)]
+        return crop[None]
+
+
+def test_t8_pairs_of_affine_copies_show_the_same_place() -> None:
+    rng = np.random.default_rng(0)
+    # Structures of about 3 cm in 16 cm.
+    anatomy = ndimage.gaussian_filter(rng.normal(size=(40, 40, 40)), 3)
+    zooms, shifts = rng.uniform(0.95, 1.05, (24, 3)), rng.uniform(3, 7, (24, 3))
+    rows, cases = [], {}
+    for number, (zoom, shift) in enumerate(zip(zooms, shifts, strict=True)):
+        voxels = ndimage.affine_transform(
+            anatomy / anatomy.std(), zoom, offset=shift, output_shape=(30, 30, 30), order=1
+        )
+        name, shape = str(number), (30, 30, 30)
+        cases[name] = Copy(voxels.astype(np.float32))
+        row = ScanRow(name, "d", name, "", "MR", "", shape, (4.0,) * 3, shape, name, "ok", "")
+        rows.append(replace(row, subject=name))
+
+    found = places_alike(rows, cases, (12, 12, 12), num_subjects=2)  # type: ignore[arg-type]
+
+    errors, random = [], []
+    for one, two in zip(found[::2], found[1::2], strict=True):
+        assert one.structure == two.structure and one.subject != two.subject
+        here, there, anywhere = (
+            zooms[int(place.scan)] * (centre * 30 - 0.5) + shifts[int(place.scan)]
+            for place, centre in (
+                (one, np.array(one.centre)),
+                (two, np.array(two.centre)),
+                (two, rng.uniform(0.2, 0.8, 3)),
+            )
+        )
+        errors.append(4.0 * np.linalg.norm(here - there))
+        random.append(4.0 * np.linalg.norm(here - anywhere))
+    assert np.median(errors) <= 8.0
+    assert np.median(random) > 30.0
 
 
 def test_t10_mirroring_one_image_mirrors_its_places() -> None:
