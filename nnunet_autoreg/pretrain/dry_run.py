@@ -27,7 +27,8 @@ from nnunet_autoreg.plan import DataPlan, EncoderPlan, OptimPlan, Plan, RunPlan,
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.encoder import choose_objective, choose_order
 from nnunet_autoreg.planning.length import with_hours
-from nnunet_autoreg.planning.pool import BY_USER
+from nnunet_autoreg.planning.make import choose_micro_batch
+from nnunet_autoreg.planning.pool import BY_USER, Hardware
 from nnunet_autoreg.pretrain.compilation import (
     CallRecorder,
     Disagreement,
@@ -134,6 +135,25 @@ def plan_memory(plan: Plan, half: bool = True) -> TrainingMemory:
         return objective.loss(objective.example_batch(num_samples))
 
     return pretraining_memory(objective.module, loss_of, half, objective.extra)
+
+
+def with_fitting_parts(plan: Plan, hardware: Hardware, half: bool) -> Plan:
+    """Return the plan with no more crops at once than its own objective and sequences let fit.
+
+    Crops at once were planned from sequences of one crop. An objective that learns from pairs of
+    crops, or that has a teacher, keeps more for each of them.
+    """
+    planned = plan.optim.micro_batch_size
+    if planned is None or planned == 1 or plan.reasons.get("optim.micro_batch_size") == BY_USER:
+        return plan
+
+    memory = plan_memory(plan, half)
+    fixed, sample = float(memory.fixed_bytes), float(memory.sample_bytes)
+    micro, why = choose_micro_batch(plan.optim.batch_size, hardware, fixed, sample)
+    if micro >= planned:
+        return plan
+    fitting = replace(plan, optim=replace(plan.optim, micro_batch_size=micro))
+    return _with_reason(fitting, "optim.micro_batch_size", why)
 
 
 @contextmanager

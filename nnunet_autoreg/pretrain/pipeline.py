@@ -229,7 +229,11 @@ def plan_run(
         PlanError: a value cannot be carried out.
         WeightsError: training cannot start from the weights named by ``--init``.
     """
-    from nnunet_autoreg.pretrain.dry_run import check_network, step_memory
+    from nnunet_autoreg.pretrain.dry_run import (
+        check_network,
+        step_memory,
+        with_fitting_parts,
+    )
 
     rows = list(index.usable)
     with phase("planning"):
@@ -254,6 +258,8 @@ def plan_run(
         plan = kind_of(request.objective).fit(plan, len(training_volumes), num_images)
         plan = check(override(plan, list(request.settings)))
         check_network(plan)
+        hardware = hardware_of(device, request.gpu_memory_gib)
+        plan = with_fitting_parts(plan, hardware, has_bf16(device))
         check_initial_weights(plan, folder)
 
         write_json(folder / "fingerprint.json", summary)

@@ -22,6 +22,7 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of, volume
+from nnunet_autoreg.machine import GIB
 from nnunet_autoreg.model.sequence import from_tokens
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objective_kinds import with_objective
@@ -39,7 +40,7 @@ from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
-from nnunet_autoreg.pretrain.dry_run import plan_memory
+from nnunet_autoreg.pretrain.dry_run import plan_memory, with_fitting_parts
 from nnunet_autoreg.pretrain.training_step import TrainingStep, learning_rate, parameter_groups
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.report.slices import held_out_pictures, plain_panel
@@ -577,6 +578,21 @@ def test_the_teacher_is_in_the_memory_estimate(encoder: str) -> None:
     taught = sum(v.numel() for v in objective.extra.state_dict().values())
     assert memory.fixed_bytes > 1.1 * (16 * student + 4 * taught)
     assert memory.sample_bytes > 0
+
+
+def test_no_more_pairs_are_at_once_than_fit() -> None:
+    plan = planned("primus_tiny", "optim.batch_size=8", "optim.micro_batch_size=8")
+    plan = replace(plan, reasons={})
+    memory = plan_memory(plan)
+    room_gib = (memory.fixed_bytes + 2.5 * memory.sample_bytes) / GIB
+    hardware = Hardware("cuda", room_gib / Hardware("cuda", 1.0).usable_share)
+
+    fitting = with_fitting_parts(plan, hardware, half=True)
+    roomy = with_fitting_parts(plan, Hardware("cuda", 1000.0), half=True)
+
+    assert fitting.optim == replace(plan.optim, micro_batch_size=2)
+    assert "4 times a step" in fitting.reasons["optim.micro_batch_size"]
+    assert roomy == plan
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
