@@ -294,7 +294,10 @@ def plain_panel(plane: Plane) -> str:
     low, high = plane.grey
     grey = np.asarray(colormaps["gray"]((plane.truth - low) / (high - low), bytes=True))
     grey[..., 3] = np.where(plane.valid_mask, 255, 0)
-    return _with_marks(_image(grey, plane.aspect, f"image, {plane.name}"), plane)
+    repeats = _repeats(plane)
+    aspect = plane.aspect * repeats[1] / repeats[0]
+    element = _image(_enlarged(grey, repeats), aspect, f"image, {plane.name}")
+    return _with_marks(element, plane)
 
 
 def _with_marks(element: str, plane: Plane) -> str:
