@@ -290,7 +290,8 @@ def draw(demo: Demo, features: FrozenFeatures, dice: float) -> Path:
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(1, 2.4))
+    left, right = parts
     draw_probe(left.subplots(), features)
     draw_segmentations(right, demo, dice)
 

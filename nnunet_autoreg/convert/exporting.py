@@ -124,7 +124,8 @@ def export_weights(
 
     if form == HUGGINGFACE_FORM:
         # This form is ours, so that it holds the decoder as well.
-        contents, warnings = huggingface_contents(whole_card, weights, _own(whole_card)), ()
+        contents = huggingface_contents(whole_card, weights, _own(whole_card))
+        warnings: tuple[str, ...] = ()
         num_decoder = 0
     elif family_of(card.class_path) == VIT:
         contents, warnings = _vit_contents(card, tensors)

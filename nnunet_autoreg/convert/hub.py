@@ -67,7 +67,7 @@ def _download(given: str, repository: str, revision: str | None) -> Path:
 
     log.info("%s: looking in the cache, and for news on Hugging Face", given)
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=NEEDED_FILES)
+        folder = snapshot_download(repository, revision=revision, allow_patterns=list(NEEDED_FILES))
     except Exception as error:  # its errors have no common class, and differ between versions
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(

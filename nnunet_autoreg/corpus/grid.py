@@ -112,9 +112,7 @@ def brought_onto(array_ZYX: Array, grid: Grid, target: Grid, outside: float) -> 
     _place(frame, target)
 
     unmoved: Any = SimpleITK.Transform()  # type: ignore[no-untyped-call]
-    moved = SimpleITK.Resample(  # type: ignore[no-untyped-call]
-        image, frame, unmoved, SimpleITK.sitkLinear, outside
-    )
+    moved = SimpleITK.Resample(image, frame, unmoved, SimpleITK.sitkLinear, outside)
     return np.asarray(SimpleITK.GetArrayFromImage(moved), dtype=np.float32)
 
 
