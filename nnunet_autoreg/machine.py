@@ -59,6 +59,15 @@ def default_device() -> str:
     return "cpu"
 
 
+def device_option() -> str:
+    """Return what nnU-Net's commands need where there is no CUDA: " -device cpu", else "".
+
+    They take a CUDA device unless they are given another one, and fail without it.
+    """
+    device = default_device()
+    return "" if device == "cuda" else f" -device {device}"
+
+
 def check_device(device: str) -> str:
     """Return ``device`` if torch finds it.
 

@@ -44,6 +44,7 @@ from nnunet_autoreg.finetune.resolve import (
     setting_of_environment,
 )
 from nnunet_autoreg.geometry import Size, as_spacing, size_text
+from nnunet_autoreg.machine import device_option
 from nnunet_autoreg.model.card import IMPORTED, NO_VERDICT
 from nnunet_autoreg.model.memory import TrainingMemory
 from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
@@ -310,4 +311,4 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         )
         if DETECTION_BLOCK in self.dataset_json:
             print(f"for detection: {line.format(trainers[1])}")
-        print(f"next: {line.format(trainers[0])} --npz")
+        print(f"next: {line.format(trainers[0])} --npz{device_option()}")

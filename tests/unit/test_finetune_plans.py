@@ -2,8 +2,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from refusals import refused
 
+from nnunet_autoreg import machine
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.finetune.block import AutoregBlock
 from nnunet_autoreg.finetune.plans import (
@@ -295,3 +297,14 @@ def test_plans_names_that_would_break_or_overwrite_are_refused() -> None:
         check_plans_name("My__Plans", None)
     with refused(PlanError, "plan-name-taken", "nnUNetPlans.json", "ExperimentPlanner"):
         check_plans_name("nnUNetPlans", {"experiment_planner_used": "ExperimentPlanner"})
+
+
+@pytest.mark.parametrize(
+    ("device", "option"), [("cuda", ""), ("cpu", " -device cpu"), ("mps", " -device mps")]
+)
+def test_nnunets_commands_get_a_device_where_there_is_no_cuda(
+    monkeypatch: pytest.MonkeyPatch, device: str, option: str
+) -> None:
+    monkeypatch.setattr(machine, "default_device", lambda: device)
+
+    assert machine.device_option() == option
