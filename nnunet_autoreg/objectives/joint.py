@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -64,7 +65,7 @@ class JointState(nn.Module):
     volume_known: Tensor
     slab_balance: Tensor
     volume_balance: Tensor
-    volumes_begun: Tensor
+    volume_share: Tensor
 
     def __init__(self, settings: JointPlan):
         super().__init__()
@@ -76,7 +77,7 @@ class JointState(nn.Module):
             "volume_known": torch.zeros(cases, dtype=torch.bool),
             "slab_balance": torch.zeros(settings.num_slab_clusters),
             "volume_balance": torch.zeros(settings.num_volume_clusters),
-            "volumes_begun": torch.zeros((), dtype=torch.bool),
+            "volume_share": torch.zeros(()),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value)
@@ -123,21 +124,23 @@ class Joint(Objective):
         self.network: nn.Module = self.trained.backbone.network
         self.state = JointState(self.settings)
         self.extra: nn.Module = self.state
-        # Known to the host, so that no device is waited for. A dry step has all terms.
-        self.with_volumes = True
+        # Share of their weights with which volumes and hidden slabs count. It is known to the host,
+        # so that no device is waited for. A dry step has all terms.
+        self.volume_share = 1.0
 
     def begin(self) -> None:
         """Have slabs and images alone be clustered at first."""
-        self._set_with_volumes(self.settings.slabs_first == 0)
+        self._set_volume_share(volume_share(0.0, self.settings.slabs_first))
 
-    def _set_with_volumes(self, flag: bool) -> None:
-        self.with_volumes = flag
-        self.state.volumes_begun.fill_(flag)
+    def _set_volume_share(self, share: float) -> None:
+        # Rounded as a checkpoint holds it, so that a resumed run has the same weights.
+        self.volume_share = float(np.float32(share))
+        self.state.volume_share.fill_(self.volume_share)
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore banks, balance, and which terms the loss has."""
         super().load_extra_state(state)
-        self.with_volumes = bool(self.state.volumes_begun)
+        self.volume_share = float(self.state.volume_share)
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Return the terms. References: ``uniform`` gives every cluster the same share."""
@@ -163,15 +166,17 @@ class Joint(Objective):
         # A step on 2D images has one term: the attention over slabs then stays as it is. Validation
         # measures all terms from the start.
         volumes_BMD = None
-        if slabs.are_of_volumes and (self.with_volumes or references):
+        if slabs.are_of_volumes and (self.volume_share > 0 or references):
             volumes_BMD = self._embedded_volumes(embedded_BMRD, slabs.valid)
             terms["volumes"] = LossTerm(
                 self._volume_loss(volumes_BMD, slabs.valid),
                 counts["volumes"],
-                settings.volume_weight,
+                settings.volume_weight * self.volume_share,
             )
             terms["hidden"] = LossTerm(
-                self._hidden_loss(embedded_BMRD, slabs), counts["hidden"], settings.hidden_weight
+                self._hidden_loss(embedded_BMRD, slabs),
+                counts["hidden"],
+                settings.hidden_weight * self.volume_share,
             )
 
         statistics: dict[str, Tensor] = {}
@@ -188,7 +193,7 @@ class Joint(Objective):
         """Return the numbers of slabs, volumes and hidden slabs, in both views."""
         slabs = self.slabs(batch)
         counts = self._counts(slabs)
-        if not (slabs.are_of_volumes and self.with_volumes):
+        if not (slabs.are_of_volumes and self.volume_share > 0):
             return {"slabs": counts["slabs"]}
         return counts
 
@@ -328,8 +333,7 @@ class Joint(Objective):
                 balance_K.copy_(balance_of(scores_NK, settings.sharpness))
 
         share_done = (step + 1) / self.plan.optim.num_steps
-        if not self.with_volumes and share_done >= settings.slabs_first:
-            self._set_with_volumes(True)
+        self._set_volume_share(volume_share(share_done, settings.slabs_first))
 
     def _health_sums(
         self, scores_BMRK: Tensor, embedded_BMRD: Tensor, valid_BR: Tensor
@@ -468,6 +472,20 @@ class Joint(Objective):
     def adaptation(self) -> Adaptation:
         """Return where fine-tuning finds the parts that it may have to adapt."""
         return self.trained.backbone.adaptation()
+
+
+def volume_share(share_done: float, slabs_first: float) -> float:
+    """Return the share of their weights with which volumes and hidden slabs count, 0 to 1.
+
+    It is 0 in the first part of a run, and rises linearly over a second part of the same length. A
+    loss that rose at once would pass for a spike, and its steps would be skipped.
+
+    Args:
+        share_done: of the run's steps.
+    """
+    if slabs_first == 0:
+        return 1.0
+    return min(1.0, max(0.0, share_done / slabs_first - 1))
 
 
 def hidden_slabs(valid_BR: Tensor, order_BR: Tensor, share: float) -> Tensor:

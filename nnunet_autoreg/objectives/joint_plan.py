@@ -53,7 +53,8 @@ class JointPlan(ViewPlan):
             several share a place.
         temperature: softmax temperature of the scores that are learnt.
         sharpness: softmax temperature of the targets, before they are balanced.
-        slabs_first: share of the run in which slabs and images alone are clustered.
+        slabs_first: share of the run in which slabs and images alone are clustered. Over another
+            part of this length the other two losses come in.
     """
 
     slab_weight: float = 1.0

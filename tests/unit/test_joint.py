@@ -30,10 +30,14 @@ from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
-from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
+from nnunet_autoreg.pretrain.checkpointing import (
+    Progress,
+    load_initial_weights,
+    restore,
+    snapshot,
+)
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches, training_batches
 from nnunet_autoreg.pretrain.dry_run import plan_memory
-from nnunet_autoreg.pretrain.starting_point import load_initial_weights
 from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
@@ -515,17 +519,22 @@ def test_t9_images_train_the_encoder_and_no_attention_over_slabs(encoder: str) -
     assert set(step.term_means) == {"slabs", "volumes", "hidden"}
 
 
-def test_slabs_alone_are_clustered_at_first() -> None:
+def test_slabs_alone_are_clustered_first_and_the_other_terms_rise() -> None:
     plan = planned("primus_tiny", "objective.slabs_first=0.2")
     objective = built(plan)
     step = TrainingStep(plan, objective, CPU)
 
-    terms = []
-    for number in range(3):
-        step(number, batch_of(plan, step=number))
-        terms.append(set(step.term_means))
+    terms, shares = [], []
+    for number in range(5):
+        shares.append(objective.volume_share)
+        loss, _ = step(number, batch_of(plan, step=number))
+        means = {name: float(mean) for name, mean in step.term_means.items()}
+        others = sum(value for name, value in means.items() if name != "slabs")
+        assert float(loss) == pytest.approx(means["slabs"] + shares[-1] * others, rel=1e-5)
+        terms.append(set(means))
 
-    assert terms == [{"slabs"}, {"slabs"}, {"slabs", "volumes", "hidden"}]
+    assert shares == pytest.approx([0, 0, 0, 0.5, 1])
+    assert terms == [{"slabs"}] * 3 + [{"slabs", "volumes", "hidden"}] * 2
 
 
 # T10, T11 and resuming.
