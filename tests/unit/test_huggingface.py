@@ -21,7 +21,7 @@ from nnunet_autoreg.errors import AutoregError, WeightsError
 from nnunet_autoreg.finetune.resolve import LIST_HEAD, list_runs
 from nnunet_autoreg.io.addresses import repository_of
 from nnunet_autoreg.model.card import IMPORTED, LEARNT, Verdict, read_card
-from nnunet_autoreg.pretrain.starting_point import prepare_starting_point
+from nnunet_autoreg.pretrain.checkpointing import prepare_starting_point
 
 VERDICT = Verdict(
     LEARNT,
