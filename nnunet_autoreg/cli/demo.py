@@ -128,12 +128,12 @@ class Demo:
             )
 
     def remaining(self) -> str:
-        """Return the files and folders that were made, a line for each."""
-        lines = []
+        """Return the files and folders that were made, and what they hold, as one line."""
+        found = []
         for name, content in CONTENTS.items():
             if (self.folder / name).exists():
-                lines.append(f"  {self.folder / name}: {content}")
-        return "\n".join(lines)
+                found.append(f"{name} ({content})")
+        return ", ".join(found)
 
 
 @contextmanager
@@ -412,8 +412,8 @@ def main(argv: list[str] | None = None) -> int:
     except InterruptedRunError as error:
         raise InterruptedRunError(
             f"stopped in step {demo.num_done + 1} of {NUM_STEPS}. The demo cannot be continued; it "
-            f"always starts anew in another folder. These files remain; remove {folder} when you "
-            f"no longer need them:\n{demo.remaining()}"
+            f"always starts anew in another folder. In {folder} remain: {demo.remaining()}. Remove "
+            "that folder when you no longer need it"
         ) from error
     picture = draw(demo, features, dice)
     print(
