@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from nnunet_autoreg.wording import duration
 
@@ -68,6 +69,20 @@ def phase(doing: str) -> Iterator[Phase]:
 def current_phase() -> Phase | None:
     """Return the innermost phase, None outside all phases."""
     return _phases[-1] if _phases else None
+
+
+def visible_bars() -> list[Any]:
+    """Return the progress bars of tqdm that are shown now. Any thread may ask.
+
+    tqdm lists a bar before it sets it up, so that a thread may meet one without ``disable`` or
+    ``n``; so does whoever looks after a bar whose set-up was interrupted. Such a bar shows nothing.
+    """
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    try:
+        bars = list(getattr(tqdm, "_instances", ()))
+    except RuntimeError:  # A bar came or went while they were counted.
+        return []
+    return [bar for bar in bars if not getattr(bar, "disable", True) and hasattr(bar, "n")]
 
 
 @contextmanager
@@ -133,13 +148,7 @@ class _Watcher(threading.Thread):
 
     def _look_at_bars(self) -> None:
         """Note whether a visible progress bar has moved since the last look."""
-        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-        try:
-            shown = [bar for bar in getattr(tqdm, "_instances", ()) if not bar.disable]
-        except RuntimeError:  # A bar came or went while they were counted.
-            return
-
-        counts = {id(bar): float(bar.n) for bar in shown}
+        counts = {id(bar): float(bar.n) for bar in visible_bars()}
         moved = [key for key, count in counts.items() if self.bars.get(key, count) != count]
         if moved:
             self.bar_moved_at = time.monotonic()

@@ -30,7 +30,7 @@ from typing import Any
 
 from nnunet_autoreg.children import end_children
 from nnunet_autoreg.errors import InterruptedRunError
-from nnunet_autoreg.phases import current_phase, ending
+from nnunet_autoreg.phases import current_phase, ending, visible_bars
 
 NUDGE_S = 2.5
 """The handler raises once more if the command has not begun to end by then."""
@@ -235,10 +235,7 @@ def keep_silent() -> None:
 
 def _end_of_bar() -> str:
     """Return a line break where a progress bar stands in an open line."""
-    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    with suppress(RuntimeError):  # A bar came or went while they were counted.
-        return "\n" if any(not bar.disable for bar in getattr(tqdm, "_instances", ())) else ""
-    return ""
+    return "\n" if visible_bars() else ""
 
 
 class _Watchdog(threading.Thread):

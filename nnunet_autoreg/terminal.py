@@ -43,6 +43,11 @@ def lowest_log_level() -> int:
 class ProgressBar(tqdm):  # type: ignore[misc]
     """A progress bar whose time left is written as people write it."""
 
+    disable = True
+    """Until ``__init__`` has set it: tqdm lists a bar before, and closes one that was interrupted
+    by a signal in between.
+    """
+
     def exclude(self, seconds: float) -> None:
         """Leave out the last ``seconds``, such as those of a validation, of the time left."""
         if not self.disable:

@@ -48,10 +48,13 @@ from nnunet_autoreg.machine import device_option
 from nnunet_autoreg.model.card import IMPORTED, NO_VERDICT
 from nnunet_autoreg.model.memory import TrainingMemory
 from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
-from nnunet_autoreg.records import read_object, to_jsonable, write_json
+from nnunet_autoreg.records import read_object, shown, to_jsonable, write_json
 
 DETECTION_BLOCK = "autoreg_detection"
 """If dataset.json has this key, detection is planned as well."""
+
+READER_KEY = "overwrite_image_reader_writer"
+"""With this key of dataset.json, nnU-Net reads images by the class of that name."""
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +108,17 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             with redirect_stdout(stock_output):
                 plans: dict[str, Any] = super().plan_experiment()
         log.debug("output of nnU-Net's planner:\n%s", stock_output.getvalue())
+
+        # nnU-Net's own line about this is hidden with the rest of what its planner prints.
+        wanted, reader = self.dataset_json.get(READER_KEY, "None"), plans["image_reader_writer"]
+        if wanted not in ("None", reader):
+            log.warning(
+                "dataset.json asks for %s %s, which nnU-Net's package imageio does not have; %s is "
+                "used, as in preprocessing; correct the name, or remove the key",
+                READER_KEY,
+                shown(wanted),
+                reader,
+            )
         self._print_plans(plans)
         return plans
 

@@ -14,6 +14,13 @@ from nnunet_autoreg.errors import PlanError, UsageError
 from nnunet_autoreg.records import read_json
 
 NAME = "dataset.json"
+STOCK_READERS = (
+    "None",
+    "SimpleITKIO",
+    "SimpleITKIOWithReorient",
+    "NibabelIO",
+    "NibabelIOWithReorient",
+)
 MAX_LABEL = 2**31 - 1
 """Label maps hold no larger values."""
 
@@ -40,11 +47,14 @@ class DatasetJson:
         listed: case -> files, where the dataset lists them; empty otherwise.
         structures: label value -> name, without background and ignored label. A value that occurs
             in several regions has the name of the smallest one.
+        reader: the user's own class, by which nnU-Net reads the images; "" for the classes of
+            nnU-Net, whose values are those of ours.
     """
 
     channels: tuple[str, ...]
     listed: Mapping[str, ListedCase]
     structures: Mapping[int, str]
+    reader: str = ""
 
     def channel_name(self, position: int) -> str:
         """Return the name of the channel at ``position``.
@@ -105,7 +115,9 @@ def _parsed(file: Path, _stamp: int, _environment: tuple[tuple[str, str], ...]) 
 
     cases = {str(case): _listed_case(file.parent, entry) for case, entry in listed.items()}
     channels = tuple(str(name) for name in names.values())
-    return DatasetJson(channels, cases, structures_of(content.get("labels", {})))
+    reader = str(content.get("overwrite_image_reader_writer", "None"))
+    structures = structures_of(content.get("labels", {}))
+    return DatasetJson(channels, cases, structures, "" if reader in STOCK_READERS else reader)
 
 
 def _listed_case(folder: Path, entry: Mapping[str, Any]) -> ListedCase:

@@ -41,6 +41,7 @@ from nnunet_autoreg.io.names import (
 )
 from nnunet_autoreg.io.parts import ScanPart
 from nnunet_autoreg.nnunet_api import dataset_folder
+from nnunet_autoreg.records import shown
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +283,13 @@ class _Finder:
         These are imagesTr and imagesTs (or one of them), and dataset.json's own list.
         """
         described = read_dataset_json(folder)
+        if described.reader:
+            log.warning(
+                "%s: nnU-Net reads these images by %s (overwrite_image_reader_writer in "
+                "dataset.json), and this command by SimpleITK; make sure that voxel values agree",
+                folder.name,
+                shown(described.reader),
+            )
         if described.listed and not only:
             self._add_listed(folder, described)
 

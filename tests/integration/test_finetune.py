@@ -22,6 +22,7 @@ pytestmark = pytest.mark.integration
 
 NAME = "Dataset004_Hippocampus"
 NUM_CASES = 10
+READER = "NibabelIOWithReorient"
 CPU = torch.device("cpu")
 
 
@@ -36,10 +37,17 @@ def project(
     with pytest.MonkeyPatch.context() as patch:
         set_folders(patch, root)
         copy_cases(shared_data / "nnUNet_raw" / NAME, root / "nnUNet_raw" / NAME, NUM_CASES)
+        ask_for_reader(root, READER)
         write_run(root / "nnUNet_results", "brain")
         plan_and_preprocess(4, ("2d", "3d_fullres", "3d_lowres"))
         shorten(root)
         yield root
+
+
+def ask_for_reader(root: Path, name: str) -> None:
+    file = root / "nnUNet_raw" / NAME / "dataset.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({**described, "overwrite_image_reader_writer": name}))
 
 
 def plans_file(root: Path, name: str = "AutoregPlans") -> Path:
@@ -111,6 +119,8 @@ def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
     assert full["data_identifier"] == "AutoregPlans_3d_fullres"
     assert full["patch_size"] == [40, 56, 40]
     assert full["batch_size"] == 2
+    # The reader that dataset.json asks for; trainings and predictions below go by it.
+    assert plans["image_reader_writer"] == READER
     assert plans["autoreg"]["weights"]["file"] == "autoreg_pretraining/brain/encoder.safetensors"
     assert (
         len(list((plans_file(project).parent / "AutoregPlans_3d_fullres").glob("*.b2nd")))
@@ -145,6 +155,21 @@ def test_planning_again_keeps_only_the_users_configurations(
     assert (
         f"next: nnUNetv2_train {NAME} 3d_fullres 0 -tr AutoregPretrainedTrainer -p Other" in printed
     )
+
+
+def test_a_reader_that_nnunet_does_not_have_is_named(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+
+    ask_for_reader(project, "MyReader")
+    plan_experiments([4], "AutoregPlanner", overwrite_plans_name="Readers")
+    ask_for_reader(project, READER)
+
+    plans = json.loads(plans_file(project, "Readers").read_text())
+    assert plans["image_reader_writer"] == "SimpleITKIO"
+    warned = [r.getMessage() for r in caplog.records if "MyReader" in r.getMessage()]
+    assert len(warned) == 1 and "SimpleITKIO" in warned[0]
 
 
 def test_planning_without_suitable_weights_ends_in_one_line(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from refusals import refused
+from refusals import logged, refused
 
 from nnunet_autoreg.corpus.find import Candidate, find_scans
 from nnunet_autoreg.errors import UsageError
@@ -216,3 +216,19 @@ def test_a_damaged_dataset_json_of_a_dataset_asked_for_is_named(
 
     with refused(UsageError, "dataset-json-unreadable", "dataset.json"):
         find_scans([folder.name], [])
+
+
+@pytest.mark.parametrize(
+    ("reader", "is_own"), [("MyReader", True), ("NibabelIOWithReorient", False)]
+)
+def test_a_reader_of_the_users_own_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reader: str, is_own: bool
+) -> None:
+    folder = make_dataset(tmp_path)
+    described = json.loads((folder / "dataset.json").read_text())
+    described["overwrite_image_reader_writer"] = reader
+    (folder / "dataset.json").write_text(json.dumps(described))
+
+    find_scans([], [folder])
+
+    assert logged(caplog, "overwrite_image_reader_writer", reader) == is_own

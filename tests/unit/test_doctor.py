@@ -221,6 +221,22 @@ def test_a_fresh_interpreter_that_fails_is_shown_with_its_last_line(
     assert doctor.check_torch(answer).status == "fail"
 
 
+def test_a_slow_import_is_not_called_a_broken_one(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def take_long(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("python", doctor.PROBE_LIMIT_S)
+
+    monkeypatch.setattr(doctor.subprocess, "run", take_long)
+
+    assert doctor.main([]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("fail")]
+    assert len([line for line in lines if line.startswith("warn  not checked")]) == 1
+    assert lines[-1].startswith("next: autoreg_doctor")
+
+
 @pytest.fixture
 def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty stand-in for site-packages, in which a link takes effect at once."""

@@ -20,8 +20,9 @@ from nnunet_autoreg.corpus import parallel
 from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.errors import InterruptedRunError, UsageError
 from nnunet_autoreg.machine import num_processes
-from nnunet_autoreg.phases import current_phase, phase, signs_of_life
+from nnunet_autoreg.phases import current_phase, phase, signs_of_life, visible_bars
 from nnunet_autoreg.stopping import raise_if_stopped, stop_requested, stoppable, stops_noted
+from nnunet_autoreg.terminal import ProgressBar
 
 
 def press(number: int = signal.SIGTERM) -> None:
@@ -202,6 +203,24 @@ def test_a_bar_that_has_not_moved_yet_keeps_nobody_silent(caplog: pytest.LogCapt
         wait_until_heard(caplog)
 
     assert heard(caplog)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bar_whose_set_up_was_interrupted_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    from tqdm import tqdm
+
+    # tqdm lists a bar before it sets it up; until then, or for ever, it has no attributes.
+    bar, ours = tqdm.__new__(tqdm), ProgressBar.__new__(ProgressBar)
+    assert {bar, ours} <= set(tqdm._instances)
+    assert not hasattr(bar, "disable")
+
+    with signs_of_life(0.2), phase("training"):
+        wait_until_heard(caplog)
+
+    assert heard(caplog) and visible_bars() == []
+    # What Python does with a bar that nobody has any more.
+    ours.close()
+    bar.disable = True
 
 
 @pytest.mark.usefixtures("quick")
