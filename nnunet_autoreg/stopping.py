@@ -166,6 +166,23 @@ def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool
 
 
 @contextmanager
+def stops_raised() -> Iterator[None]:
+    """Let signals end what is inside at once, within a block where they are only noted.
+
+    It is for work that takes long while there is nothing to save.
+
+    Raises:
+        InterruptedRunError: a signal came, inside or before.
+    """
+    outer, _stop.num_noting = _stop.num_noting, 0
+    try:
+        raise_if_stopped()
+        yield
+    finally:
+        _stop.num_noting = outer
+
+
+@contextmanager
 def stops_passed_on(send: Callable[[], object]) -> Iterator[None]:
     """Pass the signals on to another process inside, for whose end this one waits.
 

@@ -31,6 +31,11 @@ AFTER_AGENT = re.compile(
 )
 
 
+def has_contrast_agent(header: DicomHeader) -> bool:
+    """Return whether a header names a contrast agent."""
+    return header.text("ContrastBolusAgent").lower() not in ("", "none", "no", "0")
+
+
 def contrast_of(modality: str, header: DicomHeader) -> str:
     """Return the word for a DICOM series; "" if nothing tells it.
 
@@ -41,7 +46,7 @@ def contrast_of(modality: str, header: DicomHeader) -> str:
     if modality == "PT":
         corrected = header.text("CorrectedImage")
         return "PT" if not corrected or "ATTN" in corrected else "PTnac"
-    agent = header.text("ContrastBolusAgent").lower() not in ("", "none", "no", "0")
+    agent = has_contrast_agent(header)
     if modality == "CT":
         return "CT-ce" if agent else "CT"
     if modality != "MR":

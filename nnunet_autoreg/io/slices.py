@@ -8,7 +8,7 @@ from sys import intern
 from typing import Any
 
 from nnunet_autoreg.errors import ScanError
-from nnunet_autoreg.io.contrast import contrast_of
+from nnunet_autoreg.io.contrast import contrast_of, has_contrast_agent
 from nnunet_autoreg.io.dicom_header import DicomHeader
 
 CLASSES = "1.2.840.10008.5.1.4.1.1."
@@ -203,6 +203,7 @@ ORDER_NAMES = (
     "inversion time",
     "flip angle",
     "gradient direction",
+    "contrast agent",
 )
 NUM_ORDERS = len(ORDER_NAMES) + 1
 NO_PROBLEM = ("", "")
@@ -437,5 +438,6 @@ def _order(frame: DicomHeader, index: int) -> tuple[float, ...]:
         frame.number("InversionTime", 0.0),
         frame.number("FlipAngle", 0.0),
         gradient,
+        float(has_contrast_agent(frame)),
         frame.number("InstanceNumber", 0.0) if index < 0 else float(index),
     )

@@ -27,6 +27,7 @@ VOLUME_NAMES = (
     "inversion time",
     "flip angle",
     "gradient direction",
+    "contrast agent",
     "acquisition",
 )
 # Written with few digits, so equal directions and positions differ a little.

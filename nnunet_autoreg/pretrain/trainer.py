@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ from nnunet_autoreg.report.charts import draw_progress
 from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics
 from nnunet_autoreg.report.sinks import open_sinks
 from nnunet_autoreg.sampling.pool import SamplingPool
-from nnunet_autoreg.stopping import stops_noted
+from nnunet_autoreg.stopping import stops_noted, stops_raised
 from nnunet_autoreg.terminal import progress_bar
 from nnunet_autoreg.wording import duration
 
@@ -275,12 +275,22 @@ class Trainer:
             )
 
     def _draw_report(self, metrics: MetricsFile) -> None:
-        """Draw what was measured until now."""
+        """Draw what was measured until now.
+
+        Raises:
+            InterruptedRunError: a signal came, and the state is saved.
+        """
         self.require_folder()
-        with phase("drawing the report"):
-            if self.world.is_main:
-                draw_progress(metrics.path, self.folder / "progress.png", self.plan)
-            self.after_checkpoint()
+        try:
+            # Drawing may take longer than a stop may, and the next checkpoint draws again. In a row
+            # of bad steps no checkpoint was made, and the state is saved before the run ends.
+            is_saved = self.saved_step == self.progress.step
+            with phase("drawing the report"), stops_raised() if is_saved else nullcontext():
+                if self.world.is_main:
+                    draw_progress(metrics.path, self.folder / "progress.png", self.plan)
+                self.after_checkpoint()
+        except InterruptedRunError as error:
+            raise InterruptedRunError(self._line_if_forced()) from error
 
     def _line_if_forced(self) -> str:
         """Return the line that ends the command where a stop does not wait for the step's end."""

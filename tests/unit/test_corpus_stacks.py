@@ -22,7 +22,7 @@ INVERSION, FLIP, B_VALUE, GRADIENT, THICKNESS = (
     "t00189089",
     "t00180050",
 )
-IMAGE_TYPE = "t00080008"
+IMAGE_TYPE, AGENT = "t00080008", "t00180010"
 
 
 def write_pass(folder: Path, array: Any, first: int, heights: Sequence[float], **tags: Any) -> None:
@@ -65,6 +65,9 @@ MARKS = {
     "flip angle": [{FLIP: ("DS", str(n))} for n in (5, 26)],
     "b-value": [{B_VALUE: ("FD", [n])} for n in (0.0, 800.0)],
     "gradient direction": [{GRADIENT: ("FD", n)} for n in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])],
+    "contrast agent": [{}, {AGENT: ("LO", "Gadobutrol")}],
+    # Magnitude and phase of one acquisition.
+    "phase": [{IMAGE_TYPE: ("CS", f"ORIGINAL\\PRIMARY\\{part}")} for part in "MP"],
     "instance number": [{}, {}],
 }
 COVERAGES = {
@@ -176,12 +179,24 @@ def test_the_second_pass_may_run_backwards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "mark", ["acquisition", "inversion time", "flip angle", "gradient direction"]
+    "mark",
+    [
+        "acquisition",
+        "trigger",
+        "inversion time",
+        "flip angle",
+        "gradient direction",
+        "contrast agent",
+    ],
 )
 def test_volumes_at_the_same_places_are_split_by_what_tells_them_apart(
     tmp_path: Path, mark: str
 ) -> None:
     arrays = [d.volume(8), d.volume(8, seed=1)]
+    # Trigger times differ from slice to slice of one volume as well, so that they tell volumes
+    # apart at one position only.
+    trigger = [{TRIGGER: ("DS", str(n))} for n in (0, 300)]
+    marks = MARKS.get(mark, trigger)
     for number in range(2):
         for k in range(8):
             # Instance numbers run through both volumes of a slice before the next slice.
@@ -190,7 +205,7 @@ def test_volumes_at_the_same_places_are_split_by_what_tells_them_apart(
                 arrays[number][k : k + 1],
                 1 + 2 * k + number,
                 [2.0 * k],
-                **MARKS[mark][number],
+                **marks[number],
             )
 
     (refused,) = find_scans([], [tmp_path / "pool"])

@@ -177,6 +177,21 @@ def test_a_stop_before_anything_was_logged_saves_the_state(tmp_path):
     assert torch.equal(stopped.module.weight, whole.module.weight)
 
 
+def test_a_stop_while_pictures_are_drawn_does_not_wait_for_them(tmp_path, monkeypatch):
+    def draw(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was only noted")
+
+    monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.draw_progress", draw)
+    plan = replace(PLAN, run=RunPlan(0, 2, 100, log_every=1))
+
+    with pytest.raises(InterruptedRunError) as caught:
+        trainer(tmp_path, Linear(), plan).run()
+
+    assert "step 2" in str(caught.value) and "saved" in str(caught.value)
+    assert checkpoint.load_newest(tmp_path)[1]["step"] == 2
+
+
 def test_sigterm_before_training_ends_in_one_line_and_restores_handlers(tmp_path):
     usual = signal.getsignal(signal.SIGTERM)
 

@@ -21,7 +21,13 @@ from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.errors import InterruptedRunError, UsageError
 from nnunet_autoreg.machine import num_processes
 from nnunet_autoreg.phases import current_phase, phase, signs_of_life, visible_bars
-from nnunet_autoreg.stopping import raise_if_stopped, stop_requested, stoppable, stops_noted
+from nnunet_autoreg.stopping import (
+    raise_if_stopped,
+    stop_requested,
+    stoppable,
+    stops_noted,
+    stops_raised,
+)
 from nnunet_autoreg.terminal import ProgressBar
 
 
@@ -88,6 +94,19 @@ def test_noted_stops_raise_nothing_until_the_block_ends() -> None:
         press()
         raise_if_stopped()
         assert is_stopped()
+
+
+def test_noted_stops_end_at_once_what_has_nothing_to_save() -> None:
+    with stoppable(), stops_noted(lambda: "kept") as is_stopped:
+        with pytest.raises(InterruptedRunError), stops_raised():
+            press()
+            pytest.fail("the signal was only noted")
+        assert is_stopped()
+
+        # Outside it, signals are noted again; inside, an earlier one counts.
+        press()
+        with pytest.raises(InterruptedRunError), stops_raised():
+            pytest.fail("the signal was forgotten")
 
 
 def test_the_line_names_the_innermost_phase() -> None:
