@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
@@ -44,25 +45,41 @@ from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 from nnunet_autoreg.sampling.views import NUM_VIEWS, num_slabs, slab_size
 
+SLABS, IMAGES, VOLUMES = range(3)
+NUM_KINDS = 3
+"""What is embedded. Each kind is standardised by itself: slabs and images then share clusters."""
+MOMENTUM = 0.9
+"""Of the running means and deviations."""
+LEAST_DEVIATION, LEAST_LENGTH = 1e-3, 1.0
+"""Smaller deviations, as a share of the mean, are taken as this. Shorter embeddings than the second
+stay short: rounding of projections that are all alike is not blown up, and shows as a collapse."""
 MOST_BALANCED = 8192
 """Embeddings of the bank by which clusters are balanced after a step, evenly spread over it."""
 SHOWN_CLUSTERS, SHOWN_SLABS = 6, 5
 """Prototypes in the report, and slabs beside each."""
+LEAST_SPREAD = 1e-5
+"""Variance of the projections, as a share of their mean square. It is well above what is taken for
+rounding (``LEAST_DEVIATION`` squared)."""
 LEAST_USED, MOST_SHARED = 0.1, 0.999
 """Entropies of the codes, as shares of the largest possible: below the first limit all slabs
 together use few clusters, and above the second every slab belongs to all clusters alike."""
 
 
 class JointState(nn.Module):
-    """What training changes without gradients: banks of embeddings, and the balance of clusters.
+    """What training changes without gradients.
 
-    Rows of the banks belong to cases, by their number among all cases of the run.
+    These are banks of embeddings, whose rows belong to cases by their number among all cases of the
+    run; running means and deviations by which embeddings are standardised, one row each for
+    ``SLABS``, ``IMAGES`` and ``VOLUMES``; and the balance of the clusters.
     """
 
     slab_bank: Tensor
     slab_known: Tensor
     volume_bank: Tensor
     volume_known: Tensor
+    mean: Tensor
+    deviation: Tensor
+    num_measured: Tensor
     slab_balance: Tensor
     volume_balance: Tensor
     volume_share: Tensor
@@ -75,6 +92,9 @@ class JointState(nn.Module):
             "slab_known": torch.zeros(cases, BANK_SLABS, dtype=torch.bool),
             "volume_bank": torch.zeros(cases, width),
             "volume_known": torch.zeros(cases, dtype=torch.bool),
+            "mean": torch.zeros(NUM_KINDS, width),
+            "deviation": torch.ones(NUM_KINDS, width),
+            "num_measured": torch.zeros(NUM_KINDS),
             "slab_balance": torch.zeros(settings.num_slab_clusters),
             "volume_balance": torch.zeros(settings.num_volume_clusters),
             "volume_share": torch.zeros(()),
@@ -105,6 +125,11 @@ class Slabs:
     def are_of_volumes(self) -> bool:
         """Whether they are of volumes. A 2D image is one slab."""
         return self.valid.shape[1] > 1
+
+    @property
+    def kind(self) -> int:
+        """What they are: ``SLABS`` or ``IMAGES``."""
+        return SLABS if self.are_of_volumes else IMAGES
 
 
 class Joint(Objective):
@@ -146,7 +171,8 @@ class Joint(Objective):
         """Return the terms. References: ``uniform`` gives every cluster the same share."""
         slabs = self.slabs(batch)
         settings, state, network = self.settings, self.state, self.trained
-        embedded_BMRD = self._embedded(slabs)
+        projected_BMRD = self._projected(slabs)
+        embedded_BMRD = self._standardised(projected_BMRD, slabs.kind)
         counts = self._counts(slabs)
         valid_BR = slabs.valid.float()
 
@@ -165,9 +191,10 @@ class Joint(Objective):
 
         # A step on 2D images has one term: the attention over slabs then stays as it is. Validation
         # measures all terms from the start.
-        volumes_BMD = None
+        volumes_BMD = pooled_BMD = None
         if slabs.are_of_volumes and (self.volume_share > 0 or references):
-            volumes_BMD = self._embedded_volumes(embedded_BMRD, slabs.valid)
+            pooled_BMD = self._pooled_volumes(embedded_BMRD, slabs.valid)
+            volumes_BMD = self._standardised(pooled_BMD, VOLUMES)
             terms["volumes"] = LossTerm(
                 self._volume_loss(volumes_BMD, slabs.valid),
                 counts["volumes"],
@@ -182,11 +209,13 @@ class Joint(Objective):
         statistics: dict[str, Tensor] = {}
         if batch.numbers is not None:
             statistics = self._bank_rows(batch, slabs, embedded_BMRD, volumes_BMD)
+            statistics["moments"] = self._moments(slabs, projected_BMRD, pooled_BMD)
         if not references:
             return LossTerms(terms, statistics=statistics)
 
         uniform = torch.log(torch.full_like(total, settings.num_slab_clusters)) * counts["slabs"]
         statistics |= self._health_sums(scores_BMRK, embedded_BMRD, slabs.valid)
+        statistics["moments"] = self._moments(slabs, projected_BMRD, pooled_BMD)
         return LossTerms(terms, {"uniform": uniform}, statistics)
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -221,14 +250,36 @@ class Joint(Objective):
         hidden_BR = hidden_slabs(valid_BR, batch.order_index, settings.hidden_share)
         return Slabs(voxels, valid_NT, positions_NT, valid_BR, hidden_BR)
 
-    def _embedded(self, slabs: Slabs) -> Tensor:
-        """Return the embeddings of all slabs (B, M, R, D), of length 1."""
+    def _projected(self, slabs: Slabs) -> Tensor:
+        """Return the projections of all slabs (B, M, R, D)."""
         B, R = slabs.valid.shape
-        embedded_ND = self.trained.embed(slabs.voxels, slabs.valid_tokens, slabs.positions)
-        return embedded_ND.reshape(B, -1, R, embedded_ND.shape[1])
+        projected_ND = self.trained.embed(slabs.voxels, slabs.valid_tokens, slabs.positions)
+        return projected_ND.reshape(B, -1, R, projected_ND.shape[1])
 
-    def _embedded_volumes(self, embedded_BMRD: Tensor, valid_BR: Tensor) -> Tensor:
-        """Return the embeddings of all views of volumes (B, M, D), of length 1."""
+    def _standardised(self, projected_D: Tensor, kind: int) -> Tensor:
+        """Return embeddings (..., D) of length 1, after the mean of their kind was taken away.
+
+        A mean that all have in common would grow until all embeddings are alike. SwAV's head has a
+        batch norm against that. Running statistics do the same, and do not depend on the batch.
+        """
+        mean_D, deviation_D = self.state.mean[kind], self.state.deviation[kind]
+        least = LEAST_DEVIATION * mean_D.square().mean().sqrt().clamp(min=LEAST_DEVIATION)
+        standardised_D = (projected_D - mean_D) / torch.maximum(deviation_D, least)
+        return functional.normalize(standardised_D, dim=-1, eps=LEAST_LENGTH)
+
+    def _moments(self, slabs: Slabs, projected_BMRD: Tensor, pooled_BMD: Tensor | None) -> Tensor:
+        """Return sum, sum of squares and number of what was embedded, by kind, (kinds, 2 D + 1)."""
+        width = projected_BMRD.shape[3]
+        moments = projected_BMRD.new_zeros(NUM_KINDS, 2 * width + 1)
+        valid_BMR = slabs.valid[:, None].expand(projected_BMRD.shape[:3])
+        moments[slabs.kind] = moments_of(projected_BMRD.detach(), valid_BMR)
+        if pooled_BMD is not None:
+            valid_BM = slabs.valid.any(dim=1)[:, None].expand(pooled_BMD.shape[:2])
+            moments[VOLUMES] = moments_of(pooled_BMD.detach(), valid_BM)
+        return moments
+
+    def _pooled_volumes(self, embedded_BMRD: Tensor, valid_BR: Tensor) -> Tensor:
+        """Return the means of all views of volumes after attention (B, M, D)."""
         B, M = embedded_BMRD.shape[:2]
         valid_NR = valid_BR[:, None].expand(-1, M, -1).flatten(0, 1)
         embedded_ND = self.trained.volume_head.embed(embedded_BMRD.flatten(0, 1), valid_NR)
@@ -318,6 +369,9 @@ class Joint(Objective):
                 state.volume_bank[place] = rows["bank_volumes"][number]
                 state.volume_known[place] = True
 
+        for kind, moments in enumerate(rows["moments"]):
+            self._measure(kind, moments)
+
         # Prototypes and embeddings have moved, so that another balance keeps the clusters equal.
         network = self.trained
         for bank_ND, prototypes, balance_K in (
@@ -334,6 +388,21 @@ class Joint(Objective):
 
         share_done = (step + 1) / self.plan.optim.num_steps
         self._set_volume_share(volume_share(share_done, settings.slabs_first))
+
+    def _measure(self, kind: int, moments: Tensor) -> None:
+        """Move the running mean and deviation of one kind; nothing without anything of it."""
+        state = self.state
+        sum_D, squares_D = moments[:-1].chunk(2)
+        count = moments[-1]
+        mean_D = sum_D / count.clamp(min=1)
+        variance_D = (squares_D / count.clamp(min=1) - mean_D.square()).clamp(min=0)
+
+        # A plain mean over the first steps, so that the very first is not remembered for long.
+        is_there = (count > 0).float()
+        share = torch.clamp(1 / (state.num_measured[kind] + 1), min=1 - MOMENTUM) * is_there
+        state.mean[kind].lerp_(mean_D, share)
+        state.deviation[kind].lerp_(variance_D.sqrt(), share)
+        state.num_measured[kind] += is_there
 
     def _health_sums(
         self, scores_BMRK: Tensor, embedded_BMRD: Tensor, valid_BR: Tensor
@@ -370,6 +439,7 @@ class Joint(Objective):
         return {
             "cluster_entropy": (float(used), "share of the largest"),
             "code_entropy": (float(each), "share of the largest"),
+            "projection_spread": (smallest_spread(statistics["moments"]), "share of mean square"),
             "slab_spread": (float(1 - mean_D.square().sum()), "variance of unit vectors"),
             "empty_clusters": (empty, "share of the clusters"),
             "bank_filled": (float(state.slab_known.any(dim=1).float().mean()), "share of cases"),
@@ -380,6 +450,12 @@ class Joint(Objective):
         signs = []
         used, _ = health["cluster_entropy"]
         each, _ = health["code_entropy"]
+        spread, _ = health["projection_spread"]
+        if not spread >= LEAST_SPREAD:
+            signs.append(
+                f"the projections of all slabs are alike (variance {spread:.2g} of mean square, "
+                f"limit {LEAST_SPREAD:g})"
+            )
         if not used >= LEAST_USED:
             signs.append(
                 f"almost all slabs belong to the same clusters (entropy {used:.2g} of the largest, "
@@ -400,7 +476,8 @@ class Joint(Objective):
         found: list[tuple[Tensor, Tensor, str]] = []
         for batch in batches:
             slabs = self.slabs(batch)
-            first_BRK = scores_of(self._embedded(slabs), self.trained.prototypes)[:, 0]
+            embedded_BMRD = self._standardised(self._projected(slabs), slabs.kind)
+            first_BRK = scores_of(embedded_BMRD, self.trained.prototypes)[:, 0]
             B, R = slabs.valid.shape
             # A slab of padding is near to nothing.
             first_BRK = first_BRK.masked_fill(~slabs.valid[:, :, None], -2.0)
@@ -472,6 +549,32 @@ class Joint(Objective):
     def adaptation(self) -> Adaptation:
         """Return where fine-tuning finds the parts that it may have to adapt."""
         return self.trained.backbone.adaptation()
+
+
+def moments_of(values_D: Tensor, counted: Tensor) -> Tensor:
+    """Return sum, sum of squares and number of the counted vectors, (2 D + 1,)."""
+    weights = counted[..., None].float()
+    axes = tuple(range(counted.ndim))
+    sum_D = (values_D * weights).sum(dim=axes)
+    squares_D = (values_D.square() * weights).sum(dim=axes)
+    return torch.cat([sum_D, squares_D, weights.sum()[None]])
+
+
+def smallest_spread(moments: Tensor) -> float:
+    """Return the smallest variance of a kind, as a share of its mean square; 0 to 1.
+
+    Args:
+        moments: of all kinds, (kinds, 2 D + 1), as ``moments_of`` returns them.
+    """
+    spreads = [1.0]
+    for of_kind in moments:
+        sum_D, squares_D = of_kind[:-1].chunk(2)
+        count, mean_square = of_kind[-1], squares_D.sum() / of_kind[-1].clamp(min=1)
+        if count > 0 and mean_square > 0:
+            spreads.append(float(1 - (sum_D / count).square().sum() / mean_square))
+        elif count > 0:
+            spreads.append(0.0)
+    return min(spreads)
 
 
 def volume_share(share_done: float, slabs_first: float) -> float:

@@ -265,10 +265,10 @@ class VolumeHead(nn.Module):
         return x_BRD
 
     def embed(self, slabs_BRD: Tensor, valid_BR: Tensor) -> Tensor:
-        """Return the embedding of each volume (B, D), of length 1."""
-        seen_BRD = self(slabs_BRD, valid_BR)
-        weight_BR1 = valid_BR[:, :, None].to(seen_BRD.dtype)
-        return functional.normalize((seen_BRD * weight_BR1).sum(dim=1).float(), dim=-1)
+        """Return the mean of each volume's slabs after attention (B, D), in float32."""
+        seen_BRD = self(slabs_BRD, valid_BR).float()
+        weight_BR1 = valid_BR[:, :, None].float()
+        return (seen_BRD * weight_BR1).sum(dim=1) / weight_BR1.sum(dim=1).clamp(min=1)
 
     def predict(self, slabs_BRD: Tensor, valid_BR: Tensor, hidden_BR: Tensor) -> Tensor:
         """Return predictions (B, R, D) of slabs, from which the hidden ones were taken away."""
@@ -295,11 +295,12 @@ class JointNetwork(nn.Module):
         self.volume_head = VolumeHead(settings)
 
     def embed(self, voxels_NCZYX: Tensor, valid_NT: Tensor, positions_NT: Tensor) -> Tensor:
-        """Return the embedding of each slab (N, D), of length 1: that of its mean valid token."""
+        """Return the projection of each slab's mean valid token (N, D), in float32."""
         features_NTV = self.backbone(voxels_NCZYX, valid_NT, positions_NT)
         weight_NT1 = valid_NT[:, :, None].to(features_NTV.dtype)
         mean_NV = (features_NTV * weight_NT1).sum(dim=1) / weight_NT1.sum(dim=1).clamp(min=1)
-        return functional.normalize(self.project(mean_NV).float(), dim=-1)
+        projected_ND: Tensor = self.project(mean_NV).float()
+        return projected_ND
 
 
 def _prototypes(number: int, width: int) -> nn.Parameter:

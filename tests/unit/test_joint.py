@@ -22,7 +22,7 @@ from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objective_kinds import kind_of, with_objective
 from nnunet_autoreg.objectives.clusters import balance_of, codes_of, swapped_losses
-from nnunet_autoreg.objectives.joint import Joint, hidden_loss, hidden_slabs
+from nnunet_autoreg.objectives.joint import IMAGES, SLABS, Joint, hidden_loss, hidden_slabs
 from nnunet_autoreg.objectives.joint_networks import SlabAttention, VolumeHead, scores_of
 from nnunet_autoreg.objectives.joint_plan import JointPlan, joint_of
 from nnunet_autoreg.objectives.registry import build_objective
@@ -657,8 +657,8 @@ def test_embeddings_that_are_all_alike_are_a_collapse() -> None:
 
     assert well is not None and alike is not None and same is not None
     assert not well.own_signs
-    assert len(alike.own_signs) == 1 and "alike" in alike.own_signs[0]
-    assert len(same.own_signs) == 1 and "same clusters" in same.own_signs[0]
+    assert "projections of all slabs are alike" in alike.own_signs[0]
+    assert "same clusters" in same.own_signs[-1]
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -769,5 +769,39 @@ def test_a_run_whose_embeddings_stay_alike_stops(
         objective.trained.project[1].weight.zero_()
     trainer = Trainer(plan, tmp_path, objective, pool(), pool(2, 2), CPU, num_workers=0)
 
-    with refused(AutoregError, "training-collapsed", "after step 4", "belongs to all clusters"):
+    with refused(AutoregError, "training-collapsed", "after step 4", "projections of all slabs"):
         trainer.run()
+
+
+def test_embeddings_are_standardised_by_the_statistics_of_their_kind() -> None:
+    plan = planned()
+    objective = built(plan)
+    batch = batch_of(plan)
+    slabs = objective.slabs(batch)
+    projected = objective._projected(slabs).detach()
+    rows = projected.flatten(0, 2)
+
+    objective.after_step(0, ALONE, objective.loss(batch).statistics)
+
+    state = objective.state
+    assert torch.allclose(state.mean[SLABS], rows.mean(dim=0), atol=1e-5)
+    assert torch.allclose(state.deviation[SLABS], rows.std(dim=0, correction=0), atol=1e-4)
+    assert not state.mean[IMAGES].any() and bool((state.deviation[IMAGES] == 1).all())
+    assert state.num_measured.tolist() == [1, 0, 1]
+    # What all have in common is gone, so that embeddings point in all directions.
+    embedded = objective._standardised(projected, SLABS).flatten(0, 2)
+    assert float(embedded.mean(dim=0).norm()) < 0.3
+
+
+def test_statistics_follow_as_a_running_mean() -> None:
+    plan = planned()
+    objective = built(plan)
+    means = []
+    for number in range(12):
+        moments = torch.zeros(33)
+        moments[:16], moments[16:32], moments[32] = 2.0 * number, 4.0 * number, 2.0
+        objective._measure(SLABS, moments)
+        means.append(float(objective.state.mean[SLABS, 0]))
+
+    assert means[:3] == pytest.approx([0, 0.5, 1])
+    assert means[11] == pytest.approx(0.9 * means[10] + 0.1 * 11)
