@@ -268,7 +268,8 @@ class VolumeHead(nn.Module):
         """Return the mean of each volume's slabs after attention (B, D), in float32."""
         seen_BRD = self(slabs_BRD, valid_BR).float()
         weight_BR1 = valid_BR[:, :, None].float()
-        return (seen_BRD * weight_BR1).sum(dim=1) / weight_BR1.sum(dim=1).clamp(min=1)
+        mean_BD: Tensor = (seen_BRD * weight_BR1).sum(dim=1) / weight_BR1.sum(dim=1).clamp(min=1)
+        return mean_BD
 
     def predict(self, slabs_BRD: Tensor, valid_BR: Tensor, hidden_BR: Tensor) -> Tensor:
         """Return predictions (B, R, D) of slabs, from which the hidden ones were taken away."""
