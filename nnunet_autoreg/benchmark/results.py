@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_autoreg.benchmark.split import fold_of_split
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.records import parse_json, whole_lines
 
@@ -71,7 +72,9 @@ class RunKey:
 
     def __str__(self) -> str:
         on = "" if self.encoder == "-" else f" ({self.encoder})"
-        return f"{self.arm}{on}, {self.labels} labels, seed {self.seed}"
+        fold = fold_of_split(self.split)
+        where = "" if fold is None else f", fold {fold[0] + 1} of {fold[1]}"
+        return f"{self.arm}{on}, {self.labels} labels, seed {self.seed}{where}"
 
 
 def key_of(line: Mapping[str, Any]) -> RunKey:

@@ -320,7 +320,7 @@ def run_missing(
             mean_dice(line),
             key.steps,
             duration(line["train_s"]),
-            f"; {left} remain" if left is not None and left.num_runs else "",
+            f"; still to do: {left}" if left is not None and left.num_runs else "",
         )
 
     if num_jobs == 1:

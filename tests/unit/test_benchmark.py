@@ -514,6 +514,7 @@ def test_each_patient_is_scored_once_and_never_by_a_network_that_saw_it(bench: B
     for key in runs_of(replace(asked, num_seeds=1, arms=("scratch",)), [50], 2):
         fold = preparing.fold(bench, key)
         seen = {subjects[case] for case in fold["train"]}
+        assert f"fold {key.split[4]} of 5" in str(key)
         assert len(seen) == 6 and not seen & {subjects[case] for case in fold["val"]}
         scored += fold["val"]
     assert sorted(scored) == sorted(cases)
