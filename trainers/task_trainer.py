@@ -4,7 +4,7 @@ A task's plan is a block of the configuration in the plans file. It is made by t
 and kept beside the preprocessed data, so that all folds and the prediction obey the same plan.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,10 +31,13 @@ class TaskTrainer(AutoregPretrainedTrainer):
     """Name of the task, which is also that of its room in the package."""
     task_block: ClassVar[str]
     """Name of the block in the plans file."""
-    read_task_plan: ClassVar[Callable[[Mapping[str, Any], str], Any]]
-    """Return the checked block of a configuration of parsed plans, None if it has none."""
 
     plan: Any
+
+    @staticmethod
+    def read_task_plan(configuration: Mapping[str, Any], where: str) -> Any:
+        """Return the checked block of a configuration of parsed plans, None if it has none."""
+        raise NotImplementedError
 
     def initialize(self) -> None:
         """Prepare the task if that was not done, then make nnU-Net's own preparations."""

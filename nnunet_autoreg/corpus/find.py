@@ -608,14 +608,17 @@ def _problem_of_name(path: Path) -> str:
 
     SimpleITK and our own files use UTF-8.
     """
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return "the name is not valid UTF-8; rename the file"
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8" and not str(path).isascii():
         return (
             f"Python reads names as {encoding} here, and the name has other letters than English "
             "ones; run again after: export PYTHONUTF8=1"
         )
-    is_utf8 = _printable(str(path)) == str(path)
-    return "" if is_utf8 else "the name is not valid UTF-8; rename the file"
+    return ""
 
 
 def _printable(name: str) -> str:

@@ -43,7 +43,7 @@ from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
 from nnunet_autoreg.pretrain.dry_run import plan_memory, with_fitting_parts
 from nnunet_autoreg.pretrain.training_step import TrainingStep, learning_rate, parameter_groups
 from nnunet_autoreg.pretrain.validation import Validation
-from nnunet_autoreg.report.slices import held_out_pictures, plain_panel
+from nnunet_autoreg.report.slices import plain_panel, validation_pictures
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.pool import Place, SamplingPool, Structure
@@ -616,7 +616,7 @@ def test_the_images_of_a_pair_are_shown_side_by_side() -> None:
     pair, alone = batch_of(objective.plan, 1), batch_of(objective.plan, 1, num_members=1)
 
     spacing = objective.plan.data.spacing_mm
-    of_pair, of_one = held_out_pictures(objective, [pair, alone], CPU, spacing)
+    of_pair, of_one = validation_pictures(objective, [pair, alone], CPU, spacing)
 
     assert len(of_pair.images) == 2 and of_one.images == ()
     for member, planes in enumerate(of_pair.images):

@@ -175,7 +175,11 @@ def test_a_missing_folder_is_refused_with_a_close_match(tmp_path: Path) -> None:
         find_scans([], [tmp_path / "scan"])
 
 
-def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: encoding)
     folder = tmp_path / "pool"
     folder.mkdir()
     try:
@@ -186,6 +190,8 @@ def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(tmp_path: Path) 
     found = find_scans([], [folder])
 
     assert found[0].status == "unreadable" and found[0].id.encode("utf-8")
+    # Another encoding of the shell would not help.
+    assert "rename" in found[0].reason and "PYTHONUTF8" not in found[0].reason
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])

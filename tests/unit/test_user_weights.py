@@ -4,6 +4,7 @@ files.
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from nnunet_autoreg.convert.inspecting import inspect_weights
 from nnunet_autoreg.convert.source import NNSSL, TRAINED, open_source
 from nnunet_autoreg.errors import UsageError, WeightsError
 from nnunet_autoreg.finetune.user_weights import misfit, named_weights, watch_loading
+from nnunet_autoreg.trainers import autoreg_trainers
 from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer, AutoregScratchTrainer
 
 COMMAND = [
@@ -122,11 +124,18 @@ def test_the_users_weights_are_kept_and_named(
     trainer.users_weights = tmp_path / "x.pth"
     trainer.block = type("Block", (), {"weights": type("Weights", (), {"name": "brain"})})
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    trainer.unwrapped = lambda: None
+    trainer.local_rank = 0
+    trainer.dataset_json = {"channel_names": {"0": "CT"}}
+    trainer.configuration_manager = SimpleNamespace(patch_size=(8, 8, 8))
+    table = SimpleNamespace(lines=lambda: ["plan's weights loaded"])
+    monkeypatch.setattr(autoreg_trainers, "load_planned_encoder", lambda *arguments: table)
+    monkeypatch.setattr(autoreg_trainers, "ignored_setting", lambda *arguments: None)
+    monkeypatch.setattr(autoreg_trainers, "results_folder", lambda: tmp_path)
     monkeypatch.setattr(
-        trainer_class, "_load_encoder", lambda self: lines.append("plan's weights loaded")
-    )
-    monkeypatch.setattr(
-        trainer_class, "print_to_log_file", lambda self, *words: lines.append(" ".join(words))
+        trainer_class,
+        "print_to_log_file",
+        lambda self, *words, add_timestamp=True: lines.append(" ".join(words)),
     )
 
     trainer.on_train_start()
