@@ -37,7 +37,14 @@ NAME = "demo"
 PRETRAIN_STEPS = 300
 # The probe fits a classifier to a few of the labelled scans and scores it on others.
 PROBE_LABELS, PROBE_DRAWS = 1, 10
-RECIPE = {"num_epochs": 10, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
+RECIPE = {
+    "num_epochs": 10,
+    "num_iterations_per_epoch": 40,
+    "num_val_iterations_per_epoch": 2,
+    # nnU-Net's SGD needs several times as many steps for a small CNN.
+    "optimizer": "adamw",
+    "pretrained_rate": 1e-2,
+}
 
 NUM_STEPS = 6
 """Commands of the chain."""
