@@ -24,6 +24,7 @@ from nnunet_autoreg.report.palette import (
     SERIES,
     SOFT,
     STOCK_TRAINING,
+    Style,
 )
 from nnunet_autoreg.wording import counted
 
@@ -144,7 +145,7 @@ def _draw_curve_of(
         [row.key.labels + shift for row, _ in points],
         means,
         [below, above],
-        linestyle=STYLE_OF_ARM[arm].dash,
+        linestyle=_style_of_arm(names, arm).dash,
         linewidth=1.6,
         elinewidth=1.0,
         capsize=3,
@@ -198,13 +199,18 @@ def _position(
     return labels.index(num_labels) + 0.7 * offset
 
 
+def _style_of_arm(names: Sequence[tuple[str, str]], arm: str) -> Style:
+    """Return the style of an arm; arms with other objectives get theirs in the order of names."""
+    if arm in STYLE_OF_ARM:
+        return STYLE_OF_ARM[arm]
+    twins = list(dict.fromkeys(other for _, other in names if other not in STYLE_OF_ARM))
+    return STYLES_OF_TWINS[twins.index(arm) % len(STYLES_OF_TWINS)]
+
+
 def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str, Any]:
     """Return the colour and marker of the arm; how the marker is filled shows the encoder."""
     encoder, arm = name
-    style = STYLE_OF_ARM.get(arm)
-    if style is None:
-        twins = list(dict.fromkeys(other for _, other in names if other not in STYLE_OF_ARM))
-        style = STYLES_OF_TWINS[twins.index(arm) % len(STYLES_OF_TWINS)]
+    style = _style_of_arm(names, arm)
     encoders = list(dict.fromkeys(encoder for encoder, _ in names))
     fill = FILLS[encoders.index(encoder) % len(FILLS)]
     return {"color": style.colour, "marker": style.marker, "fillstyle": fill}

@@ -86,7 +86,7 @@ def test_bad_weights_as_init_are_refused_before_planning(home, tmp_path):
 
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(bytes(range(256)) * 4)
-    home.refused(home.pretrain("init", "--init", str(garbage)), 1, "encoder.json")
+    home.refused(home.pretrain("init", "--init", str(garbage)), 1, str(garbage), "safetensors")
     harmful = home.with_card(tmp_path / "pickle", pickle.dumps(Harmful(tmp_path / "witness")))
     home.refused(home.pretrain("init", "--init", harmful), 1, harmful, "safetensors")
     assert not (tmp_path / "witness").exists()
