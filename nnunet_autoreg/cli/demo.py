@@ -37,7 +37,7 @@ NAME = "demo"
 PRETRAIN_STEPS = 300
 # The probe fits a classifier to a few of the labelled scans and scores it on others.
 PROBE_LABELS, PROBE_DRAWS = 1, 10
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "num_epochs": 10,
     "num_iterations_per_epoch": 40,
     "num_val_iterations_per_epoch": 2,
