@@ -250,3 +250,14 @@ def smallest_block(family: str, token_size: Size) -> Size:
 
 def _triple(stride: int | Sequence[int]) -> Sequence[int]:
     return [stride] * 3 if isinstance(stride, int) else stride
+
+
+def features_per_token(class_path: str, arguments: Mapping[str, Any]) -> int:
+    """Return the features of a token, or of a position of a CNN's deepest stage.
+
+    Args:
+        arguments: of the network, as in ``model.sizes``.
+    """
+    if has_transformer(family_of(class_path)):
+        return int(arguments["embed_dim"])
+    return int(arguments["features_per_stage"][-1])

@@ -7,7 +7,7 @@ through this file only and never asks for their names.
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.families import family_of, has_transformer
@@ -20,6 +20,10 @@ from nnunet_autoreg.plan import (
     load_objectives,
 )
 from nnunet_autoreg.plan import KINDS as SEQUENCE_KINDS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TRANSFORMER, CNN = "transformer", "cnn"
 """The two kinds of networks that an objective may train."""
@@ -85,6 +89,19 @@ def plain_summary(plan: Plan) -> str:
 def unchanged(plan: Plan, num_volumes: int, num_images: int) -> Plan:
     """Return the plan of an objective that does not depend on the number of scans."""
     return plan
+
+
+@dataclass(frozen=True)
+class SliceGroup:
+    """Slices that an objective puts together, for people to look at.
+
+    Attributes:
+        title: what they have in common.
+        slices: caption and intensities (Y, X) of each.
+    """
+
+    title: str
+    slices: "tuple[tuple[str, NDArray[np.float32]], ...]"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The plan of a pretraining run: every value that can be chosen, written before work begins."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -449,3 +450,33 @@ def literal(text: str) -> Any:
             return float(text)
         except ValueError:
             return text
+
+
+def check_positive(values: Mapping[str, float]) -> None:
+    """Refuse numbers that are not finite and greater than 0.
+
+    Args:
+        values: by key in the plan.
+
+    Raises:
+        PlanError: the message names key and number (code "plan-out-of-range").
+    """
+    for key, number in values.items():
+        if not 0 < number < float("inf"):
+            raise PlanError(
+                f"{key}={number} must be a number greater than 0", code="plan-out-of-range"
+            )
+
+
+def check_not_negative(values: Mapping[str, float]) -> None:
+    """Refuse negative and infinite numbers, as ``check_positive`` does."""
+    for key, number in values.items():
+        if not 0 <= number < float("inf"):
+            raise PlanError(f"{key}={number} must not be negative", code="plan-out-of-range")
+
+
+def check_shares(values: Mapping[str, float]) -> None:
+    """Refuse numbers outside 0 to 1, as ``check_positive`` does."""
+    for key, number in values.items():
+        if not 0 <= number <= 1:
+            raise PlanError(f"{key}={number} must lie between 0 and 1", code="plan-out-of-range")

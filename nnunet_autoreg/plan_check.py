@@ -28,6 +28,8 @@ from nnunet_autoreg.plan import (
     EncoderPlan,
     Plan,
     SpacingGroup,
+    check_not_negative,
+    check_positive,
 )
 from nnunet_autoreg.records import to_jsonable
 
@@ -237,12 +239,7 @@ def _check_numbers(plan: Plan) -> None:
         **_spacings(plan.data.spacing_groups),
         **{key: value for key, value in optional.items() if value is not None},
     }
-    for key, number in positive.items():
-        if not 0 < number < float("inf"):
-            raise PlanError(
-                f"{key}={number} must be a number greater than 0",
-                code="plan-out-of-range",
-            )
+    check_positive(positive)
     not_negative = {
         "run.max_rollbacks": run.max_rollbacks,
         "run.max_collapsed": run.max_collapsed,
@@ -253,12 +250,7 @@ def _check_numbers(plan: Plan) -> None:
         "optim.weight_decay": o.weight_decay,
         "optim.warmup_steps": o.warmup_steps,
     }
-    for key, number in not_negative.items():
-        if not 0 <= number < float("inf"):
-            raise PlanError(
-                f"{key}={number} must not be negative",
-                code="plan-out-of-range",
-            )
+    check_not_negative(not_negative)
     shares = {
         "data.holdout_fraction": plan.data.holdout_fraction,
         "optim.betas[0]": o.betas[0],

@@ -16,6 +16,8 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
+from nnunet_autoreg.planning.make import make_plan as plan_run
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
 
 TINY = encoder_size("primus_tiny")
@@ -52,6 +54,25 @@ def make_plan(**sequence):
         PredictionPlan(),
         OptimPlan(10, 2, 1e-3, 1),
         RunPlan(7, 10, 10),
+    )
+
+
+def plan_for(encoder: str, shape_vox: tuple[int, int, int]) -> Plan:
+    """What autoreg_pretrain plans for scans of 2 mm and a run of ten steps on a CPU."""
+    pool = Pool(40, (2.0, 2.0, 2.0), shape_vox, 4_000_000, None)
+    token = encoder_size(encoder).token_size
+    overrides = Overrides(encoder, num_steps=10, batch_size=2, token_size_vox=token)
+    hardware = Hardware("cpu", 24.0)
+    return plan_run("run", pool, hardware, overrides, 0, {}, lambda *_: (0.0, 0.0))
+
+
+def narrow(encoder: str) -> tuple[str, ...]:
+    """Settings of the plan that make a CNN small; a transformer is small enough."""
+    if encoder != "resenc_tiny":
+        return ()
+    return (
+        "encoder.arguments.features_per_stage=[4,6,8,8]",
+        "encoder.arguments.n_blocks_per_stage=[1,1,1,1]",
     )
 
 

@@ -92,13 +92,11 @@ class AutoregClassificationTrainer(TaskTrainer):
         check_same_table(self.plan, self.table, where)
 
     def use_plan(self) -> None:
-        """Set rates and lengths, and leave out deep supervision."""
+        """Set rates, and the length of an epoch."""
         recipe = classification_recipe(self.block.recipe, self.plan)
         self.block = replace(self.block, recipe=recipe)
-        self.enable_deep_supervision = False
         self.initial_lr = recipe.pretrained_rate if self.uses_weights else recipe.scratch_rate
         self.weight_decay = recipe.weight_decay
-        self.num_epochs = self.length or self.plan.num_epochs
         self.num_iterations_per_epoch = self.plan.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.plan.num_val_iterations_per_epoch
 

@@ -123,12 +123,8 @@ class AutoregDetectionTrainer(TaskTrainer):
         check_same_dataset(self.plan, self.dataset_json, where)
 
     def use_plan(self) -> None:
-        """Set the recipe, the length and how often patches are drawn around objects."""
+        """Set the recipe, and how often patches are drawn around objects."""
         self.block = replace(self.block, recipe=detection_recipe(self.block.recipe, self.plan))
-
-        # The heads supervise the inner feature maps instead.
-        self.enable_deep_supervision = False
-        self.num_epochs = self.length or self.plan.num_epochs
         self.oversample_foreground_percent = self.plan.object_share
 
     @classmethod

@@ -53,6 +53,9 @@ class TaskTrainer(AutoregPretrainedTrainer):
                 with self._main_process_first():
                     self.prepare_task()
                     self.plan = self._find_plan()
+                # The heads of a task have one output, or supervise the inner feature maps.
+                self.enable_deep_supervision = False
+                self.num_epochs = self.length or self.plan.num_epochs
                 self.use_plan()
         super().initialize()
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,11 +125,11 @@ def rows_of(lines: Sequence[ProbeLine]) -> list[ProbeRow]:
     rows = []
     for (encoder, architecture, levels, num_labels), members in groups.items():
         # Draw by draw, the same patients are labelled for the twin with random weights.
-        dice_of_draw = _dice_by_draw(members)
+        dice_of_draw = dice_by_draw((line.result.draw, line.result.dice) for line in members)
         to_random = None
         twins = groups.get((RANDOM, architecture, levels, num_labels))
         if twins and encoder != RANDOM:
-            random_of_draw = _dice_by_draw(twins)
+            random_of_draw = dice_by_draw((line.result.draw, line.result.dice) for line in twins)
             pairs = [dice_of_draw[draw] - random_of_draw[draw] for draw in dice_of_draw]
             to_random = t_interval(pairs)
 
@@ -185,12 +185,16 @@ def table(lines: Sequence[ProbeLine], structures: Mapping[int, str]) -> str:
     return "\n".join(text)
 
 
-def _dice_by_draw(lines: Sequence[ProbeLine]) -> dict[int, float]:
-    """Return draw -> Dice, mean over seeds."""
+def dice_by_draw(values: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Return draw -> Dice, mean over seeds, in the order of the draws.
+
+    Args:
+        values: draw and Dice of every classifier.
+    """
     found: dict[int, list[float]] = {}
-    for line in lines:
-        found.setdefault(line.result.draw, []).append(line.result.dice)
-    return {draw: float(np.mean(values)) for draw, values in sorted(found.items())}
+    for draw, dice in values:
+        found.setdefault(draw, []).append(dice)
+    return {draw: float(np.mean(of_seeds)) for draw, of_seeds in sorted(found.items())}
 
 
 def _name(row: ProbeRow) -> str:

@@ -11,13 +11,12 @@ from nnunet_autoreg.classification.metrics import evaluate_task, judge
 from nnunet_autoreg.classification.predictions import NAME, ClassPredictions, read_predictions
 from nnunet_autoreg.classification.table import (
     CASE_COLUMN,
-    UNKNOWN,
-    ClassificationTask,
+    class_index,
     patients_of,
     read_rows,
 )
 from nnunet_autoreg.classification.validate import shown
-from nnunet_autoreg.errors import ClassesError, did_you_mean
+from nnunet_autoreg.errors import ClassesError
 from nnunet_autoreg.geometry import names_text
 
 FORMAT, VERSION = "nnunet_autoreg.classification_evaluation", 1
@@ -51,7 +50,9 @@ def evaluate_folders(
         if task.name not in rows[common[0]]:
             log.warning("%s has no column %s: not scored", truth, task.name)
             continue
-        indices = [_true_class(truth, task, case, rows[case][task.name]) for case in common]
+        indices = [
+            class_index(truth, task, case, rows[case][task.name], "the model") for case in common
+        ]
         values_SK = np.stack([predicted.probabilities[case][number] for case in common])
         judged = judge(task, indices, values_SK, patients, num_resamples, seed)
         if judged is None:
@@ -102,19 +103,6 @@ def _matched(
         if names:
             log.warning("%d scans %s (%s): left out", len(names), fault, names_text(names))
     return common, without_truth, without_prediction
-
-
-def _true_class(truth: Path, task: ClassificationTask, case: str, value: str) -> int:
-    """Return the index of a true class; an empty cell is ``UNKNOWN``."""
-    if not value:
-        return UNKNOWN
-    if value not in task.classes:
-        raise ClassesError(
-            f"{truth}: '{value}', the {task.name} of {case}, is no class of the model; "
-            f"{did_you_mean(value, task.classes)}",
-            code="classes-unknown-class",
-        )
-    return task.classes.index(value)
 
 
 def lines_of(results: Mapping[str, Any]) -> list[str]:

@@ -97,7 +97,9 @@ def read_table(file: Path, dataset: Mapping[str, Any], cases: Sequence[str]) -> 
 
     labels = {}
     for case in cases:
-        labels[case] = tuple(_index(file, task, case, values[task.name][case]) for task in tasks)
+        labels[case] = tuple(
+            class_index(file, task, case, values[task.name][case]) for task in tasks
+        )
     patient_of, rule = patients_of(rows)
     table = ClassTable(tuple(tasks), labels, patient_of, rule, ignored)
     _check_classes(file, table)
@@ -241,12 +243,22 @@ def _is_whole(value: str) -> bool:
     return value.removeprefix("-").isdecimal()
 
 
-def _index(file: Path, task: ClassificationTask, case: str, value: str) -> int:
+def class_index(
+    file: Path, task: ClassificationTask, case: str, value: str, source: str = "dataset.json"
+) -> int:
+    """Return the index of a class; an empty cell is ``UNKNOWN``.
+
+    Args:
+        source: what states the classes.
+
+    Raises:
+        ClassesError: there is no such class (code "classes-unknown-class").
+    """
     if not value:
         return UNKNOWN
     if value not in task.classes:
         raise ClassesError(
-            f"{file}: '{value}', the {task.name} of {case}, is no class of dataset.json; "
+            f"{file}: '{value}', the {task.name} of {case}, is no class of {source}; "
             f"{did_you_mean(value, task.classes)}",
             code="classes-unknown-class",
         )

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from nnunet_autoreg.benchmark.commands import last_line
-from nnunet_autoreg.benchmark.probe_report import RANDOM, RAW, Interval, t_interval
+from nnunet_autoreg.benchmark.probe_report import RANDOM, RAW, Interval, dice_by_draw, t_interval
 from nnunet_autoreg.children import run_guarded
 from nnunet_autoreg.cli.common import CommandParser, command, prepare_torch, print_next
 from nnunet_autoreg.cli.options import add_device, chosen_device, local_path
@@ -222,14 +222,11 @@ def read_probe(lines: Sequence[Mapping[str, Any]]) -> FrozenFeatures:
 
     dice: dict[str, list[float]] = {}
     for encoder in (RAW, RANDOM, NAME):
-        values_of_draw: dict[int, list[float]] = {}
-        for line in lines:
-            # Raw voxels have one set of levels only.
-            same_levels = encoder == RAW or line["levels"] == most_levels
-            if line["encoder"] == encoder and same_levels:
-                values_of_draw.setdefault(line["draw"], []).append(line["dice"])
-        # Random weights have several seeds.
-        dice[encoder] = [fmean(values_of_draw[draw]) for draw in sorted(values_of_draw)]
+        # Raw voxels have one set of levels only.
+        chosen = [line for line in lines if line["encoder"] == encoder]
+        if encoder != RAW:
+            chosen = [line for line in chosen if line["levels"] == most_levels]
+        dice[encoder] = [*dice_by_draw((line["draw"], line["dice"]) for line in chosen).values()]
     return FrozenFeatures(dice[RAW], dice[RANDOM], dice[NAME])
 
 

@@ -328,3 +328,14 @@ class ViTEncoder(SequenceEncoder):
         x_BTV = run_blocks(trunk.layers, x_BTV, None, rule, self.recompute)
         out: Tensor = trunk.norm(x_BTV)
         return out
+
+
+def counted_mean(tokens_BTV: Tensor, counted_BT: Tensor) -> Tensor:
+    """Return the mean of each sample's counted tokens, (B, V); 0 where none counts.
+
+    Args:
+        counted_BT: bool.
+    """
+    weight_BT1 = counted_BT[:, :, None].to(tokens_BTV.dtype)
+    mean_BV: Tensor = (tokens_BTV * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp(min=1)
+    return mean_BV

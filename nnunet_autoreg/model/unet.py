@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation
+from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.parameters import weights_under
 from nnunet_autoreg.model.trunk import recomputed
+from nnunet_autoreg.plan import Plan
 
 ENCODER_PREFIX = "encoder."
 
@@ -109,11 +111,31 @@ class PretrainingUNet(nn.Module):
 
     def adaptation(self) -> Adaptation:
         """Return where fine-tuning finds the parts that it may have to adapt."""
-        network = self.network
-        return Adaptation(
-            key_to_encoder=str(network.key_to_encoder),
-            key_to_stem=str(network.key_to_stem),
-            keys_to_in_proj=tuple(network.keys_to_in_proj),
-            key_to_lpe=None,
-            keys_to_decoder=DECODER_PREFIXES,
-        )
+        return adaptation_of(self.network, DECODER_PREFIXES)
+
+
+def build_unet(plan: Plan) -> Any:
+    """Return the plan's U-Net with random weights, one input and one output channel."""
+    encoder = plan.encoder
+    return build_network(
+        encoder.class_path,
+        encoder.arguments,
+        plan.sequence.crop_size_vox,
+        num_input_channels=1,
+        num_classes=1,
+    )
+
+
+def adaptation_of(network: Any, keys_to_decoder: tuple[str, ...] = ()) -> Adaptation:
+    """Return where fine-tuning finds the parts of a U-Net that it may have to adapt.
+
+    Args:
+        keys_to_decoder: prefixes of the decoder, if it was pretrained too.
+    """
+    return Adaptation(
+        key_to_encoder=str(network.key_to_encoder),
+        key_to_stem=str(network.key_to_stem),
+        keys_to_in_proj=tuple(network.keys_to_in_proj),
+        key_to_lpe=None,
+        keys_to_decoder=keys_to_decoder,
+    )

@@ -22,11 +22,11 @@ from nnunet_autoreg.families import family_of, has_transformer
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.model.attention import VisibleKeys, attend
 from nnunet_autoreg.model.card import Adaptation
-from nnunet_autoreg.model.encoders import build_network, build_sequence_encoder
+from nnunet_autoreg.model.encoders import build_sequence_encoder
 from nnunet_autoreg.model.predictors import CrossLayer
-from nnunet_autoreg.model.sequence import to_blocks, to_tokens
+from nnunet_autoreg.model.sequence import counted_mean, to_blocks, to_tokens
 from nnunet_autoreg.model.trunk import mask_of, recomputed, run_layer
-from nnunet_autoreg.model.unet import PretrainingUNet
+from nnunet_autoreg.model.unet import PretrainingUNet, build_unet
 from nnunet_autoreg.objectives.alice_plan import HEADS_OF_CASA, AlicePlan, alice_of
 from nnunet_autoreg.plan import Plan
 
@@ -164,18 +164,11 @@ class CnnBackbone(nn.Module):
     def __init__(self, plan: Plan):
         super().__init__()
         self.token_size = plan.encoder.token_size_vox
-        encoder = plan.encoder
-        network = build_network(
-            encoder.class_path,
-            encoder.arguments,
-            plan.sequence.crop_size_vox,
-            num_input_channels=1,
-            num_classes=1,
-        )
+        network = build_unet(plan)
         self.unet = PretrainingUNet(
             network, learned_mark=False, recompute=plan.optim.checkpoint_activations
         )
-        channels = [int(number) for number in network.encoder.output_channels]  # type: ignore[union-attr]
+        channels = [int(number) for number in network.encoder.output_channels]
         self.width, self.decoder_width = channels[-1], channels[-2]
 
     @property
@@ -337,8 +330,7 @@ class AliceNetwork(nn.Module):
 
     def class_scores(self, tokens_NTV: Tensor, counted_NT: Tensor) -> Tensor:
         """Return the scores of whole volumes (N, O), from the mean of their counted tokens."""
-        weight_NT1 = counted_NT[:, :, None].to(tokens_NTV.dtype)
-        mean_NV = (tokens_NTV * weight_NT1).sum(dim=1) / weight_NT1.sum(dim=1).clamp(min=1)
+        mean_NV = counted_mean(tokens_NTV, counted_NT)
         return self.head.classes(self.project_encoder(mean_NV))
 
 

@@ -6,9 +6,16 @@ Light: it imports no torch.
 from dataclasses import dataclass, replace
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
-from nnunet_autoreg.families import family_of, has_transformer
+from nnunet_autoreg.families import features_per_token
 from nnunet_autoreg.objective_kinds import FigureOfMerit
-from nnunet_autoreg.plan import EncoderPlan, ObjectivePlan, Plan
+from nnunet_autoreg.plan import (
+    EncoderPlan,
+    ObjectivePlan,
+    Plan,
+    check_not_negative,
+    check_positive,
+    check_shares,
+)
 
 CASA_FORMS = ("figure", "released")
 EXPORTS = ("student", "teacher")
@@ -73,11 +80,7 @@ def alice_of(plan: Plan) -> AlicePlan:
 
 def planned_alice(name: str, encoder: EncoderPlan) -> tuple[AlicePlan, dict[str, str]]:
     """Return the values for an encoder, and the reasons."""
-    arguments = encoder.arguments
-    if has_transformer(family_of(encoder.class_path)):
-        features = int(arguments["embed_dim"])
-    else:
-        features = int(arguments["features_per_stage"][-1])
+    features = features_per_token(encoder.class_path, encoder.arguments)
     if features >= SMALL_ENCODER:
         why = "as published"
         return AlicePlan(name), {"objective.width": why, "objective.hidden": why}
@@ -176,25 +179,17 @@ def _check_alice_numbers(settings: AlicePlan) -> None:
         "objective.teacher_temperature[1]": end,
         "objective.reconstruction_weight": settings.reconstruction_weight,
     }
-    for key, number in positive.items():
-        if not 0 < number < float("inf"):
-            raise PlanError(
-                f"{key}={number} must be a number greater than 0", code="plan-out-of-range"
-            )
+    check_positive(positive)
     not_negative = {
         "objective.class_weight": settings.class_weight,
         "objective.patch_weight": settings.patch_weight,
     }
-    for key, number in not_negative.items():
-        if not 0 <= number < float("inf"):
-            raise PlanError(f"{key}={number} must not be negative", code="plan-out-of-range")
+    check_not_negative(not_negative)
     shares = {
         "objective.momentum": settings.momentum,
         "objective.centre_momentum": settings.centre_momentum,
     }
-    for key, number in shares.items():
-        if not 0 <= number <= 1:
-            raise PlanError(f"{key}={number} must lie between 0 and 1", code="plan-out-of-range")
+    check_shares(shares)
 
     # Attention has several heads, and a softmax over fewer than two prototypes is constant.
     width = settings.width if settings.casa == "figure" else settings.num_prototypes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
-from nnunet_autoreg.objective_kinds import FigureOfMerit, figure_of_merit
+from nnunet_autoreg.objective_kinds import FigureOfMerit, SliceGroup, figure_of_merit
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
@@ -110,19 +110,6 @@ class Reconstruction:
     given: Tensor
     loss_mask: Tensor
     valid_mask: Tensor
-
-
-@dataclass(frozen=True)
-class SliceGroup:
-    """Slices that an objective puts together, for people to look at.
-
-    Attributes:
-        title: what they have in common.
-        slices: caption and intensities (Y, X) of each.
-    """
-
-    title: str
-    slices: tuple[tuple[str, Tensor], ...]
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ from torch.nn import functional
 from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.sequence import to_tokens
+from nnunet_autoreg.objective_kinds import SliceGroup
 from nnunet_autoreg.objectives.base import (
     LossTerm,
     LossTerms,
     Objective,
     Processes,
-    SliceGroup,
     TokenFeatures,
 )
 from nnunet_autoreg.objectives.clusters import balance_of, codes_of, swapped_losses
@@ -503,7 +503,8 @@ class Joint(Objective):
             for rank in range(count):
                 _, slices_KYX, kind = found[int(sample_SK[rank, cluster])]
                 cosine = float(best_SK[rank, cluster])
-                slices.append((f"{kind}, cosine {cosine:.2f}", slices_KYX[cluster]))
+                shown_YX = slices_KYX[cluster].float().cpu().numpy()
+                slices.append((f"{kind}, cosine {cosine:.2f}", shown_YX))
             groups.append(SliceGroup(f"Nearest to prototype {cluster + 1}", tuple(slices)))
         return groups
 

@@ -10,6 +10,7 @@ attention is over slabs.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from nnunet_autoreg.families import family_of, has_transformer
 from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.model.attention import VisibleKeys
 from nnunet_autoreg.model.card import Adaptation
-from nnunet_autoreg.model.encoders import build_network, build_sequence_encoder
+from nnunet_autoreg.model.encoders import build_sequence_encoder
 from nnunet_autoreg.model.parameters import weights_under
+from nnunet_autoreg.model.sequence import counted_mean
 from nnunet_autoreg.model.trunk import recomputed
-from nnunet_autoreg.model.unet import ENCODER_PREFIX
+from nnunet_autoreg.model.unet import ENCODER_PREFIX, adaptation_of, build_unet
 from nnunet_autoreg.objectives.joint_plan import JointPlan, joint_of
 from nnunet_autoreg.objectives.targets import full_precision
 from nnunet_autoreg.plan import Plan
@@ -75,26 +77,18 @@ class SlabCnn(nn.Module):
 
     def __init__(self, plan: Plan):
         super().__init__()
-        encoder = plan.encoder
-        network = build_network(
-            encoder.class_path,
-            encoder.arguments,
-            plan.sequence.crop_size_vox,
-            num_input_channels=1,
-            num_classes=1,
-        )
+        network = build_unet(plan)
         # Weights that nothing trains would take memory, and would be exported as if they had been.
         del network.decoder
-        self.network = network
+        self.network: Any = network
         self.recompute = plan.optim.checkpoint_activations
-        channels = [int(number) for number in network.encoder.output_channels]  # type: ignore[union-attr]
-        self.width = channels[-1]
+        self.width = int(network.encoder.output_channels[-1])
 
     def forward(self, voxels_NCZYX: Tensor, valid_NT: Tensor, positions_NT: Tensor) -> Tensor:
         """Return the deepest features (N, T, V)."""
         encoder = self.network.encoder
-        x_NVZYX = encoder.stem(voxels_NCZYX)  # type: ignore[operator,union-attr]
-        for stage in encoder.stages:  # type: ignore[union-attr]
+        x_NVZYX = encoder.stem(voxels_NCZYX)
+        for stage in encoder.stages:
             x_NVZYX = recomputed(stage, self.recompute, x_NVZYX)
         features_NTV: Tensor = x_NVZYX.flatten(2).transpose(1, 2)
         return features_NTV
@@ -105,13 +99,7 @@ class SlabCnn(nn.Module):
 
     def adaptation(self) -> Adaptation:
         """Return where fine-tuning finds the parts that it may have to adapt."""
-        network = self.network
-        return Adaptation(
-            key_to_encoder=str(network.key_to_encoder),
-            key_to_stem=str(network.key_to_stem),
-            keys_to_in_proj=tuple(network.keys_to_in_proj),  # type: ignore[arg-type]
-            key_to_lpe=None,
-        )
+        return adaptation_of(self.network)
 
 
 class SlabAttention(nn.Module):
@@ -266,10 +254,7 @@ class VolumeHead(nn.Module):
 
     def embed(self, slabs_BRD: Tensor, valid_BR: Tensor) -> Tensor:
         """Return the mean of each volume's slabs after attention (B, D), in float32."""
-        seen_BRD = self(slabs_BRD, valid_BR).float()
-        weight_BR1 = valid_BR[:, :, None].float()
-        mean_BD: Tensor = (seen_BRD * weight_BR1).sum(dim=1) / weight_BR1.sum(dim=1).clamp(min=1)
-        return mean_BD
+        return counted_mean(self(slabs_BRD, valid_BR).float(), valid_BR)
 
     def predict(self, slabs_BRD: Tensor, valid_BR: Tensor, hidden_BR: Tensor) -> Tensor:
         """Return predictions (B, R, D) of slabs, from which the hidden ones were taken away."""
@@ -298,9 +283,7 @@ class JointNetwork(nn.Module):
     def embed(self, voxels_NCZYX: Tensor, valid_NT: Tensor, positions_NT: Tensor) -> Tensor:
         """Return the projection of each slab's mean valid token (N, D), in float32."""
         features_NTV = self.backbone(voxels_NCZYX, valid_NT, positions_NT)
-        weight_NT1 = valid_NT[:, :, None].to(features_NTV.dtype)
-        mean_NV = (features_NTV * weight_NT1).sum(dim=1) / weight_NT1.sum(dim=1).clamp(min=1)
-        projected_ND: Tensor = self.project(mean_NV).float()
+        projected_ND: Tensor = self.project(counted_mean(features_NTV, valid_NT)).float()
         return projected_ND
 
 

@@ -7,9 +7,16 @@ import math
 from dataclasses import dataclass, replace
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.families import family_of, has_transformer, smallest_block
+from nnunet_autoreg.families import family_of, features_per_token, smallest_block
 from nnunet_autoreg.objective_kinds import FigureOfMerit
-from nnunet_autoreg.plan import EncoderPlan, Plan, ViewPlan
+from nnunet_autoreg.plan import (
+    EncoderPlan,
+    Plan,
+    ViewPlan,
+    check_not_negative,
+    check_positive,
+    check_shares,
+)
 
 SMALL_ENCODER = 320
 """An encoder with fewer features per token gets a narrow head and few layers of attention."""
@@ -82,11 +89,7 @@ def joint_of(plan: Plan) -> JointPlan:
 
 def planned_joint(name: str, encoder: EncoderPlan) -> tuple[JointPlan, dict[str, str]]:
     """Return the values for an encoder, and the reasons."""
-    arguments = encoder.arguments
-    if has_transformer(family_of(encoder.class_path)):
-        features = int(arguments["embed_dim"])
-    else:
-        features = int(arguments["features_per_stage"][-1])
+    features = features_per_token(encoder.class_path, encoder.arguments)
     if features >= SMALL_ENCODER:
         return JointPlan(name), {}
 
@@ -227,39 +230,26 @@ def check_joint(plan: Plan) -> None:
 
 def _check_numbers(settings: JointPlan) -> None:
     positive = {
-        "depth": settings.depth,
-        "num_heads": settings.num_heads,
-        "key_every": settings.key_every,
-        "bank_cases": settings.bank_cases,
-        "temperature": settings.temperature,
-        "sharpness": settings.sharpness,
-        "slab_weight": settings.slab_weight,
+        "objective.depth": settings.depth,
+        "objective.num_heads": settings.num_heads,
+        "objective.key_every": settings.key_every,
+        "objective.bank_cases": settings.bank_cases,
+        "objective.temperature": settings.temperature,
+        "objective.sharpness": settings.sharpness,
+        "objective.slab_weight": settings.slab_weight,
     }
-    for key, number in positive.items():
-        if not 0 < number < float("inf"):
-            raise PlanError(
-                f"objective.{key}={number} must be a number greater than 0",
-                code="plan-out-of-range",
-            )
+    check_positive(positive)
     not_negative = {
-        "volume_weight": settings.volume_weight,
-        "hidden_weight": settings.hidden_weight,
-        "max_offset": settings.max_offset,
+        "objective.volume_weight": settings.volume_weight,
+        "objective.hidden_weight": settings.hidden_weight,
+        "objective.max_offset": settings.max_offset,
     }
-    for key, number in not_negative.items():
-        if not 0 <= number < float("inf"):
-            raise PlanError(
-                f"objective.{key}={number} must not be negative", code="plan-out-of-range"
-            )
+    check_not_negative(not_negative)
     shares = {
-        "intensity_share": settings.intensity_share,
-        "slabs_first": settings.slabs_first,
+        "objective.intensity_share": settings.intensity_share,
+        "objective.slabs_first": settings.slabs_first,
     }
-    for key, number in shares.items():
-        if not 0 <= number <= 1:
-            raise PlanError(
-                f"objective.{key}={number} must lie between 0 and 1", code="plan-out-of-range"
-            )
+    check_shares(shares)
     if not 0 < settings.hidden_share < 1:
         raise PlanError(
             f"objective.hidden_share={settings.hidden_share} must lie between 0 and 1; to predict "

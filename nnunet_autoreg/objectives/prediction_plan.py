@@ -9,7 +9,13 @@ from typing import Any
 from nnunet_autoreg.errors import PlanError, did_you_mean
 from nnunet_autoreg.families import family_of, has_transformer
 from nnunet_autoreg.objective_kinds import FigureOfMerit
-from nnunet_autoreg.plan import EncoderPlan, ObjectivePlan, Plan
+from nnunet_autoreg.plan import (
+    EncoderPlan,
+    ObjectivePlan,
+    Plan,
+    check_not_negative,
+    check_positive,
+)
 
 HEADS = ("linear", "mlp")
 TARGETS = ("normalised", "normalised_with_statistics", "voxels")
@@ -196,11 +202,7 @@ def _check_values(settings: PredictionPlan) -> None:
         "objective.segment_weight": settings.segment_weight,
         "objective.variance_floor + objective.variance_epsilon": under_root,
     }
-    for key, number in positive.items():
-        if not 0 < number < float("inf"):
-            raise PlanError(
-                f"{key}={number} must be a number greater than 0", code="plan-out-of-range"
-            )
+    check_positive(positive)
 
     not_negative = {
         "objective.variance_floor": settings.variance_floor,
@@ -208,9 +210,7 @@ def _check_values(settings: PredictionPlan) -> None:
         "objective.target_smoothing": settings.target_smoothing,
         "objective.num_segments": settings.num_segments,
     }
-    for key, number in not_negative.items():
-        if not 0 <= number < float("inf"):
-            raise PlanError(f"{key}={number} must not be negative", code="plan-out-of-range")
+    check_not_negative(not_negative)
 
 
 def _check_network(plan: Plan, settings: PredictionPlan) -> None:

@@ -32,9 +32,8 @@ from torch.nn import functional
 from nnunet_autoreg import rng
 from nnunet_autoreg.geometry import Size, grid_of
 from nnunet_autoreg.model.card import Adaptation
-from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sequence import from_tokens, to_tokens
-from nnunet_autoreg.model.unet import PretrainingUNet
+from nnunet_autoreg.model.unet import PretrainingUNet, build_unet
 from nnunet_autoreg.objectives.base import (
     LossTerm,
     LossTerms,
@@ -114,14 +113,7 @@ class WholeNetwork(Objective):
         self.sampler = SequenceSampler(plan)
         self.token: Size = plan.encoder.token_size_vox
 
-        encoder = plan.encoder
-        network = build_network(
-            encoder.class_path,
-            encoder.arguments,
-            plan.sequence.crop_size_vox,
-            num_input_channels=1,
-            num_classes=1,
-        )
+        network = build_unet(plan)
         self.model = PretrainingUNet(
             network,
             learned_mark=self.settings.unknown_mark == "learned",

@@ -41,9 +41,9 @@ from nnunet_autoreg.stopping import (
 )
 
 if TYPE_CHECKING:
+    from nnunet_autoreg.objective_kinds import SliceGroup
     from nnunet_autoreg.pretrain.distributed import World
     from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob
-    from nnunet_autoreg.report.galleries import Gallery
     from nnunet_autoreg.report.report import RunSetting
     from nnunet_autoreg.report.slices import Picture
 
@@ -462,7 +462,7 @@ def run_worker(world: "World", local_rank: int) -> None:
 
 def picture_function(
     trainer: "Trainer", setting: "RunSetting | None" = None
-) -> Callable[[], list["Picture | Gallery"]]:
+) -> Callable[[], list["Picture | SliceGroup"]]:
     """Return a function that draws validation samples, or what the objective groups of them.
 
     Where the weights are sharded, all processes have to call it.
@@ -480,9 +480,9 @@ def picture_function(
         None if setting is None else setting.scan_axes,
     )
 
-    def draw_gathered() -> list["Picture | Gallery"]:
+    def draw_gathered() -> list["Picture | SliceGroup"]:
         with gathered(trainer.train_step.loss_of):
-            pictures: list[Picture | Gallery] = [*draw()]
+            pictures: list[Picture | SliceGroup] = [*draw()]
             if not pictures:
                 pictures += galleries_of(
                     trainer.objective, trainer.validation_batches, trainer.device

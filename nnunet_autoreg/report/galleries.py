@@ -3,13 +3,13 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nnunet_autoreg.report.slices import Floats
+from nnunet_autoreg.objective_kinds import SliceGroup
+from nnunet_autoreg.report.slices import Floats, evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -18,45 +18,19 @@ if TYPE_CHECKING:
     from nnunet_autoreg.sampling.sample import Batch
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Slices that belong together.
-
-    Attributes:
-        title: what they have in common.
-        slices: caption and intensities (H, W) of each.
-    """
-
-    title: str
-    slices: tuple[tuple[str, Floats], ...]
-
-
 def galleries_of(
     objective: "Objective", batches: Sequence["Batch"], device: "torch.device"
-) -> list[Gallery]:
-    """Return the galleries of an objective under its present weights.
+) -> list[SliceGroup]:
+    """Return what an objective groups under its present weights.
 
     Args:
         batches: of validation samples.
     """
-    import torch
-
-    was_training = objective.module.training
-    objective.module.eval()
-    try:
-        with torch.no_grad():
-            groups = objective.groups([batch.to(device) for batch in batches])
-    finally:
-        objective.module.train(was_training)
-
-    galleries = []
-    for group in groups:
-        slices = tuple((text, values.float().cpu().numpy()) for text, values in group.slices)
-        galleries.append(Gallery(group.title, slices))
-    return galleries
+    with evaluating(objective.module):
+        return objective.groups([batch.to(device) for batch in batches])
 
 
-def html_of(galleries: Sequence[Gallery]) -> str:
+def html_of(galleries: Sequence[SliceGroup]) -> str:
     """Return the galleries as HTML, each with its slices side by side."""
     parts = []
     for gallery in galleries:

@@ -21,7 +21,7 @@ from nnunet_autoreg.corpus.spacing import MEDIAN
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.machine import num_processes
 from nnunet_autoreg.nnunet_api import dataset_number
-from nnunet_autoreg.objective_kinds import figure_of_merit
+from nnunet_autoreg.objective_kinds import SliceGroup, figure_of_merit
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan
 from nnunet_autoreg.records import to_jsonable, write_text
 from nnunet_autoreg.report import page, palette
@@ -34,7 +34,7 @@ from nnunet_autoreg.report.charts import (
     learning_charts,
     read_series,
 )
-from nnunet_autoreg.report.galleries import Gallery, html_of
+from nnunet_autoreg.report.galleries import html_of
 from nnunet_autoreg.report.metrics import read_lines
 from nnunet_autoreg.report.scans import scans_section
 from nnunet_autoreg.report.slices import Picture, panels, plain_panel
@@ -103,7 +103,7 @@ class Reporter:
         self.folder, self.plan, self.setting = folder, plan, setting
         self.scans = ""
 
-    def write(self, make_pictures: Callable[[], Sequence[Picture | Gallery]]) -> None:
+    def write(self, make_pictures: Callable[[], Sequence[Picture | SliceGroup]]) -> None:
         """Write the whole report, or leave the one before.
 
         A report that fails is named in the log. It never ends a training.
@@ -143,7 +143,7 @@ def report(
     series: Series,
     notes: Sequence[str],
     scans: str,
-    pictures: Sequence[Picture | Gallery],
+    pictures: Sequence[Picture | SliceGroup],
 ) -> str:
     """Return the whole page as HTML.
 
@@ -337,10 +337,10 @@ def _next(plan: Plan, series: Series) -> str:
 
 
 def _pictures_or_galleries(
-    plan: Plan, pictures: Sequence[Picture | Gallery], setting: RunSetting
+    plan: Plan, pictures: Sequence[Picture | SliceGroup], setting: RunSetting
 ) -> str:
     """Return what an objective predicts of validation scans, or what it groups of them."""
-    galleries = [picture for picture in pictures if isinstance(picture, Gallery)]
+    galleries = [picture for picture in pictures if isinstance(picture, SliceGroup)]
     if galleries:
         return page.paragraph(figure_of_merit(plan).pictures) + html_of(galleries)
     samples = [picture for picture in pictures if isinstance(picture, Picture)]

@@ -2,7 +2,8 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from nnunet_autoreg.report import palette
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from nnunet_autoreg.objectives.base import Objective
     from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
@@ -85,6 +87,20 @@ class Picture:
     images: tuple[tuple[Plane, ...], ...] = ()
 
 
+@contextmanager
+def evaluating(module: "nn.Module") -> Iterator[None]:
+    """Have a module predict as in validation, without gradients, and train as before afterwards."""
+    import torch
+
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
 def validation_pictures(
     objective: "Objective",
     batches: Sequence["Batch"],
@@ -100,19 +116,13 @@ def validation_pictures(
         scan_axes: the axis of the scan (0 towards superior, 1 anterior, 2 right) that each axis of
             the stored arrays is; None where scans differ in it, so that planes have no names.
     """
-    import torch
-
-    was_training = objective.module.training
-    objective.module.eval()
     pictures: list[Picture] = []
-
-    try:
+    with evaluating(objective.module):
         for batch in batches:
             if len(pictures) >= NUM_SAMPLES:
                 break
 
-            with torch.no_grad():
-                made = objective.reconstruct(batch.to(device))
+            made = objective.reconstruct(batch.to(device))
             # An objective that predicts no voxels has nothing to show.
             if made is None:
                 return []
@@ -134,8 +144,6 @@ def validation_pictures(
                 view = (as_spacing(own_mm), scan_axes is not None)
                 planes, images = _planes(sample, *view), _middle_planes(sample, *view)
                 pictures.append(Picture(num_given, num_blocks[index], planes, images))
-    finally:
-        objective.module.train(was_training)
 
     return pictures[:NUM_SAMPLES]
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from refusals import refused
 from scipy import ndimage
-from sequence_cases import Shifted
+from sequence_cases import Shifted, narrow, plan_for
 from torch import Tensor
 
 from nnunet_autoreg import checkpoint
@@ -24,7 +24,6 @@ from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of, volume
 from nnunet_autoreg.machine import GIB
 from nnunet_autoreg.model.sequence import from_tokens
-from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objective_kinds import with_objective
 from nnunet_autoreg.objectives.alice import (
     Alice,
@@ -37,8 +36,7 @@ from nnunet_autoreg.objectives.alice_networks import Casa
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
+from nnunet_autoreg.planning.pool import Hardware
 from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
 from nnunet_autoreg.pretrain.dry_run import plan_memory, with_fitting_parts
 from nnunet_autoreg.pretrain.training_step import TrainingStep, learning_rate, parameter_groups
@@ -51,7 +49,7 @@ from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import TRAINING, SequenceSampler
 
 CPU = torch.device("cpu")
-POOL = Pool(40, (2.0, 2.0, 2.0), (40, 48, 40), 4_000_000, None)
+SHAPE_VOX = (40, 48, 40)
 ENCODERS = ("primus_tiny", "resenc_tiny")
 SMALL = (
     "objective.width=16",
@@ -61,20 +59,13 @@ SMALL = (
     "sequence.member_crop_vox=[16,16,16]",
     "optim.warmup_steps=1",
 )
-NARROW = (
-    "encoder.arguments.features_per_stage=[4,6,8,8]",
-    "encoder.arguments.n_blocks_per_stage=[1,1,1,1]",
-)
 
 
 def planned(encoder: str = "primus_tiny", *settings: str) -> Plan:
-    size = encoder_size(encoder)
-    overrides = Overrides(encoder, num_steps=10, batch_size=2, token_size_vox=size.token_size)
-    plan = make_plan("run", POOL, Hardware("cpu", 24.0), overrides, 0, {}, lambda *_: (0.0, 0.0))
+    plan = plan_for(encoder, SHAPE_VOX)
     plan = with_objective(plan, "alice")
     block = ["sequence.block_tokens=[1,1,1]"]
-    narrow = list(NARROW) if encoder == "resenc_tiny" else []
-    return check(override(plan, [*SMALL, *block, *narrow, *settings]))
+    return check(override(plan, [*SMALL, *block, *narrow(encoder), *settings]))
 
 
 def built(plan: Plan) -> Alice:

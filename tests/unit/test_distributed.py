@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -117,23 +118,32 @@ class Pairs:
         return Sample(voxels, real, rng.permutation(16), 4)
 
 
+def with_parts(plan: Plan, micro: int | None, sharding: str, batch_size: int) -> Plan:
+    """The plan with another batch, parts of it, and sharding."""
+    return replace(
+        plan,
+        optim=replace(plan.optim, micro_batch_size=micro, batch_size=batch_size),
+        run=replace(plan.run, sharding=sharding),
+    )
+
+
+def untrained(plan: Plan, objective: Any, world: World) -> Trainer:
+    """A trainer without scans: the objective's sampler makes its samples up."""
+    return Trainer(plan, Path("nowhere"), objective, [], [], torch.device("cpu"), 0, world=world)
+
+
 def alice_in(
     world: World, network: str, micro: int | None, sharding: str, batch_size: int
 ) -> Trainer:
     torch.manual_seed(0)
-    plan = replace(
-        ALICE_PLAN,
-        optim=replace(PLAN.optim, micro_batch_size=micro, batch_size=batch_size),
-        run=replace(PLAN.run, sharding=sharding),
-    )
+    plan = with_parts(ALICE_PLAN, micro, sharding, batch_size)
     if network == "cnn":
         size = encoder_size("resenc_tiny")
         encoder = EncoderPlan("resenc_tiny", size.class_path, NARROW_CNN, size.token_size)
         plan = replace(plan, encoder=encoder)
     objective = Alice(plan)
     objective.sampler = Pairs()  # type: ignore[assignment]
-    anything: Any = objective
-    trainer = Trainer(plan, Path("nowhere"), anything, [], [], torch.device("cpu"), 0, world=world)
+    trainer = untrained(plan, objective, world)
     objective.begin()
     return trainer
 
@@ -161,15 +171,10 @@ def trainer_in(
     world: World, micro: int | None, sharding: str = "none", batch_size: int = 5
 ) -> Trainer:
     torch.manual_seed(0)
-    plan = replace(
-        PLAN,
-        optim=replace(PLAN.optim, micro_batch_size=micro, batch_size=batch_size),
-        run=replace(PLAN.run, sharding=sharding),
-    )
+    plan = with_parts(PLAN, micro, sharding, batch_size)
     objective = Autoregressive(plan)
     objective.sampler = Mixed()  # type: ignore[assignment]
-    anything: Any = objective
-    return Trainer(plan, Path("nowhere"), anything, [], [], torch.device("cpu"), 0, world=world)
+    return untrained(plan, objective, world)
 
 
 def trained(trainer: Trainer, first: int = 0, last: int = STEPS) -> list[float]:
@@ -253,6 +258,15 @@ def together(rank: int, port: int, folder: Path) -> None:
         torch.save(found, folder / "found.pt")
     world.wait()
     leave()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as the other processes do: the order of sums depends on the number."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from refusals import refused
 from safetensors.torch import load_file
-from sequence_cases import Ramp, Shifted
+from sequence_cases import Ramp, Shifted, narrow, plan_for
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,8 +28,6 @@ from nnunet_autoreg.objectives.joint_plan import JointPlan, joint_of
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.pretrain.checkpointing import (
     Progress,
     load_initial_weights,
@@ -49,7 +47,7 @@ from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSample
 from nnunet_autoreg.sampling.views import draw, in_plane, num_slabs, slab_size
 
 CPU = torch.device("cpu")
-POOL = Pool(40, (2.0, 2.0, 2.0), (48, 48, 40), 4_000_000, None)
+SHAPE_VOX = (48, 48, 40)
 ENCODERS = ("primus_tiny", "resenc_tiny")
 SMALL = (
     "objective.width=16",
@@ -64,19 +62,12 @@ SMALL = (
     "sequence.block_tokens=[1,1,1]",
     "optim.warmup_steps=1",
 )
-NARROW = (
-    "encoder.arguments.features_per_stage=[4,6,8,8]",
-    "encoder.arguments.n_blocks_per_stage=[1,1,1,1]",
-)
 
 
 def planned(encoder: str = "primus_tiny", *settings: str, images: int = 6) -> Plan:
-    size = encoder_size(encoder)
-    overrides = Overrides(encoder, num_steps=10, batch_size=2, token_size_vox=size.token_size)
-    plan = make_plan("run", POOL, Hardware("cpu", 24.0), overrides, 0, {}, lambda *_: (0.0, 0.0))
+    plan = plan_for(encoder, SHAPE_VOX)
     plan = kind_of("joint").fit(with_objective(plan, "joint"), 4, images)
-    narrow = list(NARROW) if encoder == "resenc_tiny" else []
-    return check(override(plan, [*SMALL, *narrow, *settings]))
+    return check(override(plan, [*SMALL, *narrow(encoder), *settings]))
 
 
 def built(plan: Plan) -> Joint:
@@ -117,8 +108,7 @@ def settings_of(**values: Any) -> JointPlan:
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_views_slabs_and_clusters_are_planned_for_the_scans(encoder: str) -> None:
     size = encoder_size(encoder)
-    overrides = Overrides(encoder, num_steps=10, batch_size=2, token_size_vox=size.token_size)
-    plan = make_plan("run", POOL, Hardware("cpu", 24.0), overrides, 0, {}, lambda *_: (0.0, 0.0))
+    plan = plan_for(encoder, SHAPE_VOX)
 
     plan = check(kind_of("joint").fit(with_objective(plan, "joint"), 100, 300))
 
