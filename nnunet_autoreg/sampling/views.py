@@ -21,7 +21,12 @@ from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
 from nnunet_autoreg.plan import Plan, ViewPlan
 from nnunet_autoreg.sampling.affine import Affine, read_source
 from nnunet_autoreg.sampling.blocks import window_positions
-from nnunet_autoreg.sampling.corruption import CONTRAST, GAMMA, LEAST_DEVIATION, MAX_NOISE
+from nnunet_autoreg.sampling.corruption import (
+    CLEAN,
+    LEAST_DEVIATION,
+    Corruption,
+    draw_corruption,
+)
 from nnunet_autoreg.sampling.sample import Sample, unread
 from nnunet_autoreg.sampling.spatial import draw_start
 from nnunet_autoreg.store.case import StoredCase
@@ -57,16 +62,12 @@ class View:
         start: first voxel of its crop, (z, y, x); negative where the crop begins in padding.
         affine: how it is rotated, zoomed, mirrored and transposed, within the plane of the slices;
             mirrored along z as well, in both views alike.
-        gamma, contrast, noise: as in ``corruption.Corruption``.
-        seed: of the noise.
+        intensities: how they are changed.
     """
 
     start: Size
     affine: Affine
-    gamma: float
-    contrast: float
-    noise: float
-    seed: int
+    intensities: Corruption
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,8 @@ def _draw_view(
         room = length - side
         place.append(min(max(shifted, min(0, room)), max(0, room)))
 
-    is_changed = generator.random() < views_of(plan).intensity_share
-    gamma = math.exp(generator.uniform(math.log(GAMMA[0]), math.log(GAMMA[1])))
-    contrast = float(generator.uniform(*CONTRAST))
-    noise = float(generator.uniform(0, MAX_NOISE))
-    seed = int(generator.integers(2**63 - 1))
-    if not is_changed:
-        gamma, contrast, noise = 1.0, 1.0, 0.0
-    return View(as_size(place), affine, gamma, contrast, noise, seed)
+    intensities = draw_corruption(views_of(plan).intensity_share, generator)
+    return View(as_size(place), affine, intensities)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: ViewsDraw, case_id: int, is_image: bool) -> Sample:
@@ -206,7 +201,7 @@ def apply(plan: Plan, case: StoredCase, drawn: ViewsDraw, case_id: int, is_image
     for view in drawn.views:
         max_source = plan.sequence.max_source
         source = read_source(case, view.start, size, view.affine, max_source)
-        sources.append(replace(source, voxels=changed(source.voxels, view)))
+        sources.append(replace(source, voxels=changed(source.voxels, view.intensities)))
 
     token = plan.encoder.token_size_vox
     grid = grid_of(plan.sequence.crop_size_vox, token)
@@ -224,22 +219,21 @@ def apply(plan: Plan, case: StoredCase, drawn: ViewsDraw, case_id: int, is_image
     )
 
 
-def changed(voxels_CZYX: Tensor, view: View) -> Tensor:
+def changed(voxels_CZYX: Tensor, change: Corruption) -> Tensor:
     """Return voxels with another gamma and contrast, and with noise.
 
     Gamma keeps mean and deviation, and acts between the smallest and the largest intensity.
     """
     deviation = float(voxels_CZYX.std()) if voxels_CZYX.numel() > 1 else 0.0
-    is_clean = view.gamma == 1 and view.contrast == 1 and view.noise == 0
-    if is_clean or deviation <= LEAST_DEVIATION:
+    if change == CLEAN or deviation <= LEAST_DEVIATION:
         return voxels_CZYX
 
     lowest, highest = voxels_CZYX.min(), voxels_CZYX.max()
     mean = voxels_CZYX.mean()
-    bent = ((voxels_CZYX - lowest) / (highest - lowest)) ** view.gamma
+    bent = ((voxels_CZYX - lowest) / (highest - lowest)) ** change.gamma
     bent = (bent - bent.mean()) / bent.std().clamp(min=1e-6) * deviation + mean
-    stretched = ((bent - mean) * view.contrast + mean).clamp(lowest, highest)
+    stretched = ((bent - mean) * change.contrast + mean).clamp(lowest, highest)
 
-    generator = torch.Generator().manual_seed(view.seed)
+    generator = torch.Generator().manual_seed(change.seed)
     noise = torch.randn(voxels_CZYX.shape, generator=generator)
-    return stretched + view.noise * deviation * noise
+    return stretched + change.noise * deviation * noise
