@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from evidence_lines import Line
@@ -22,6 +23,13 @@ NUM_BOOTSTRAP = 10_000
 FEW_DRAWS = 8
 """Under so many draws a bootstrap over draws is too narrow, and the t interval stands beside it."""
 NORMAL_95 = 1.96
+OF_PRETRAINED = {
+    "transfer_decoder",
+    "decoder_rate_factor",
+    "decoder_first_fraction",
+    "pretrained_rate",
+}
+"""Values of the recipe that change nothing where all weights are random."""
 
 
 @dataclass(frozen=True)
@@ -218,16 +226,28 @@ def _differing(settings: Mapping[str, object], variants: Sequence[Mapping[str, o
 def contrasts(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
     """Yield the pairs to compare: pretrained with scratch, and autoregressive with masked.
 
-    Both sides were fine-tuned with the same settings.
+    Both sides were fine-tuned with the same settings. Settings that only pretrained weights have,
+    such as whether a decoder is transferred, are no difference to a run from random weights.
     """
     for ours in arms:
         for theirs in arms:
-            if ours.lines[0]["settings"] != theirs.lines[0]["settings"]:
-                continue
-            from_scratch = theirs.objective == SCRATCH and ours.objective != SCRATCH
-            twins = (ours.objective, theirs.objective) == ("autoregressive", "masked")
-            if from_scratch or twins:
+            our_settings = ours.lines[0]["settings"]
+            their_settings = theirs.lines[0]["settings"]
+            is_from_scratch = theirs.objective == SCRATCH and ours.objective != SCRATCH
+            are_twins = (ours.objective, theirs.objective) == ("autoregressive", "masked")
+            if is_from_scratch:
+                our_settings = _without_weights(our_settings)
+                their_settings = _without_weights(their_settings)
+            if our_settings == their_settings and (is_from_scratch or are_twins):
                 yield ours, theirs
+
+
+def _without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings without those that concern pretrained weights alone."""
+    kept = {key: value for key, value in settings.items() if key != "encoder_lr"}
+    changed = settings.get("recipe", ())
+    kept["recipe"] = [item for item in changed if item.partition("=")[0] not in OF_PRETRAINED]
+    return kept
 
 
 def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: float) -> str:

@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -280,6 +281,26 @@ def test_differences_are_paired_by_seed_draw_and_patient() -> None:
     assert found is not None
     expected = [[[0.1, 0.1], [0.1, 0.0]], [[0.0, 0.0], [0.2, 0.1]]]
     assert np.allclose(found, expected)
+
+
+def test_runs_are_compared_with_scratch_whatever_pretrained_weights_need() -> None:
+    def arm(name: str, objective: str, **settings: Any) -> evidence_table.Arm:
+        line = {"settings": {"lr": 0.01, "encoder_lr": None, "recipe": [], **settings}}
+        return evidence_table.Arm(name, objective, (line,))
+
+    scratch = arm("scratch", "scratch")
+    whole = arm("whole", "autoregressive")
+    encoder_alone = arm("encoder", "autoregressive", recipe=["transfer_decoder=false"])
+    slow_encoder = arm("slow", "autoregressive", encoder_lr=0.001)
+    other_rate = arm("other", "autoregressive", lr=0.003)
+    other_recipe = arm("smooth", "autoregressive", recipe=["clip_norm=1"])
+    masked = arm("masked", "masked", recipe=["transfer_decoder=false"])
+    arms = [scratch, whole, encoder_alone, slow_encoder, other_rate, other_recipe, masked]
+
+    found = {(ours.name, theirs.name) for ours, theirs in evidence_table.contrasts(arms)}
+
+    from_scratch = {(name, "scratch") for name in ("whole", "encoder", "slow", "masked")}
+    assert found == from_scratch | {("encoder", "masked")}
 
 
 def test_statistics_of_a_comparison_are_those_worked_out_by_hand() -> None:
