@@ -154,6 +154,11 @@ def probe_all(args: argparse.Namespace) -> None:
 def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
     """Yield the runs of a command line; from scratch there is one for all pretraining seeds."""
     for draw, labels, init in product(args.draws, args.labels, args.init):
+        recipe = list(args.recipe)
+        if init != SCRATCH and args.encoder.startswith("resenc"):
+            # The results name it in any case, since its planned value has changed once.
+            is_named = any(item.startswith("transfer_decoder=") for item in recipe)
+            recipe += [] if is_named else ["transfer_decoder=false"]
         for seed in (None,) if init == SCRATCH else args.seeds:
             yield FinetuneJob(
                 data=args.data,
@@ -170,7 +175,7 @@ def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
                 optimizer=args.optimizer,
                 lr=args.lr,
                 encoder_lr=args.encoder_lr,
-                recipe=tuple(args.recipe),
+                recipe=tuple(recipe),
                 tolerance_mm=args.tolerance_mm,
                 half=args.half,
                 like=args.like if init == SCRATCH else None,

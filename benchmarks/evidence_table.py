@@ -198,6 +198,21 @@ def settings_of(lines: Sequence[Line]) -> dict[ArmSetting, list[Line]]:
     return dict(sorted(found.items(), key=lambda item: str(item[0])))
 
 
+def with_transfer_named(line: Line) -> Line:
+    """Return a line whose settings say whether a pretrained decoder was transferred.
+
+    Older lines name it only where it was not the planned value of that time, which has changed.
+    """
+    if line["command"] != "finetune" or line["pretraining_seed"] is None:
+        return line
+    settings, used = line["settings"], line["recipe"].get("transfer_decoder")
+    is_named = any(item.startswith("transfer_decoder=") for item in settings["recipe"])
+    if is_named or used is None or not line["encoder"].startswith("resenc"):
+        return line
+    recipe = [*settings["recipe"], f"transfer_decoder={str(used).lower()}"]
+    return {**line, "settings": {**settings, "recipe": recipe}}
+
+
 def arms_of(lines: Sequence[Line], objectives: Mapping[tuple[str, str], str]) -> list[Arm]:
     """Return the arms of one setting; an arm run with several values is one arm for each."""
     by_name: dict[str, dict[str, list[Line]]] = {}
@@ -257,6 +272,7 @@ def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: fl
         data, split: show these only; None for all.
         wanted: the difference for which the number of pairs is planned.
     """
+    lines = [with_transfer_named(line) for line in lines]
     pretrainings = [
         line for line in lines if line["command"] == "pretrain" and data in (None, line["set"])
     ]

@@ -303,6 +303,19 @@ def test_runs_are_compared_with_scratch_whatever_pretrained_weights_need() -> No
     assert found == from_scratch | {("encoder", "masked")}
 
 
+def test_arms_are_told_apart_by_the_transfer_that_was_done() -> None:
+    def line(transferred: bool, recipe: list[str]) -> dict:
+        known = {"command": "finetune", "encoder": "resenc_tiny", "pretraining_seed": 0}
+        settings = {"lr": 0.01, "recipe": recipe}
+        return {**known, "settings": settings, "recipe": {"transfer_decoder": transferred}}
+
+    unnamed = evidence_table.with_transfer_named(line(True, ["clip_norm=1"]))
+    named = evidence_table.with_transfer_named(line(False, ["transfer_decoder=false"]))
+
+    assert unnamed["settings"]["recipe"] == ["clip_norm=1", "transfer_decoder=true"]
+    assert named["settings"]["recipe"] == ["transfer_decoder=false"]
+
+
 def test_statistics_of_a_comparison_are_those_worked_out_by_hand() -> None:
     # Two runs and two draws of one patient: pair differences 0.10, 0.06, 0.02 and 0.06.
     difference = np.array([[[0.10], [0.06]], [[0.02], [0.06]]])
@@ -459,7 +472,7 @@ def test_patches_that_overlap_make_up_the_whole_scan() -> None:
     assert (found == (image[0, 0] > 0.5).numpy()).all()
 
 
-def test_the_decoder_is_pretrained_too_unless_the_recipe_forbids_it(
+def test_the_decoder_is_pretrained_too_where_the_recipe_asks_for_it(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
@@ -468,9 +481,9 @@ def test_the_decoder_is_pretrained_too_unless_the_recipe_forbids_it(
     file = evidence_pretrain.weights_file(tmp_path, "ixi", "ar", 0)
     key = "decoder.stages.2.convs.0.conv.weight"
 
-    with_decoder = evidence_finetune.Training(job, data, tmp_path, CPU)
-    without = replace(job, recipe=("transfer_decoder=false",))
-    encoder_alone = evidence_finetune.Training(without, data, tmp_path, CPU)
+    encoder_alone = evidence_finetune.Training(job, data, tmp_path, CPU)
+    whole = replace(job, recipe=("transfer_decoder=true",))
+    with_decoder = evidence_finetune.Training(whole, data, tmp_path, CPU)
 
     kernel = read_tensors(file)[key]
     assert torch.equal(with_decoder.network.state_dict()[key], kernel)
