@@ -289,7 +289,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         if card is not None and IMPORTED not in card.extra:
             print(f"verdict of {card.name}: {(card.verdict or NO_VERDICT).message}")
         if card is not None and card.has_decoder:
-            print("decoder: pretrained as well, and loaded with the encoder")
+            print(f"decoder: {self.block.reasons['recipe.transfer_decoder']}")
         if card is not None and card.licence_line:
             print(card.licence_line)
 

@@ -17,8 +17,6 @@ CNN_RECIPE: dict[str, Any] = {
     "clip_norm": 12.0,
     "drop_path_rate": 0.0,
     "deep_supervision": True,
-    # A random decoder was better in every comparison (docs/explanation/measured.md).
-    "transfer_decoder": False,
 }
 """As in nnU-Net's own trainer. Transformers use the defaults of ``Recipe``."""
 TRANSFORMER_RATES, CNN_RATES = (1e-4, 3e-4), (1e-3, 1e-2)
@@ -86,6 +84,20 @@ def decoder_first(
         f"{VERY_FEW_CASES}"
     )
     return 0.0, reason
+
+
+def decoder_transfer(num_steps: int) -> tuple[bool, str]:
+    """Return whether the decoder of the weights is loaded, and the reason.
+
+    Source: docs/explanation/measured.md, fine-tuning on 5 labelled patients.
+
+    Args:
+        num_steps: of the pretraining that the weights come from; 0 for a trained model that was
+            imported.
+    """
+    if num_steps == 0:
+        return True, "loaded with the encoder: it was trained for segmentation"
+    return False, "random: after pretraining, only the encoder was measured to help"
 
 
 def stem_change(encoder: EncoderPlan, arguments: Mapping[str, Any], channel_note: str) -> str:

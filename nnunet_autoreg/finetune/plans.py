@@ -20,7 +20,12 @@ from nnunet_autoreg.finetune.block import (
     check_block,
 )
 from nnunet_autoreg.finetune.channels import map_channels
-from nnunet_autoreg.finetune.families import decoder_first, recipe_values, stem_change
+from nnunet_autoreg.finetune.families import (
+    decoder_first,
+    decoder_transfer,
+    recipe_values,
+    stem_change,
+)
 from nnunet_autoreg.finetune.network import build_network, own_arguments
 from nnunet_autoreg.finetune.resolve import Choice, is_ct
 from nnunet_autoreg.geometry import Size, as_size, as_spacing, grid_of, size_text, volume
@@ -132,6 +137,10 @@ def make_block(
         if file.is_relative_to(home):
             file = file.relative_to(home)
         weights = PlannedWeights(card.name, file.as_posix(), card.sha256, card.has_decoder)
+        if card.has_decoder:
+            is_loaded, reason = decoder_transfer(card.num_steps)
+            recipe = replace(recipe, transfer_decoder=is_loaded)
+            reasons["recipe.transfer_decoder"] = reason
     return check_block(AutoregBlock(encoder, weights, recipe, reasons), BLOCK_KEY)
 
 

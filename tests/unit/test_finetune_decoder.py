@@ -108,8 +108,7 @@ def block_of(folder: Path, **recipe: Any) -> AutoregBlock:
         card.sha256,
         card.has_decoder,
     )
-    values = {**recipe_values(ENCODER), "transfer_decoder": True, **recipe}
-    return AutoregBlock(ENCODER, weights, Recipe(150, **values))
+    return AutoregBlock(ENCODER, weights, Recipe(150, **{**recipe_values(ENCODER), **recipe}))
 
 
 @pytest.mark.parametrize("deep_supervision", [False, True])
@@ -321,10 +320,6 @@ def test_consumers_of_the_encoder_alone_leave_the_decoder_random(run: Path, tmp_
         torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES)
     )
     assert (table.decoder, table.encoder_share) == ((), 1.0)
-
-
-def test_the_planned_recipe_leaves_the_decoder_at_random() -> None:
-    assert not Recipe(150, **recipe_values(ENCODER)).transfer_decoder
 
 
 def test_a_recipe_can_leave_the_decoder_at_random(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nnunet_autoreg.finetune.plans import (
 )
 from nnunet_autoreg.finetune.resolve import Choice
 from nnunet_autoreg.geometry import Size, volume
-from nnunet_autoreg.model.card import read_card
+from nnunet_autoreg.model.card import DECODER_PREFIXES, EncoderCard, read_card
 from nnunet_autoreg.model.memory import GIB, TrainingMemory
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan, IntensityWindow
@@ -288,6 +289,27 @@ def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_
         == "on, the stem is adapted: 1 -> 2 channels, repeated / 2"
     )
     assert plain.reasons["3d_fullres"] == "fits"
+
+
+def test_a_pretrained_decoder_is_planned_random_and_a_trained_one_loaded(
+    tmp_path: Path, write_run: Write
+) -> None:
+    folder = write_run(tmp_path, "brain", encoder="resenc_tiny")
+    card = read_card(folder)
+    adaptation = replace(card.adaptation, keys_to_decoder=DECODER_PREFIXES)
+    pretrained = replace(card, adaptation=adaptation, num_steps=100)
+    trained = replace(pretrained, num_steps=0)
+    without = replace(card, adaptation=replace(card.adaptation, keys_to_decoder=()))
+
+    def block_from(card: EncoderCard) -> AutoregBlock:
+        choice = Choice(card, folder / "encoder.safetensors", "because")
+        return make_block(choice, BRAIN, Budget(8, False), tmp_path)
+
+    blocks = [block_from(card) for card in (pretrained, trained, without)]
+
+    assert [block.transfers_decoder for block in blocks] == [False, True, False]
+    known = ["recipe.transfer_decoder" in block.reasons for block in blocks]
+    assert known == [True, True, False]
 
 
 def test_plans_names_that_would_break_or_overwrite_are_refused() -> None:
