@@ -129,8 +129,8 @@ PROBE_CURVES = {
 KIND_PREFIX = "heldout_error_"
 """The validation error of one kind of sequences is logged as this prefix and the kind's name."""
 
-TITLE_WORDS = {"heldout": "validation", "train": "training"}
-"""First words of metrics whose names in ``metrics.jsonl`` are kept for older runs."""
+TERM_CURVES = {"heldout": ("validation", "main"), "train": ("training", "second")}
+"""First word of the name of a term of the loss -> label and look of its curve."""
 
 NOT_DRAWN = {"peak_memory", "share_of_peak"}
 """Metrics that hardly change during a run. The report has them in a table."""
@@ -146,6 +146,11 @@ def read_series(metrics: Path) -> Series:
     return series
 
 
+def read_units(metrics: Path) -> dict[str, str]:
+    """Return the unit of every metric of a ``metrics.jsonl``."""
+    return {str(line["name"]): str(line["unit"]) for line in read_lines(metrics)}
+
+
 def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
     """Return the charts of the error, the learning rate, and the speed.
 
@@ -158,9 +163,10 @@ def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
     for name, look in zip(names, palette.CURVES, strict=False):
         by_kind.append(Curve(name.removeprefix(KIND_PREFIX), series[name], look))
 
+    error = error_chart(series, plan)
     charts = [
-        error_chart(series, plan),
-        Chart("Validation error by kind of sequences", "per voxel", by_kind, highest=1.0),
+        error,
+        Chart("Validation error by kind of sequences", error.unit, by_kind, highest=1.0),
         *_single_charts(LEARNING_CHARTS, series, plan),
     ]
     return _drawable(charts, plan)
@@ -209,11 +215,14 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
     return Chart(title, unit, curves, " ".join(notes), highest=1.0)
 
 
-def health_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
+def health_charts(
+    series: Series, plan: Plan | None = None, units: Mapping[str, str] | None = None
+) -> list[Chart]:
     """Return the charts of the features' health, the probe, and every metric that has no other.
 
     Args:
         plan: sets the length of the step axis, and below which values features are collapsed.
+        units: of the metrics that an objective alone measures.
     """
     probe = Chart(
         "Frozen probe on labels",
@@ -223,21 +232,31 @@ def health_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
         "voxels.",
         highest=1.0,
     )
+    own = _own_charts(series, plan, units or {})
+    charts = [*_single_charts(HEALTH_CHARTS, series, plan), probe, *own]
+    return _drawable(charts, plan)
 
-    # What an objective measures besides gets a chart of its own.
+
+def _own_charts(series: Series, plan: Plan | None, units: Mapping[str, str]) -> list[Chart]:
+    """Return a chart for every metric that has no other, and one for each term of the loss."""
     known = {*LEARNING_CHARTS, *HEALTH_CHARTS, *ERROR_CURVES, *PROBE_CURVES, *NOT_DRAWN}
     if plan is not None:
         known |= {f"heldout_{name}" for name in figure_of_merit(plan).references}
-    others = []
-    for name in sorted(set(series) - known):
-        if not name.startswith(KIND_PREFIX):
-            first_word, *words = name.split("_")
-            title = " ".join([TITLE_WORDS.get(first_word, first_word), *words]).capitalize()
-            curve = Curve("now", series[name], "second")
-            others.append(Chart(title, f"{name} in metrics.jsonl", [curve]))
+    own = [name for name in sorted(set(series) - known) if not name.startswith(KIND_PREFIX)]
 
-    charts = [*_single_charts(HEALTH_CHARTS, series, plan), probe, *others]
-    return _drawable(charts, plan)
+    # A term of the loss is logged in training and in validation; both go into one chart.
+    charts: dict[str, Chart] = {}
+    for name in own:
+        phase, _, rest = name.partition("_")
+        is_term = phase in TERM_CURVES and bool(rest)
+        title = (rest if is_term else name).replace("_", " ").capitalize()
+        label, look = TERM_CURVES[phase] if is_term else ("now", "second")
+        earlier = charts.get(title)
+        curves = [*(earlier.curves if earlier else ()), Curve(label, series[name], look)]
+        unit = "" if units.get(name) == "1" else units.get(name, f"{name} in metrics.jsonl")
+        charts[title] = Chart(title, unit, curves)
+
+    return list(charts.values())
 
 
 def _single_charts(charts: Mapping[str, Chart], series: Series, plan: Plan | None) -> list[Chart]:
@@ -485,7 +504,7 @@ def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> Non
     from matplotlib.figure import Figure
 
     series = read_series(metrics)
-    charts = [*learning_charts(series, plan), *health_charts(series, plan)]
+    charts = [*learning_charts(series, plan), *health_charts(series, plan, read_units(metrics))]
     num_rows = max(1, -(-len(charts) // 2))
     width, height = CHART_SIZE
     figure = Figure(figsize=(2 * width, 1.15 * height * num_rows), layout="constrained")

@@ -33,6 +33,7 @@ from nnunet_autoreg.report.charts import (
     health_charts,
     learning_charts,
     read_series,
+    read_units,
 )
 from nnunet_autoreg.report.galleries import html_of
 from nnunet_autoreg.report.metrics import read_lines
@@ -152,7 +153,8 @@ def report(
         notes: warnings of the training, the latest first.
         scans: the section about the scans, as HTML.
     """
-    health = "\n".join(figure_of(chart) for chart in health_charts(series, plan))
+    units = read_units(folder / "metrics.jsonl")
+    health = "\n".join(figure_of(chart) for chart in health_charts(series, plan, units))
     if health:
         charts = f'<div class="charts">\n{health}\n</div>'
         health = page.section("health", "Health and probes", charts)

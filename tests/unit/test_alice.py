@@ -8,12 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from refusals import refused
+from safetensors.torch import load_file
 from scipy import ndimage
 from sequence_cases import Shifted, narrow, plan_for
 from torch import Tensor
@@ -37,7 +39,12 @@ from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.pool import Hardware
-from nnunet_autoreg.pretrain.checkpointing import Progress, restore, snapshot
+from nnunet_autoreg.pretrain.checkpointing import (
+    Progress,
+    load_initial_weights,
+    restore,
+    snapshot,
+)
 from nnunet_autoreg.pretrain.dry_run import plan_memory, with_fitting_parts
 from nnunet_autoreg.pretrain.training_step import TrainingStep, learning_rate, parameter_groups
 from nnunet_autoreg.pretrain.validation import Validation
@@ -159,6 +166,24 @@ def test_t1_buffers_are_copied() -> None:
     objective.begin()
 
     assert torch.equal(dict(objective.state.teacher.named_buffers())["probe"], torch.ones(3))
+
+
+def test_student_and_teacher_start_from_other_weights(tmp_path: Path, write_run: Any) -> None:
+    folder = write_run(tmp_path, "start", crop=(16, 16, 16))
+    weights = folder / "encoder.safetensors"
+    plan = replace(planned(), request={"init": str(weights)})
+    objective = built(plan)
+
+    # In the order in which a run does both.
+    load_initial_weights(objective.network, plan, tmp_path)
+    objective.begin()
+
+    state, expected = objective.transferable_state(), load_file(weights)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    teacher = objective.state.teacher.state_dict()
+    for name, value in objective.student.state_dict().items():
+        assert torch.equal(teacher[name], value), name
 
 
 # T2 and resuming.

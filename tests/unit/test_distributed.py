@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import refused
+from sequence_cases import Ramp, Shifted
 from torch import distributed as dist
 
 from nnunet_autoreg.errors import PlanError, UsageError
@@ -24,6 +25,8 @@ from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.alice import Alice
 from nnunet_autoreg.objectives.alice_plan import AlicePlan
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.joint import Joint
+from nnunet_autoreg.objectives.joint_plan import JointPlan
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
@@ -45,7 +48,9 @@ from nnunet_autoreg.pretrain.distributed import (
     process_share,
 )
 from nnunet_autoreg.pretrain.trainer import Trainer
+from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Sample
+from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 TINY = encoder_size("primus_tiny")
 ARGUMENTS = {**TINY.arguments, "embed_dim": 24, "eva_depth": 2, "eva_numheads": 2}
@@ -103,6 +108,51 @@ ALICE_WAYS = {
 }
 """Name -> network, crops at once, how weights are spread, crops of a step."""
 
+JOINT_PLAN = replace(
+    PLAN,
+    sequence=SequencePlan(
+        (16, 16, 16), order="random", weights={"views": 1.0, "images": 1.0}, spatial_share=0.5
+    ),
+    objective=JointPlan(
+        "joint",
+        width=16,
+        num_heads=2,
+        depth=1,
+        slab_vox=8,
+        slab_step_vox=4,
+        num_slab_clusters=8,
+        num_volume_clusters=4,
+        bank_cases=16,
+        slabs_first=0.0,
+    ),
+)
+JOINT_WAYS = {
+    "joint, ddp in parts": (2, "none", 5),
+    "joint, fsdp in parts": (2, "full", 6),
+}
+"""Name -> crops at once, how weights are spread, crops of a step."""
+
+
+class Views:
+    """Views of four volumes or of six 2D images; one view of one step is infinite."""
+
+    def __init__(self, plan: Plan):
+        self.sampler = SequenceSampler(plan)
+        volumes = tuple(Shifted((20, 24, 20), by=float(9000 * n)) for n in range(4))
+        images = tuple(Ramp((1, 30 + n, 28)) for n in range(6))
+        self.pool = SamplingPool(volumes, images=images)  # type: ignore[arg-type]
+
+    def draw(self, cases: Any, purpose: str, step: int, number: int = 0) -> Sample:
+        sample = self.sampler.draw(self.pool, purpose, step, number)
+        sources = []
+        for source in sample.sources:
+            # Trained scans have a mean of about 0 and a deviation of about 1.
+            voxels = (source.voxels - source.voxels.mean()) / source.voxels.std()
+            if step == SPOILED and number == 4:
+                voxels = torch.full_like(voxels, torch.inf)
+            sources.append(replace(source, voxels=voxels))
+        return replace(sample, sources=tuple(sources))
+
 
 class Pairs:
     """Two crops of noise; every third pair is half padding, one pair of one step is infinite."""
@@ -143,6 +193,16 @@ def alice_in(
         plan = replace(plan, encoder=encoder)
     objective = Alice(plan)
     objective.sampler = Pairs()  # type: ignore[assignment]
+    trainer = untrained(plan, objective, world)
+    objective.begin()
+    return trainer
+
+
+def joint_in(world: World, micro: int | None, sharding: str, batch_size: int) -> Trainer:
+    torch.manual_seed(0)
+    plan = with_parts(JOINT_PLAN, micro, sharding, batch_size)
+    objective = Joint(plan)
+    objective.sampler = Views(plan)  # type: ignore[assignment]
     trainer = untrained(plan, objective, world)
     objective.begin()
     return trainer
@@ -220,8 +280,10 @@ def together(rank: int, port: int, folder: Path) -> None:
             "numbers": world.gather(list(trainer.train_step.numbers)),
             "statistics": trainer.guard.statistics(),
         }
-    for name, of_alice in ALICE_WAYS.items():
-        trainer = alice_in(world, *of_alice)
+    stateful = [(name, alice_in, way) for name, way in ALICE_WAYS.items()]
+    stateful += [(name, joint_in, way) for name, way in JOINT_WAYS.items()]
+    for name, built_in, way in stateful:
+        trainer = built_in(world, *way)
         found[name] = {
             "losses": trained(trainer),
             "extra": world.gather(dict(trainer.objective.extra_state())),
@@ -485,6 +547,30 @@ def test_alice_has_one_teacher_in_all_processes_and_that_of_one(
         # The gradient of a bias before a norm is rounding noise, which AdamW makes large.
         if not name.endswith("conv.bias"):
             assert torch.allclose(found["encoder"][name], value, atol=2e-3), name
+
+
+@pytest.mark.parametrize("way", JOINT_WAYS)
+def test_joint_clusters_have_one_bank_in_all_processes_and_that_of_one(
+    two: dict[str, Any], way: str
+) -> None:
+    _, sharding, batch_size = JOINT_WAYS[way]
+    alone = joint_in(ALONE, None, "none", batch_size)
+    losses = trained(alone)
+    expected = alone.objective.extra_state()
+
+    found = two[way]
+
+    assert found["sharded"] is (sharding == "full")
+    good = [n for n in range(STEPS) if n != SPOILED]
+    assert [found["losses"][n] for n in good] == pytest.approx([losses[n] for n in good], rel=1e-3)
+    assert found["statistics"].nonfinite == alone.guard.statistics().nonfinite == 1
+
+    first, second = found["extra"]
+    assert first.keys() == second.keys() == expected.keys()
+    assert bool(expected["slab_known"].any()) and bool(expected["volume_known"].any())
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name].float(), value.float(), atol=1e-3), name
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused() -> None:

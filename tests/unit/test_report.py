@@ -27,6 +27,7 @@ from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
+from nnunet_autoreg.objectives.joint_plan import JointPlan
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
@@ -48,6 +49,8 @@ from nnunet_autoreg.report.charts import (
     error_chart,
     health_charts,
     learning_charts,
+    read_series,
+    read_units,
     short_number,
     svg,
     thinned,
@@ -652,6 +655,29 @@ def test_every_metric_is_drawn_once():
         "Frozen probe on labels",
         "Something new",
     ]
+
+
+def test_terms_of_the_loss_are_drawn_in_one_chart_with_their_unit(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0)
+    for name in ("train_slabs", "heldout_slabs"):
+        metrics.log(0, name, 0.5, "term of the loss")
+    metrics.log(0, "bank_filled", 0.5, "share of cases")
+
+    bank, slabs = health_charts(read_series(path), None, read_units(path))
+
+    assert (bank.title, bank.unit) == ("Bank filled", "share of cases")
+    assert (slabs.title, slabs.unit) == ("Slabs", "term of the loss")
+    assert [curve.label for curve in slabs.curves] == ["validation", "training"]
+
+
+def test_kinds_of_sequences_have_the_unit_of_the_error():
+    joint = replace(PLAN, objective=JointPlan("joint"))
+    series = {"heldout_error": [(1.0, 4.0)], "heldout_error_views": [(1.0, 4.0)]}
+
+    error, kinds = learning_charts(series, joint)
+
+    assert error.unit == kinds.unit == "nats"
 
 
 def test_a_chart_is_small_and_the_same_each_time():
