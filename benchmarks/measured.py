@@ -45,6 +45,21 @@ def evidence() -> str:
     return found.replace("## ", "### ")
 
 
+SAME_COST_ARMS = ("random", "ar800", "masked800", "alice800", "joint800")
+"""Arms that cost as much as 800 autoregressive steps, and random weights."""
+
+
+def objectives() -> str:
+    """Return pretraining by each objective at equal cost, and the dense probe of its encoder."""
+    everything = [*lines_of("evidence.jsonl"), *lines_of("objectives.jsonl")]
+    lines = []
+    for line in everything:
+        is_shown = line.get("command") in ("pretrain", "probe") and line["set"] == "ixi"
+        if is_shown and line["encoder"] == "resenc_tiny" and line["arm"] in SAME_COST_ARMS:
+            lines.append(line)
+    return evidence_table(lines, None, None, 0.02).replace("## ", "### ")
+
+
 def few_label() -> str:
     """Return the first short trainings: mean Dice by split, labels and configuration."""
     groups: dict[tuple[Any, ...], list[float]] = {}
@@ -169,6 +184,7 @@ def classification_map() -> str:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "evidence": evidence,
+    "objectives": objectives,
     "few-label": few_label,
     "encoders": encoders,
     "detection": detection,
