@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from refusals import refused
 from safetensors.torch import load_file
 from scipy import ndimage
-from sequence_cases import Shifted, narrow, plan_for
+from sequence_cases import Ramp, Shifted, narrow, plan_for
 from torch import Tensor
 
 from nnunet_autoreg import checkpoint
@@ -49,6 +49,7 @@ from nnunet_autoreg.pretrain.dry_run import plan_memory, with_fitting_parts
 from nnunet_autoreg.pretrain.training_step import TrainingStep, learning_rate, parameter_groups
 from nnunet_autoreg.pretrain.validation import Validation
 from nnunet_autoreg.report.slices import plain_panel, validation_pictures
+from nnunet_autoreg.sampling import members
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.pool import Place, SamplingPool, Structure
@@ -446,6 +447,35 @@ def test_t10_mirroring_one_image_mirrors_its_places() -> None:
     mirrored = FlipTranspose((False, False, True)).tensor(places)
 
     assert mirrored[0, 0].nonzero().tolist() == [[1, 2, 3]]
+
+
+class Mirrored(Ramp):
+    """The ramp, stored with its x axis reversed."""
+
+    def read_padded(self, start, size):  # type: ignore[no-untyped-def]
+        z, y, x = start
+        first = self.shape_vox[2] - x - size[2]
+        crop, valid_mask = super().read_padded((z, y, first), size)
+        return crop[..., ::-1], valid_mask[..., ::-1]
+
+
+def test_t10_the_mirrored_place_of_a_mirrored_scan_shows_the_mirrored_crop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(members, "JITTER", 0.0)
+    still = ("sequence.spatial_share=0", "sequence.flip=false", "sequence.swap_axes=false")
+    plan = planned("primus_tiny", *still)
+    shape = (20, 24, 20)
+    places = (
+        Place("patient 0", Ramp(shape), (9.5, 11.5, 4.5)),  # type: ignore[arg-type]
+        Place("patient 1", Mirrored(shape), (9.5, 11.5, 14.5)),  # type: ignore[arg-type]
+    )
+    pool = SamplingPool((), (), (Structure("place", (2.0, 2.0, 2.0), places),))
+
+    one, two = SequenceSampler(plan).draw(pool, TRAINING, 0).augmented().voxels
+
+    assert np.array_equal(one, two[..., ::-1])
+    assert not np.array_equal(one, two)
 
 
 # T9: crops at the border.
