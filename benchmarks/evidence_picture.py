@@ -17,12 +17,15 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 from measured import REPOSITORY, lines_of
 
+from nnunet_autoreg.benchmark.picture import widen
 from nnunet_autoreg.report.palette import FROM_BASELINE, FROM_PRETRAINED, FROM_RANDOM, GRID
 
-ENCODER = "resenc_tiny"
+DATA, ENCODER = "ixi", "resenc_tiny"
 PICTURE = REPOSITORY / "docs" / "explanation" / "evidence.png"
 SHOWN = {"optimizer": "adamw", "lr": 1e-2, "steps": 800}
 """The settings of the fine-tunings that are drawn: those with which all draws were run."""
+NUM_SCORED = 20
+"""Patients of the development part, who are scored in both panels."""
 ARMS = {
     "scratch": "random\nweights",
     "masked": "masked\npretraining",
@@ -77,8 +80,12 @@ def draw_dice(axes: Any, lines: Sequence[Line]) -> None:
             axes.annotate(f"{mean:.3f}", (column + 0.25, mean), va="center", fontsize=11)
     axes.set_xticks(range(len(ARMS)), list(ARMS.values()))
     axes.set_xlim(-0.5, len(ARMS) - 0.3)
-    axes.set_ylabel("Dice of 12 structures, 20 patients")
-    axes.set_title("After fine-tuning on 5 labelled patients", fontsize=11)
+    axes.set_ylabel("Dice of 12 structures")
+    axes.set_title(
+        f"After fine-tuning on 5 labelled patients\n"
+        f"(n = {NUM_SCORED} patients scored, {len(draws)} draws)",
+        fontsize=11,
+    )
 
 
 def probe_points(lines: Sequence[Line], objective: str) -> list[tuple[int, float]]:
@@ -114,13 +121,17 @@ def draw_probe(axes: Any, lines: Sequence[Line]) -> None:
         axes.plot(steps, dice, marker=style.marker, label=objective, markersize=6, **style.line())
     axes.set_xlabel("steps of pretraining (0 = random weights)")
     axes.set_ylabel("Dice of a linear classifier")
-    axes.set_title("Frozen features of the encoder", fontsize=11)
+    axes.set_title(
+        f"Frozen features of the encoder\n(n = {NUM_SCORED} patients, means over draws)",
+        fontsize=11,
+    )
     axes.legend(frameon=False)
 
 
 def main() -> None:
     """Write the picture."""
-    lines = lines_of("evidence.jsonl")
+    # Scores on other data are another picture.
+    lines = [line for line in lines_of("evidence.jsonl") if line["set"] == DATA]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), width_ratios=(1.15, 1))
     draw_dice(left, lines)
     draw_probe(right, lines)
@@ -128,6 +139,8 @@ def main() -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=GRID)
         axes.set_axisbelow(True)
+        # Otherwise small differences fill the picture.
+        widen(axes)
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=130, facecolor="white")
 

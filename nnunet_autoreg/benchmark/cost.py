@@ -2,25 +2,19 @@
 
 import logging
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_autoreg import rng
 from nnunet_autoreg.benchmark.results import Cost
-from nnunet_autoreg.geometry import Size, Spacing, as_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import from_jsonable, read_json
 from nnunet_autoreg.report.metrics import read_lines
-from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
+from nnunet_autoreg.sampling.noise import noise_pool
 from nnunet_autoreg.sampling.sample import collate
 from nnunet_autoreg.sampling.sampler import TRAINING
 
@@ -28,34 +22,6 @@ log = logging.getLogger(__name__)
 
 NUM_STEPS_COUNTED = 4
 """Kinds of sequences and shares of known blocks, and with them FLOPs, change from step to step."""
-
-NUM_SUBJECTS = 16
-
-
-@dataclass(frozen=True)
-class NoiseCase:
-    """A case without a file: noise of some shape, enough to count the arithmetic of a step."""
-
-    shape_vox: Size
-    spacing_mm: Spacing
-
-    def read_padded(
-        self,
-        start_zyx: Sequence[int],
-        size_zyx: Sequence[int],
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return noise (1, Z, Y, X) and which of its voxels lie inside the case."""
-        size = as_size(size_zyx)
-        # The same crop has the same noise, as of a case on disk.
-        generator = rng.generator(0, "cost of a step", *(abs(int(first)) for first in start_zyx))
-        noise = generator.normal(size=(1, *size)).astype(np.float32)
-
-        is_real = np.ones(size, dtype=bool)
-        for axis, (first, extent) in enumerate(zip(start_zyx, self.shape_vox, strict=True)):
-            places = np.arange(first, first + size[axis])
-            is_inside = (places >= 0) & (places < extent)
-            is_real &= is_inside.reshape([-1 if a == axis else 1 for a in range(3)])
-        return noise * is_real, is_real
 
 
 def pretraining_cost(folder: Path) -> Cost | None:
@@ -96,7 +62,7 @@ def flops_per_sample(plan: Plan) -> float:
         torch.manual_seed(0)
         objective = build_objective(plan)
 
-    pool = _noise_pool(plan)
+    pool = noise_pool(plan)
 
     counts = []
     for step in range(NUM_STEPS_COUNTED):
@@ -107,19 +73,3 @@ def flops_per_sample(plan: Plan) -> float:
         objective.module.zero_grad(set_to_none=True)
         counts.append(float(counter.get_total_flops()))
     return statistics.fmean(counts)
-
-
-def _noise_pool(plan: Plan) -> SamplingPool:
-    """Return a sampling pool for every kind of sequence, in scans of twice the crop's extent."""
-    shape = as_size([2 * extent for extent in plan.sequence.crop_size_vox])
-    spacing_mm = plan.data.spacing_mm
-    case = NoiseCase(shape, spacing_mm)
-
-    # Noise stands in for stored cases: it has their shape, their spacing and their one method.
-    members: Any = tuple((name, case) for name in plan.sequence.contrasts)
-    group = StoredGroup("noise", members)
-    centre = (shape[0] / 2, shape[1] / 2, shape[2] / 2)
-    stand_in: Any = case
-    places = [Place(f"subject {n}", stand_in, centre) for n in range(NUM_SUBJECTS)]
-    structure = Structure("noise", spacing_mm, tuple(places))
-    return SamplingPool((stand_in,), (group,), (structure,))

@@ -24,6 +24,7 @@ from nnunet_autoreg.report.palette import (
     SERIES,
     SOFT,
     STOCK_TRAINING,
+    WHITE,
     Style,
 )
 from nnunet_autoreg.wording import counted
@@ -106,7 +107,7 @@ def draw_curve(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> No
 
     # The axis is shared, so widening one panel widens all.
     panels[0].set_ylabel("Dice (bars: 95 % over patients and seeds)")
-    _widen(panels[0], LEAST_SPAN)
+    widen(panels[0])
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(_heading(title, shown), fontsize=11)
     with atomic_path(path) as temporary:
@@ -213,7 +214,11 @@ def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str,
     style = _style_of_arm(names, arm)
     encoders = list(dict.fromkeys(encoder for encoder, _ in names))
     fill = FILLS[encoders.index(encoder) % len(FILLS)]
-    return {"color": style.colour, "marker": style.marker, "fillstyle": fill}
+    drawn = {"color": style.colour, "marker": style.marker, "fillstyle": fill}
+    if fill == "none":
+        # White inside, so that lines do not run through the marker.
+        drawn |= {"fillstyle": "full", "markerfacecolor": WHITE}
+    return drawn
 
 
 def _draw_dice(
@@ -247,7 +252,7 @@ def _draw_dice(
         ylabel=f"{kind} (points: seeds, bars: mean)",
     )
     axis.set_xlim(-0.5, len(labels) - 0.5)
-    _widen(axis, LEAST_SPAN)
+    widen(axis)
     _plain(axis)
 
 
@@ -297,16 +302,28 @@ def _draw_differences(
     axis.set_xlim(-0.5, len(labels) - 0.5)
     if not pairs:
         axis.text(0.5, 0.6, "no pairs yet", transform=axis.transAxes, ha="center")
-    _widen(axis, LEAST_SPAN)
+    widen(axis, is_score=False)
     _plain(axis)
 
 
-def _widen(axis: Any, least_span: float) -> None:
-    """Let the value axis span at least so much, around what is drawn."""
+def widen(axis: Any, is_score: bool = True) -> None:
+    """Let the value axis span at least 0.1, around what is drawn.
+
+    Args:
+        is_score: the values are scores, not differences; the axis then stays within 0 and 1.
+    """
     low, high = axis.get_ylim()
-    missing = least_span - (high - low)
-    if missing > 0:
-        axis.set_ylim(low - missing / 2, high + missing / 2)
+    missing = LEAST_SPAN - (high - low)
+    if missing <= 0:
+        return
+    low, high = low - missing / 2, high + missing / 2
+
+    # No score is below 0 or above 1, so that room there would show nothing.
+    if is_score and low < 0:
+        low, high = 0.0, high - low
+    if is_score and high > 1:
+        low, high = low - (high - 1), 1.0
+    axis.set_ylim(low, high)
 
 
 def _plain(axis: Any) -> None:

@@ -58,7 +58,10 @@ from nnunet_autoreg.finetune.resolve import locate
 from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.nnunet_api import dataset_folder
 from nnunet_autoreg.objective_kinds import kind_of
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.planning.length import expected_seconds
 from nnunet_autoreg.records import from_jsonable, read_json, read_object, write_json, write_text
+from nnunet_autoreg.wording import counted, duration
 
 log = logging.getLogger(__name__)
 
@@ -304,6 +307,65 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
     write_folds(bench, keys)
 
 
+@dataclass(frozen=True)
+class ExpectedPretraining:
+    """A pretraining that a benchmark still has to make.
+
+    Attributes:
+        seconds: of its training; None where no step was timed.
+    """
+
+    name: str
+    num_steps: int
+    seconds: float | None
+
+    def __str__(self) -> str:
+        steps = counted(self.num_steps, "step")
+        if self.seconds is None:
+            return f"pretraining {self.name}: {steps}"
+        return f"pretraining {self.name}: {steps}, about {duration(self.seconds)}"
+
+
+def expected_pretrainings(bench: Bench) -> list[ExpectedPretraining]:
+    """Return the pretrainings that are missing, planned and timed on this machine.
+
+    The benchmark's own are planned by a dry run. A twin has the steps of the run that it repeats.
+    Its step may take a somewhat different time.
+    """
+    request = bench.request
+    expected = []
+    if set(request.arms) <= {STOCK}:
+        return expected
+
+    for family in request.families:
+        if request.weights:
+            folder = bench.user_results / RUNS_FOLDER / family
+        else:
+            folder = bench.layout.pretraining(family)
+            if not (folder / CARD_NAME).is_file():
+                if request.split == CROSS_VALIDATION:
+                    continue
+                if not (folder / "plan.json").is_file():
+                    _pretrain(bench, family, [*_own_arguments(bench, family), "--dry-run"])
+                expected.append(_expected(bench, family, folder))
+
+        for arm in [arm for arm in request.arms if arm in twin_arms()]:
+            name = twin_name(family, arm)
+            theirs = bench.user_results / RUNS_FOLDER / name
+            cards = (theirs / CARD_NAME, bench.layout.pretraining(name) / CARD_NAME)
+            is_there = any(card.is_file() for card in cards)
+            if not is_there and (folder / "plan.json").is_file():
+                expected.append(_expected(bench, name, folder))
+    return expected
+
+
+def _expected(bench: Bench, name: str, folder: Path) -> ExpectedPretraining:
+    """Return how long a pretraining will take by the plan in ``folder``."""
+    plan = from_jsonable(Plan, read_json(folder / "plan.json"), str(folder / "plan.json"))
+    seconds = expected_seconds(plan, bench.commands.device)
+    return ExpectedPretraining(name, plan.optim.num_steps, seconds)
+
+
 def ensure_weights(bench: Bench, family: str) -> None:
     """Link the user's run, or make the benchmark's own pretraining on the pool."""
     if bench.request.weights:
@@ -318,6 +380,12 @@ def ensure_weights(bench: Bench, family: str) -> None:
             f"{bench.layout.exclude}, and name that run by --weights",
             code="benchmark-folds-without-weights",
         )
+    _pretrain(bench, family, _own_arguments(bench, family))
+
+
+def _own_arguments(bench: Bench, family: str) -> list[str]:
+    """Return the arguments of ``autoreg_pretrain`` for the benchmark's own pretraining."""
+    request = bench.request
     encoder = dict(zip(request.families, request.encoders, strict=True))[family]
     arguments = ["-d", request.dataset, "--encoder", encoder]
     arguments += ["--exclude", str(bench.layout.exclude)]
@@ -325,7 +393,7 @@ def ensure_weights(bench: Bench, family: str) -> None:
         arguments += ["--steps", str(request.pretrain_steps)]
     if request.pretrain_batch:
         arguments += ["--batch", str(request.pretrain_batch)]
-    _pretrain(bench, family, arguments)
+    return arguments
 
 
 def ensure_twin(bench: Bench, family: str, objective: str) -> None:

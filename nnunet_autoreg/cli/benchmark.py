@@ -326,17 +326,51 @@ def describe(bench: "Bench") -> None:
 
 def announce(request: "BenchmarkRequest", num_jobs: int) -> None:
     """Print how many trainings there are and, of a time budget, how long they take."""
-    from nnunet_autoreg.benchmark.protocol import runs_of
+    from nnunet_autoreg.benchmark.protocol import runs_of, twin_arms
 
     lengths = request.steps or request.budget_min
     num_runs = len([*runs_of(request, range(len(lengths)), 1)])
     text = f"{counted(num_runs, 'training')}, {num_jobs} at a time"
-    if request.budget_min:
-        minutes = num_runs / len(lengths) * sum(lengths) / num_jobs
-        text += f": about {duration(60 * minutes)}, plus pretraining, prediction and scoring"
+    seconds = training_seconds(request, num_jobs)
+    if seconds is not None:
+        # Weights that are given need no pretraining, but a twin with another objective does.
+        is_pretrained = request.weights and not set(request.arms) & set(twin_arms())
+        pretraining = "" if is_pretrained else "pretraining, "
+        text += f": about {duration(seconds)}, plus {pretraining}prediction and scoring"
     else:
         text += f", of {' or '.join(f'{steps:,}' for steps in lengths)} steps"
     print(text, flush=True)
+
+
+def announce_pretraining(bench: "Bench", num_jobs: int) -> None:
+    """Print how long the missing pretrainings take, and what that makes with the trainings."""
+    from nnunet_autoreg.benchmark.prepare import expected_pretrainings
+
+    expected = expected_pretrainings(bench)
+    if not expected:
+        return
+    for pretraining in expected:
+        print(pretraining)
+
+    seconds = [one.seconds for one in expected if one.seconds is not None]
+    if len(seconds) < len(expected):
+        return
+    training_s = training_seconds(bench.request, num_jobs)
+    if training_s is None:
+        print("the trainings are timed after pretraining", flush=True)
+        return
+    total = duration(sum(seconds) + training_s)
+    print(f"in all about {total}, plus preprocessing, prediction and scoring", flush=True)
+
+
+def training_seconds(request: "BenchmarkRequest", num_jobs: int) -> float | None:
+    """Return how long all trainings of a time budget take; None where steps are given."""
+    from nnunet_autoreg.benchmark.protocol import runs_of
+
+    if not request.budget_min:
+        return None
+    num_runs_of_a_length = len([*runs_of(request, [0], 1)])
+    return 60 * num_runs_of_a_length * sum(request.budget_min) / num_jobs
 
 
 def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
@@ -349,8 +383,9 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     from nnunet_autoreg.benchmark.table import markdown, summary
     from nnunet_autoreg.records import write_text
 
-    # One step of one patch, because the length is only known after the preparations.
     root = bench.layout.root
+    announce_pretraining(bench, num_jobs)
+    # One step of one patch, because the length is only known after the preparations.
     prepare(bench, [*runs_of(bench.request, [1], 1)])
     lengths, batch = settle_lengths(bench)
     keys = [*runs_of(bench.request, lengths, batch)]

@@ -95,3 +95,18 @@ def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -
     pace = f"{seconds_per_step:.3g} s a step measured on {device}"
     timed = replace(plan, run=replace(plan.run, seconds_per_step=seconds_per_step))
     return with_length(timed, steps, f"{100 * TRAINING_SHARE:.0f} % of {hours:g} h at {pace}")
+
+
+def expected_seconds(plan: Plan, device: str) -> float | None:
+    """Return how long the training will take, as far as its steps were timed.
+
+    Validation, checkpoints and preprocessing come on top.
+    """
+    run, optim = plan.run, plan.optim
+    if run.dry_step_seconds is None:
+        return None
+    # A GPU computes while other processes load; elsewhere batches are loaded between the steps.
+    loading = 0.0
+    if device != "cuda":
+        loading = optim.batch_size * (run.loader_seconds_per_crop or 0.0)
+    return optim.num_steps * (run.dry_step_seconds + loading)

@@ -6,6 +6,7 @@ that a resumed run is the same run.
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ from nnunet_autoreg.pretrain.run_folder import write_plan
 from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob, build_trainer
 from nnunet_autoreg.pretrain.training_step import peak_memory_gib
 from nnunet_autoreg.sampling.kinds import wanted
+from nnunet_autoreg.sampling.noise import noise_pool
+from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sampler import TRAINING
 from nnunet_autoreg.stopping import refuse_interruption
 from nnunet_autoreg.wording import counted, duration
@@ -345,12 +348,45 @@ def _find_disagreement(
         return None
 
 
-def dry_step(trainer: Trainer) -> float:
+def with_estimated_seconds(folder: Path, plan: Plan, device: str) -> Plan:
+    """Return the plan with the time of a step, timed on crops of noise, and write it.
+
+    So the length of a run is known before any scan is preprocessed. The training times a step of
+    its own again. A plan whose step does not fit stays as it is.
+    """
+    # Compiling takes longer than the rest of a dry run.
+    tried = replace(plan, run=replace(plan.run, compile=False))
+    pool = noise_pool(plan)
+    try:
+        with phase("timing a training step"), torch.random.fork_rng(devices=[]):
+            trainer = build_trainer(
+                TrainingJob(folder, tried, device, pool, SamplingPool(()), (), is_new=False)
+            )
+            seconds = dry_step(trainer, ENOUGH_S)
+            steps = list(_one_of_each_kind(trainer).values())
+            crop_seconds = seconds_per_crop(trainer.batches, steps, plan.sequence.weights)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log.info("a step could not be timed, as it does not fit; training will make it smaller")
+        return plan
+
+    del trainer
+    free_memory()
+    plan = _with_times(plan, seconds, crop_seconds)
+    write_plan(folder, plan)
+    return plan
+
+
+def dry_step(trainer: Trainer, enough_s: float = math.inf) -> float:
     """Return the seconds of a whole optimiser step, estimated from short ones.
 
     For every kind of sequence two steps of up to two parts of a batch are made. Two parts, because
     the second is computed while the gradient of the first is in memory; two steps, because the
     first compiles.
+
+    Args:
+        enough_s: a first step that takes longer is not repeated.
     """
     sampler, cases = trainer.batches.sampler, trainer.batches.cases
     step = trainer.train_step
@@ -371,6 +407,8 @@ def dry_step(trainer: Trainer) -> float:
             start = time.monotonic()
             loss, _ = step(number, batch)
             float(loss)  # waits for the device
+            if time.monotonic() - start > enough_s:
+                break
         seconds.append(time.monotonic() - start)
     return sum(seconds) / len(seconds) * len(step.numbers) / len(samples)
 
@@ -524,11 +562,16 @@ def _with_measurements(plan: Plan, device: torch.device, result: DryStepResult) 
         estimate / GIB,
         "" if device.type == "cuda" else " for the step alone; the peak is the whole process'",
     )
+    plan = _with_times(plan, result.seconds, result.crop_seconds)
+    return replace(plan, run=replace(plan.run, peak_memory_gib=round(result.peak_gib, 3)))
+
+
+def _with_times(plan: Plan, seconds: float, crop_seconds: float) -> Plan:
+    """Return the plan with the time of a step and of loading a crop, to four digits."""
     run = replace(
         plan.run,
-        peak_memory_gib=round(result.peak_gib, 3),
-        dry_step_seconds=float(f"{result.seconds:.4g}"),
-        loader_seconds_per_crop=float(f"{result.crop_seconds:.4g}"),
+        dry_step_seconds=float(f"{seconds:.4g}"),
+        loader_seconds_per_crop=float(f"{crop_seconds:.4g}"),
     )
     return replace(plan, run=run)
 

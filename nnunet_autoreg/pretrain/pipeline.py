@@ -32,6 +32,7 @@ from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.phases import phase, signs_of_life
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan, override
 from nnunet_autoreg.plan_check import check
+from nnunet_autoreg.planning.length import expected_seconds
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import hardware_of, pool_of
 from nnunet_autoreg.pretrain.checkpointing import (
@@ -126,6 +127,8 @@ def pretrain(
             draw_preview(folder, plan, rows, Store(), num_processes())
         finished = is_finished(folder, plan)
         if dry_run:
+            if not finished:
+                log.info(time_line(folder, plan, device))
             return finished
 
         if not finished:
@@ -380,6 +383,28 @@ def start_lines(
         _line("training", f"{counted(optim.num_steps, 'step')}, {objective}, rate {optim.lr:g}"),
         _line("details", "plan.json gives the reason of every value; -v shows them here"),
     ]
+
+
+def time_line(folder: Path, plan: Plan, device: str) -> str:
+    """Return how long a run will take, as known before it."""
+    if plan.request.get("num_hours") is not None:
+        return _line("time", f"{plan.request['num_hours']:g} h as given, after preprocessing")
+    if checkpoint.exists(folder):
+        return _line("time", "the training's log says how long the remaining steps take")
+
+    with phase("loading torch"):
+        from nnunet_autoreg.pretrain.dry_run import with_estimated_seconds
+
+    plan = with_estimated_seconds(folder, plan, device)
+    seconds = expected_seconds(plan, device)
+    if seconds is None:
+        return _line("time", "unknown; the training times a step first")
+    step = duration(seconds / plan.optim.num_steps)
+    return _line(
+        "time",
+        f"about {duration(seconds)} on this {'GPU' if device == 'cuda' else 'computer'} "
+        f"({step} a step, timed now), plus preprocessing and validation",
+    )
 
 
 def end_lines(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from refusals import logged, refused
+from sequence_cases import make_plan
 
 from nnunet_autoreg.benchmark import prepare as preparing
 from nnunet_autoreg.benchmark import run as running
@@ -46,7 +47,7 @@ from nnunet_autoreg.benchmark.run import (
 )
 from nnunet_autoreg.benchmark.split import divide, labelled
 from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
-from nnunet_autoreg.cli.benchmark import announce, parser, read_request
+from nnunet_autoreg.cli.benchmark import announce, announce_pretraining, parser, read_request
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.downstream.patients import subjects_by_name
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -758,6 +759,42 @@ def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Benc
         second[second.index("--objective") + 1] == "masked"
         and second[second.index("--exclude") + 1] == "/x.txt"
     )
+
+
+def test_missing_pretrainings_are_timed_beforehand(
+    typing: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = {"steps": (), "budget_min": (30.0,), "arms": ("pretrained", "masked")}
+    own = replace(typing, request=request(weights=(), encoders=("primus_tiny",), **budget))
+    theirs = replace(typing, request=request(weights=("brain",), **budget))
+    plan = replace(make_plan(), run=replace(make_plan().run, dry_step_seconds=360.0))
+    for folder in (
+        own.layout.pretraining("benchmark_primus_tiny"),
+        own.user_results / "autoreg_pretraining/brain",
+    ):
+        write_json(folder / "plan.json", plan)
+    write_json(own.user_results / "autoreg_pretraining/brain/encoder.json", {"sha256": "first"})
+
+    found = preparing.expected_pretrainings(own)
+    of_twins = preparing.expected_pretrainings(theirs)
+
+    # Ten steps of six minutes for the run, and as many for its twin.
+    assert [(one.name, one.num_steps, one.seconds) for one in found] == [
+        ("benchmark_primus_tiny", 10, pytest.approx(3600)),
+        ("benchmark_primus_tiny_masked", 10, pytest.approx(3600)),
+    ]
+    assert [one.name for one in of_twins] == ["brain_masked"]
+    assert typed == []
+
+    # Two arms of two seeds, each of half an hour, come on top.
+    announce_pretraining(own, 1)
+    *_, total = capsys.readouterr().out.splitlines()
+    assert "4 h" in total
+
+    write_json(own.layout.pretraining("benchmark_primus_tiny") / "encoder.json", {"sha256": "x"})
+    assert [one.name for one in preparing.expected_pretrainings(own)] == [
+        "benchmark_primus_tiny_masked"
+    ]
 
 
 def test_the_users_runs_are_linked_and_must_not_change(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from sequence_cases import contrast_plan, make_plan, semantic_plan
 
-from nnunet_autoreg.benchmark.cost import NoiseCase, flops_per_sample, pretraining_cost
+from nnunet_autoreg.benchmark.cost import flops_per_sample, pretraining_cost
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.records import write_json
+from nnunet_autoreg.sampling.noise import NoiseCase
 
 
 def test_a_step_counts_forward_and_backward_of_every_layer() -> None:

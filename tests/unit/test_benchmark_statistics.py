@@ -410,6 +410,23 @@ def test_the_learning_curve_shows_every_length_with_intervals(
         assert len({curve.get_marker() for curve in curves}) == 3
 
 
+@pytest.mark.parametrize("drawn, shown", [((0.01, 0.03), (0, 0.1)), ((0.98, 0.99), (0.9, 1))])
+def test_an_axis_of_scores_spans_a_tenth_within_zero_and_one(
+    drawn: tuple[float, float], shown: tuple[float, float]
+) -> None:
+    scores, differences = Figure().subplots(1, 2)
+
+    for axis in (scores, differences):
+        axis.set_ylim(*drawn)
+    picture.widen(scores)
+    picture.widen(differences, is_score=False)
+
+    assert scores.get_ylim() == pytest.approx(shown)
+    low, high = differences.get_ylim()
+    assert (low + high) / 2 == pytest.approx(sum(drawn) / 2)
+    assert high - low == pytest.approx(0.1)
+
+
 def test_the_interval_of_a_mean_is_that_of_its_patients_and_seeds() -> None:
     runs = {0: line(dice={"a": [0.0], "b": [1.0]}), 1: line(dice={"a": [0.0], "b": [1.0]})}
     found = mean_interval(runs)

@@ -26,6 +26,7 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
+from nnunet_autoreg.planning.length import expected_seconds
 from nnunet_autoreg.pretrain.compilation import is_out_of_memory
 from nnunet_autoreg.pretrain.dry_run import (
     dry_step,
@@ -33,6 +34,7 @@ from nnunet_autoreg.pretrain.dry_run import (
     memory_errors_in_one_line,
     smaller,
     smaller_crop,
+    with_estimated_seconds,
 )
 from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.sampling.sample import Batch, Sample
@@ -265,3 +267,35 @@ def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(
     plan = fit_plan(PLAN, trainer_of(1e9, []), CPU)
     assert plan.run.compile is False and "no C compiler" in plan.reasons["run.compile"]
     assert plan.optim == PLAN.optim
+
+
+def test_a_dry_run_times_a_step_before_any_scan_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    monkeypatch.setattr(
+        "nnunet_autoreg.pretrain.dry_run.write_plan", lambda folder, plan: kept.append(plan)
+    )
+
+    plan = with_estimated_seconds(tmp_path, PLAN, "cpu")
+
+    # Four steps of five crops, which a CPU loads between the steps.
+    step_s, crop_s = plan.run.dry_step_seconds, plan.run.loader_seconds_per_crop
+    assert step_s is not None and crop_s is not None
+    assert kept == [plan]
+    assert expected_seconds(plan, "cpu") == pytest.approx(4 * (step_s + 5 * crop_s))
+    assert expected_seconds(plan, "cuda") == pytest.approx(4 * step_s)
+    # The training tries a step of its own.
+    assert plan.run.peak_memory_gib is None
+    assert expected_seconds(PLAN, "cpu") is None
+
+
+def test_a_step_that_does_not_fit_has_no_time_and_leaves_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*arguments: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.dry_step", too_large)
+
+    assert with_estimated_seconds(tmp_path, PLAN, "cpu") == PLAN

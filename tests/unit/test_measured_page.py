@@ -5,8 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import evidence_picture
 import measured
 import pytest
+from matplotlib.figure import Figure
 
 
 @pytest.mark.parametrize("file", measured.PAGES, ids=lambda file: file.stem)
@@ -22,3 +24,20 @@ def test_a_changed_figure_is_noticed() -> None:
 
     assert changed != page
     assert measured.filled(changed) == page
+
+
+def test_the_picture_of_the_evidence_shows_one_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: figures.append(self))
+
+    evidence_picture.main()
+
+    finetuned, probed = figures[0].axes
+    lines = [line for line in measured.lines_of("evidence.jsonl") if line["set"] == "ixi"]
+    scores = evidence_picture.finetunings(lines, "scratch")
+    shown = finetuned.collections[0].get_offsets()
+    assert sorted(shown[:, 1]) == pytest.approx(sorted(scores.values()))
+    for axes in (finetuned, probed):
+        low, high = axes.get_ylim()
+        assert high - low >= 0.1
+        assert "n = 20" in axes.get_title()

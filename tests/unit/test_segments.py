@@ -16,7 +16,6 @@ from narrow_cnn import batch_of, objective_of, outputs, plan_of
 from refusals import refused
 from torch import Tensor
 
-from nnunet_autoreg.benchmark.cost import NoiseCase
 from nnunet_autoreg.errors import AutoregError, PlanError
 from nnunet_autoreg.model.sequence import from_tokens
 from nnunet_autoreg.objectives.segments import NUM_FEATURES, SegmentMap, measured
@@ -29,6 +28,7 @@ from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.records import from_jsonable, read_json
+from nnunet_autoreg.sampling.noise import NoiseCase
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
 
