@@ -45,8 +45,12 @@ def evidence() -> str:
     return found.replace("## ", "### ")
 
 
-SAME_COST_ARMS = ("random", "ar800", "masked800", "alice800", "joint800")
-"""Arms that cost as much as 800 autoregressive steps, and random weights."""
+SAME_COST_ARMS = {
+    "ixi": ("random", "ar800", "masked800", "alice800", "joint800"),
+    "hippocampus": ("random", "ar100", "masked100", "alice100", "joint100"),
+}
+"""Set -> arms that cost as much as 800 or 100 autoregressive steps, and random weights."""
+SAME_COST_LABELS, SAME_COST_DRAWS = 5, 5
 
 
 def objectives() -> str:
@@ -54,8 +58,21 @@ def objectives() -> str:
     everything = [*lines_of("evidence.jsonl"), *lines_of("objectives.jsonl")]
     lines = []
     for line in everything:
-        is_shown = line.get("command") in ("pretrain", "probe") and line["set"] == "ixi"
-        if is_shown and line["encoder"] == "resenc_tiny" and line["arm"] in SAME_COST_ARMS:
+        is_shown = line.get("command") in ("pretrain", "probe") and line["set"] in SAME_COST_ARMS
+        if not is_shown or line["encoder"] != "resenc_tiny":
+            continue
+        if line["arm"] not in SAME_COST_ARMS[line["set"]]:
+            continue
+
+        if line["command"] == "probe":
+            # Random weights were probed with more draws and labels on one of the sets.
+            probes = [
+                probe
+                for probe in line["results"]
+                if probe["labels"] == SAME_COST_LABELS and probe["draw"] < SAME_COST_DRAWS
+            ]
+            lines.append({**line, "results": probes})
+        else:
             lines.append(line)
     return evidence_table(lines, None, None, 0.02).replace("## ", "### ")
 
