@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from numpy.typing import NDArray
 from torch import distributed, nn
 
+from nnunet_autoreg.classification.baselines import PROBE
 from nnunet_autoreg.classification.data import ClassLoader
 from nnunet_autoreg.classification.folds import check_fold, find_folds
 from nnunet_autoreg.classification.net import ClassificationLoss, Classifier
@@ -167,7 +169,10 @@ class AutoregClassificationTrainer(TaskTrainer):
         )
 
     def on_train_start(self) -> None:
-        """Load the pretrained encoder, and score the baselines before anything is trained."""
+        """Load the pretrained encoder, scale its features, and score the baselines.
+
+        All of this is done before anything is trained.
+        """
         super().on_train_start()
         if not self.is_fresh_start or self.local_rank > 0:
             return
@@ -177,40 +182,49 @@ class AutoregClassificationTrainer(TaskTrainer):
         small = small_cases(stock, every, patch)
         if small:
             self.print_to_log_file(small_scans_line(small, len(every), patch))
+        network = self._classifier()
+        training, validation = self.parts
+        features = self._frozen_features(network, stock, patch)
+
+        # Where several processes train, DDP copies these values from the main process.
+        pooled = np.stack([features[PROBE][case] for case in training])  # (cases, features)
+        network.standardise(torch.from_numpy(pooled).to(self.device))
         if self.fold == FOLD_ALL:
             self.print_to_log_file("no baselines: fold all has no validation cases of its own")
             return
-        training, validation = self.parts
-        network = self._classifier()
+        with one_line_errors(), self._library_log():
+            found = write_baselines(
+                Path(self.output_folder), self.table, training, validation, features
+            )
+        for name, of_tasks in found.items():
+            for line in score_lines(of_tasks, None):
+                self.print_to_log_file(f"baseline {name}: {line}")
 
-        # Features must not depend on what else is in a batch, nor on chance.
-        network.eval()
-        cases = [*training, *validation]
-
+    def _frozen_features(
+        self, network: Classifier, stock: Any, patch: Size
+    ) -> dict[str, dict[str, NDArray[Any]]]:
+        """Return what the baselines read of every case: baseline -> case -> values."""
         # The values of the foreground; regions are made of them.
         label_values: set[int] = set()
         for value in self.dataset_json["labels"].values():
             label_values.update(int(v) for v in (value if isinstance(value, list) else [value]))
         label_values -= {0, self.label_manager.ignore_label}
 
+        # Features must not depend on what else is in a batch, nor on chance.
+        network.eval()
+        training, validation = self.parts
         features = features_of_baselines(
             network,
             stock,
-            cases,
+            sorted({*training, *validation}),
             self.configuration_manager.spacing,
             sorted(label_values),
             patch,
             self.device,
             self._autocast,
         )
-        with one_line_errors(), self._library_log():
-            found = write_baselines(
-                Path(self.output_folder), self.table, training, validation, features
-            )
         network.train()
-        for name, of_tasks in found.items():
-            for line in score_lines(of_tasks, None):
-                self.print_to_log_file(f"baseline {name}: {line}")
+        return features
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Make one step on the classes."""

@@ -1,4 +1,4 @@
-"""The classifier: an encoder, the mean over all positions, and one linear layer per task.
+"""The classifier: an encoder, standardised means over all positions, a linear layer per task.
 
 The encoder's parts keep the names that they have in the segmentation network, so that pretrained
 weights load unchanged.
@@ -20,6 +20,9 @@ from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.feature_maps import FeatureEncoder
 
+MIN_DEVIATION = 0.1
+"""Smallest deviation that a feature is taken to have, as a share of the mean deviation."""
+
 
 class Classifier(FeatureEncoder):
     """Gives the logits of every task for patches (B, C, Z, Y, X).
@@ -39,6 +42,10 @@ class Classifier(FeatureEncoder):
         self.gives_classes = False
         width = self.num_features[-1]
         self.heads = nn.ModuleList(nn.Linear(width, number) for number in class_numbers)
+        self.feature_mean: Tensor
+        self.feature_scale: Tensor
+        self.register_buffer("feature_mean", torch.zeros(width))
+        self.register_buffer("feature_scale", torch.ones(width))
 
         # Small logits, so that training begins near the same probability for every class.
         for head in self.heads:
@@ -49,9 +56,34 @@ class Classifier(FeatureEncoder):
         """Return the mean of the deepest features over all positions, (B, V)."""
         return self.deepest(volume_BCZYX).float().mean((2, 3, 4))
 
+    @torch.no_grad()
+    def standardise(self, pooled_NV: Tensor) -> None:
+        """Let the heads read features that have mean 0 and deviation 1 over these cases.
+
+        The scale stays the same in training: it is that of the encoder before fine-tuning.
+        """
+        # Instance normalisation gives every channel of a CNN the same mean in every scan, up to the
+        # nonlinearity behind it. Means over positions then differ between scans by a small part of
+        # their value, and heads that read them as they are hardly learn.
+        deviation_V = pooled_NV.std(0, correction=0)
+        # A feature that is almost constant must not be blown up.
+        deviation_V = deviation_V.clamp_min(MIN_DEVIATION * float(deviation_V.mean()))
+        is_constant = bool((deviation_V == 0).any())
+        self.feature_mean.copy_(pooled_NV.mean(0))
+        self.feature_scale.copy_(torch.ones_like(deviation_V) if is_constant else 1 / deviation_V)
+
     def logits(self, pooled_BV: Tensor) -> list[Tensor]:
         """Return the logits (B, K) of every task."""
-        return [head(pooled_BV) for head in self.heads]
+        standardised_BV = (pooled_BV - self.feature_mean) * self.feature_scale
+        return [head(standardised_BV) for head in self.heads]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The heads of earlier releases read the features as they are.
+        state_dict.setdefault(f"{prefix}feature_mean", torch.zeros_like(self.feature_mean))
+        state_dict.setdefault(f"{prefix}feature_scale", torch.ones_like(self.feature_scale))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, volume_BCZYX: Tensor) -> list[Tensor]:
         """Return the logits (B, K) of every task.

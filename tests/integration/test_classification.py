@@ -135,6 +135,9 @@ def test_training_writes_scores_beside_the_baselines(project: Path, finished: An
     # The patch is larger than some scans, which a line names.
     assert f"of {NUM_CASES} scans are smaller than the patch of 32 x 48 x 40" in log_of(folder)
     assert (folder / "checkpoint_best.pth").is_file()
+    # The heads read features that are scaled by the training cases.
+    weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert bool((weights["feature_scale"] > 1).any())
 
 
 def test_folds_are_ours_and_foreign_files_stay(project: Path, finished: Any) -> None:

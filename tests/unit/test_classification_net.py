@@ -113,6 +113,44 @@ def test_a_scan_smaller_than_the_patch_lies_in_its_middle() -> None:
     assert torch.allclose(found, network.pooled(padded[None])[0], atol=1e-5)
 
 
+def test_heads_read_features_of_mean_0_and_deviation_1_over_the_cases() -> None:
+    network = classifier()
+    width = network.num_features[-1]
+    # As of a CNN: the values hardly differ between scans, and one feature not at all.
+    pooled = 0.4 + 0.03 * torch.randn(50, width)
+    pooled[:, 0] = 0.4
+
+    network.standardise(pooled)
+
+    read = (pooled - network.feature_mean) * network.feature_scale
+    assert torch.allclose(read.mean(0), torch.zeros(width), atol=1e-4)
+    assert torch.allclose(read[:, 1:].std(0, correction=0), torch.ones(width - 1), atol=1e-3)
+    assert read[:, 0].abs().max() < 1e-3
+    expected = network.heads[0](read)
+    assert torch.allclose(network.logits(pooled)[0], expected)
+
+
+def test_features_of_a_single_case_are_not_scaled() -> None:
+    network = classifier()
+
+    network.standardise(torch.full((1, network.num_features[-1]), 0.4))
+
+    assert bool((network.feature_scale == 1).all())
+
+
+def test_classifiers_of_earlier_releases_give_the_same_logits() -> None:
+    network, volume = classifier(), torch.randn(2, 1, *PATCH)
+    before = network(volume)
+    state = network.state_dict()
+    earlier = {key: value for key, value in state.items() if not key.startswith("feature_")}
+    network.standardise(torch.randn(5, network.num_features[-1]))
+
+    network.load_state_dict(earlier)
+
+    for a, b in zip(network(volume), before, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_classes_that_are_not_known_carry_no_loss() -> None:
     logits = [torch.randn(3, 2, requires_grad=True), torch.randn(3, 3, requires_grad=True)]
     loss = ClassificationLoss(plan_of(SEX, GRADE), [(1, 1), (1, 1, 1)])
