@@ -7,7 +7,7 @@
     python benchmarks/evidence.py table    --data ixi
 
 Every command does what is still missing, stops after ``--minutes`` and goes on where it stopped
-when it is typed again. Each finished run is one JSON line in ``benchmarks/results/evidence.jsonl``.
+when it is typed again. Each finished run is one JSON line in ``evidence_work/evidence.jsonl``.
 ``docs/how-to/evidence.md`` explains the numbers.
 """
 
@@ -37,9 +37,10 @@ from nnunet_autoreg.machine import check_device, default_device
 from nnunet_autoreg.objective_kinds import objective_kinds
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE
 
-log = logging.getLogger("evidence")
+log = logging.getLogger("nnunet_autoreg.evidence")
 
-RESULTS = Path(__file__).parent / "results" / "evidence.jsonl"
+RESULTS = "evidence.jsonl"
+"""Name of the file of results in the folder of ``--work``."""
 TEST = "test"
 
 
@@ -285,9 +286,9 @@ def add_table(commands: Commands) -> None:
 
 def add_common(p: argparse.ArgumentParser, in_slices: bool) -> None:
     """Add where things lie, and when to stop."""
-    work, out = Path("evidence_work"), RESULTS
+    work = Path("evidence_work")
     p.add_argument("--work", type=Path, default=work, help="folder of prepared sets and runs")
-    p.add_argument("--out", type=Path, default=out, help="file of JSON lines")
+    p.add_argument("--out", type=Path, help=f"file of JSON lines (default: {RESULTS} in --work)")
     if in_slices:
         p.add_argument("--minutes", type=positive, help="stop cleanly after so many minutes")
 
@@ -350,9 +351,8 @@ def crop(text: str) -> Size:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; what the user can mend is one line on stderr."""
     args = parser().parse_args(argv)
+    args.out = args.out or args.work / RESULTS
     configure_logging()
-    # The weight table of every fine-tuning would bury the results.
-    log.setLevel(logging.INFO)
     try:
         if hasattr(args, "threads"):
             args.device = check_device(args.device or default_device())

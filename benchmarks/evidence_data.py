@@ -31,7 +31,7 @@ from nnunet_autoreg.pretrain.probe import stored_labels
 from nnunet_autoreg.records import atomic_path, from_jsonable, to_jsonable
 from nnunet_autoreg.store.store import Store
 
-log = logging.getLogger("evidence")
+log = logging.getLogger("nnunet_autoreg.evidence")
 
 FORMAT = 1
 LEVELS = 255

@@ -50,7 +50,7 @@ from nnunet_autoreg.model.sizes import encoder_size, suited_to
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 
-log = logging.getLogger("evidence")
+log = logging.getLogger("nnunet_autoreg.evidence")
 
 SCRATCH = "scratch"
 SAVE_EVERY_S = 60.0

@@ -55,7 +55,7 @@ from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
 
-log = logging.getLogger("evidence")
+log = logging.getLogger("nnunet_autoreg.evidence")
 
 PLAN_NAME = "plan.json"
 SAVE_EVERY_S = 60.0

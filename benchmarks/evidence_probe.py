@@ -22,7 +22,7 @@ from nnunet_autoreg.benchmark.probe_networks import (
 )
 from nnunet_autoreg.geometry import as_size
 
-log = logging.getLogger("evidence")
+log = logging.getLogger("nnunet_autoreg.evidence")
 
 RANDOM = "random"
 

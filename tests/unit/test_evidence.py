@@ -393,6 +393,28 @@ def test_a_pretraining_in_slices_is_the_one_without(
     assert first["samples"] == 6 and first["flops_per_step"] > 0
 
 
+def test_a_slice_that_ends_prints_where_it_stopped(
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evidence, "load_set", lambda work, name: data)
+    words = ["pretrain", "--data", "ixi", "--work", str(tmp_path), "--device", "cpu"]
+    short = ["--arm", "ar", "--steps", "3", "--batch", "2", "--crop", "16,16,16"]
+
+    assert evidence.main([*words, *short, "--minutes", "1e-6"]) == 0
+    stopped = capsys.readouterr().err
+    assert evidence.main([*words, *short]) == 0
+    finished = capsys.readouterr().err
+
+    assert "ixi-ar-s0: stopped after step 1 of 3" in stopped
+    assert "ixi-ar-s0 is finished" in finished
+    # Results of one's own do not mix with those of the project.
+    (line,) = ResultFile(tmp_path / "evidence.jsonl").lines()
+    assert line["command"] == "pretrain" and line["steps"] == 3
+
+
 def test_pairs_for_alice_are_found_without_labels_between_patients(
     tmp_path: Path, data: evidence_data.ResidentSet
 ) -> None:
