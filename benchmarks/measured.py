@@ -141,7 +141,7 @@ def kills() -> str:
 
 
 def classification_scores(kind: str) -> str:
-    """Return the scores of classification of one kind of lines, ``tuned`` or ``frozen``."""
+    """Return the scores of classification of one kind: ``tuned``, ``unscaled`` or ``frozen``."""
     rows = []
     for line in lines_of("classification.jsonl"):
         if line["kind"] != kind:
@@ -172,19 +172,24 @@ def score_text(score: Mapping[str, Any] | None) -> str:
     return f"{score['value']:.2f}{interval}"
 
 
+HEADS = {"tuned": "scaled", "unscaled": "as they are"}
+"""By kind of line, how the heads of a classifier read the encoder's features."""
+
+
 def classification_settings() -> str:
     """Return how every set was fine-tuned, and the time of all epochs of its five folds."""
     rows = {}
     for line in lines_of("classification.jsonl"):
-        if line["kind"] == "tuned":
+        if line["kind"] in HEADS:
             minutes = [f"{seconds / 60:.0f}" for seconds in line["seconds_of_epochs"].values()]
             spacing, patch = sizes_text(line["spacing_mm"]), sizes_text(line["patch_vox"])
             steps = line["epochs"] * line["iterations_per_epoch"]
             rate = f"{line['rates']['pretrained']:g}"
             settings = [spacing, patch, line["batch"], steps, rate, line["balance"]]
-            rows[line["set"]] = [line["set"], *settings, " / ".join(minutes)]
-    header = ["set", "voxel, mm (z, y, x)", "patch", "batch", "steps", "rate", "balance"]
-    return markdown([*header, "minutes, pretrained / scratch"], list(rows.values()))
+            heads = HEADS[line["kind"]]
+            rows[line["set"], heads] = [line["set"], heads, *settings, " / ".join(minutes)]
+    header = ["set", "features", "voxel, mm (z, y, x)", "patch", "batch", "steps", "rate"]
+    return markdown([*header, "balance", "minutes, pretrained / scratch"], list(rows.values()))
 
 
 def classification_map() -> str:
@@ -208,6 +213,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "steps": steps,
     "crops": crops,
     "classification-tuned": lambda: classification_scores("tuned"),
+    "classification-unscaled": lambda: classification_scores("unscaled"),
     "classification-frozen": lambda: classification_scores("frozen"),
     "classification-settings": classification_settings,
     "classification-map": classification_map,

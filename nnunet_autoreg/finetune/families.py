@@ -54,6 +54,18 @@ def recipe_values(encoder: EncoderPlan) -> dict[str, Any]:
     return values
 
 
+def rate_reason(encoder: EncoderPlan) -> str:
+    """Return where the planned learning rates come from.
+
+    Source: docs/explanation/measured.md, fine-tuning by SGD on 5 labelled patients.
+    """
+    if not is_cnn(encoder):
+        return f"the usual rates of {encoder.name}"
+    if encoder.name in ENCODERS and ENCODERS[encoder.name].is_tiny:
+        return "that of random weights, which was better than a tenth of it in the one comparison"
+    return "a tenth of that of random weights, as published for large CNNs; not measured here"
+
+
 def decoder_first(
     encoder: EncoderPlan,
     num_cases: int,

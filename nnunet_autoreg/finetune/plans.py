@@ -23,6 +23,7 @@ from nnunet_autoreg.finetune.channels import map_channels
 from nnunet_autoreg.finetune.families import (
     decoder_first,
     decoder_transfer,
+    rate_reason,
     recipe_values,
     stem_change,
 )
@@ -126,7 +127,7 @@ def make_block(
         "encoder": encoder_reason,
         "recipe.num_epochs": f"{task.num_cases} labelled cases: {EPOCHS_FEW} epochs up to "
         f"{FEW_CASES}, else {EPOCHS_MANY}",
-        "recipe.pretrained_rate": f"the usual rates of {encoder.name}",
+        "recipe.pretrained_rate": rate_reason(encoder),
     }
     recipe = Recipe(num_epochs=num_epochs, **recipe_values(encoder))
 

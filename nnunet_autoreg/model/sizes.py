@@ -150,7 +150,8 @@ def _resenc(
         block_tokens=(1, 1, 1),
         max_crop_vox=64**3 if is_tiny else 160**3,
         scratch_rate=1e-2,
-        pretrained_rate=1e-3,
+        # The tiny network was measured, the large ones were not: they have a published value.
+        pretrained_rate=1e-2 if is_tiny else 1e-3,
         pretrain_rate=1e-3 if is_tiny else 3e-4,
         patch_gib=patch_gib,
     )

@@ -17,7 +17,7 @@ from nnunet_autoreg.errors import PlanError, WeightsError
 from nnunet_autoreg.finetune.adapt import fit_kernel
 from nnunet_autoreg.finetune.block import AutoregBlock, Recipe, check_block
 from nnunet_autoreg.finetune.channels import map_channels
-from nnunet_autoreg.finetune.families import decoder_first, recipe_values
+from nnunet_autoreg.finetune.families import decoder_first, rate_reason, recipe_values
 from nnunet_autoreg.finetune.load import Target, WeightTable, load_encoder
 from nnunet_autoreg.finetune.network import GUARD_CLASS, architecture_entry
 from nnunet_autoreg.finetune.network import build_network as network_of_plan
@@ -350,6 +350,15 @@ def test_the_recipe_of_a_cnn_is_nnunets_with_a_tenth_of_its_rate() -> None:
         recipe.scratch_rate,
         recipe.deep_supervision,
     ) == ("adamw", 1e-4, 3e-4, False)
+
+
+def test_the_rate_of_a_pretrained_cnn_is_that_of_random_weights_where_measured() -> None:
+    tiny, large = planned("resenc_tiny"), planned("resenc_l")
+
+    values = recipe_values(tiny)
+
+    assert values["pretrained_rate"] == values["scratch_rate"] == 1e-2
+    assert len({rate_reason(tiny), rate_reason(large), rate_reason(planned("primus_m"))}) == 3
 
 
 def test_the_decoder_is_trained_first_for_adapted_stems_or_few_labels() -> None:

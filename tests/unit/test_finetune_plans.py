@@ -9,6 +9,7 @@ from refusals import refused
 from nnunet_autoreg import machine
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.finetune.block import AutoregBlock
+from nnunet_autoreg.finetune.families import rate_reason
 from nnunet_autoreg.finetune.plans import (
     Budget,
     Fit,
@@ -257,9 +258,10 @@ def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_
     )
     assert (block.recipe.optimizer, block.recipe.pretrained_rate, block.recipe.scratch_rate) == (
         "sgd",
-        1e-3,
+        1e-2,
         1e-2,
     )
+    assert block.reasons["recipe.pretrained_rate"] == rate_reason(block.encoder)
     same, flat = (
         {**card.arguments, "kernel_sizes": [first, [3, 3, 3], [3, 3, 3], [3, 3, 3]]}
         for first in ([3, 3, 3], [1, 3, 3])
