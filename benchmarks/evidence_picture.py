@@ -7,6 +7,7 @@ Right: the dense probe after more and more steps of pretraining.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -15,6 +16,7 @@ import numpy as np
 mpl.use("agg")
 
 import matplotlib.pyplot as plt
+from evidence_table import with_transfer_named
 from measured import REPOSITORY, lines_of
 
 from nnunet_autoreg.benchmark.picture import widen
@@ -26,11 +28,6 @@ SHOWN = {"optimizer": "adamw", "lr": 1e-2, "steps": 800}
 """The settings of the fine-tunings that are drawn: those with which all draws were run."""
 NUM_SCORED = 20
 """Patients of the development part, who are scored in both panels."""
-ARMS = {
-    "scratch": "random\nweights",
-    "masked": "masked\npretraining",
-    "ar": "autoregressive\npretraining",
-}
 STYLES = {
     "scratch": FROM_RANDOM,
     "masked": FROM_BASELINE,
@@ -40,46 +37,65 @@ STYLES = {
 Line = Mapping[str, Any]
 
 
-def finetunings(lines: Sequence[Line], arm: str) -> dict[tuple[int, Any], float]:
-    """Return the Dice of an arm's fine-tunings by (draw, pretraining seed)."""
+@dataclass(frozen=True)
+class Column:
+    """One column of points.
+
+    Attributes:
+        recipe: changed values of the recipe; None for any.
+    """
+
+    label: str
+    arm: str
+    recipe: list[str] | None = None
+
+
+COLUMNS = (
+    Column("random", "scratch"),
+    Column("masked:\nencoder,\ndecoder", "masked", ["transfer_decoder=true"]),
+    Column("autoregr.:\nencoder,\ndecoder", "ar", ["transfer_decoder=true"]),
+    Column("masked:\nencoder", "masked", ["transfer_decoder=false"]),
+    Column("autoregr.:\nencoder", "ar", ["transfer_decoder=false"]),
+)
+
+
+def finetunings(lines: Sequence[Line], column: Column) -> dict[tuple[int, Any], float]:
+    """Return the Dice of the fine-tunings of a column by (draw, pretraining seed)."""
     found = {}
     for line in lines:
-        is_run = line["command"] == "finetune" and line["arm"] == arm
-        if not is_run or line["encoder"] != ENCODER:
+        is_run = line["command"] == "finetune" and line["arm"] == column.arm
+        if not is_run or line["encoder"] != ENCODER or line["split"] != "development":
             continue
-        settings = line["settings"]
-        if all(settings[key] == value for key, value in SHOWN.items()):
+        settings = with_transfer_named(line)["settings"]
+        has_recipe = column.recipe in (None, settings["recipe"])
+        if has_recipe and all(settings[key] == value for key, value in SHOWN.items()):
             found[line["draw"], line["pretraining_seed"]] = line["dice_mean"]
     return found
 
 
 def draw_dice(axes: Any, lines: Sequence[Line]) -> None:
-    """Draw one column of points for each arm, and a line for each draw."""
-    columns = {arm: finetunings(lines, arm) for arm in ARMS}
-    # Means of different draws cannot be compared, so that only those of all arms are shown.
-    draws = sorted(set.intersection(*({draw for draw, _ in scores} for scores in columns.values())))
-    for arm, scores in columns.items():
-        columns[arm] = {run: dice for run, dice in scores.items() if run[0] in draws}
+    """Draw one column of points for each start, and a line for each draw."""
+    scores = [finetunings(lines, column) for column in COLUMNS]
+    # Means of different draws cannot be compared, so that only those of all columns are shown.
+    draws = sorted(set.intersection(*({draw for draw, _ in runs} for runs in scores)))
 
     for draw in draws:
         heights = []
-        for scores in columns.values():
-            of_draw = [dice for (number, _), dice in scores.items() if number == draw]
-            heights.append(np.mean(of_draw) if of_draw else np.nan)
-        axes.plot(range(len(ARMS)), heights, color=GRID, linewidth=1, zorder=1)
+        for runs in scores:
+            heights.append(np.mean([dice for (number, _), dice in runs.items() if number == draw]))
+        axes.plot(range(len(COLUMNS)), heights, color=GRID, linewidth=1, zorder=1)
 
-    for column, (arm, scores) in enumerate(columns.items()):
-        values = list(scores.values())
-        style = STYLES[arm]
-        axes.scatter(
-            [column] * len(values), values, color=style.colour, marker=style.marker, s=34, zorder=2
-        )
-        if values:
-            mean = float(np.mean(values))
-            axes.hlines(mean, column - 0.22, column + 0.22, color=style.colour, linewidth=3)
-            axes.annotate(f"{mean:.3f}", (column + 0.25, mean), va="center", fontsize=11)
-    axes.set_xticks(range(len(ARMS)), list(ARMS.values()))
-    axes.set_xlim(-0.5, len(ARMS) - 0.3)
+    for position, (column, runs) in enumerate(zip(COLUMNS, scores, strict=True)):
+        values = [dice for (draw, _), dice in runs.items() if draw in draws]
+        style = STYLES[column.arm]
+        at = [position] * len(values)
+        axes.scatter(at, values, color=style.colour, marker=style.marker, s=34, zorder=2)
+        mean = float(np.mean(values))
+        axes.hlines(mean, position - 0.25, position + 0.25, color=style.colour, linewidth=3)
+        axes.annotate(f"{mean:.3f}", (position + 0.28, mean), va="center", fontsize=10)
+    axes.set_xticks(range(len(COLUMNS)), [column.label for column in COLUMNS], fontsize=9)
+    axes.set_xlim(-0.5, len(COLUMNS) - 0.2)
+    axes.set_xlabel("what starts from pretraining", fontsize=10)
     axes.set_ylabel("Dice of 12 structures")
     axes.set_title(
         f"After fine-tuning on 5 labelled patients\n"
@@ -132,7 +148,7 @@ def main() -> None:
     """Write the picture."""
     # Scores on other data are another picture.
     lines = [line for line in lines_of("evidence.jsonl") if line["set"] == DATA]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), width_ratios=(1.15, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2), width_ratios=(1.5, 1))
     draw_dice(left, lines)
     draw_probe(right, lines)
     for axes in (left, right):

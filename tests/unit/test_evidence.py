@@ -503,7 +503,8 @@ def test_the_decoder_is_pretrained_too_where_the_recipe_asks_for_it(
     file = evidence_pretrain.weights_file(tmp_path, "ixi", "ar", 0)
     key = "decoder.stages.2.convs.0.conv.weight"
 
-    encoder_alone = evidence_finetune.Training(job, data, tmp_path, CPU)
+    alone = replace(job, recipe=("transfer_decoder=false",))
+    encoder_alone = evidence_finetune.Training(alone, data, tmp_path, CPU)
     whole = replace(job, recipe=("transfer_decoder=true",))
     with_decoder = evidence_finetune.Training(whole, data, tmp_path, CPU)
 
