@@ -24,10 +24,10 @@ from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.licences import stated_licences
 from nnunet_autoreg.corpus.locations import label_names
 from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.downstream.probe import stored_labels
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
 from nnunet_autoreg.planning.pool import Pool, pool_of
-from nnunet_autoreg.pretrain.probe import stored_labels
 from nnunet_autoreg.records import atomic_path, from_jsonable, to_jsonable
 from nnunet_autoreg.store.store import Store
 

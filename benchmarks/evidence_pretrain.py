@@ -30,6 +30,7 @@ from nnunet_autoreg.model.card import (
     check_run_name,
     read_card,
 )
+from nnunet_autoreg.model.compilation import autocast
 from nnunet_autoreg.objective_kinds import with_objective
 from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.objectives.registry import build_objective
@@ -44,7 +45,6 @@ from nnunet_autoreg.pretrain.checkpointing import (
     restore,
     snapshot,
 )
-from nnunet_autoreg.pretrain.compilation import autocast
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches
 from nnunet_autoreg.pretrain.dry_run import step_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep, step_flops

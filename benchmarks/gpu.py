@@ -48,12 +48,12 @@ from torch import Tensor
 
 from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.attention import attend, block_causal, strictly_earlier
+from nnunet_autoreg.model.compilation import autocast
 from nnunet_autoreg.model.memory import CONTEXT_BYTES
 from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.pretrain.compilation import autocast
 from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep, matmul_peak, step_flops
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_autoreg.machine import has_bf16
+from nnunet_autoreg.model.compilation import autocast
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import EncoderPlan, Plan
-from nnunet_autoreg.pretrain.compilation import autocast
 from nnunet_autoreg.pretrain.training_step import TrainingStep, matmul_peak, step_flops
 from nnunet_autoreg.sampling.sample import Batch
 

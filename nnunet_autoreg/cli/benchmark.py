@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     configure_logging()
     prepare_torch()
-    from nnunet_autoreg.pretrain.run_folder import locked
+    from nnunet_autoreg.pretrain.request import locked
 
     request = read_request(args)
     device = chosen_device(args.device)

@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> int:
     """Do the work of the main process; return the exit code."""
     from nnunet_autoreg.pretrain.pipeline import pretrain
-    from nnunet_autoreg.pretrain.run_folder import run_folder
+    from nnunet_autoreg.pretrain.request import run_folder
 
     if args.part:
         return preprocess(request, args.part, args.dry_run)

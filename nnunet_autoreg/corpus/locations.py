@@ -23,9 +23,12 @@ from nnunet_autoreg.corpus.rows import ScanRow, public_message
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.io.dicom import claims_dicom
 from nnunet_autoreg.io.names import case_and_channel, strip_ending
-from nnunet_autoreg.records import regular
+from nnunet_autoreg.records import from_jsonable, read_json, regular
 
 log = logging.getLogger(__name__)
+
+PLACES_NAME = "places.json"
+"""File of a run with the locations of structures. The name is part of the format of runs."""
 
 Point = tuple[float, float, float]
 
@@ -382,3 +385,13 @@ def _names(row: ScanRow) -> set[str]:
     stem = path.stem if claims_dicom(path.name) else strip_ending(path.name)
     names = {row.id, row.name, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem}
     return names - {""}
+
+
+def read_places(path: Path) -> list[StructureLocation]:
+    """Return the locations in a run's ``places.json``.
+
+    Raises:
+        PlanError: the file is damaged.
+    """
+    found = from_jsonable(tuple[StructureLocation, ...], read_json(path), str(path))
+    return list(found)

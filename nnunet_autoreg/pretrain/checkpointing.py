@@ -1,5 +1,7 @@
 """What a run starts from, goes on from, and leaves.
 
+File 11 of 11 in reading order.
+
 It starts from the weights that ``--init`` names, if any: those of a finished run, or of another
 project. The latter are imported into the run's own folder first, like ``autoreg_weights import``
 does. It goes on from a checkpoint, and leaves the encoder with the card that describes it.

@@ -1,5 +1,7 @@
 """Batches for training and validation, the processes that load them, and their measured rates.
 
+File 9 of 11 in reading order.
+
 Which samples step n sees depends on the seed and n alone, so that resuming needs no loader state.
 All rates are timed on the host's clock. Nothing waits for the device.
 """

@@ -1,5 +1,7 @@
 """The processes that train together: what they exchange, and how weights are sharded over them.
 
+File 5 of 11 in reading order.
+
 The engine is torch.distributed. ``rank`` is the number of a process, and process 0 is the main one.
 """
 

@@ -1,5 +1,7 @@
 """What is tried before the first step: whether the network can be built, and whether a step fits.
 
+File 6 of 11 in reading order.
+
 A plan that does not fit the device is made smaller. The result is written once into the plan, so
 that a resumed run is the same run.
 """
@@ -19,6 +21,14 @@ import torch
 from nnunet_autoreg.errors import AutoregError, PlanError
 from nnunet_autoreg.geometry import Size, as_size, size_text, volume
 from nnunet_autoreg.machine import GIB, has_bf16
+from nnunet_autoreg.model.compilation import (
+    CallRecorder,
+    Disagreement,
+    cannot_compile,
+    first_line,
+    is_out_of_memory,
+    self_check,
+)
 from nnunet_autoreg.model.memory import CONTEXT_BYTES, TrainingMemory, pretraining_memory
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.model.trunk import FastPath
@@ -30,17 +40,9 @@ from nnunet_autoreg.planning.encoder import choose_objective, choose_order
 from nnunet_autoreg.planning.length import with_hours
 from nnunet_autoreg.planning.make import choose_micro_batch
 from nnunet_autoreg.planning.pool import BY_USER, Hardware
-from nnunet_autoreg.pretrain.compilation import (
-    CallRecorder,
-    Disagreement,
-    cannot_compile,
-    first_line,
-    is_out_of_memory,
-    self_check,
-)
 from nnunet_autoreg.pretrain.data import StepBatches, seconds_per_crop, training_batches
 from nnunet_autoreg.pretrain.distributed import World, is_sharded
-from nnunet_autoreg.pretrain.run_folder import write_plan
+from nnunet_autoreg.pretrain.request import write_plan
 from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob, build_trainer
 from nnunet_autoreg.pretrain.training_step import peak_memory_gib
 from nnunet_autoreg.sampling.kinds import wanted

@@ -1,5 +1,7 @@
 """The processes of one training: who starts them, how they meet, what each does, and how they end.
 
+File 4 of 11 in reading order.
+
 With ``--num-gpus`` the command only launches: torch.multiprocessing runs the same command once in
 every process, monitors them, and ends all when one fails. torchrun does the same on several
 machines. Either way every process knows its rank from the environment. Process 0 prepares all and

@@ -1,8 +1,8 @@
 """One pretraining from the request to the encoder: index, plan, preprocess, train, export.
 
-Read this file first: it tells the whole story in order. Every step may be interrupted and repeated,
-because what a step has finished is written to the run's folder or to the store of preprocessed
-cases.
+File 1 of 11 in reading order. It tells the whole story, and the other files follow it step by
+step. Every step may be interrupted and repeated, because what a step has finished is written to
+the run's folder or to the store of preprocessed cases.
 """
 
 import logging
@@ -49,16 +49,11 @@ from nnunet_autoreg.pretrain.preprocessing import (
     usable_rows,
     volumes_of,
 )
-from nnunet_autoreg.pretrain.preview import draw_preview
 from nnunet_autoreg.pretrain.request import (
+    INDEX_NAME,
     Request,
     check_inputs,
     check_paths,
-    overrides_of,
-    with_presets,
-)
-from nnunet_autoreg.pretrain.run_folder import (
-    INDEX_NAME,
     continued_plan,
     has_plan,
     index_of,
@@ -66,11 +61,14 @@ from nnunet_autoreg.pretrain.run_folder import (
     is_planned_anew,
     locked,
     logged_to,
+    overrides_of,
     run_folder,
+    with_presets,
     write_plan,
 )
 from nnunet_autoreg.records import to_jsonable, write_json
 from nnunet_autoreg.report.fingerprint_picture import draw_fingerprint
+from nnunet_autoreg.report.preview import draw_preview
 from nnunet_autoreg.report.report import REPORT_NAME, RunSetting
 from nnunet_autoreg.stopping import stoppable
 from nnunet_autoreg.store.store import Store
@@ -293,9 +291,9 @@ def preprocess_and_train(
         AutoregError: no scan could be preprocessed, or training failed; finished work is kept.
     """
     with phase("loading torch"):
+        from nnunet_autoreg.downstream.probe import labelled_crops
         from nnunet_autoreg.pretrain.distributed import process_share
         from nnunet_autoreg.pretrain.dry_run import fit_to_device, memory_errors_in_one_line
-        from nnunet_autoreg.pretrain.probe import labelled_crops
         from nnunet_autoreg.pretrain.trainer import TrainingJob
         from nnunet_autoreg.pretrain.validation import verdict_of
 

@@ -1,5 +1,7 @@
 """From indexed scans to what sequences are cut from.
 
+File 3 of 11 in reading order.
+
 Scans are split into training and validation and preprocessed, possibly in parts on several
 machines. Then it is decided which kinds of sequences they allow, how often each kind is drawn, and
 which cases, groups of contrasts and places of structures a sequence is cut from.
@@ -14,13 +16,15 @@ from pathlib import Path
 
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.corpus.fingerprint import row_spacing
-from nnunet_autoreg.corpus.groups import ContrastGroup, commonest, contrast_groups, reduced
+from nnunet_autoreg.corpus.groups import commonest, contrast_groups, reduced
 from nnunet_autoreg.corpus.locations import (
+    PLACES_NAME,
     StructureLocation,
     locations_of_boxes,
     locations_of_classes,
     locations_of_labels,
     read_boxes,
+    read_places,
     subject_of,
 )
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
@@ -29,16 +33,17 @@ from nnunet_autoreg.machine import num_processes
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.pool import BY_USER
-from nnunet_autoreg.pretrain.request import Request, parse_kinds
-from nnunet_autoreg.pretrain.run_folder import (
+from nnunet_autoreg.pretrain.request import (
     INDEX_NAME,
     PLAN_NAME,
+    Request,
     index_of,
     logged_to,
     matching_plan,
+    parse_kinds,
     run_folder,
 )
-from nnunet_autoreg.records import from_jsonable, read_json, write_json
+from nnunet_autoreg.records import write_json
 from nnunet_autoreg.sampling.gather import check_training, gather, validation_kinds
 from nnunet_autoreg.sampling.kinds import (
     AvailableKinds,
@@ -50,12 +55,10 @@ from nnunet_autoreg.sampling.kinds import (
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.store.case import StoredCase
-from nnunet_autoreg.store.groups import ensure_groups
+from nnunet_autoreg.store.groups import store_groups
 from nnunet_autoreg.store.store import Store, StorePart
 
 log = logging.getLogger(__name__)
-
-PLACES_NAME = "places.json"
 
 MOST_CONTRASTS = 4
 BY_LIKENESS = "places that look alike"
@@ -148,26 +151,6 @@ def remove_failed(
         index_file,
     )
     return remaining
-
-
-def store_groups(
-    plan: Plan, store: Store, groups: Sequence[ContrastGroup], num_workers: int
-) -> list[tuple[ContrastGroup, list[StoredCase]]]:
-    """Preprocess the groups that have enough of the plan's contrasts, each on one voxel grid.
-
-    Returns:
-        each such group with its stored cases; without those that could not be preprocessed.
-    """
-    with_contrasts = [reduced(group, plan.sequence.contrasts) for group in groups]
-    fitting = [g for g in with_contrasts if len(g.rows) >= plan.sequence.contrast_members]
-    spacing_of = partial(row_spacing, data=plan.data)
-    keys = ensure_groups(store, fitting, spacing_of, plan.data.ct_window, num_workers)
-
-    stored = []
-    for group in fitting:
-        if group.name in keys:
-            stored.append((group, [store.open(key) for key in keys[group.name]]))
-    return stored
 
 
 def preprocess_part(request: Request, part: StorePart) -> int:
@@ -468,13 +451,3 @@ def places_of_run(
                 places += places_alike(part, cases, member_crop(plan, "semantic"), num_members)
     write_json(path, places)
     return places
-
-
-def read_places(path: Path) -> list[StructureLocation]:
-    """Return the places that ``write_json`` has written.
-
-    Raises:
-        PlanError: the file is damaged.
-    """
-    found = from_jsonable(tuple[StructureLocation, ...], read_json(path), str(path))
-    return list(found)

@@ -1,5 +1,7 @@
 """The training loop: steps, validation, checkpoints, roll-backs, and how a run ends.
 
+File 7 of 11 in reading order.
+
 It knows objectives by their interface only. At the end of the file stands what a process needs to
 build a trainer.
 """
@@ -16,7 +18,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nnunet_autoreg import checkpoint
+from nnunet_autoreg.downstream.probe import LabelledCrop
 from nnunet_autoreg.errors import AutoregError, CheckpointError, InterruptedRunError
+from nnunet_autoreg.model.compilation import is_out_of_memory
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.phases import phase
@@ -31,7 +35,6 @@ from nnunet_autoreg.pretrain.checkpointing import (
     shareable,
     snapshot,
 )
-from nnunet_autoreg.pretrain.compilation import is_out_of_memory
 from nnunet_autoreg.pretrain.data import (
     DataWait,
     StepBatches,
@@ -48,8 +51,7 @@ from nnunet_autoreg.pretrain.distributed import (
     is_lost_peer,
     is_sharded,
 )
-from nnunet_autoreg.pretrain.probe import LabelledCrop
-from nnunet_autoreg.pretrain.run_folder import public_plan
+from nnunet_autoreg.pretrain.request import public_plan
 from nnunet_autoreg.pretrain.training_step import (
     StepStatistics,
     TrainingStep,

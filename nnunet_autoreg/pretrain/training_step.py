@@ -1,5 +1,7 @@
 """One optimiser step: learning rate, forward and backward, loss-spike guard, update, throughput.
 
+File 8 of 11 in reading order.
+
 The learning rate is a pure function of the step. Everything about a step is decided on the device,
 so that nothing waits for it.
 """
@@ -19,10 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.machine import GIB
-from nnunet_autoreg.model.parameters import is_decayed
-from nnunet_autoreg.objectives.base import LossTerms, Objective
-from nnunet_autoreg.plan import OptimPlan, Plan, RunPlan
-from nnunet_autoreg.pretrain.compilation import (
+from nnunet_autoreg.model.compilation import (
     autocast,
     cannot_compile,
     fast_path,
@@ -30,6 +29,9 @@ from nnunet_autoreg.pretrain.compilation import (
     place_on,
     run_by,
 )
+from nnunet_autoreg.model.parameters import is_decayed
+from nnunet_autoreg.objectives.base import LossTerms, Objective
+from nnunet_autoreg.plan import OptimPlan, Plan, RunPlan
 from nnunet_autoreg.pretrain.data import micro_batches
 from nnunet_autoreg.pretrain.distributed import (
     ALONE,

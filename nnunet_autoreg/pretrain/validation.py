@@ -1,5 +1,7 @@
 """Validation on the same data every time: next-block errors, health of the features, probe.
 
+File 10 of 11 in reading order.
+
 Features are healthy if they depend on the image and spread over many directions.
 
 Shape suffixes: N tokens, V width.
@@ -12,12 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nnunet_autoreg.downstream.probe import MAX_TOKENS, LabelledCrop, Probe, evenly_spread
 from nnunet_autoreg.model.card import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
+from nnunet_autoreg.model.compilation import autocast
 from nnunet_autoreg.objective_kinds import FigureOfMerit
 from nnunet_autoreg.objectives.base import LossTerms, Objective, TokenFeatures
 from nnunet_autoreg.plan import RunPlan
-from nnunet_autoreg.pretrain.compilation import autocast
-from nnunet_autoreg.pretrain.probe import MAX_TOKENS, LabelledCrop, Probe, evenly_spread
 from nnunet_autoreg.pretrain.training_step import StepStatistics
 from nnunet_autoreg.sampling.sample import Batch
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_autoreg.corpus.fingerprint import transpose_axes
+from nnunet_autoreg.corpus.fingerprint import row_spacing, transpose_axes
 from nnunet_autoreg.corpus.grid import brought_onto, grid_of_scan
-from nnunet_autoreg.corpus.groups import ContrastGroup
+from nnunet_autoreg.corpus.groups import ContrastGroup, reduced
 from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
 from nnunet_autoreg.corpus.read import (
     check_memory,
@@ -35,8 +35,8 @@ from nnunet_autoreg.nnunet_api import (
     crop_resample_normalise,
     resampled_shape,
 )
-from nnunet_autoreg.plan import IntensityWindow
-from nnunet_autoreg.store.case import CaseRecord, read_record, write_case
+from nnunet_autoreg.plan import IntensityWindow, Plan
+from nnunet_autoreg.store.case import CaseRecord, StoredCase, read_record, write_case
 from nnunet_autoreg.store.store import MASK_BELOW, Store, case_path, load_unchanged, plan_task
 
 log = logging.getLogger(__name__)
@@ -258,3 +258,23 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
 
     shared = tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
     return np.stack([array_ZYX[shared] for array_ZYX in moved]), target.spacing_mm
+
+
+def store_groups(
+    plan: Plan, store: Store, groups: Sequence[ContrastGroup], num_workers: int
+) -> list[tuple[ContrastGroup, list[StoredCase]]]:
+    """Preprocess the groups that have enough of the plan's contrasts, each on one voxel grid.
+
+    Returns:
+        each such group with its stored cases; without those that could not be preprocessed.
+    """
+    with_contrasts = [reduced(group, plan.sequence.contrasts) for group in groups]
+    fitting = [g for g in with_contrasts if len(g.rows) >= plan.sequence.contrast_members]
+    spacing_of = partial(row_spacing, data=plan.data)
+    keys = ensure_groups(store, fitting, spacing_of, plan.data.ct_window, num_workers)
+
+    stored = []
+    for group in fitting:
+        if group.name in keys:
+            stored.append((group, [store.open(key) for key in keys[group.name]]))
+    return stored

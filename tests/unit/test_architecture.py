@@ -189,6 +189,21 @@ def test_init_files_hold_nothing_but_a_docstring_and_the_version() -> None:
             assert rest == [], f"{path} must stay empty"
 
 
+def test_the_files_of_pretrain_state_their_reading_order() -> None:
+    stated = {}
+    for module in MODULES:
+        if room_of(module) == "pretrain":
+            source = FILES[module].read_text(encoding="utf-8")
+            found = re.search(r"File (\d+) of (\d+) in reading order", source)
+            assert found, f"{module} does not say where it stands in the reading order"
+            stated[module] = (int(found[1]), int(found[2]))
+
+    assert sorted(stated.values()) == [(n, len(stated)) for n in range(1, len(stated) + 1)]
+    page = (REPO / "docs/explanation/architecture.md").read_text(encoding="utf-8")
+    for module, (number, _) in stated.items():
+        assert f"| {number} `{module.removeprefix('pretrain.')}.py` |" in page
+
+
 def test_nnunet_is_imported_in_its_own_rooms_only() -> None:
     users = {
         module

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from nnunet_autoreg.errors import InterruptedRunError
-from nnunet_autoreg.model import attention
+from nnunet_autoreg.model import attention, compilation
 from nnunet_autoreg.model.attention import AttentionRule
+from nnunet_autoreg.model.compilation import (
+    cannot_compile,
+    fast_path,
+    is_compiled,
+    run_by,
+)
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
@@ -21,13 +27,6 @@ from nnunet_autoreg.plan import (
     Plan,
     RunPlan,
     SequencePlan,
-)
-from nnunet_autoreg.pretrain import compilation
-from nnunet_autoreg.pretrain.compilation import (
-    cannot_compile,
-    fast_path,
-    is_compiled,
-    run_by,
 )
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.sampling.sample import Batch

@@ -22,8 +22,8 @@ from nnunet_autoreg.corpus.locations import (
     read_boxes,
 )
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
+from nnunet_autoreg.downstream.probe import LabelledCrop, Probe, labelled_crops, stored_labels
 from nnunet_autoreg.errors import UsageError
-from nnunet_autoreg.pretrain.probe import LabelledCrop, Probe, labelled_crops, stored_labels
 
 SHAPE = (16, 18, 20)
 LABELS = {"background": 0, "a": 1}

@@ -15,6 +15,7 @@ from refusals import refused
 
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Size, volume
+from nnunet_autoreg.model.compilation import is_out_of_memory
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
@@ -27,7 +28,6 @@ from nnunet_autoreg.plan import (
     SequencePlan,
 )
 from nnunet_autoreg.planning.length import expected_seconds
-from nnunet_autoreg.pretrain.compilation import is_out_of_memory
 from nnunet_autoreg.pretrain.dry_run import (
     dry_step,
     fit_plan,

@@ -25,9 +25,9 @@ from nnunet_autoreg.pretrain.data import (
     training_batches,
     validation_batches,
 )
-from nnunet_autoreg.pretrain.preview import upright
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
+from nnunet_autoreg.report.preview import upright
 from nnunet_autoreg.sampling import members, spatial, strided
 from nnunet_autoreg.sampling.flip_transpose import UNCHANGED, FlipTranspose
 from nnunet_autoreg.sampling.pool import SamplingPool

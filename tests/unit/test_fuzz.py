@@ -57,8 +57,7 @@ from nnunet_autoreg.finetune.plans import check_plans_name, kept_configurations
 from nnunet_autoreg.finetune.resolve import DatasetTraits, objection
 from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, read_card
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.pretrain.request import Request
-from nnunet_autoreg.pretrain.run_folder import matching_plan, read_plan
+from nnunet_autoreg.pretrain.request import Request, matching_plan, read_plan
 from nnunet_autoreg.records import read_object, to_jsonable
 from nnunet_autoreg.report.metrics import read_lines
 

@@ -10,11 +10,7 @@ import torch
 from narrow_cnn import batch_of, objective_of, plan_of
 
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.model.card import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
-from nnunet_autoreg.objective_kinds import FigureOfMerit, figure_of_merit
-from nnunet_autoreg.objectives.base import Objective, TokenFeatures, one_term
-from nnunet_autoreg.plan import RunPlan
-from nnunet_autoreg.pretrain.probe import (
+from nnunet_autoreg.downstream.probe import (
     LabelledCrop,
     Probe,
     around_labels,
@@ -26,6 +22,10 @@ from nnunet_autoreg.pretrain.probe import (
     stored_labels,
     token_labels,
 )
+from nnunet_autoreg.model.card import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
+from nnunet_autoreg.objective_kinds import FigureOfMerit, figure_of_merit
+from nnunet_autoreg.objectives.base import Objective, TokenFeatures, one_term
+from nnunet_autoreg.plan import RunPlan
 from nnunet_autoreg.pretrain.validation import (
     Health,
     Validation,

@@ -39,8 +39,8 @@ from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.pretrain.training_step import TrainingStep
 from nnunet_autoreg.pretrain.validation import Validation
-from nnunet_autoreg.pretrain.view_preview import draw_views
 from nnunet_autoreg.report.galleries import galleries_of, html_of
+from nnunet_autoreg.report.view_preview import draw_views
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch, Sample, collate
 from nnunet_autoreg.sampling.sampler import TRAINING, VALIDATION, SequenceSampler

@@ -49,8 +49,8 @@ from nnunet_autoreg.pretrain.preprocessing import (
     plan_sequences,
     plan_with_sequences,
 )
-from nnunet_autoreg.pretrain.preview import draw_preview
 from nnunet_autoreg.pretrain.request import Request
+from nnunet_autoreg.report.preview import draw_preview
 from nnunet_autoreg.sampling.kinds import num_codes
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.sampler import SequenceSampler

@@ -29,8 +29,7 @@ from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.downstream.results import FROM_SEG, public_model
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.pretrain.pipeline import pretrain
-from nnunet_autoreg.pretrain.request import Request
-from nnunet_autoreg.pretrain.run_folder import matching_plan, read_plan, run_folder
+from nnunet_autoreg.pretrain.request import Request, matching_plan, read_plan, run_folder
 
 SENTINEL = "DOEJOHN"
 BIRTH, UID = "19601231", "1.2.840.999666333"

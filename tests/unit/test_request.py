@@ -17,12 +17,13 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.pretrain.checkpointing import prepare_starting_point
-from nnunet_autoreg.pretrain.request import Request, overrides_of
-from nnunet_autoreg.pretrain.run_folder import (
+from nnunet_autoreg.pretrain.request import (
     PLAN_NAME,
     REPLACED_PLAN_NAME,
+    Request,
     continued_plan,
     is_planned_anew,
+    overrides_of,
 )
 from nnunet_autoreg.records import from_jsonable, read_json, to_jsonable, write_json
 

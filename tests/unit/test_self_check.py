@@ -11,7 +11,7 @@ from sequence_cases import WORDS, Ramp, contrast_material, semantic_material
 from torch import Tensor, nn
 
 from nnunet_autoreg.errors import InterruptedRunError
-from nnunet_autoreg.model import attention
+from nnunet_autoreg.model import attention, compilation
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.model.trunk import FastPath
@@ -25,7 +25,7 @@ from nnunet_autoreg.plan import (
     RunPlan,
     SequencePlan,
 )
-from nnunet_autoreg.pretrain import compilation, dry_run
+from nnunet_autoreg.pretrain import dry_run
 from nnunet_autoreg.pretrain.dry_run import fit_to_device
 from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob
 from nnunet_autoreg.records import from_jsonable, to_jsonable
@@ -191,7 +191,7 @@ def ways() -> dict[str, Plan]:
 def test_right_layers_agree_and_nothing_is_compiled_for_it(
     way: str, trainers: Trainers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level("INFO", logger="nnunet_autoreg.pretrain.compilation")
+    caplog.set_level("INFO", logger="nnunet_autoreg.model.compilation")
     plan, graphs = ways()[way], []
     check = compilation.self_check
 

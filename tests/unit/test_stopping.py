@@ -121,7 +121,7 @@ def test_the_line_names_the_innermost_phase() -> None:
 def test_an_interruption_in_the_compiler_is_no_failure_to_compile(lost: str) -> None:
     import torch
 
-    from nnunet_autoreg.pretrain.compilation import cannot_compile
+    from nnunet_autoreg.model.compilation import cannot_compile
 
     wrapped = torch._dynamo.exc.TorchDynamoException("backend failed")
     assert cannot_compile(wrapped)
@@ -136,7 +136,7 @@ def test_an_interruption_in_the_compiler_is_no_failure_to_compile(lost: str) -> 
 def test_a_swallowed_interruption_is_no_failure_to_compile_either() -> None:
     import torch
 
-    from nnunet_autoreg.pretrain.compilation import cannot_compile
+    from nnunet_autoreg.model.compilation import cannot_compile
 
     with stoppable():
         with contextlib.suppress(BaseException):

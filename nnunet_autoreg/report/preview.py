@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.fingerprint import row_spacing
 from nnunet_autoreg.corpus.groups import contrast_groups, reduced
-from nnunet_autoreg.corpus.locations import StructureLocation, subject_of
+from nnunet_autoreg.corpus.locations import PLACES_NAME, StructureLocation, read_places, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import as_size, grid_of
 from nnunet_autoreg.plan import VIEW_KINDS, Plan
-from nnunet_autoreg.pretrain.preprocessing import PLACES_NAME, read_places, store_groups
-from nnunet_autoreg.pretrain.view_preview import draw_views
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import CROP, GIVEN, GRID, INK, PREDICTED, SOFT, Style
+from nnunet_autoreg.report.view_preview import draw_views
 from nnunet_autoreg.sampling import members, spatial, strided
 from nnunet_autoreg.sampling.blocks import block_ids
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
@@ -35,6 +34,7 @@ from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.sampling.sampler import SampleOrigin, SequenceSampler
 from nnunet_autoreg.store.case import StoredCase
+from nnunet_autoreg.store.groups import store_groups
 from nnunet_autoreg.store.store import Store
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ from nnunet_autoreg.machine import has_bf16
 from nnunet_autoreg.model import attention
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.trunk import FastPath, Layer, layers_run_by, run_layer
-from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.stopping import refuse_interruption
 
 log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
+Loss = TypeVar("Loss")
 
 COMPILED_DEVICES = ("cuda",)
 
@@ -121,14 +122,12 @@ def _compiled(function: Layer, backend: str) -> Layer:
     return compiled
 
 
-def run_by(
-    path: FastPath | None, loss: Callable[[Batch], LossTerms]
-) -> Callable[[Batch], LossTerms]:
+def run_by(path: FastPath | None, loss: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
     """Return the loss with its layers run by ``path``; the loss itself where there is none."""
     if path is None:
         return loss
 
-    def fast_loss(batch: Batch) -> LossTerms:
+    def fast_loss(batch: Batch) -> Loss:
         with layers_run_by(path):
             return loss(batch)
 
