@@ -119,16 +119,20 @@ class Alice(Objective):
         state, settings = self.state, self.settings
         num_members = batch.voxels.shape[1]
 
+        # The teacher's view of one image is the target of the student's view of the next one.
         class_target_NO = targets(outputs.teacher_classes, state.class_centre, state.temperature)
         patch_target_NSO = targets(outputs.teacher_patches, state.patch_centre, state.temperature)
         partner_N = _partners(len(class_target_NO), num_members, batch.voxels.device)
         class_loss_N = cross_entropy(
             class_target_NO[partner_N], outputs.student_classes, settings.student_temperature
         )
+
+        # Tokens are compared within an image, so that they need no partner.
         patch_loss_NS = cross_entropy(
             patch_target_NSO, outputs.student_patches, settings.student_temperature
         )
 
+        # Padding carries no loss: it is the same in every image.
         counted_NS = crops.valid.gather(1, crops.visible).float()
         truth_NTP = self._voxels(batch)
         counted_NTP = self._counted_voxels(batch, crops).float()
@@ -145,6 +149,7 @@ class Alice(Objective):
         }
 
         statistics = {
+            # Sums and counts instead of means: parts of a batch and processes are added up.
             "class_scores": outputs.teacher_classes.sum(dim=0),
             "classes": counts["classes"],
             "patch_scores": (outputs.teacher_patches * counted_NS[:, :, None]).sum(dim=(0, 1)),
@@ -170,6 +175,7 @@ class Alice(Objective):
         is_figure = self.settings.casa == "figure"
         shown = replace(crops, voxels=self._shown(batch, crops))
 
+        # The student sees the visible blocks alone, corrupted if the plan says so.
         encoded = student.backbone.encode_visible(shown)
         decoded_NTW, voxels_NTP = student.backbone.decode(encoded, shown, all_visible=False)
         student_classes_NO = student.class_scores(encoded.tokens, crops.is_visible & crops.valid)
@@ -177,11 +183,13 @@ class Alice(Objective):
         query_NSD = student.project_encoder(encoded.tokens.gather(1, index_NSV))
         key_NTD = student.project_decoder(decoded_NTW)
 
+        # The teacher sees everything, and gets no gradient.
         with torch.no_grad():
             whole = teacher.backbone.encode_all(crops)
             teacher_classes_NO = teacher.class_scores(whole.tokens, crops.valid)
 
         if is_figure:
+            # Both sides are asked by the student's tokens, so that entries correspond.
             attended_NSD = student.casa(query_NSD, key_NTD, crops.valid)
             student_patches_NSO = student.head.patches(attended_NSD)
             with torch.no_grad():
@@ -218,17 +226,20 @@ class Alice(Objective):
         """Move teacher, centres and temperature on."""
         state, settings = self.state, self.settings
         share_done = (step + 1) / self.plan.optim.num_steps
+        # The momentum rises to 1 along half a cosine: at the end the teacher hardly moves.
         rest = 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
         self._move_teacher(1 - (1 - settings.momentum) * rest)
 
         for centre, name in ((state.class_centre, "class"), (state.patch_centre, "patch")):
             count = statistics["classes" if name == "class" else "patches"]
+            # The sum and its count travel in one message.
             sums = torch.cat([statistics[f"{name}_scores"], count[None].float()])
             sums = processes.add(sums.clone())
             mean_O = sums[:-1] / sums[-1].clamp(min=1)
             centre.lerp_(mean_O.to(centre.dtype), 1 - settings.centre_momentum)
 
         start, end = settings.teacher_temperature
+        # A cold teacher would be sure of its answers before they mean anything.
         state.temperature.fill_(start + (end - start) * min(1.0, share_done / WARM_SHARE))
 
     @torch.no_grad()
@@ -273,6 +284,7 @@ class Alice(Objective):
         signs = []
         shared, _ = health["prototype_entropy"]
         each, _ = health["teacher_entropy_patches"]
+        # Written so that NaN is a sign of collapse as well.
         if not shared >= LEAST_SHARED:
             signs.append(
                 f"the teacher gives all tokens the same prototype (entropy {shared:.2g} of the "
@@ -290,6 +302,7 @@ class Alice(Objective):
         crops = self._crops(batch)
         predicted_NTP = self.outputs(batch, crops).voxels.float()
         real_NTP = self._real(batch)
+        # (N, T, 1) & (N, T, P)
         visible_NTP = crops.is_visible[:, :, None] & real_NTP
         trivial_NTP = self._visible_mean(batch, crops).expand_as(predicted_NTP)
 
@@ -365,6 +378,7 @@ class Alice(Objective):
         is_visible_NT = torch.zeros_like(order_NT, dtype=torch.bool)
         is_visible_NT = is_visible_NT.scatter(1, visible_NS, True)
 
+        # All tokens of a block have the same entry, so that the first one stands for it.
         blocks_NKJ = to_blocks(order_NT.reshape(N, 1, *grid), block_tokens).flatten(2)
         visible_blocks_NK = blocks_NKJ[:, :, 0].argsort(dim=1, stable=True)[:, :num_visible]
 
@@ -386,6 +400,7 @@ class Alice(Objective):
         if batch.corruption is None:
             return crops.voxels
         B, M, _, Z, Y, X = batch.voxels.shape
+        # Hidden voxels are cut out later, so that only visible ones are corrupted.
         visible_NTP = crops.is_visible[:, :, None].expand(-1, -1, volume(self.token_size))
         visible_BTP = visible_NTP.reshape(B, -1, visible_NTP.shape[2])
         visible_BMZYX = from_tokens(visible_BTP, self.token_size, (B, M, 1, Z, Y, X))
@@ -432,6 +447,7 @@ class Alice(Objective):
             ],
             device=tokens_NTV.device,
         )
+        # In mm, because voxels of thick slices are not cubes.
         place_T3 = torch.cartesian_prod(*axes).float() * step_mm
 
         tokens_BMTV = tokens_NTV.reshape(B, M, *tokens_NTV.shape[1:])
@@ -486,14 +502,17 @@ def consistent_matches(
     Args:
         place_first_N3, place_second_M3: positions in the crops, in mm.
     """
+    # Without their mean, because what all tokens share would make all of them alike.
     first_NV = functional.normalize(first_NV - first_NV.mean(dim=0), dim=-1)
     second_MV = functional.normalize(second_MV - second_MV.mean(dim=0), dim=-1)
     similarity_NM = first_NV @ second_MV.T
 
+    # Cycle: there and back again has to end near the start.
     there_N = similarity_NM.argmax(dim=1)
     back_N = similarity_NM.argmax(dim=0)[there_N]
     returns_N = (place_first_N3[back_N] - place_first_N3).norm(dim=1) <= CYCLE_MM
 
+    # The median shift is hardly moved by wrong matches.
     shift_N3 = place_second_M3[there_N] - place_first_N3
     usual_3 = shift_N3.median(dim=0).values
     agrees_N = (shift_N3 - usual_3).norm(dim=1) <= CYCLE_MM
@@ -503,6 +522,7 @@ def consistent_matches(
 
 def _partners(num_crops: int, num_members: int, device: torch.device) -> Tensor:
     """Return for each crop the index of its sequence's next image; the first follows the last."""
+    # Crops of one sequence follow each other: crop b M + m is member m of sample b.
     index = torch.arange(num_crops, device=device)
     member = index % num_members
     return index - member + (member + 1) % num_members

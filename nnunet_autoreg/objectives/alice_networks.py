@@ -87,6 +87,7 @@ class TransformerBackbone(nn.Module):
         )
         self.width = self.decoder_width = self.encoder.width
         num_positions = volume(grid_of(sequence.crop_size_vox, token))
+        # Stands for every hidden token in the decoder, which knows it by its position alone.
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         self.position = nn.Parameter(torch.empty(num_positions, self.width))
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -105,20 +106,24 @@ class TransformerBackbone(nn.Module):
     def encode_all(self, crops: Crops) -> Encoded:
         """Return features of all tokens, which attend to each other."""
         rule = self._rule(crops.valid)
+        # (N, starts + T, V); start tokens are no part of the image.
         features = self.encoder(crops.voxels[:, None], rule, crops.positions)
         return Encoded(features[:, self.encoder.num_starts :])
 
     def encode_visible(self, crops: Crops) -> Encoded:
         """Return features of the visible tokens, which attend to each other alone."""
+        # Hidden blocks are dropped here: nothing of them can reach the encoder.
         blocks_NKCzyx = to_blocks(crops.voxels, self.block_size)
         rows_N1 = torch.arange(len(blocks_NKCzyx), device=crops.voxels.device)[:, None]
         visible_NKCzyx = blocks_NKCzyx[rows_N1, crops.visible_blocks]
 
+        # Padding is no key, also within visible blocks.
         rule = self._rule(crops.valid.gather(1, crops.visible))
         positions_NS = crops.positions.gather(1, crops.visible)
         features_NSV = self.encoder(visible_NKCzyx, rule, positions_NS)
         features_NSV = features_NSV[:, self.encoder.num_starts :]
 
+        # Back at the places of the tokens, with 0 at the hidden ones.
         everywhere_NTV = features_NSV.new_zeros(*crops.valid.shape, self.width)
         index_NSV = crops.visible[:, :, None].expand_as(features_NSV)
         return Encoded(everywhere_NTV.scatter(1, index_NSV, features_NSV))
@@ -146,6 +151,7 @@ class TransformerBackbone(nn.Module):
         return features
 
     def _rule(self, valid_NT: Tensor) -> VisibleKeys:
+        # Start tokens are always valid.
         padded = functional.pad(valid_NT, (self.encoder.num_starts, 0), value=True)
         return VisibleKeys(padded)
 
@@ -169,6 +175,7 @@ class CnnBackbone(nn.Module):
             network, learned_mark=False, recompute=plan.optim.checkpoint_activations
         )
         channels = [int(number) for number in network.encoder.output_channels]
+        # The decoder's coarsest map has the channels of the stage before the last.
         self.width, self.decoder_width = channels[-1], channels[-2]
 
     @property
@@ -188,6 +195,7 @@ class CnnBackbone(nn.Module):
         visible_N1zyx = crops.is_visible.reshape(-1, 1, *grid).to(crops.voxels.dtype)
 
         network = self.unet.network
+        # Voxels first, then the features of every stage: a convolution reads across the border.
         shown = crops.voxels * _enlarged(visible_N1zyx, size)
         x_NVZYX = network.encoder.stem(shown)
         stages = []
@@ -203,6 +211,7 @@ class CnnBackbone(nn.Module):
 
         The tokens are the means of the coarsest decoder map over each cell of the bottleneck.
         """
+        # Coarsest first; the last one has the resolution of the crop.
         maps = self.unet.decode(encoded.stages)
         predicted_N1ZYX = self.unet.network.decoder.seg_layers[-1](maps[-1])
 
@@ -267,6 +276,7 @@ class ProjectionHead(nn.Module):
         return self._scores(x_D, self.patch_prototypes)
 
     def _scores(self, x_D: Tensor, prototypes: Tensor) -> Tensor:
+        # Lengths are removed on both sides: a score is a cosine, -1 to 1.
         direction = functional.normalize(self.mlp(x_D), dim=-1)
         return functional.linear(direction, functional.normalize(prototypes, dim=-1))
 
@@ -296,6 +306,7 @@ class Casa(nn.Module):
         Args:
             valid_NT: False where a key is padding.
         """
+        # (N, T, D) each, then (N, H, T, D / H)
         key, value = self.key_value(key_NTD).chunk(2, dim=-1)
         query, key, value = (_heads(x) for x in (self.query(query_NQD), key, value))
         mask = mask_of(VisibleKeys(valid_NT), HEADS_OF_CASA)

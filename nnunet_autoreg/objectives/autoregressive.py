@@ -58,6 +58,7 @@ def supervised_tokens(
     """
     if from_start:
         return valid_BT & (order_index_BT >= prefix_B[:, None])
+    # A sample of padding alone gets a number that no block reaches: nothing of it is predicted.
     first_B = torch.where(valid_BT, order_index_BT, order_index_BT.max() + 1).min(dim=1).values
     return valid_BT & (order_index_BT >= prefix_B[:, None]) & (order_index_BT > first_B[:, None])
 
@@ -89,6 +90,8 @@ class AutoregressiveModel(nn.Module):
         self.encoder = build_sequence_encoder(
             plan.encoder, sequence.crop_size_vox, sequence.block_tokens, num_channels, recompute
         )
+
+        # The head gives each token as many outputs as it has values to predict.
         self.block_num_tokens = volume(sequence.block_tokens)
         self.num_blocks = num_blocks(plan)
         outputs = num_outputs(settings, num_channels * volume(token))
@@ -96,6 +99,7 @@ class AutoregressiveModel(nn.Module):
         if sequence.predictor == "next":
             self.head = NextHead(self.encoder.width, outputs, settings.head)
         else:
+            # The decoder is told where to predict, so that blocks may come in any order.
             num_positions = volume(grid_of(sequence.crop_size_vox, token))
             heads, depth = self.encoder.num_heads, settings.query_depth
             together = self.block_num_tokens if settings.query_attention else 1
@@ -110,6 +114,8 @@ class AutoregressiveModel(nn.Module):
                 together,
                 settings.head,
             )
+
+        # One image needs no embedding that tells images apart.
         self.member = (
             MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
         )
@@ -123,11 +129,16 @@ class AutoregressiveModel(nn.Module):
         member_BTV = (
             None if self.member is None or batch.members is None else self.member(batch.members)
         )
+
+        # Who attends to whom is known before the encoder runs, and never depends on voxels.
         rule = self.rule(batch.order_index, batch.prefix, valid_BT)
         features_BTV = self.encoder(batch.voxels, rule, batch.positions, member_BTV)
+        # (B, starts, V) and (B, T, V)
         start_BTV, features_BTV = features_BTV.tensor_split([self.encoder.num_starts], dim=1)
         if isinstance(self.head, QueryDecoder):
             return self._asked(self.head, batch, valid_BT, features_BTV)
+
+        # Token j of block b says what token j of block b + 1 is.
         order_BT = block_order(batch.order_index)
         said_BTP = self.shift(self.head(features_BTV), order_BT)
         if not self.predicts_first:
@@ -140,6 +151,7 @@ class AutoregressiveModel(nn.Module):
         self, head: QueryDecoder, batch: Batch, valid_BT: Tensor, features_BTV: Tensor
     ) -> Tensor:
         """Predictions (B, T, O) of the query decoder, entry t for token t."""
+        # A query must not see its own block, which it predicts.
         rule = strictly_earlier(batch.order_index, valid_BT)
         tokens = TokenPositions(self.encoder.rope(batch.positions), batch.positions, batch.members)
         if head.block_tokens == 1:
@@ -181,6 +193,7 @@ class AutoregressiveModel(nn.Module):
     def shift(self, out_BTP: Tensor, order_BT: Tensor) -> Tensor:
         """Move what token j of block b says about its successor to token j of block b + 1."""
         J = self.block_num_tokens
+        # In the order of blocks, so that the successor of a token lies J entries later.
         index_BTP = order_BT[:, :, None].expand_as(out_BTP)
         said = torch.gather(out_BTP, 1, index_BTP[:, :-J])
         return torch.zeros_like(out_BTP).scatter(1, index_BTP[:, J:], said)
@@ -212,7 +225,11 @@ class Autoregressive(Objective):
         settings, asked = self.settings, self.as_predicted(batch)
         voxels_BTP, real_BTP = self._target_voxels(batch)
         valid_BT = real_BTP.any(dim=-1)
+
+        # (B, T, P) -> (B, T, O): what the plan calls the target.
         target_BTO = target_of(settings, voxels_BTP, real_BTP)
+
+        # Only real voxels of predicted tokens carry loss.
         weight_BTP = (
             supervised_tokens(asked.order_index, asked.prefix, valid_BT, self.model.predicts_first)[
                 :, :, None
@@ -223,6 +240,7 @@ class Autoregressive(Objective):
             weight_BTP = weight_BTP * to_tokens(
                 batch.loss_mask[:, :, None], self.token_size
             ).repeat(1, 1, batch.voxels.shape[2])
+
         shown = batch
         if batch.corruption is not None:
             # Targets were taken above, from the clean voxels; blocks that are predicted stay clean
@@ -230,8 +248,11 @@ class Autoregressive(Objective):
             shown = replace(
                 batch, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption)
             )
+
         output_weight_BTO = output_weight(settings, weight_BTP)
         predicted_BTO = self.model(shown, valid_BT).float()
+
+        # What predictions without any learning would cost, for comparison.
         trivial = {}
         if references:
             previous_BTO = self.model.shift(target_BTO, block_order(batch.order_index))
@@ -251,6 +272,8 @@ class Autoregressive(Objective):
         valid_BT = every_BTP.any(dim=-1)
         predicted_BTO = self.model(batch, valid_BT).float()
         predicted_BTP, trivial_BTP = as_intensities(settings, predicted_BTO, voxels_BTP, every_BTP)
+
+        # What the picture shows as given, and what as predicted.
         given_BT = valid_BT & (batch.order_index < batch.prefix[:, None])
         predicted_BT = supervised_tokens(
             asked.order_index, asked.prefix, valid_BT, self.model.predicts_first
@@ -261,6 +284,8 @@ class Autoregressive(Objective):
             given_BT[:, :, None] & real_BTP,
             predicted_BT[:, :, None] & real_BTP,
         )
+
+        # Back to the shape of the images, (B, M, Z, Y, X).
         predicted, trivial, given, loss_mask = (
             from_tokens(part, self.token_size, batch.voxels.shape) for part in parts
         )
@@ -295,6 +320,8 @@ class Autoregressive(Objective):
         given = (asked.order_index < asked.prefix[:, None]).reshape(
             B, M, Z // token[0], Y // token[1], X // token[2]
         )
+
+        # From tokens to voxels: every token is a cube of equal entries.
         for axis in range(3):
             given = given.repeat_interleave(token[axis], dim=2 + axis)
         return given & asked.valid_mask
@@ -306,8 +333,12 @@ class Autoregressive(Objective):
         voxels_BTP = to_tokens(batch.voxels, self.token_size)
         valid_BT = to_tokens(batch.valid_mask[:, :, None], self.token_size).any(dim=-1)
         one_block_BT = torch.zeros_like(batch.order_index)
+
+        # One block that is given: every token may then attend to every other.
         rule = self.model.rule(one_block_BT, torch.ones_like(batch.prefix), valid_BT)
         features_BTV = self.model.encoder.describe(batch.voxels, rule, batch.positions)
+
+        # Without positions of their own, tokens are numbered in raster order.
         in_order = torch.arange(
             batch.order_index.shape[1], device=batch.order_index.device
         ).expand_as(batch.order_index)

@@ -392,6 +392,7 @@ class Joint(Objective):
     def _measure(self, kind: int, moments: Tensor) -> None:
         """Move the running mean and deviation of one kind; nothing without anything of it."""
         state = self.state
+        # Mean and variance from sums, which can be added over parts of a batch.
         sum_D, squares_D = moments[:-1].chunk(2)
         count = moments[-1]
         mean_D = sum_D / count.clamp(min=1)
@@ -408,6 +409,7 @@ class Joint(Objective):
         self, scores_BMRK: Tensor, embedded_BMRD: Tensor, valid_BR: Tensor
     ) -> dict[str, Tensor]:
         """Return the sums over all valid slabs by which ``health`` is judged."""
+        # The soft cluster of every slab, as the loss makes it.
         codes_BMRK = codes_of(scores_BMRK, self.state.slab_balance, self.settings.sharpness)
         weight_BMR = valid_BR[:, None].expand(codes_BMRK.shape[:3]).float()
         entropy_BMR = torch.special.entr(codes_BMRK).sum(dim=-1)
@@ -420,6 +422,7 @@ class Joint(Objective):
 
     def health(self, statistics: Mapping[str, Tensor]) -> dict[str, tuple[float, str]]:
         """Return entropies of the codes, spread of the embeddings, and what the bank holds."""
+        # Entropies are shares of the largest possible one, so that runs compare.
         count = statistics["num_slabs"].clamp(min=1)
         most = torch.log(torch.tensor(float(self.settings.num_slab_clusters)))
         share_K = statistics["code_sums"] / count
@@ -518,6 +521,7 @@ class Joint(Objective):
             positions_BT = batch.positions
         positions_NT = positions_BT.repeat_interleave(M, dim=0)
 
+        # A view of padding alone still needs a key to attend to.
         masks = batch.valid_mask.flatten(0, 1)[:, None, None]
         valid_NT = to_tokens(masks, self.token_size).any(dim=2)
         attended_NT = valid_NT | ~valid_NT.any(dim=1, keepdim=True)
@@ -554,6 +558,7 @@ class Joint(Objective):
 
 def moments_of(values_D: Tensor, counted: Tensor) -> Tensor:
     """Return sum, sum of squares and number of the counted vectors, (2 D + 1,)."""
+    # Two moments and a count: enough for mean and deviation of any split.
     weights = counted[..., None].float()
     axes = tuple(range(counted.ndim))
     sum_D = (values_D * weights).sum(dim=axes)
@@ -597,6 +602,7 @@ def hidden_slabs(valid_BR: Tensor, order_BR: Tensor, share: float) -> Tensor:
 
     Their number is ``share`` of the valid ones, rounded, at least one; of fewer than two, none.
     """
+    # The first valid ones of a random order are a random choice of them.
     in_order_BR = valid_BR.gather(1, order_BR)
     num_valid_B = in_order_BR.sum(dim=1)
     wanted_B = (share * num_valid_B).round().clamp(min=1)

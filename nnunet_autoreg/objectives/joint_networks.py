@@ -138,11 +138,13 @@ class SlabAttention(nn.Module):
         Args:
             valid_BR: False where a slab holds padding only; such slabs are no keys.
         """
+        # Padding is 0 before it is projected, so that its neighbours gather nothing of it.
         slabs_BRD = slabs_BRD * valid_BR[:, :, None].to(slabs_BRD.dtype)
         query_BHRE, key_BHRE, value_BHRE = (
             self._heads(layer(slabs_BRD)) for layer in (self.query, self.key, self.value)
         )
         with full_precision(slabs_BRD.device):
+            # In float32: a place in bf16 would be off by whole slabs in a long volume.
             place_BHJ = self.places(query_BHRE.float())
             lower_BHJ, upper_BHJ, share_BHJ = _neighbours(place_BHJ, slabs_BRD.shape[1])
 
@@ -154,10 +156,13 @@ class SlabAttention(nn.Module):
 
             scale = 1 / math.sqrt(query_BHRE.shape[-1])
             scores_BHRJ = query_BHRE.float() @ key_BHJE.transpose(2, 3) * scale
+            # The order of slabs is known by distances alone.
             scores_BHRJ = scores_BHRJ + self.bias(place_BHJ, slabs_BRD.shape[1])
             # A key between a slab and padding counts as far as it is no padding.
             scores_BHRJ = scores_BHRJ + valid_BHJ1.squeeze(3).clamp(min=1e-6).log()[:, :, None]
             gathered_BHRE = scores_BHRJ.softmax(dim=-1) @ value_BHJE
+
+        # (B, H, R, E) -> (B, R, H E)
         gathered_BRD = gathered_BHRE.transpose(1, 2).flatten(2)
         out: Tensor = self.project(gathered_BRD)
         return out
@@ -169,6 +174,7 @@ class SlabAttention(nn.Module):
         if self.key_every > R:
             # Fewer slabs than one key stands for: the last one is repeated.
             queries = functional.pad(queries, (0, self.key_every - R), mode="replicate")
+        # tanh bounds how far a key may move from its place.
         near = functional.gelu(self.near_queries(queries)).transpose(1, 2)  # (B * H, J, E)
         offset_BHJ = self.max_offset * self.to_offset(near).tanh().reshape(B, H, -1)
 
@@ -194,6 +200,7 @@ class SlabAttention(nn.Module):
 
 def _neighbours(place_BHJ: Tensor, num_slabs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the slabs before and after each place, and the share of the one after."""
+    # The last slab has none after it, and is its own neighbour.
     lower = place_BHJ.detach().floor().long().clamp(0, num_slabs - 1)
     upper = (lower + 1).clamp(max=num_slabs - 1)
     return lower, upper, place_BHJ - lower
@@ -225,6 +232,7 @@ class SlabLayer(nn.Module):
 
     def forward(self, slabs_BRD: Tensor, valid_BR: Tensor) -> Tensor:
         """Return (B, R, D)."""
+        # Residual branches, normalised after the sum.
         x_BRD = self.norm_attention(slabs_BRD + self.attention(slabs_BRD, valid_BR))
         out: Tensor = self.norm_out(x_BRD + self.feed_forward(x_BRD))
         return out

@@ -45,6 +45,7 @@ class MaskedModel(AutoregressiveModel):
         num_visible_tokens = num_visible * self.block_num_tokens
         visible_BS, hidden_BQ = order_BT[:, :num_visible_tokens], order_BT[:, num_visible_tokens:]
 
+        # Positions of what is seen and of what is asked for.
         tokens, queries = self.places(batch, visible_BS), self.places(batch, hidden_BQ)
         member_BSV = (
             None if self.member is None or tokens.members is None else self.member(tokens.members)
@@ -54,9 +55,11 @@ class MaskedModel(AutoregressiveModel):
         # Every visible block is a small crop of its own: one member of the sequence.
         blocks_BKCzyx = self._visible_blocks(batch, num_visible)
         features = self.encoder(blocks_BKCzyx, VisibleKeys(starts_BS), tokens.positions, member_BSV)
+        # Without the start tokens, (B, S, V).
         features_BSV = features[:, self.encoder.num_starts :]
 
         predicted_BQO = self.head(features_BSV, VisibleKeys(valid_BS), queries, tokens)
+        # Back at the places of the hidden tokens.
         everywhere_BTO = predicted_BQO.new_zeros(*order_BT.shape, predicted_BQO.shape[2])
         out: Tensor = everywhere_BTO.scatter(
             1, hidden_BQ[:, :, None].expand_as(predicted_BQO), predicted_BQO
@@ -70,6 +73,7 @@ class MaskedModel(AutoregressiveModel):
         rank_BKJ = to_blocks(batch.order_index.reshape(B * M, 1, *grid), self.block_grid).reshape(
             B, -1, self.block_num_tokens
         )
+        # All tokens of a block share its number, so that the first one stands for it.
         chosen_BK = torch.argsort(rank_BKJ[:, :, 0], dim=1)[:, :num_visible]
 
         block_size = as_size(
@@ -93,5 +97,6 @@ class Masked(Autoregressive):
 
     def as_predicted(self, batch: Batch) -> Batch:
         """Return the batch with visible blocks first, hidden ones second, and the first given."""
+        # 0 for visible blocks and 1 for hidden ones: two blocks, of which the first is given.
         hidden_BT = (batch.order_index >= batch.prefix[:, None]).long()
         return replace(batch, order_index=hidden_BT, prefix=torch.ones_like(batch.prefix))

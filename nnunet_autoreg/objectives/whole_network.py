@@ -141,11 +141,13 @@ class WholeNetwork(Objective):
         weight_BTP = targets.loss_mask.float()
         predicted = self._predict(batch, targets.known)
 
+        # Each sample's mean, so that all samples count alike.
         error_B = _sample_errors(predicted.values, targets.values, weight_BTP)
         count = (weight_BTP.sum(dim=(1, 2)) > 0).sum()
 
         trivial = {}
         if references:
+            # What predictions without any learning would cost, for comparison.
             nearest_BT = self._nearest_known(batch, targets)
             copied_BTP = _tokens_at(targets.values, nearest_BT)
             mean_BTP = self._known_mean(targets)
@@ -240,6 +242,7 @@ class WholeNetwork(Objective):
         valid_BT = real_BTP.any(dim=-1)
 
         known_BT = known_tokens(batch.order_index, batch.prefix, valid_BT)
+        # Known are whole tokens: (B, T) -> (B, T, P).
         known_BTP = known_BT[:, :, None].expand_as(real_BTP)
 
         voxels_BTP = to_tokens(batch.voxels, self.token).float()
@@ -305,6 +308,7 @@ class WholeNetwork(Objective):
         classes_BTP = to_tokens(classes_BMZYX[:, :, None], self.token)
         given_BTP = (targets.known & targets.valid_mask).float()
 
+        # How often each segment occurs among the known voxels of each token.
         counts_BTK = given_BTP.new_zeros(*classes_BTP.shape[:2], num_segments)
         counts_BTK = counts_BTK.scatter_add(2, classes_BTP, given_BTP)
         of_all_BTK = counts_BTK.sum(dim=1, keepdim=True).expand_as(counts_BTK)
