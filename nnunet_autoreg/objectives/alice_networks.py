@@ -123,7 +123,7 @@ class TransformerBackbone(nn.Module):
         features_NSV = self.encoder(visible_NKCzyx, rule, positions_NS)
         features_NSV = features_NSV[:, self.encoder.num_starts :]
 
-        # Back at the places of the tokens, with 0 at the hidden ones.
+        # Back at the positions of the tokens, with 0 at the hidden ones.
         everywhere_NTV = features_NSV.new_zeros(*crops.valid.shape, self.width)
         index_NSV = crops.visible[:, :, None].expand_as(features_NSV)
         return Encoded(everywhere_NTV.scatter(1, index_NSV, features_NSV))

@@ -91,9 +91,9 @@ class AutoregressiveModel(nn.Module):
             plan.encoder, sequence.crop_size_vox, sequence.block_tokens, num_channels, recompute
         )
 
-        # The head gives each token as many outputs as it has values to predict.
         self.block_num_tokens = volume(sequence.block_tokens)
         self.num_blocks = num_blocks(plan)
+        # The head gives each token as many outputs as it has values to predict.
         outputs = num_outputs(settings, num_channels * volume(token))
         self.head: NextHead | QueryDecoder
         if sequence.predictor == "next":

@@ -521,9 +521,9 @@ class Joint(Objective):
             positions_BT = batch.positions
         positions_NT = positions_BT.repeat_interleave(M, dim=0)
 
-        # A view of padding alone still needs a key to attend to.
         masks = batch.valid_mask.flatten(0, 1)[:, None, None]
         valid_NT = to_tokens(masks, self.token_size).any(dim=2)
+        # A view of padding alone still needs a key to attend to.
         attended_NT = valid_NT | ~valid_NT.any(dim=1, keepdim=True)
         features_NTV = self.trained.backbone(batch.voxels.flatten(0, 1), attended_NT, positions_NT)
         return TokenFeatures(

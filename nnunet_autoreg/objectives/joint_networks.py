@@ -144,7 +144,7 @@ class SlabAttention(nn.Module):
             self._heads(layer(slabs_BRD)) for layer in (self.query, self.key, self.value)
         )
         with full_precision(slabs_BRD.device):
-            # In float32: a place in bf16 would be off by whole slabs in a long volume.
+            # In float32: bf16 would round a position in a long volume to whole slabs.
             place_BHJ = self.places(query_BHRE.float())
             lower_BHJ, upper_BHJ, share_BHJ = _neighbours(place_BHJ, slabs_BRD.shape[1])
 
@@ -174,7 +174,7 @@ class SlabAttention(nn.Module):
         if self.key_every > R:
             # Fewer slabs than one key stands for: the last one is repeated.
             queries = functional.pad(queries, (0, self.key_every - R), mode="replicate")
-        # tanh bounds how far a key may move from its place.
+        # tanh bounds how far a key may move from its usual position.
         near = functional.gelu(self.near_queries(queries)).transpose(1, 2)  # (B * H, J, E)
         offset_BHJ = self.max_offset * self.to_offset(near).tanh().reshape(B, H, -1)
 

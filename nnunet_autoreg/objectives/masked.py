@@ -59,7 +59,7 @@ class MaskedModel(AutoregressiveModel):
         features_BSV = features[:, self.encoder.num_starts :]
 
         predicted_BQO = self.head(features_BSV, VisibleKeys(valid_BS), queries, tokens)
-        # Back at the places of the hidden tokens.
+        # Back at the positions of the hidden tokens.
         everywhere_BTO = predicted_BQO.new_zeros(*order_BT.shape, predicted_BQO.shape[2])
         out: Tensor = everywhere_BTO.scatter(
             1, hidden_BQ[:, :, None].expand_as(predicted_BQO), predicted_BQO
