@@ -333,7 +333,7 @@ def expected_pretrainings(bench: Bench) -> list[ExpectedPretraining]:
     Its step may take a somewhat different time.
     """
     request = bench.request
-    expected = []
+    expected: list[ExpectedPretraining] = []
     if set(request.arms) <= {STOCK}:
         return expected
 
