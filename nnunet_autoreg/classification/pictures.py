@@ -106,7 +106,7 @@ def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
         )
     # The area of a point shows how many cases it stands for.
     sizes = [12 + 160 * row["cases"] / scores["cases"] for row in bins]
-    axis.plot(x, y, color=VERMILLION, linewidth=1)
+    # A line between the points would make much of tenths with a case or two.
     axis.scatter(x, y, s=sizes, color=VERMILLION, zorder=3, label="a tenth (area: cases)")
     is_binary = len(scores["classes"]) == 2
     kind = scores["classes"][1] if is_binary else "the predicted class"
@@ -119,6 +119,7 @@ def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
         aspect="equal",
     )
     axis.grid(alpha=0.3)
-    axis.set_title(f"calibration\nexpected error {error:.2f}", fontsize=10)
+    # The error is always that of the predicted class, also where the points show one class.
+    axis.set_title(f"calibration\nexpected error of the prediction {error:.2f}", fontsize=10)
     # Points may lie anywhere, so the legend stands below the axes.
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
