@@ -201,7 +201,7 @@ def test_the_files_of_pretrain_state_their_reading_order() -> None:
     assert sorted(stated.values()) == [(n, len(stated)) for n in range(1, len(stated) + 1)]
     page = (REPO / "docs/explanation/architecture.md").read_text(encoding="utf-8")
     for module, (number, _) in stated.items():
-        assert f"| {number} `{module.removeprefix('pretrain.')}.py` |" in page
+        assert f"| {number} `{module.replace('.', '/')}.py` |" in page
 
 
 def test_nnunet_is_imported_in_its_own_rooms_only() -> None:
