@@ -41,6 +41,7 @@ from nnunet_autoreg.finetune.resolve import ignored_setting, setting_of_environm
 from nnunet_autoreg.finetune.stock import (
     named_as_stock,
     needs_line,
+    predict_line,
     runs_on_stock,
     stock_plans,
 )
@@ -76,11 +77,11 @@ class _AutoregTrainer(nnUNetTrainer):
 
         # From here on, nnU-Net writes these plans into the results folder and the checkpoints.
         # Trainers of other tasks build networks that nnU-Net does not have.
-        segments = (
+        self.segments = (
             type(self).build_network_architecture is _AutoregTrainer.build_network_architecture
         )
         class_path = self.block.encoder.class_path
-        self.is_stock_model = segments and runs_on_stock(class_path, plans)
+        self.is_stock_model = self.segments and runs_on_stock(class_path, plans)
         if self.is_stock_model:
             plans = stock_plans(plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -256,9 +257,12 @@ class _AutoregTrainer(nnUNetTrainer):
         super().on_train_start()
 
     def on_train_end(self) -> None:
-        """End as nnU-Net does, and say what the model needs where it predicts."""
+        """End as nnU-Net does; say what the model needs where it predicts, and how to predict."""
         super().on_train_end()
         self.print_to_log_file(needs_line(self.is_stock_model))
+        if self.segments:
+            model, dataset = Path(self.output_folder_base), self.plans_manager.dataset_name
+            self.print_to_log_file(predict_line(model, dataset, self.device.type))
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch; learning rates depend only on the epoch and the iteration in it."""

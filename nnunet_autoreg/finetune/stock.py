@@ -8,6 +8,7 @@ nnU-Net's trainers, which would train without the pretrained weights.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg import __version__
@@ -15,6 +16,10 @@ from nnunet_autoreg.bridge import NORMALIZATIONS
 from nnunet_autoreg.families import CLASS_PATHS, RESENC
 from nnunet_autoreg.finetune.network import GUARD_NAME, own_arguments
 from nnunet_autoreg.model.encoders import IMPORTED_ARGUMENTS
+
+FINAL_CHECKPOINT = "checkpoint_final.pth"
+DEFAULT_FOLDS = ("0", "1", "2", "3", "4")
+"""That nnU-Net predicts with where none are named."""
 
 STOCK_TRAINER = "nnUNetTrainer"
 """The trainer that nnU-Net builds the network with when it predicts."""
@@ -89,3 +94,29 @@ def needs_line(is_stock: bool) -> str:
         "prediction: this model needs nnunet-autoreg beside nnU-Net; on another machine, install "
         f"it first: pip install nnunet-autoreg=={__version__}"
     )
+
+
+def predict_line(model: Path, dataset: str, device: str) -> str:
+    """Return the next line of a segmentation's training: how to predict with the trained folds.
+
+    Args:
+        model: folder of the model, named TRAINER__PLANS__CONFIGURATION, with a folder for each
+            fold.
+        dataset: its name, such as Dataset004_Hippocampus.
+    """
+    trainer, plans, configuration = model.name.split("__")
+    files = model.glob(f"fold_*/{FINAL_CHECKPOINT}")
+    folds = sorted(file.parent.name.removeprefix("fold_") for file in files)
+
+    words = [
+        "nnUNetv2_predict",
+        "-d",
+        dataset.removeprefix("Dataset").partition("_")[0].lstrip("0"),
+    ]
+    words += ["-i", "INPUT", "-o", "OUTPUT", "-c", configuration, "-tr", trainer, "-p", plans]
+    # Without -f, nnU-Net looks for all five folds.
+    if folds != list(DEFAULT_FOLDS):
+        words += ["-f", *([fold for fold in folds if fold != "all"] or folds)]
+    if device != "cuda":
+        words += ["-device", device]
+    return f"next: {' '.join(words)}"

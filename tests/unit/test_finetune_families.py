@@ -22,7 +22,7 @@ from nnunet_autoreg.finetune.load import Target, WeightTable, load_encoder
 from nnunet_autoreg.finetune.network import GUARD_CLASS, architecture_entry
 from nnunet_autoreg.finetune.network import build_network as network_of_plan
 from nnunet_autoreg.finetune.resenc import reconciled
-from nnunet_autoreg.finetune.stock import runs_on_stock, stock_plans
+from nnunet_autoreg.finetune.stock import predict_line, runs_on_stock, stock_plans
 from nnunet_autoreg.model.card import read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
@@ -462,3 +462,31 @@ def test_a_plans_architecture_rebuilds_a_cnn_and_stops_stock_trainers() -> None:
     deep = network_of_plan(block, (8, 24, 16), 1, 3, arguments, deep_supervision=True)
     shapes = [tuple(output.shape[2:]) for output in deep(torch.zeros(1, 1, 8, 24, 16))]
     assert shapes == [(8, 24, 16), (8, 12, 8), (4, 6, 4)]
+
+
+@pytest.mark.parametrize(
+    ("folds", "words"),
+    [
+        (("0",), "-f 0 -device cpu"),
+        (("0", "2"), "-f 0 2 -device cpu"),
+        (("all",), "-f all -device cpu"),
+        (("0", "all"), "-f 0 -device cpu"),
+        (("0", "1", "2", "3", "4"), "-p AutoregPlans -device cpu"),
+    ],
+)
+def test_the_line_after_training_predicts_with_the_folds_that_exist(
+    tmp_path: Path, folds: tuple[str, ...], words: str
+) -> None:
+    model = tmp_path / "AutoregPretrainedTrainer_5epochs__AutoregPlans__3d_fullres"
+    for fold in folds:
+        (model / f"fold_{fold}").mkdir(parents=True)
+        (model / f"fold_{fold}" / "checkpoint_final.pth").touch()
+    # A fold that is still trained cannot predict.
+    (model / "fold_9").mkdir()
+
+    line = predict_line(model, "Dataset004_Hippocampus", "cpu")
+
+    assert line.endswith(words)
+    assert "-d 4 " in line and "-c 3d_fullres" in line
+    assert "-tr AutoregPretrainedTrainer_5epochs" in line
+    assert "-device" not in predict_line(model, "Dataset004_Hippocampus", "cuda")
