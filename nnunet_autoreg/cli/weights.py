@@ -18,16 +18,19 @@ from nnunet_autoreg.cli.common import (
     print_next,
 )
 from nnunet_autoreg.cli.options import local_path, local_path_text
+from nnunet_autoreg.convert.choices import (
+    FORMS,
+    HUGGINGFACE_FORM,
+    NNSSL_FORM,
+    TOKEN_ORDERS,
+    WRITTEN_ORDERS,
+)
 from nnunet_autoreg.errors import UsageError, printable
 from nnunet_autoreg.model.card import check_run_name
 
 if TYPE_CHECKING:
     from nnunet_autoreg.convert.imported import ImportOptions
 
-TOKEN_ORDERS = ("permute", "keep")
-WRITTEN_ORDERS = {"nnunet": "whd", "nnssl": "hwd"}
-"""Whose readers an export is for -> how they flatten tokens."""
-FORMS = ("nnssl", "huggingface")
 FLAGS_OF_NUMBERS = {
     "num_heads": "--heads",
     "patch_size_vox": "--patch-size",
@@ -108,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument(
         "--form",
         choices=FORMS,
-        default=FORMS[0],
+        default=NNSSL_FORM,
         help="huggingface: model.safetensors, config.json and a model card (README.md); nnssl: "
         "checkpoint_final.pth and its plan, for a ViT the checkpoint of AR-SSL4M (default: "
         "%(default)s)",
@@ -283,7 +286,7 @@ def _export(arguments: argparse.Namespace) -> int:
         print(exported.card.licence_line)
 
     folder = shlex.quote(arguments.folder)
-    if arguments.form == "huggingface":
+    if arguments.form == HUGGINGFACE_FORM:
         print_next(
             f"read {folder}/README.md and check the licence, then share it: hf upload OWNER/NAME "
             f"{folder}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nnunet_autoreg import __version__
 from nnunet_autoreg.convert.ar_ssl4m import to_theirs
+from nnunet_autoreg.convert.choices import HUGGINGFACE_FORM, NNSSL_FORM, NNSSL_ORDER, OURS
 from nnunet_autoreg.convert.huggingface import huggingface_contents
 from nnunet_autoreg.convert.imported import checked_tensors, names_of, network_of
 from nnunet_autoreg.convert.licences import NONE_STATED
@@ -30,7 +31,7 @@ from nnunet_autoreg.convert.source import (
     PLAN_KEY,
     WEIGHTS_KEY,
 )
-from nnunet_autoreg.convert.token_order import NNSSL_ORDER, OURS, swap_plane_axes
+from nnunet_autoreg.convert.token_order import swap_plane_axes
 from nnunet_autoreg.errors import PlanError, WeightsError
 from nnunet_autoreg.families import PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT, family_of
 from nnunet_autoreg.finetune.load import read_tensors
@@ -44,6 +45,7 @@ from nnunet_autoreg.model.card import (
 )
 from nnunet_autoreg.model.encoders import IMPORTED_ARGUMENTS
 from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.objectives.registered.autoregressive import NAME as AUTOREGRESSIVE
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import (
     atomic_path,
@@ -55,8 +57,6 @@ from nnunet_autoreg.records import (
 )
 from nnunet_autoreg.safe_load import load_plain
 
-NNSSL_FORM, HUGGINGFACE_FORM = "nnssl", "huggingface"
-FORMS = (NNSSL_FORM, HUGGINGFACE_FORM)
 EXPORTED_NAMES = (CHECKPOINT_NAME, MODEL_NAME, ADAPTATION_NAME, CONFIG_NAME)
 """Names of files of all forms. A folder that holds two forms would be ambiguous."""
 TRANSFORMERS = (PRIMUS, PRIMUS_V2, PRIMUS_V3)
@@ -93,7 +93,7 @@ def export_weights(
 
     Args:
         weights: ``encoder.safetensors`` of a finished run.
-        form: one of ``FORMS``.
+        form: one of ``choices.FORMS``.
         token_order: of a transformer in nnssl's form, ``OURS`` or ``NNSSL_ORDER``.
 
     Raises:
@@ -443,10 +443,12 @@ def _citations(card: EncoderCard) -> list[dict[str, Any]]:
 
 def _own(card: EncoderCard, token_order: str = OURS) -> dict[str, Any]:
     """Return what only this package reads: the whole card."""
+    # A card's text begins with the objective's name; see ``ObjectiveKind.summary``.
+    objective_name = card.objective.partition(" ")[0]
     return {
         "version": __version__,
         "token_order": token_order,
-        "causal": card.objective.startswith("autoregressive"),
+        "causal": objective_name == AUTOREGRESSIVE,
         "card": _plain(to_jsonable(card)),
     }
 

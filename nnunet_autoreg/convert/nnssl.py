@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from nnunet_autoreg.convert.choices import KEEP, OURS, PERMUTE
 from nnunet_autoreg.convert.imported import Imported, ImportOptions
 from nnunet_autoreg.convert.licences import licences_of, modalities_of
 from nnunet_autoreg.convert.source import OWN_KEY, WeightsFile, plain
-from nnunet_autoreg.convert.token_order import KEEP, OURS, PERMUTE, swap_plane_axes
+from nnunet_autoreg.convert.token_order import swap_plane_axes
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import (
     CLASS_PATHS,

@@ -18,10 +18,6 @@ from torch import Tensor
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.geometry import Size
 
-PERMUTE, KEEP = "permute", "keep"
-TOKEN_ORDERS = (PERMUTE, KEEP)
-OURS, NNSSL_ORDER = "whd", "hwd"
-"""The orders that our exports state."""
 POSITIONS = "eva.pos_embed"
 _TURNED = (".attn.q_proj.weight", ".attn.q_proj.bias", ".attn.k_proj.weight", ".attn.k_proj.bias")
 

@@ -62,7 +62,13 @@ MAY_IMPORT_NNUNET = {
     "planners",
 }
 LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "io", "corpus", "planning", "store", "cli"}
-LIGHT_FILES = {"model.sizes", "model.card", "objectives.prediction_plan", "objectives.alice_plan"}
+LIGHT_FILES = {
+    "model.sizes",
+    "model.card",
+    "objectives.prediction_plan",
+    "objectives.alice_plan",
+    "convert.choices",
+}
 LIGHT_FOLDERS = ("objectives.registered.",)
 HEAVY = (
     "torch",

@@ -12,7 +12,8 @@ import pytest
 from refusals import refused
 
 from nnunet_autoreg.cli.weights import main
-from nnunet_autoreg.convert.exporting import HUGGINGFACE_FORM, NNSSL_FORM, export_weights
+from nnunet_autoreg.convert.choices import HUGGINGFACE_FORM, NNSSL_FORM
+from nnunet_autoreg.convert.exporting import export_weights
 from nnunet_autoreg.convert.hub import local_weights
 from nnunet_autoreg.convert.imported import ImportOptions
 from nnunet_autoreg.convert.importing import import_weights

@@ -16,7 +16,8 @@ import pytest
 from refusals import refused
 
 from nnunet_autoreg.cli.common import configure_logging
-from nnunet_autoreg.convert.exporting import HUGGINGFACE_FORM, export_weights
+from nnunet_autoreg.convert.choices import HUGGINGFACE_FORM
+from nnunet_autoreg.convert.exporting import export_weights
 from nnunet_autoreg.corpus.grid import grid_of_scan
 from nnunet_autoreg.corpus.private import (
     PRIVATE_NAME,

@@ -14,15 +14,10 @@ from refusals import refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nnunet_autoreg.convert.exporting import (
-    HUGGINGFACE_FORM,
-    NNSSL_FORM,
-    adaptation_plan,
-    export_weights,
-)
+from nnunet_autoreg.convert.choices import HUGGINGFACE_FORM, NNSSL_FORM, NNSSL_ORDER
+from nnunet_autoreg.convert.exporting import adaptation_plan, export_weights
 from nnunet_autoreg.convert.imported import ImportOptions, names_of
 from nnunet_autoreg.convert.importing import import_weights
-from nnunet_autoreg.convert.token_order import NNSSL_ORDER
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, token_size_of
 from nnunet_autoreg.finetune.load import Target, load_encoder, write_tensors
