@@ -44,7 +44,10 @@ def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
     fold_of: dict[str, int] = {}
     sizes = [0] * num_folds
     in_fold: list[Counter[tuple[int, int]]] = [Counter() for _ in range(num_folds)]
-    waiting = sorted(kinds_of, key=_hash)
+
+    # By hash, so that the order says nothing about sites or dates in the patients' names.
+    hash_of = {name: hashlib.sha256(name.encode()).hexdigest() for name in kinds_of}
+    waiting = sorted(kinds_of, key=lambda name: hash_of[name])
     while waiting:
         left = Counter(kind for patient in waiting for kind in kinds_of[patient])
         # Patients without any known class come last.
@@ -67,10 +70,6 @@ def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
             fold[part].append(case)
         folds.append(fold)
     return folds
-
-
-def _hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def find_folds(folder: Path, table: ClassTable) -> tuple[list[Fold], str]:

@@ -199,8 +199,10 @@ def _tasks(
         if len(different) > MOST_CLASSES:
             ignored[name] = f"{len(different)} different values, more than {MOST_CLASSES}"
             continue
-        # Whole numbers are grades.
-        is_graded = len(different) > 2 and all(_is_whole(value) for value in different)
+
+        # Whole numbers are grades. Two of them could as well stand for no and yes.
+        are_whole = all(value.removeprefix("-").isdecimal() for value in different)
+        is_graded = are_whole and len(different) > 2
         classes = sorted(different, key=int) if is_graded else different
         tasks.append(ClassificationTask(name, tuple(classes), is_graded))
     if not tasks:
@@ -237,10 +239,6 @@ def read_tasks(described: Any) -> list[ClassificationTask]:
         '{"grade": {"classes": ["1", "2", "3"], "ordinal": true}}, with different names of classes',
         code="classes-dataset-json",
     )
-
-
-def _is_whole(value: str) -> bool:
-    return value.removeprefix("-").isdecimal()
 
 
 def class_index(

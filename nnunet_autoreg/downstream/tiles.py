@@ -130,17 +130,14 @@ def features_of_scan(
                 whole = [size // stride for size, stride in zip(scan.shape, strides, strict=True)]
                 sums = torch.zeros(len(features), *whole)
                 counts = torch.zeros(*whole)
-            z, y, x = _region(tile.start, strides, grid)
+
+            # Where the tile's feature map lies in that of the padded scan.
+            first = [low // stride for low, stride in zip(tile.start, strides, strict=True)]
+            z, y, x = (slice(low, low + cells) for low, cells in zip(first, grid, strict=True))
             sums[:, z, y, x] += features
             counts[z, y, x] += 1
+
     assert total_V is not None, "a scan has at least one voxel"
     # Tiles that lie outside the scan leave positions without features, which stay 0.
     found = None if sums is None or counts is None else sums / counts.clamp(min=1)
     return ScanFeatures(total_V / weight, found)
-
-
-def _region(start: Size, strides: Sequence[int], grid: Size) -> tuple[slice, slice, slice]:
-    """Return where a tile's feature map lies in that of the padded scan."""
-    first = [low // stride for low, stride in zip(start, strides, strict=True)]
-    z, y, x = (slice(low, low + cells) for low, cells in zip(first, grid, strict=True))
-    return z, y, x
