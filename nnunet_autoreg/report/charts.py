@@ -39,6 +39,8 @@ CHART_SIZE = (6.39, 3.61)
 # On both sides there is room for half a number of the step axis.
 AXES_BOX = (0.115, 0.16, 0.825, 0.7)
 FONT_SIZE = 12
+LEGEND_LENGTH, ENTRY_LENGTH, LETTER_LENGTH = 440.0, 36.0, 7.0
+"""Pixels of a row of the legend, of the line and space of an entry, and of a letter of the page."""
 DECIMALS = re.compile(r"-?\d+\.\d+")
 
 # The colours of the light page. The style sheet of page.html names them --main, --second, ... and
@@ -314,8 +316,12 @@ def thinned(points: Points, max_points: int = MAX_POINTS) -> Points:
     return means
 
 
-def draw(axis: Any, chart: Chart) -> None:
-    """Draw the chart's curves, grid and legend into a matplotlib axis."""
+def draw(axis: Any, chart: Chart) -> int:
+    """Draw the chart's curves, grid and legend into a matplotlib axis.
+
+    Returns:
+        the rows of the legend, which stands directly above the curves.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     round_steps = (1, 2, 2.5, 5, 10)
@@ -368,21 +374,28 @@ def draw(axis: Any, chart: Chart) -> None:
     axis.tick_params(length=0, labelcolor=palette.SOFT, labelsize=FONT_SIZE)
     # The first numbers of both axes stand at one corner.
     axis.tick_params(axis="x", pad=8)
-    # Above the axis and its highest number, where no curve can lie behind it.
+    # Above the axis and its highest number, where no curve can lie behind it. Four names with their
+    # values need two rows.
+    _, labels = axis.get_legend_handles_labels()
+    length = sum(ENTRY_LENGTH + LETTER_LENGTH * len(label) for label in labels)
+    is_short = length <= LEGEND_LENGTH
     legend = axis.legend(
         loc="lower left",
-        bbox_to_anchor=(-0.1, 1.05),
-        ncols=4,
+        bbox_to_anchor=(-0.1, 1.05 if is_short else 1.02),
+        ncols=4 if is_short else 2,
         frameon=False,
         fontsize=FONT_SIZE,
+        labelspacing=0.2,
+        borderpad=0.4 if is_short else 0.1,
         borderaxespad=0,
         # Long enough that dashes and dots differ.
         handlelength=1.9,
         handletextpad=0.4,
-        columnspacing=0.8,
+        columnspacing=0.8 if is_short else 2.5,
     )
     for text in legend.get_texts():
         text.set_color(palette.SOFT)
+    return 1 if is_short else 2
 
 
 def short_number(value: float) -> str:
@@ -511,10 +524,10 @@ def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> Non
 
     for number, chart in enumerate(charts, start=1):
         axis = figure.add_subplot(num_rows, 2, number)
-        draw(axis, chart)
-        # The legend stands directly above the curves; the title comes above the legend.
+        num_legend_rows = draw(axis, chart)
+        # The title comes above the legend.
         unit = f" ({chart.unit})" if chart.unit else ""
-        axis.set_title(f"{chart.title}{unit}", loc="left", pad=32)
+        axis.set_title(f"{chart.title}{unit}", loc="left", pad=18 + 14 * num_legend_rows)
         note = textwrap.fill(chart.note, 78)
         axis.set_xlabel(f"step\n{note}" if note else "step", color=palette.SOFT)
 

@@ -625,20 +625,34 @@ def test_numbers_of_ticks_are_short(value, text):
     assert short_number(value) == text
 
 
-def test_no_text_of_a_chart_is_cut_off():
-    points = [(float(i), 1.23e-5 * (i % 7)) for i in range(0, 1_250_000, 10_000)]
-    text = svg(Chart("Learning rate", "", [Curve("now", points)]))
+FOUR_CURVES = [
+    Curve(label, [(float(i), 0.0718 + height) for i in range(0, 120, 10)], look)
+    for label, look, height in (
+        ("validation", "main", 0.6),
+        ("training", "second", 0.5),
+        ("mean", "base2", 0.8),
+        ("copy", "base", 1.4),
+    )
+]
+SMALL_AND_LONG = [(float(i), 1.23e-5 * (i % 7)) for i in range(0, 1_250_000, 10_000)]
+
+
+@pytest.mark.parametrize("curves", [[Curve("now", SMALL_AND_LONG)], FOUR_CURVES])
+def test_no_text_of_a_chart_is_cut_off(curves):
+    text = svg(Chart("Learning rate", "", curves))
 
     _, _, width, _ = map(float, re.search(r'viewBox="([^"]+)"', text)[1].split())
     labels = re.findall(r"<text ([^>]*)>([^<]+)</text>", text)
     for attributes, label in labels:
         x = float(re.search(r'x="([\d.-]+)"', attributes)[1])
-        # A letter of the page's font is at most 7.5 pixels wide.
+        y = float(re.search(r'y="([\d.-]+)"', attributes)[1])
+        # A letter of the page's font is at most 7.5 pixels wide, and 11 high.
         reach = 7.5 * len(label)
         anchor = re.search(r"text-anchor:(\w+)", attributes)
         shift = {"middle": 0.5, "end": 1.0}.get(anchor[1] if anchor else "start", 0.0)
         assert x - shift * reach >= 0, label
         assert x + (1 - shift) * reach <= width, label
+        assert y - 11 >= 0, label
     assert len(labels) > 8
 
 
