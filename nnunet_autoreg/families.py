@@ -53,11 +53,15 @@ LISTS_OF_COUNTS = (
     "depth_per_level",
     "ch_per_level",
 )
+LISTS_OF_LAYERS = ("n_blocks_per_stage", "n_conv_per_stage_decoder", "depth_per_level")
 LISTS_OF_SIZES = ("kernel_sizes", "strides")
 NUMBERS = ("init_values", "mlp_ratio")
 FLAGS = ("conv_bias", "scale_attn_inner", "add_skips")
 NAMES = ("conv_op", "norm_op", "nonlin")
+NUMBERS_OF_LAYERS = ("eva_depth", "n_stages", *LISTS_OF_LAYERS)
 MAX_COUNT = 2**20
+MOST_LAYERS = 1000
+"""Of one kind in a network; the largest encoder has 24."""
 LAYER_NAME = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
 """What a name in a network's arguments may stand for: a layer of torch.
 
@@ -145,6 +149,15 @@ def check_argument_types(class_path: str, arguments: Mapping[str, Any], where: s
                     f"{where}.{key}: {shown(arguments[key])} does not fit; write {expected}",
                     code="plan-wrong-type",
                 )
+    # Layers are built one by one, so that a great number of them would keep the command busy.
+    for key in NUMBERS_OF_LAYERS:
+        value = arguments.get(key, 1)
+        listed = [value] if isinstance(value, int) else value
+        if sum(listed) > MOST_LAYERS:
+            raise PlanError(
+                f"{where}.{key}: {shown(value)} are more than {MOST_LAYERS} layers; write fewer",
+                code="plan-out-of-range",
+            )
     for key in ("norm_op_kwargs", "nonlin_kwargs", "dropout_op_kwargs"):
         if not isinstance(arguments.get(key), Mapping | None):
             raise PlanError(

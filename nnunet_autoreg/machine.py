@@ -30,6 +30,10 @@ def memory_bytes() -> int:
         return 0
 
 
+MOST_DIGITS = 9
+"""Of a number of processes; Python converts no number of thousands of digits."""
+
+
 def num_processes() -> int:
     """Return the number of processes for reading and preprocessing.
 
@@ -39,7 +43,8 @@ def num_processes() -> int:
         UsageError: nnUNet_def_n_proc is not a positive whole number.
     """
     wanted = os.environ.get("nnUNet_def_n_proc", "8").strip()  # noqa: SIM112
-    if not wanted.isdigit() or int(wanted) < 1:
+    is_number = wanted.isdecimal() and len(wanted) <= MOST_DIGITS
+    if not is_number or int(wanted) < 1:
         raise UsageError(
             f"nnUNet_def_n_proc={wanted} is not a whole number of processes, at least 1; set it "
             "anew or unset it",

@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.families import MOST_LAYERS
 from nnunet_autoreg.geometry import Size, Spacing, size_text
 from nnunet_autoreg.records import from_jsonable, parse_json, to_jsonable
 
@@ -465,6 +466,15 @@ def check_positive(values: Mapping[str, float]) -> None:
         if not 0 < number < float("inf"):
             raise PlanError(
                 f"{key}={number} must be a number greater than 0", code="plan-out-of-range"
+            )
+
+
+def check_layers(values: Mapping[str, int]) -> None:
+    """Refuse numbers of layers outside 1 to ``MOST_LAYERS``, as ``check_positive`` does."""
+    for key, number in values.items():
+        if not 1 <= number <= MOST_LAYERS:
+            raise PlanError(
+                f"{key}={number} must lie between 1 and {MOST_LAYERS}", code="plan-out-of-range"
             )
 
 

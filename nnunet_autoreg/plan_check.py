@@ -34,6 +34,8 @@ from nnunet_autoreg.plan import (
 from nnunet_autoreg.records import to_jsonable
 
 MAX_ANGLE_DEG = 180.0
+MAX_CROP_VOX = 2**14
+"""Along one axis. Sizes of tensors would overflow with far larger crops."""
 
 
 def check(plan: Plan) -> Plan:
@@ -283,6 +285,12 @@ def _check_blocks(plan: Plan) -> None:
         "zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True
     ):
         side = token * block
+        if crop > MAX_CROP_VOX:
+            raise PlanError(
+                f"sequence.crop_size_vox: {crop} on axis {axis} is more than any scan has; use "
+                f"{MAX_CROP_VOX // side * side} at most",
+                code="plan-crop",
+            )
         if crop <= 0 or crop % side:
             near = f"{max(crop // side, 1) * side} or {(max(crop // side, 0) + 1) * side}"
             raise PlanError(

@@ -27,6 +27,8 @@ KEY = "classification"
 """Of ``dataset.json``."""
 CASE_COLUMN = "case"
 MOST_CLASSES = 20
+MOST_DIGITS = 18
+"""Of a grade."""
 UNKNOWN = -1
 """Index of a class that is not known."""
 
@@ -111,8 +113,9 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
     Raises:
         ClassesError: there is no such file (code "classes-no-file"), it is no table (code
-            "classes-unreadable"), it has no column ``case`` (code "classes-no-case-column"), or two
-            rows for one case (code "classes-duplicate-row").
+            "classes-unreadable"), it has no column ``case`` (code "classes-no-case-column"), two
+            columns of one name (code "classes-duplicate-column"), or two rows for one case (code
+            "classes-duplicate-row").
     """
     if not file.is_file():
         raise ClassesError(
@@ -122,12 +125,23 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         )
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
-            read = list(csv.DictReader(handle, strict=True))
+            reader = csv.DictReader(handle, strict=True)
+            read = list(reader)
+            columns = [str(name).strip() for name in reader.fieldnames or ()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ClassesError(
             f"{file} cannot be read as a table ({error}); save it as CSV with commas, in UTF-8",
             code="classes-unreadable",
         ) from error
+
+    # Of two columns of one name, only the last would be read.
+    doubled = sorted({name for name in columns if columns.count(name) > 1})
+    if doubled:
+        raise ClassesError(
+            f"{file} has the column '{doubled[0]}' {columns.count(doubled[0])} times; rename or "
+            "remove all but one",
+            code="classes-duplicate-column",
+        )
 
     rows = []
     for number, cells in enumerate(read, start=2):
@@ -201,7 +215,9 @@ def _tasks(
             continue
 
         # Whole numbers are grades. Two of them could as well stand for no and yes.
-        are_whole = all(value.removeprefix("-").isdecimal() for value in different)
+        # Python converts no number of thousands of digits, and no grade has many.
+        digits = [value.removeprefix("-") for value in different]
+        are_whole = all(word.isdecimal() and len(word) <= MOST_DIGITS for word in digits)
         is_graded = are_whole and len(different) > 2
         classes = sorted(different, key=int) if is_graded else different
         tasks.append(ClassificationTask(name, tuple(classes), is_graded))

@@ -16,6 +16,7 @@ from torch import Tensor
 from nnunet_autoreg.convert.ar_ssl4m import is_ar_ssl4m
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.geometry import names_text
+from nnunet_autoreg.io.archive import DAMAGED, would_fill_the_disk
 from nnunet_autoreg.model.card import CARD_NAME, MAX_CARD_BYTES, WEIGHTS_NAME
 from nnunet_autoreg.records import MEND_YOURS, read_json
 from nnunet_autoreg.safe_load import load_plain
@@ -201,7 +202,9 @@ def checkpoint_of_model(names: Iterable[str], where: Path) -> str:
             continue
         models.add(path.parent.parent.as_posix())
         # "all" comes before every number.
-        number = int(fold) if fold.isdecimal() else -1
+        # Python converts no number of thousands of digits, and no fold has many.
+        is_number = fold.isdecimal() and len(fold) < 10
+        number = int(fold) if is_number else -1
         candidates[MODEL_CHECKPOINTS.index(path.name), number] = name
 
     if not candidates:
@@ -233,11 +236,12 @@ def _read_archive(file: Path) -> tuple[dict[str, Any], str]:
         try:
             with zipfile.ZipFile(file) as archive:
                 member = checkpoint_of_model(archive.namelist(), file)
-                if archive.getinfo(member).file_size > MAX_UNPACKED:
-                    raise OSError(f"{member} is larger than any checkpoint")
+                info = archive.getinfo(member)
+                if info.file_size > MAX_UNPACKED or would_fill_the_disk(info):
+                    raise OSError(f"{member} would unpack to more than any checkpoint")
                 with archive.open(member) as source, unpacked.open("wb") as target:
                     shutil.copyfileobj(source, target)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+        except DAMAGED as error:
             raise WeightsError(
                 f"{file} cannot be unpacked ({error}); export the model again",
                 code="weights-unreadable",

@@ -28,7 +28,7 @@ from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Spacing, size_text
 from nnunet_autoreg.io.archive import unpacked
 from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
-from nnunet_autoreg.io.files import check_file, quiet_stderr
+from nnunet_autoreg.io.files import check_file, quiet_readers
 from nnunet_autoreg.io.parts import ScanPart, parse_part
 from nnunet_autoreg.nnunet_api import Array, RawScan
 
@@ -51,7 +51,7 @@ def load_scan_or_image(path: Path, part: str = "") -> RawScan:
         if not _is_one_slice(path, wanted):
             return load_scan(path, part)
         stack = find_stack(path, wanted)
-        with quiet_stderr():
+        with quiet_readers():
             slice_1YX = read_volume(path, pick_volume(stack, wanted))
         return _checked(slice_1YX, stack.spacing_mm[1:])
 
@@ -83,12 +83,12 @@ def header_of_scan_or_image(path: Path, part: str = "") -> ScanHeader:
 
 
 def is_flat(path: Path, part: ScanPart) -> bool:
-    """Return whether a file holds one 2D image: exactly two axes are longer than a voxel."""
+    """Return whether a file holds one 2D image: at most two axes are longer than a voxel."""
     if part.t:
         return False
     check_file(path)
     size: tuple[int, ...] = information(path).GetSize()
-    return sum(side > 1 for side in size) == 2
+    return sum(side > 1 for side in size) <= 2
 
 
 def _is_one_slice(path: Path, part: ScanPart) -> bool:
@@ -106,12 +106,17 @@ def _load_file(path: Path) -> RawScan:
     import SimpleITK
 
     header = _file_header(path)
-    with quiet_stderr() as captured:
+    with quiet_readers() as captured:
         try:
             image: Any = SimpleITK.ReadImage(str(path))
             array = np.asarray(SimpleITK.GetArrayFromImage(image), dtype=np.float32)
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
             raise reading_failed(error, captured()) from error
+        # libjpeg fills the missing part with grey, and only prints that it did.
+        if "Premature end" in captured():
+            raise ScanError(
+                "unreadable", "truncated: pixels are missing at the end; copy the file again"
+            )
 
     # SimpleITK appends an axis for colours; axes of one voxel are left out.
     num_colours = int(image.GetNumberOfComponentsPerPixel())
@@ -138,7 +143,14 @@ def _grey(array_YXC: Array) -> Array:
 def _in_plane(
     size_xyz: Sequence[int], spacing_xyz: Sequence[float]
 ) -> tuple[list[int], list[float]]:
-    """Return size and spacing (y, x) of the two axes that are longer than a voxel."""
+    """Return size and spacing (y, x) of the two axes that are longer than a voxel.
+
+    Raises:
+        ScanError: tiny: there are fewer such axes.
+    """
+    if sum(side > 1 for side in size_xyz) < 2:
+        listed = size_text(size_xyz)
+        raise ScanError("tiny", f"{listed} pixels; every axis needs at least {MIN_AXIS_VOX}")
     pairs = [(side, step) for side, step in zip(size_xyz, spacing_xyz, strict=True) if side > 1]
     sides, steps = zip(*reversed(pairs), strict=True)
     return list(sides), list(steps)

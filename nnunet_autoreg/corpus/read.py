@@ -16,7 +16,7 @@ from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, size_text, volume, zyx
 from nnunet_autoreg.io.archive import unpacked
 from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
-from nnunet_autoreg.io.files import check_file, quiet_stderr
+from nnunet_autoreg.io.files import check_file, quiet_readers
 from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
 from nnunet_autoreg.io.parts import ScanPart, parse_part
 from nnunet_autoreg.io.stacks import Stack
@@ -70,7 +70,7 @@ def _load_file(path: Path, part: ScanPart, name: str) -> RawScan:
     check_file(path)
     # The header is checked first: a file that is too large must not be read.
     header, turn = _file_header(path, part)
-    with quiet_stderr() as captured:
+    with quiet_readers() as captured:
         try:
             array_ZYX = _read_one_of(path, int(part.t)) if part.t else read_scan(path).array_CZYX[0]
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
@@ -97,7 +97,7 @@ def _load_series(path: Path, part: ScanPart) -> RawScan:
     """Read and check a DICOM series, or one volume of it."""
     stack = find_stack(path, part)
     header, turn = _series_header(stack, part)
-    with quiet_stderr():
+    with quiet_readers():
         array_ZYX = read_volume(path, pick_volume(stack, part))
     check_voxels(array_ZYX)
     return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
@@ -160,7 +160,7 @@ def information(path: Path) -> Any:
 
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
     reader.SetFileName(str(path))
-    with quiet_stderr() as captured:
+    with quiet_readers() as captured:
         try:
             reader.ReadImageInformation()
         except RuntimeError as error:
@@ -401,6 +401,12 @@ TRANSLATIONS = (
         "not an image that SimpleITK knows; is it another kind of file?",
     ),
     (("nrrd",), "unreadable", "a damaged NRRD file; copy it again"),
+    (
+        ("Unknown PixelType",),
+        "rgb",
+        "SimpleITK does not know its kind of pixels, such as grey with opacity; store one grey "
+        "value per pixel",
+    ),
 )
 
 

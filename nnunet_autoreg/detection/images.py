@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg.detection.geometry import AS_STORED, RAS_OF_LPS, Frame, frame_of_itk
 from nnunet_autoreg.errors import ObjectsError
 from nnunet_autoreg.geometry import size_text
-from nnunet_autoreg.io.files import quiet_stderr
+from nnunet_autoreg.io.files import quiet_readers
 from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
 
 SPACING_TOLERANCE = 0.01
@@ -30,7 +30,7 @@ def open_image(file: Path) -> Any:
     """
     import SimpleITK
 
-    with quiet_stderr():
+    with quiet_readers():
         try:
             return SimpleITK.ReadImage(str(file))
         except RuntimeError as error:

@@ -18,7 +18,7 @@ from nnunet_autoreg.downstream.scans import Scan, ready
 from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
 from nnunet_autoreg.errors import AutoregError, PlanError, ScanError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, size_text
-from nnunet_autoreg.io.files import quiet_stderr
+from nnunet_autoreg.io.files import quiet_readers
 from nnunet_autoreg.nnunet_api import read_scan
 from nnunet_autoreg.records import atomic_path, write_json
 
@@ -178,7 +178,7 @@ def _read(scan: Scan) -> tuple[NDArray[np.float32], Spacing]:
         channels = []
         for file in files:
             try:
-                with quiet_stderr():
+                with quiet_readers():
                     channels.append(read_scan(Path(file)))
             except Exception as error:
                 # The reader raises errors of any kind; paths may hold the names of patients.

@@ -23,7 +23,7 @@ from nnunet_autoreg.corpus.private import without_names
 from nnunet_autoreg.downstream.results import public_model
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size, size_text
-from nnunet_autoreg.io.files import quiet_stderr
+from nnunet_autoreg.io.files import quiet_readers
 from nnunet_autoreg.io.names import natural_key
 from nnunet_autoreg.machine import has_bf16
 from nnunet_autoreg.records import read_object
@@ -214,7 +214,7 @@ class TrainedModel(Generic[Plan]):
         printed = io.StringIO()
         reader = self.stock.plans_manager.image_reader_writer_class()
         try:
-            with redirect_stdout(printed), quiet_stderr():
+            with redirect_stdout(printed), quiet_readers():
                 data, properties = reader.read_images(files)
         except Exception as error:
             lines = str(error).strip().splitlines()[-1:] or printed.getvalue().splitlines()[:1]

@@ -23,7 +23,7 @@ from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.archive import unpacked
 from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
-from nnunet_autoreg.io.files import check_file, quiet_stderr
+from nnunet_autoreg.io.files import check_file, quiet_readers
 from nnunet_autoreg.io.names import CHANNEL_SUFFIX, IMAGE_ENDINGS, absolute, natural_key, voxel_file
 from nnunet_autoreg.io.parts import ScanPart, parse_part
 
@@ -241,7 +241,7 @@ def ready(scan: Scan) -> Iterator[list[str]]:
             # A DICOM series in its own orientation. SimpleITK counts x, y, z.
             stack = find_stack(path, part)
             slices = pick_volume(stack, part)
-            with quiet_stderr():
+            with quiet_readers():
                 image = SimpleITK.GetImageFromArray(read_volume(path, slices))
             image.SetSpacing([float(s) for s in stack.spacing_mm[::-1]])
             image.SetOrigin([float(v) for v in slices[0].position])
@@ -265,7 +265,7 @@ def file_image(file: Path, part: ScanPart) -> Any:
     import SimpleITK
 
     check_file(file)
-    with quiet_stderr():
+    with quiet_readers():
         try:
             image: Any = SimpleITK.ReadImage(str(file))
         except RuntimeError as error:

@@ -73,13 +73,21 @@ def _danger(info: zipfile.ZipInfo) -> tuple[str, str] | None:
         )
     if info.flag_bits & 0x1:
         return "unreadable", "encrypted with a password; unpack it first"
-    # The sizes are what the archive claims, and unpacking stops where they are exceeded.
-    if info.file_size > SMALL_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
+    if would_fill_the_disk(info):
         return "unreadable", (
             f"would unpack from {info.compress_size / 2**20:.1f} to {info.file_size / 2**20:.0f} "
             "MiB, as zip bombs do; unpack it by hand if you trust it"
         )
     return None
+
+
+def would_fill_the_disk(info: zipfile.ZipInfo) -> bool:
+    """Return whether a member is packed as tightly as in archives that are made to do harm.
+
+    The sizes are what the archive claims, and unpacking stops where they are exceeded.
+    """
+    is_large = info.file_size > SMALL_BYTES
+    return is_large and info.file_size > MAX_RATIO * max(info.compress_size, 1)
 
 
 @contextmanager

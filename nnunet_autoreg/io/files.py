@@ -43,25 +43,29 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def quiet_stderr() -> Iterator[Any]:
-    """Keep what C++ libraries write to stderr off the terminal.
+def quiet_readers() -> Iterator[Any]:
+    """Keep what C++ libraries print off the terminal.
 
     Yields a function that returns what was written so far.
 
-    ITK and its parts print warnings per file past Python's ``sys.stderr``, so the file descriptor
-    itself is redirected.
+    ITK and its parts print warnings per file past Python's ``sys.stderr`` (libjpeg: past
+    ``sys.stdout``), so the file descriptors themselves are redirected.
     """
+    descriptors = (1, 2)
+    sys.stdout.flush()
     sys.stderr.flush()
-    saved = os.dup(2)
+    saved = [os.dup(descriptor) for descriptor in descriptors]
     with tempfile.TemporaryFile() as caught:
 
         def captured() -> str:
             caught.seek(0)
             return caught.read().decode("utf-8", "replace")
 
-        os.dup2(caught.fileno(), 2)
+        for descriptor in descriptors:
+            os.dup2(caught.fileno(), descriptor)
         try:
             yield captured
         finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+            for descriptor, copy in zip(descriptors, saved, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)

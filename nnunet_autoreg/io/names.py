@@ -51,7 +51,9 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
     for part in re.split(r"(\d+)", text):
         # Numbers before words; they are never compared with each other.
         if part.isdecimal():
-            key.append((0, int(part), ""))
+            # By length and then by digits, since Python converts no number of many digits.
+            digits = part.lstrip("0")
+            key.append((0, len(digits), digits))
         elif part:
             key.append((1, 0, part.lower()))
     return key

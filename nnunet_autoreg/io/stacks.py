@@ -29,7 +29,10 @@ VOLUME_NAMES = (
     "gradient direction",
     "contrast agent",
     "acquisition",
+    "trigger time",
 )
+# These may differ between the packages of one volume.
+PACKAGE_NAMES = ("acquisition", "trigger time")
 # Written with few digits, so equal directions and positions differ a little.
 SAME_DIRECTION, SAME_SPACING_MM, SAME_POSITION_MM = 5e-3, 1e-3, 1e-2
 GRADIENT = ORDER_NAMES.index("gradient direction")
@@ -148,7 +151,7 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
         if whole.problem[0] and (_overlap(stacks) or len(stacks) <= MAX_STACKS):
             return stacks
         # Slabs side by side, as of a CT that moves its table between exposures, make one volume.
-        if _overlap(stacks) and not (name == "acquisition" and are_packages):
+        if _overlap(stacks) and not (name in PACKAGE_NAMES and are_packages):
             return stacks
 
     if whole.problem[0]:

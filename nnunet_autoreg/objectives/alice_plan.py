@@ -12,6 +12,7 @@ from nnunet_autoreg.plan import (
     EncoderPlan,
     ObjectivePlan,
     Plan,
+    check_layers,
     check_not_negative,
     check_positive,
     check_shares,
@@ -173,13 +174,13 @@ def _check_alice_numbers(settings: AlicePlan) -> None:
     positive = {
         "objective.width": settings.width,
         "objective.hidden": settings.hidden,
-        "objective.decoder_depth": settings.decoder_depth,
         "objective.student_temperature": settings.student_temperature,
         "objective.teacher_temperature[0]": start,
         "objective.teacher_temperature[1]": end,
         "objective.reconstruction_weight": settings.reconstruction_weight,
     }
     check_positive(positive)
+    check_layers({"objective.decoder_depth": settings.decoder_depth})
     not_negative = {
         "objective.class_weight": settings.class_weight,
         "objective.patch_weight": settings.patch_weight,

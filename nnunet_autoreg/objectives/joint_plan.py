@@ -13,6 +13,7 @@ from nnunet_autoreg.plan import (
     EncoderPlan,
     Plan,
     ViewPlan,
+    check_layers,
     check_not_negative,
     check_positive,
     check_shares,
@@ -230,7 +231,6 @@ def check_joint(plan: Plan) -> None:
 
 def _check_numbers(settings: JointPlan) -> None:
     positive = {
-        "objective.depth": settings.depth,
         "objective.num_heads": settings.num_heads,
         "objective.key_every": settings.key_every,
         "objective.bank_cases": settings.bank_cases,
@@ -239,6 +239,7 @@ def _check_numbers(settings: JointPlan) -> None:
         "objective.slab_weight": settings.slab_weight,
     }
     check_positive(positive)
+    check_layers({"objective.depth": settings.depth})
     not_negative = {
         "objective.volume_weight": settings.volume_weight,
         "objective.hidden_weight": settings.hidden_weight,

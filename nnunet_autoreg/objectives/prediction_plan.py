@@ -13,6 +13,7 @@ from nnunet_autoreg.plan import (
     EncoderPlan,
     ObjectivePlan,
     Plan,
+    check_layers,
     check_not_negative,
     check_positive,
 )
@@ -198,11 +199,11 @@ def _check_values(settings: PredictionPlan) -> None:
 
     under_root = settings.variance_floor + settings.variance_epsilon
     positive = {
-        "objective.query_depth": settings.query_depth,
         "objective.segment_weight": settings.segment_weight,
         "objective.variance_floor + objective.variance_epsilon": under_root,
     }
     check_positive(positive)
+    check_layers({"objective.query_depth": settings.query_depth})
 
     not_negative = {
         "objective.variance_floor": settings.variance_floor,

@@ -102,6 +102,8 @@ def test_other_faults_of_the_table_are_refused(tmp_path: Path) -> None:
         read_table(tmp_path / "none.csv", {}, CASES)
     with refused(ClassesError, "classes-no-case-column", "scan"):
         read(tmp_path, ROWS, "scan,patient,diagnosis")
+    with refused(ClassesError, "classes-duplicate-column", "'diagnosis'", "2 times"):
+        read(tmp_path, [f"{row},z" for row in ROWS], "case,patient,diagnosis, diagnosis")
     with refused(ClassesError, "classes-no-task", "only cases"):
         read(tmp_path, [row.split(",")[0] for row in ROWS], "case")
     with refused(ClassesError, "classes-unknown-class", "'y'", "c1", "x, z"):
@@ -247,3 +249,11 @@ def test_a_class_of_dataset_json_that_no_case_has_is_named(
     read(tmp_path, ROWS, classification={"diagnosis": ["x", "y", "z"]})
 
     assert logged(caplog, "diagnosis", "z")
+
+
+def test_classes_of_thousands_of_digits_are_names_and_no_grades(tmp_path: Path) -> None:
+    long = "1" * 5000
+    rows = ["a1,A,1", "a2,B,2", "b1,C,1", "c1,D,2", f"d1,E,{long}"]
+
+    with refused(ClassesError, "classes-one-fold", "diagnosis"):
+        read(tmp_path, rows)

@@ -211,6 +211,8 @@ def test_a_shell_of_another_encoding_is_named_with_its_remedy(
 
 def test_natural_order_counts_numbers() -> None:
     assert sorted(["s10", "s9", "S1", "t"], key=natural_key) == ["S1", "s9", "s10", "t"]
+    # Python itself converts no number of so many digits.
+    assert sorted(["s" + "1" * 5000, "s007", "s8"], key=natural_key)[:2] == ["s007", "s8"]
 
 
 def test_a_damaged_dataset_json_of_a_dataset_asked_for_is_named(

@@ -128,6 +128,8 @@ def test_the_axis_of_one_voxel_comes_first(tmp_path: Path, axis: int) -> None:
         (np.full((20, 20), 7, np.uint8), "scan-constant", "7"),
         (np.arange(400, dtype=np.uint8).reshape(20, 20) % 4, "scan-labelmap", "4 distinct"),
         (np.arange(60, dtype=np.uint8).reshape(3, 20), "scan-tiny", "20 x 3"),
+        (np.arange(60, dtype=np.uint8).reshape(1, 60), "scan-tiny", "60 x 1"),
+        (np.full((1, 1), 7, np.uint8), "scan-tiny", "1 x 1"),
     ],
 )
 def test_pictures_that_show_nothing_are_refused(
@@ -136,6 +138,30 @@ def test_pictures_that_show_nothing_are_refused(
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(tmp_path / "a.png"))
 
     with refused(ScanError, code, value):
+        load_scan_or_image(tmp_path / "a.png")
+
+
+def test_a_jpeg_cut_short_is_refused_and_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+
+    load_scan_or_image(tmp_path / "whole.jpg")
+    with refused(ScanError, "scan-unreadable", "truncated"):
+        load_scan_or_image(tmp_path / "cut.jpg")
+
+    assert capfd.readouterr() == ("", "")
+
+
+def test_grey_with_opacity_is_refused_with_the_true_reason(tmp_path: Path) -> None:
+    from PIL import Image
+
+    values = np.random.default_rng(0).integers(1, 250, (40, 50, 2), dtype=np.uint8)
+    Image.fromarray(values, "LA").save(tmp_path / "a.png")
+
+    with refused(ScanError, "scan-rgb", "opacity"):
         load_scan_or_image(tmp_path / "a.png")
 
 

@@ -291,15 +291,17 @@ def test_real_scans_pass_and_real_label_maps_do_not(shared_data: Path) -> None:
     assert status_of(shared_data / "nifti" / "example_seg.nii.gz")[0] == "labelmap"
 
 
-def test_what_libraries_print_is_caught_and_stderr_comes_back(
+def test_what_libraries_print_is_caught_and_both_streams_come_back(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with read.quiet_stderr() as said:
+    with read.quiet_readers() as said:
         os.write(2, b"noise from C++\n")
-        assert "noise from C++" in said()
+        os.write(1, b"noise from libjpeg\n")
+        assert "noise from C++" in said() and "libjpeg" in said()
     os.write(2, b"after\n")
+    os.write(1, b"result\n")
 
-    assert capfd.readouterr().err == "after\n"
+    assert capfd.readouterr() == ("result\n", "after\n")
 
 
 def test_a_nifti_2_header_is_understood(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ MARKS = {
     "time": [{TEMPORAL: ("IS", str(n))} for n in (1, 2)],
     "echo": [{ECHO: ("DS", str(n))} for n in (10, 80)],
     "inversion time": [{INVERSION: ("DS", str(n))} for n in (100, 2500)],
+    "trigger": [{TRIGGER: ("DS", str(n))} for n in (50, 350)],
     "flip angle": [{FLIP: ("DS", str(n))} for n in (5, 26)],
     "b-value": [{B_VALUE: ("FD", [n])} for n in (0.0, 800.0)],
     "gradient direction": [{GRADIENT: ("FD", n)} for n in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])],
@@ -131,11 +132,12 @@ def test_every_stack_of_a_series_has_a_place_of_its_own(tmp_path: Path) -> None:
     )
 
 
-def test_packages_that_fit_between_each_other_stay_one_volume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", ["acquisition", "trigger"])
+def test_packages_that_fit_between_each_other_stay_one_volume(tmp_path: Path, mark: str) -> None:
     array = d.volume(16)
     for number in range(2):
         heights = [2.0 * k + number for k in range(8)]
-        tags = {ACQUISITION: ("IS", str(number + 1)), THICKNESS: ("DS", "1.0")}
+        tags = {THICKNESS: ("DS", "1.0"), **MARKS[mark][number]}
         write_pass(tmp_path / "pool", array[number::2], 1 + 100 * number, heights, **tags)
 
     (found,) = usable(tmp_path / "pool")

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from refusals import refused
+from sequence_cases import plan_for
 
 from nnunet_autoreg.errors import AutoregError, PlanError
 from nnunet_autoreg.finetune.block import BLOCK_KEY, AutoregBlock, Recipe, read_block
+from nnunet_autoreg.objective_kinds import kind_of, with_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.records import from_jsonable, to_jsonable
@@ -78,6 +80,25 @@ def test_any_wrong_value_in_a_plan_is_refused_or_harmless(name: str) -> None:
     assert num_refused > 3 * num_read
 
 
+@pytest.mark.parametrize(("objective", "deepest"), [("alice", "decoder_depth"), ("joint", "depth")])
+def test_any_wrong_value_in_a_plan_of_other_objectives_is_refused(
+    objective: str, deepest: str
+) -> None:
+    plan = with_objective(plan_for("primus_tiny", (48, 48, 40)), objective)
+    data = json.loads(json.dumps(to_jsonable(kind_of(objective).fit(plan, 4, 6))))
+
+    def read(changed: dict[str, Any]) -> None:
+        check(from_jsonable(Plan, changed, "plan.json"))
+
+    read(data)
+    num_read, num_refused = outcomes(data, read)
+
+    assert num_refused > 3 * num_read
+    # Layers are built one by one, so that so many of them would keep the command busy for days.
+    with refused(PlanError, "plan-out-of-range", f"objective.{deepest}=1000000000"):
+        read(replaced(data, ("objective", deepest), 10**9))
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_any_wrong_value_in_a_fine_tuning_plan_is_refused_or_harmless(name: str) -> None:
     plan = check(from_jsonable(Plan, golden(name), "plan.json"))
@@ -103,6 +124,9 @@ def test_any_wrong_value_in_a_fine_tuning_plan_is_refused_or_harmless(name: str)
         (("encoder", "arguments", "n_stages"), "four", "plan-wrong-type"),
         (("encoder", "arguments", "kernel_sizes", 1), [3, 3], "plan-wrong-type"),
         (("encoder", "arguments", "strides"), [[1, 1, 1]], "plan-wrong-length"),
+        (("encoder", "arguments", "n_blocks_per_stage"), 10**6, "plan-out-of-range"),
+        (("objective", "query_depth"), 10**9, "plan-out-of-range"),
+        (("sequence", "crop_size_vox", 0), 10**9, "plan-crop"),
     ],
 )
 def test_the_error_names_file_key_and_value(key: Key, value: Any, code: str) -> None:

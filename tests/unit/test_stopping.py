@@ -404,7 +404,10 @@ def test_nnunets_number_of_processes_is_respected(
     assert num_processes() == processes
 
 
-def test_a_number_of_processes_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("nnUNet_def_n_proc", "many")
-    with refused(UsageError, "machine-num-processes", "nnUNet_def_n_proc=many"):
+@pytest.mark.parametrize("value", ["many", "0", "²", "9" * 5000])
+def test_a_number_of_processes_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("nnUNet_def_n_proc", value)
+    with refused(UsageError, "machine-num-processes", f"nnUNet_def_n_proc={value}"):
         num_processes()

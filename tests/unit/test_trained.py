@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from refusals import refused
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from nnunet_autoreg.convert.imported import ImportOptions
 from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.convert.inspecting import inspect_weights
-from nnunet_autoreg.convert.source import checkpoint_of_model
+from nnunet_autoreg.convert.source import checkpoint_of_model, open_source
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.finetune.load import Target, load_encoder
 from nnunet_autoreg.finetune.network import GUARD_CLASS
@@ -260,3 +261,41 @@ def test_a_zip_that_would_run_code_is_refused_by_its_own_name(tmp_path: Path) ->
 
     with refused(WeightsError, "weights-run-code", archive, "fold_0/checkpoint_final.pth"):
         imported(archive, tmp_path)
+
+
+def test_a_damaged_zip_is_read_or_refused_whatever_byte_is_wrong(tmp_path: Path) -> None:
+    save(tmp_path / "m" / "fold_0" / "checkpoint_final.pth")
+    archive = Path(shutil.make_archive(str(tmp_path / "model"), "zip", tmp_path / "m"))
+    whole = archive.read_bytes()
+    rng = np.random.default_rng(0)
+    # Most bytes are of the compressed checkpoint; names and sizes stand at both ends.
+    offsets = [*range(0, 60, 7), *range(-200, 0, 23), *rng.integers(0, len(whole), 20).tolist()]
+
+    refusals = 0
+    for offset in offsets:
+        damaged = bytearray(whole)
+        damaged[offset] ^= 0xFF
+        archive.write_bytes(bytes(damaged))
+        try:
+            open_source(archive)
+        except WeightsError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+
+    assert refusals > len(offsets) / 2
+
+
+def test_a_small_zip_that_unpacks_to_much_is_refused_unread(tmp_path: Path) -> None:
+    archive = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("m/fold_0/checkpoint_final.pth", bytes(65 * 2**20))
+
+    with refused(WeightsError, "weights-unreadable", archive, "unpack"):
+        open_source(archive)
+
+
+def test_a_fold_of_thousands_of_digits_ends_in_no_traceback() -> None:
+    odd, real = (f"m/fold_{fold}/checkpoint_final.pth" for fold in ("1" * 5000, "0"))
+
+    assert checkpoint_of_model([odd], Path("m.zip")) == odd
+    assert checkpoint_of_model([real], Path("m.zip")) == real
