@@ -5,6 +5,7 @@ bug and keeps its traceback.
 """
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
@@ -114,6 +115,26 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+def shell_quoted(text: str) -> str:
+    """Return ``text`` as one word for the shell, which is printed to be typed.
+
+    Control characters and bytes that are no text cannot be printed as they are. The shell reads
+    their octal numbers within $'...'.
+    """
+    if text.isprintable():
+        return shlex.quote(text)
+    parts = []
+    for character in text:
+        if character.isprintable() and character not in "\\'":
+            parts.append(character)
+        else:
+            # A byte that is no text is a surrogate from U+DC80 to U+DCFF.
+            is_byte = "\udc80" <= character <= "\udcff"
+            encoded = character.encode("utf-8", "surrogateescape" if is_byte else "surrogatepass")
+            parts += [f"\\{byte:03o}" for byte in encoded]
+    return f"$'{''.join(parts)}'"
 
 
 MAX_COMPARED = 100

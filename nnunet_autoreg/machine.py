@@ -31,7 +31,7 @@ def memory_bytes() -> int:
 
 
 MOST_DIGITS = 9
-"""Of a number of processes; Python converts no number of thousands of digits."""
+"""Of a number that a user gives; Python converts no number of thousands of digits."""
 
 
 def num_processes() -> int:

@@ -6,7 +6,6 @@ Imported late to keep this light.
 import dataclasses
 import os
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean
+from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean, shell_quoted
 from nnunet_autoreg.geometry import Size, Spacing, as_spacing
+from nnunet_autoreg.machine import MOST_DIGITS
 from nnunet_autoreg.plan import IntensityWindow
 
 Array = npt.NDArray[np.float32]
@@ -76,8 +76,8 @@ def _environment_folder(variable: str) -> Path:
     if not folder.exists():
         _refuse_unexpanded(variable, value)
         raise UsageError(
-            f"{variable} is set to {value}, which does not exist; type: mkdir -p '{value}', or set "
-            f"{variable} to another folder",
+            f"{variable} is set to {value}, which does not exist; type: mkdir -p "
+            f"{shell_quoted(value)}, or set {variable} to another folder",
             code="usage-no-folder",
         )
     if not folder.is_dir():
@@ -110,7 +110,7 @@ def _refuse_unexpanded(variable: str, value: str) -> None:
     found = " and ".join(kind for kind, is_there in kinds if is_there)
     raise UsageError(
         f"{variable} is set to {value}, with {found} as part of the folder's name; nnU-Net uses it "
-        f"literally, so type: export {variable}={shlex.quote(meant)}",
+        f"literally, so type: export {variable}={shell_quoted(meant)}",
         code="usage-unexpanded",
     )
 
@@ -122,7 +122,7 @@ def dataset_number(name: str) -> str:
     result is "ID".
     """
     match = re.match(r"(?:Dataset)?(\d+)", name)
-    return str(int(match[1])) if match else "ID"
+    return str(int(match[1])) if match and len(match[1]) <= MOST_DIGITS else "ID"
 
 
 def dataset_folder(dataset: str) -> Path:
@@ -148,7 +148,8 @@ def dataset_folder(dataset: str) -> Path:
         )
 
     numbers = {name: int(name[len("Dataset") :].split("_")[0]) for name in found}
-    if not dataset.isdecimal():
+    # Python converts no number of thousands of digits, and no dataset has many.
+    if not dataset.isdecimal() or len(dataset) > MOST_DIGITS:
         raise UsageError(
             f"-d {dataset}: there is no such dataset in {root}; {did_you_mean(dataset, found)}",
             code="usage-no-dataset",

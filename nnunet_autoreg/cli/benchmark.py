@@ -5,7 +5,6 @@ equal cost and with the spread over seeds.
 """
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +33,7 @@ from nnunet_autoreg.cli.options import (
     output_folder,
 )
 from nnunet_autoreg.corpus.private import public_dataset
-from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.errors import AutoregError, UsageError, shell_quoted
 from nnunet_autoreg.machine import usable_cores
 from nnunet_autoreg.objective_kinds import objective_kinds
 from nnunet_autoreg.wording import counted, duration
@@ -431,10 +430,10 @@ def main(argv: list[str] | None = None) -> int:
         describe(bench)
         announce(bench.request, args.jobs)
         if args.dry_run:
-            exclude = shlex.quote(str(bench.layout.exclude))
+            exclude = shell_quoted(str(bench.layout.exclude))
             # A cross-validation leaves no labelled scan to pretrain on.
             is_crossed = request.split == CROSS_VALIDATION
-            scans = "-i FOLDER" if is_crossed else f"-d {shlex.quote(args.dataset)}"
+            scans = "-i FOLDER" if is_crossed else f"-d {shell_quoted(args.dataset)}"
             print_next(
                 f"autoreg_pretrain {scans} --name NAME --exclude {exclude}   and then this command "
                 "without --dry-run and with --weights NAME"

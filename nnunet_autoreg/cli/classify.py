@@ -6,7 +6,6 @@ results.
 
 import argparse
 import logging
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from nnunet_autoreg.cli.common import (
     print_next,
 )
 from nnunet_autoreg.cli.options import add_device, add_split_4d, add_trained_model, local_path
-from nnunet_autoreg.errors import AutoregError, ScanError
+from nnunet_autoreg.errors import AutoregError, ScanError, shell_quoted
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     write_predictions(request.output / NAME, model.plan.tasks, in_order)
     print(f"wrote {len(in_order)} scans to {request.output / NAME}")
     print_next(
-        f"autoreg_evaluate_classification -p {shlex.quote(str(request.output))} -g CLASSES_CSV -o "
+        f"autoreg_evaluate_classification -p {shell_quoted(str(request.output))} -g CLASSES_CSV -o "
         "metrics.json"
     )
 

@@ -7,7 +7,6 @@ lines about a scan.
 
 import argparse
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from nnunet_autoreg.cli.options import (
     add_trained_model,
     local_path,
 )
-from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
+from nnunet_autoreg.errors import AutoregError, ScanError, UsageError, shell_quoted
 from nnunet_autoreg.records import to_jsonable
 
 if TYPE_CHECKING:
@@ -390,7 +389,7 @@ def finish(
         records = (read_scan_file(folder / f"{name}.json") for name in names)
         write_table(folder / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
 
-    results = shlex.quote(str(folder))
+    results = shell_quoted(str(folder))
     print_next(
         f"autoreg_evaluate_detection -p {results} -g FOLDER_OF_LABELS -o FILE; or open "
         "NAME.mrk.json over the scan in 3D Slicer"

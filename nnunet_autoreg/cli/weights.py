@@ -1,7 +1,6 @@
 """Run ``autoreg_weights``: list, inspect, import and export pretrained encoders."""
 
 import argparse
-import shlex
 import sys
 import textwrap
 from itertools import zip_longest
@@ -25,7 +24,7 @@ from nnunet_autoreg.convert.choices import (
     TOKEN_ORDERS,
     WRITTEN_ORDERS,
 )
-from nnunet_autoreg.errors import UsageError, printable
+from nnunet_autoreg.errors import UsageError, printable, shell_quoted
 from nnunet_autoreg.model.card import check_run_name
 
 if TYPE_CHECKING:
@@ -285,7 +284,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if exported.card.licence_line:
         print(exported.card.licence_line)
 
-    folder = shlex.quote(arguments.folder)
+    folder = shell_quoted(arguments.folder)
     if arguments.form == HUGGINGFACE_FORM:
         print_next(
             f"read {folder}/README.md and check the licence, then share it: hf upload OWNER/NAME "

@@ -23,7 +23,7 @@ from nnunet_autoreg.convert.source import (
     trained_model_line,
     trained_model_next,
 )
-from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.errors import WeightsError, shell_quoted
 from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.geometry import size_text
 from nnunet_autoreg.model.card import IMPORTED, read_card, verify_weights
@@ -138,17 +138,17 @@ def _foreign_facts(
 
     # The options that the user has given belong to the line, as they are typed.
     flags: dict[str, object] = {
-        "--adaptation-plan": plan_file and shlex.quote(str(plan_file)),
+        "--adaptation-plan": plan_file and shell_quoted(str(plan_file)),
         "--token-order": options.token_order,
         "--heads": options.num_heads,
         "--patch-size": " ".join(str(v) for v in options.patch_size_vox or ()),
         "--spacing": " ".join(f"{v:g}" for v in options.spacing_mm or ()),
         "--modality": shlex.join(options.modalities),
-        "--licence": options.licence and shlex.quote(options.licence),
+        "--licence": options.licence and shell_quoted(options.licence),
     }
     statements = [f"{flag} {value}" for flag, value in flags.items() if value]
     import_line = " ".join(
-        ["autoreg_weights import", shlex.quote(str(source.file)), "--name NAME", *statements]
+        ["autoreg_weights import", shell_quoted(str(source.file)), "--name NAME", *statements]
     )
 
     # All that the import would check, without writing anything.
@@ -189,8 +189,8 @@ def _unknown_facts(source: WeightsFile, head: Facts) -> tuple[Facts, str]:
             "described"
         )
         following = (
-            f"autoreg_weights import {shlex.quote(str(source.file))} --name NAME --adaptation-plan "
-            "FILE"
+            f"autoreg_weights import {shell_quoted(str(source.file))} --name NAME "
+            "--adaptation-plan FILE"
         )
     else:
         what = "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's"

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shlex
 import shutil
 import tempfile
 import zipfile
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunet_autoreg.convert.ar_ssl4m import is_ar_ssl4m
-from nnunet_autoreg.errors import WeightsError
+from nnunet_autoreg.errors import WeightsError, shell_quoted
 from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.archive import DAMAGED, would_fill_the_disk
 from nnunet_autoreg.model.card import CARD_NAME, MAX_CARD_BYTES, WEIGHTS_NAME
@@ -350,7 +349,7 @@ def trained_model_next(source: WeightsFile) -> str:
     """Return the command that starts a training from a trained nnU-Net model."""
     return (
         "nnUNetv2_train DATASET CONFIGURATION FOLD -p PLANS_OF_THE_SAME_NETWORK "
-        f"-pretrained_weights {shlex.quote(str(source.file))}"
+        f"-pretrained_weights {shell_quoted(str(source.file))}"
     )
 
 

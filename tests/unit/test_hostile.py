@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from nnunet_autoreg.cli.common import _LevelFormatter, print_next
 from nnunet_autoreg.cli.weights import main as weights_main
 from nnunet_autoreg.convert.source import read_content
 from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
-from nnunet_autoreg.errors import PlanError, UsageError, WeightsError, printable
+from nnunet_autoreg.errors import PlanError, UsageError, WeightsError, printable, shell_quoted
 from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.model.card import CARD_NAME, read_card
 from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.nnunet_api import raw_folder
 from nnunet_autoreg.pretrain.request import Request, check_inputs
 from nnunet_autoreg.records import from_cell, read_json, to_cell
 
@@ -183,6 +185,26 @@ def test_what_is_to_be_typed_is_quoted(tmp_path: Path, capsys: pytest.CaptureFix
 
     typed = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
     assert str(folder / "x.pth") in typed
+
+
+@pytest.mark.parametrize("text", ["a", "a b", "it's", "$(x);`y`", "\x1b[2J\n'\\", "r\udce4", "ä\t"])
+def test_a_quoted_name_is_one_printable_word_of_the_shell(text: str) -> None:
+    quoted = shell_quoted(text)
+
+    printed = subprocess.run(
+        ["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True
+    ).stdout
+
+    assert quoted.isprintable()
+    assert printed == os.fsencode(text)
+
+
+def test_the_folder_to_make_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = "/none/it's; touch x"
+    monkeypatch.setenv("nnUNet_raw", folder)
+
+    with refused(UsageError, "usage-no-folder", f"mkdir -p {shlex.quote(folder)}"):
+        raw_folder()
 
 
 def test_the_terminal_gets_no_character_that_it_obeys(capsys: pytest.CaptureFixture[str]) -> None:
