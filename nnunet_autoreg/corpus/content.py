@@ -207,7 +207,7 @@ def _settle_alike(rows: list[ScanRow], members: list[int], points: npt.NDArray[n
 
     This changes ``rows`` at ``members``, all of one shape.
     """
-    how = "voxels, but for rounding or scale, as"
+    how = "voxels, but for rounding or scale (64 compared), as"
     pairs = []
     for a, b in _close_pairs(points):
         first, second = members[a], members[b]
