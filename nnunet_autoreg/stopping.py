@@ -38,6 +38,9 @@ NUDGE_S = 2.5
 GRACE_S = 7.5
 """The process is ended if it has not ended by itself by then."""
 
+WORKER_GRACE_S = 8.5
+"""The same for a worker of a training, which the main process would otherwise take for lost."""
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = "what was done is kept: type the same line again to go on"
 SECOND_PRESS_S = 0.3
@@ -56,6 +59,8 @@ class _Stop:
         self.num_noting = 0
         self.command = ""
         self.line_if_forced: Callable[[], str] | None = None
+        self.line = ""
+        self.is_worker = False
         self.report_lock = threading.Lock()
         self.is_reported = False
         self.watchdog: _Watchdog | None = None
@@ -66,6 +71,7 @@ class _Stop:
         self.session += 1
         self.is_active, self.number, self.num_noting = True, 0, 0
         self.command, self.line_if_forced, self.is_reported = command, None, False
+        self.line, self.is_worker = "", False
         ending.clear()
 
     def end(self) -> None:
@@ -95,6 +101,8 @@ def raise_if_stopped() -> None:
 
 def _line() -> str:
     """Return what ends the command, what it was doing, and what to do."""
+    if _stop.line:
+        return _stop.line
     phase = current_phase()
     doing = f" while {phase}" if phase is not None else ""
     return f"{_cause()}{doing}; {AGAIN}"
@@ -148,7 +156,8 @@ def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
 def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool]]:
     """Only note the signals inside, so that the state can be saved first.
 
-    Yields a function that returns whether one has come.
+    Yields a function that returns whether one has come. An interruption that is raised inside ends
+    the command with its line, whatever comes after it: another signal, or the end by force.
 
     Args:
         line_if_forced: returns the line for a process that has to be ended by force, because the
@@ -160,6 +169,9 @@ def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool
         _stop.line_if_forced = line_if_forced
         try:
             yield stop_requested
+        except InterruptedRunError as error:
+            _stop.line = str(error)
+            raise
         finally:
             _stop.num_noting -= 1
             _stop.line_if_forced = outer
@@ -208,7 +220,8 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     """Run by Python in the main thread, as soon as that thread is back from compiled code."""
     _stop.number = _stop.number or number
     ending.set()
-    if not _stop.is_reported:
+    # With its line settled, the command is on its way to its end already.
+    if not _stop.is_reported and not _stop.line:
         raise_if_stopped()
 
 
@@ -246,8 +259,11 @@ def deliver_last_line(deliver: Callable[[str], object]) -> None:
 
 
 def keep_silent() -> None:
-    """Leave the line to the main process, because this one is a worker of a training."""
-    _stop.command = ""
+    """Leave the line to the main process, because this one is a worker of a training.
+
+    It is also ended later by force, so that the main process does not take it for lost.
+    """
+    _stop.command, _stop.is_worker = "", True
 
 
 def _end_of_bar() -> str:
@@ -282,18 +298,20 @@ class _Watchdog(threading.Thread):
     def _give_grace(self, number: int) -> None:
         """Wait for the end of the command; hurry it, then end it."""
         session, began, is_nudged = _stop.session, time.monotonic(), False
+        grace_s = WORKER_GRACE_S if _stop.is_worker else GRACE_S
         _stop.number = _stop.number or number
         ending.set()
 
         while _stop.session == session:
             elapsed = time.monotonic() - began
-            if elapsed >= GRACE_S or (elapsed > SECOND_PRESS_S and self._second_press()):
+            if elapsed >= grace_s or (elapsed > SECOND_PRESS_S and self._second_press()):
                 _end_now()
             if (
                 elapsed >= NUDGE_S
                 and not is_nudged
                 and not _stop.num_noting
                 and not _stop.is_reported
+                and not _stop.line
             ):
                 is_nudged = True
                 # As a signal, it also interrupts a system call that waits.

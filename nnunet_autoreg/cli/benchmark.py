@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.benchmark.split import (
     CROSS_VALIDATION,
     NUM_FOLDS,

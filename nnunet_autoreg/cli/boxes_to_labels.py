@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.cli.common import (
     CommandParser,
     command,

@@ -4,6 +4,7 @@ import argparse
 import logging
 from dataclasses import dataclass
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.cli.common import (
     CommandParser,
     command,

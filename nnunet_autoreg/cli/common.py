@@ -15,6 +15,7 @@ from typing import Any
 
 from nnunet_autoreg import __version__
 from nnunet_autoreg.children import end_children
+from nnunet_autoreg.cli import starting
 from nnunet_autoreg.corpus.private import TERMINAL_ONLY
 from nnunet_autoreg.errors import (
     AutoregError,
@@ -147,6 +148,7 @@ def command(main: Main) -> Command:
 
         # Without arguments of its own, the command is the whole process and ends with it.
         with stoppable(_command_name(main), until_exit=argv is None):
+            starting.finish()
             try:
                 code = main(argv)
                 sys.stdout.flush()

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.benchmark.commands import last_line
 from nnunet_autoreg.benchmark.probe_report import RANDOM, RAW, Interval, dice_by_draw, t_interval
 from nnunet_autoreg.children import run_guarded

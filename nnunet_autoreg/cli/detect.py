@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.cli.common import (
     CommandParser,
     command,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg import __version__, bridge, nnunet_api
 from nnunet_autoreg.cli.common import CommandParser, command, print_next
 from nnunet_autoreg.errors import AutoregError, UsageError, WeightsError

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.cli.common import (
     CommandParser,
     command,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.cli.common import (
     CommandParser,
     command,

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.cli.common import (
     CommandParser,

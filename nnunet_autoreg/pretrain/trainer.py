@@ -72,7 +72,7 @@ from nnunet_autoreg.report.charts import draw_progress
 from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics
 from nnunet_autoreg.report.sinks import open_sinks
 from nnunet_autoreg.sampling.pool import SamplingPool
-from nnunet_autoreg.stopping import stops_noted, stops_raised
+from nnunet_autoreg.stopping import stop_requested, stops_noted, stops_raised
 from nnunet_autoreg.terminal import progress_bar
 from nnunet_autoreg.wording import duration
 
@@ -212,9 +212,10 @@ class Trainer:
                 if self._is_due(self.plan.run.checkpoint_every) or stopping:
                     self._checkpoint(needed=stopping)
                     # Pictures take long, and the next checkpoint brings them.
-                    if not stopping:
+                    if stopping:
+                        self.world.wait()
+                    else:
                         self._draw_report(metrics)
-                    self.world.wait()
                 clock += time.monotonic() - paused
                 bar.exclude(time.monotonic() - paused)
 
@@ -277,7 +278,7 @@ class Trainer:
             )
 
     def _draw_report(self, metrics: MetricsFile) -> None:
-        """Draw what was measured until now.
+        """Draw what was measured until now, and wait until all processes are here.
 
         Raises:
             InterruptedRunError: a signal came, and the state is saved.
@@ -291,7 +292,11 @@ class Trainer:
                 if self.world.is_main:
                     draw_progress(metrics.path, self.folder / "progress.png", self.plan)
                 self.after_checkpoint()
-        except InterruptedRunError as error:
+            self.world.wait()
+        except (InterruptedRunError, RuntimeError) as error:
+            # A process that hears of a stop first leaves the drawing, and the others lose it.
+            if not stop_requested():
+                raise
             raise InterruptedRunError(self._line_if_forced()) from error
 
     def _line_if_forced(self) -> str:

@@ -168,9 +168,11 @@ def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole)
     place.wait_for_step("changing", process, 14)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) != 0
-    assert (
-        "the state is saved" in place.log("changing").read_text().split("continuing after step")[1]
-    )
+
+    said = place.log("changing").read_text().split("continuing after step")[1]
+    (line,) = (line for line in said.splitlines() if line.startswith("autoreg_pretrain: "))
+    # On a busy machine, a step and its checkpoint may take longer than a stop may.
+    assert "the state is saved" in line or "takes too long to be waited for" in line
 
     place.run("changing")
     errors = place.errors(whole)

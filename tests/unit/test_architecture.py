@@ -245,7 +245,7 @@ def test_importing_a_light_module_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-SHARED_BY_COMMANDS = ("cli.common", "cli.options")
+SHARED_BY_COMMANDS = ("cli.common", "cli.options", "cli.starting")
 COMMANDS = sorted(
     module
     for module in MODULES
@@ -270,6 +270,16 @@ def test_a_commands_help_loads_no_torch_and_ends_with_0(module: str) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: autoreg_")
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_a_command_imports_first_what_stops_it_while_it_starts(module: str) -> None:
+    body = ast.parse(FILES[module].read_text(encoding="utf-8")).body
+    lines = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+    own = [line for line in lines if PACKAGE in line]
+
+    assert own[0] == f"import {PACKAGE}.cli.starting"
 
 
 def test_no_public_class_name_stands_twice_in_the_project() -> None:

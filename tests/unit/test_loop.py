@@ -20,6 +20,7 @@ from torch import nn
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, CheckpointError, InterruptedRunError, StoreError
 from nnunet_autoreg.plan import OptimPlan, RunPlan
+from nnunet_autoreg.pretrain.distributed import World
 from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.report.charts import draw_progress
 from nnunet_autoreg.report.metrics import MetricsFile, read_lines
@@ -190,6 +191,22 @@ def test_a_stop_while_pictures_are_drawn_does_not_wait_for_them(tmp_path, monkey
 
     assert "step 2" in str(caught.value) and "saved" in str(caught.value)
     assert checkpoint.load_newest(tmp_path)[1]["step"] == 2
+
+
+@pytest.mark.parametrize("was_stopped", [True, False])
+def test_a_process_that_left_after_a_stop_is_not_called_lost(tmp_path, monkeypatch, was_stopped):
+    def lose_the_others(world):
+        if was_stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("gloo: Connection closed by peer")
+
+    monkeypatch.setattr(World, "wait", lose_the_others)
+    plan = replace(PLAN, run=RunPlan(0, 2, 100, log_every=1))
+
+    with pytest.raises(InterruptedRunError if was_stopped else RuntimeError) as caught:
+        trainer(tmp_path, Linear(), plan).run()
+
+    assert ("the state is saved" in str(caught.value)) is was_stopped
 
 
 def test_sigterm_before_training_ends_in_one_line_and_restores_handlers(tmp_path):

@@ -96,6 +96,47 @@ def test_noted_stops_raise_nothing_until_the_block_ends() -> None:
         assert is_stopped()
 
 
+def test_the_line_that_ends_noted_work_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "NUDGE_S", 0.05)
+
+    with pytest.raises(InterruptedRunError) as caught, stoppable():
+        try:
+            with stops_noted(lambda: "kept"):
+                press()
+                raise InterruptedRunError("saved")
+        finally:
+            # On the way to the end come another signal and the watch over the process.
+            press()
+            time.sleep(0.3)
+
+    assert str(caught.value) == "saved"
+
+
+FORCED = """
+import os, signal, sys, time
+from nnunet_autoreg import stopping
+
+stopping.GRACE_S, stopping.WORKER_GRACE_S = 0.2, 0.8
+with stopping.stoppable("a_command", until_exit=True):
+    if sys.argv[1] == "worker":
+        stopping.keep_silent()
+    began = time.monotonic()
+    with stopping.stops_noted(lambda: os.write(1, b"%d" % (10 * (time.monotonic() - began)))):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("role", "lowest"), [("main", 2), ("worker", 8)])
+def test_a_worker_is_ended_by_force_after_the_main_process(role: str, lowest: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORCED, role], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 130
+    assert int(done.stdout) >= lowest
+
+
 def test_noted_stops_end_at_once_what_has_nothing_to_save() -> None:
     with stoppable(), stops_noted(lambda: "kept") as is_stopped:
         with pytest.raises(InterruptedRunError), stops_raised():
