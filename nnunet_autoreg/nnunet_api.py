@@ -125,6 +125,20 @@ def dataset_number(name: str) -> str:
     return str(int(match[1])) if match and len(match[1]) <= MOST_DIGITS else "ID"
 
 
+def without_dataset_name(dataset: str) -> str:
+    """Return the number of a raw dataset, which stands for its name in a run's plan.
+
+    A dataset that does not exist, or shares its number with another, stays as it was typed.
+    """
+    number = dataset_number(dataset)
+    try:
+        is_unique = dataset_folder(number) == dataset_folder(dataset)
+    except UsageError:
+        # The command refuses it later, where the scans are looked for.
+        return dataset
+    return number if is_unique else dataset
+
+
 def dataset_folder(dataset: str) -> Path:
     """Return the folder of a raw dataset given as ``4``, ``004`` or ``Dataset004_Hippocampus``.
 

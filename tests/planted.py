@@ -29,6 +29,9 @@ WORDS = ("endings", "slices", "header", "image", "same", "voxels", "read", "spac
 """Ordinary words that folders are called by as well, and that messages must keep."""
 
 SHAPE = (24, 32, 24)
+NUM_PICTURES = 2
+DESCRIPTION, ARTIST, COPYRIGHT, EXIF_IFD, USER_COMMENT = 0x010E, 0x013B, 0x8298, 0x8769, 0x9286
+"""Numbers of tags of EXIF."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -93,6 +96,33 @@ def write_dicom(folder: Path, seed: int, file_name: str = PATIENT, **changes: An
         dicom_files.write(folder / f"{file_name}_{number}", values, pixels)
 
 
+def write_pictures(folder: Path) -> None:
+    """Write 2D images that name the patient in PNG's texts, EXIF, XMP and JPEG comments."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = f"of {PATIENT}, {UID}"
+    exif = Image.Exif()
+    for tag in (ARTIST, DESCRIPTION, COPYRIGHT):
+        exif[tag] = text
+    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = text.encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(NUM_PICTURES):
+        pixels = np.clip(noise(60 + number, (40, 48)), 0, 255).astype(np.uint8)
+        image = Image.fromarray(pixels)
+        chunks = PngInfo()
+        chunks.add_text("Author", text)
+        chunks.add_text("Comment", text, zip=True)
+        chunks.add_itxt("XML:com.adobe.xmp", f"<name>{text}</name>")
+        chunks.add_itxt(NAME, text, zip=True)
+        image.save(folder / f"{PATIENT}_{number}.png", pnginfo=chunks, exif=exif)
+
+        pixels = np.clip(noise(80 + number, (40, 48)), 0, 255).astype(np.uint8)
+        xmp = f"<name>{text}</name>".encode()
+        file = folder / f"{NAME}_{number}.jpg"
+        Image.fromarray(pixels).save(file, comment=text, exif=exif, xmp=xmp)
+
+
 def write_pool(root: Path) -> Path:
     """Write scans of every format, usable and unusable ones; return the folder to give with -i."""
     pool = root / f"ward of {PATIENT}"
@@ -101,6 +131,7 @@ def write_pool(root: Path) -> Path:
     write_with_keys(pool / f"nrrd_{NAME}" / f"{NAME}.nrrd", noise(3))
     write_with_keys(pool / f"meta_{NAME}" / f"{NAME}.mha", noise(4))
     write_dicom(pool / PATIENT / "MR", 5)
+    write_pictures(pool / f"radiographs of {PATIENT}")
 
     write_nifti(root / "member.nii.gz", noise(6))
     with zipfile.ZipFile(pool / f"{PATIENT}.zip", "w") as archive:
@@ -163,6 +194,10 @@ def write_dataset(raw: Path, number: int = 77, num_cases: int = 8) -> Path:
     labels[6:12, 8:16, 6:14] = 1
     write_nifti(folder / "imagesTs" / f"{LABELLED}_100_0000.nii.gz", noise(90) + 120 * labels, note)
     write_nifti(folder / "labelsTs" / f"{LABELLED}_100.nii.gz", labels, note)
+    with (folder / "classesTr.csv").open("w") as handle:
+        handle.write("case,patient,kind\n")
+        for case in range(num_cases):
+            handle.write(f"{LABELLED}_{case:03d},{PATIENT}_{case},{'ab'[case % 2]}\n")
     content = {
         "name": note,
         "description": f"scans of {PATIENT}",

@@ -282,8 +282,7 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
     Raises:
         AutoregError: a command failed, or weights saw a scored patient.
     """
-    for folder in (bench.layout.plans, bench.layout.results / RUNS_FOLDER):
-        folder.mkdir(parents=True, exist_ok=True)
+    bench.layout.make()
 
     # Weights: the user's or the benchmark's own, and their twins with other objectives.
     with_weights = [key for key in keys if key.arm != STOCK]
@@ -336,6 +335,9 @@ def expected_pretrainings(bench: Bench) -> list[ExpectedPretraining]:
     expected: list[ExpectedPretraining] = []
     if set(request.arms) <= {STOCK}:
         return expected
+
+    # A dry run needs the folder of results.
+    bench.layout.make()
 
     for family in request.families:
         if request.weights:

@@ -221,6 +221,11 @@ class BenchmarkFolders:
         """The cases that are scored, for ``autoreg_pretrain --exclude``."""
         return self.root / "exclude.txt"
 
+    def make(self) -> None:
+        """Make the folders that pretrainings and plans are written to."""
+        for folder in (self.plans, self.results / RUNS_FOLDER):
+            folder.mkdir(parents=True, exist_ok=True)
+
     def pretraining(self, name: str) -> Path:
         """Return the folder of a pretraining; one of the user's is a link."""
         return self.results / RUNS_FOLDER / name

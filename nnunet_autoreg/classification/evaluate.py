@@ -16,6 +16,7 @@ from nnunet_autoreg.classification.table import (
     read_rows,
 )
 from nnunet_autoreg.classification.validate import shown
+from nnunet_autoreg.downstream.scans import facts_of
 from nnunet_autoreg.errors import ClassesError
 from nnunet_autoreg.geometry import names_text
 
@@ -71,7 +72,8 @@ def evaluate_folders(
         "format": FORMAT,
         "version": VERSION,
         "settings": {"resamples": num_resamples, "seed": seed, "patients": rule},
-        "inputs": {"predictions": str(file), "truth": str(truth)},
+        # Without paths, which may hold names of patients.
+        "inputs": {"predictions": facts_of([file])[0], "truth": facts_of([truth])[0]},
         "scans": {
             "number": len(common),
             "without_truth": without_truth,

@@ -10,6 +10,7 @@ Otherwise, every column with at most 20 different values is a task.
 """
 
 import csv
+import io
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,26 @@ def read_table(file: Path, dataset: Mapping[str, Any], cases: Sequence[str]) -> 
     table = ClassTable(tuple(tasks), labels, patient_of, rule, ignored)
     _check_classes(file, table)
     return table
+
+
+def public_table(table: ClassTable) -> str:
+    """Return a table as a file of the same form, with a number for each patient.
+
+    Columns that are no task are left out: like the patients' column, they may hold names.
+    """
+    number_of: dict[str, int] = {}
+    for patient in table.patient_of.values():
+        number_of.setdefault(patient, len(number_of) + 1)
+
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow([CASE_COLUMN, PATIENT_COLUMNS[0], *(task.name for task in table.tasks)])
+    for case, labels in table.labels.items():
+        row = [case, f"patient-{number_of[table.patient_of[case]]:04d}"]
+        for task, label in zip(table.tasks, labels, strict=True):
+            row.append("" if label == UNKNOWN else task.classes[label])
+        writer.writerow(row)
+    return lines.getvalue()
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,10 +24,10 @@ from nnunet_autoreg.classification.net import Classifier
 from nnunet_autoreg.classification.plan import ClassificationPlan
 from nnunet_autoreg.classification.predict import probabilities_of
 from nnunet_autoreg.classification.predictions import NAME, write_predictions
-from nnunet_autoreg.classification.table import TABLE_NAME, ClassTable, read_table
+from nnunet_autoreg.classification.table import TABLE_NAME, ClassTable, public_table, read_table
 from nnunet_autoreg.downstream.tiles import is_smaller
 from nnunet_autoreg.geometry import Size, as_spacing
-from nnunet_autoreg.records import atomic_path, write_json
+from nnunet_autoreg.records import write_json, write_text
 
 SUMMARY = Path("validation") / "summary.json"
 """nnU-Net's own name, so that nnUNetv2_export_model_to_zip takes it along."""
@@ -48,7 +47,7 @@ def kept_table(preprocessed: Path, dataset: Mapping[str, Any], cases: Sequence[s
     """Return the checked classes of a preprocessed dataset.
 
     The table of the raw dataset is copied beside the preprocessed cases, because the raw dataset
-    may be gone when training is continued elsewhere.
+    may be gone when training is continued elsewhere. In the copy, patients have numbers.
 
     Raises:
         ClassesError: there is neither, or it contradicts the cases.
@@ -60,9 +59,9 @@ def kept_table(preprocessed: Path, dataset: Mapping[str, Any], cases: Sequence[s
     if not raw.is_file() and copy.is_file():
         return read_table(copy, dataset, cases)
     table = read_table(raw, dataset, cases)
-    if not copy.is_file() or copy.read_bytes() != raw.read_bytes():
-        with atomic_path(copy) as temporary:
-            shutil.copyfile(raw, temporary)
+    text = public_table(table)
+    if not copy.is_file() or copy.read_bytes() != text.encode():
+        write_text(copy, text)
     return table
 
 

@@ -384,6 +384,7 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     from nnunet_autoreg.records import write_text
 
     root = bench.layout.root
+    announce_pretraining(bench, num_jobs)
     # One step of one patch, because the length is only known after the preparations.
     prepare(bench, [*runs_of(bench.request, [1], 1)])
     lengths, batch = settle_lengths(bench)

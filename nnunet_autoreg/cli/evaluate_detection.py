@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.detection import evaluation_files as files
     from nnunet_autoreg.detection.evaluate import evaluate
     from nnunet_autoreg.detection.folders import gather, read_classes, read_found
+    from nnunet_autoreg.downstream.scans import facts_of
 
     settings = _settings(request)
     if request.output.is_dir():
@@ -257,10 +258,12 @@ def main(argv: list[str] | None = None) -> int:
     results["scans"]["without_detections"] = list(folders.undetected)
     results["scans"]["without_truth"] = list(folders.unknown)
 
-    # What the figures depend on besides the settings, so that the file explains itself.
+    # What the figures depend on besides the settings, so that the file explains itself. There are
+    # no paths, because they may hold names of patients.
+    predictions, truth_folder = facts_of([request.predictions, request.truth])
     results["inputs"] = {
-        "predictions": str(request.predictions),
-        "truth": str(request.truth),
+        "predictions": predictions,
+        "truth": truth_folder,
         "min_voxels": truth.rules.min_voxels,
         "connectivity": truth.rules.connectivity,
         "box_convention": request.box_convention,

@@ -295,9 +295,13 @@ def request_of(args: argparse.Namespace) -> "Request":
     Raises:
         UsageError: a value is impossible, or two options contradict each other.
     """
+    from nnunet_autoreg.nnunet_api import without_dataset_name
     from nnunet_autoreg.pretrain.request import Request
 
-    return Request(**options_for(Request, args)).check()
+    options = options_for(Request, args)
+    # A dataset may be called by a name that a plan must not hold.
+    options["datasets"] = tuple(map(without_dataset_name, args.datasets or ()))
+    return Request(**options).check()
 
 
 @command

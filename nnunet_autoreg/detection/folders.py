@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_autoreg.corpus.private import terminal_only
 from nnunet_autoreg.detection.geometry import AS_STORED, Frame, frame_of_affine
 from nnunet_autoreg.detection.images import read_array, read_onto, same_voxels
 from nnunet_autoreg.detection.instances import (
@@ -158,9 +159,8 @@ def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]
 
     if others:
         log.info(
-            "%d JSON files of %s are not detections and are left out: %s",
+            "%d JSON files of -p are not detections and are left out: %s",
             len(others),
-            folder,
             names_text(others),
         )
 
@@ -212,7 +212,12 @@ def read_classes(
     if dataset_file is not None:
         dataset = read_object(dataset_file, ("labels",), MEND_YOURS)
     where = str(dataset_file) if dataset_file else "the detections"
-    log.info("classes from %s", where)
+    if dataset_file is None:
+        log.info("classes from the detections")
+    else:
+        # The folder may be called by a name.
+        folder_line = f" in {dataset_file.parent}"
+        log.info("classes from %s", dataset_file.name, extra=terminal_only(folder_line))
 
     rules = read_rules(dataset, where)
     rules = replace(
@@ -360,8 +365,7 @@ def _true_files(folder: Path) -> dict[str, Path]:
 
     if drawn:
         log.info(
-            "-g %s: %d files that autoreg_detect wrote beside its detections are left out: %s",
-            folder,
+            "-g: %d files that autoreg_detect wrote beside its detections are left out: %s",
             len(drawn),
             names_text(drawn),
         )

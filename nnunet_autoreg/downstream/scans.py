@@ -151,14 +151,14 @@ def _found_scans(
     for candidate in find_scans([], [folder], split_4d=split_4d):
         if _is_result(candidate.path, folder, output):
             continue
+        # The name of the folder itself is not part of the name of a result.
+        inside = candidate.id.partition("/")[2] or candidate.id
         if not candidate.status:
-            # The name of the folder itself is not part of the name of a result.
-            inside = candidate.id.partition("/")[2] or candidate.id
             name = re.sub(r"[^\w.-]+", "_", inside)
             is_ready = not candidate.part and candidate.path.name.endswith(file_ending)
             scans.append(Scan(name, (candidate.path,) if is_ready else (), candidate))
         elif candidate.status != "duplicate":
-            log.warning("left out: %s (%s: %s)", candidate.id, candidate.status, candidate.reason)
+            log.warning("left out: %s (%s: %s)", inside, candidate.status, candidate.reason)
 
     if not scans:
         raise UsageError(
@@ -190,9 +190,8 @@ def _warn_of_others(folder: Path, file_ending: str, used: set[Path], output: Pat
         return
     others.sort(key=natural_key)
     log.warning(
-        "-i %s: %d files are left out (%s), because they are not named case_0000%s as others here, "
+        "-i: %d files are left out (%s), because they are not named case_0000%s as others here, "
         "or hold a channel that the model does not have; put them into another folder",
-        folder,
         len(others),
         names_text(others),
         file_ending,

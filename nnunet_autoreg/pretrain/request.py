@@ -34,6 +34,7 @@ from nnunet_autoreg.model.card import (
     read_card,
 )
 from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.nnunet_api import dataset_number
 from nnunet_autoreg.objective_kinds import objective_kinds, presets, with_objective
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, KINDS, Plan, literal, override
 from nnunet_autoreg.planning.make import make_plan
@@ -533,6 +534,10 @@ def _changed_settings(folder: Path, plan: Plan, request: Request) -> list[str]:
     A larger number of steps is no difference.
     """
     before = from_jsonable(Request, plan.request, f"{folder / PLAN_NAME}: request")
+    # The same datasets may be given by name or by number.
+    if list(map(dataset_number, before.datasets)) == list(map(dataset_number, request.datasets)):
+        before = replace(before, datasets=request.datasets)
+
     changes = differences(replace(before, **NO_LENGTH), replace(request, **NO_LENGTH))
 
     is_longer = request.num_steps is not None and request.num_steps >= plan.optim.num_steps

@@ -9,15 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import planted
 import pytest
 from few_cases import copy_cases
 
+from nnunet_autoreg.corpus.private import PRIVATE_NAME
 from nnunet_autoreg.corpus.rows import OK, read_index
 
 pytestmark = pytest.mark.integration
 
 NAME = "Dataset004_Hippocampus"
 NUM_CASES = 8
+WITH_NAMES = ("exclude.txt", PRIVATE_NAME, "commands.log")
+OF_NNUNET = ("preprocessed/", "runs/")
 LINE = [
     "-d",
     "4",
@@ -94,7 +98,17 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
         out / "table.md"
     ).read_text()
 
+    # Cases and dataset are called by names in the private files and in nnU-Net's own alone.
+    for folder in (out, root / "nnUNet_preprocessed" / "autoreg_store"):
+        found = planted.leaks(folder, ["hippocampus"], WITH_NAMES)
+        assert [leak for leak in found if not leak.startswith(OF_NNUNET)] == []
+
+    # How long the pretrainings take stands before all trainings, and once only.
+    before, _, _ = done.stdout.partition("surface Dice")
+    assert len(re.findall(r"^pretraining \S+: 2 steps, about ", before, re.MULTILINE)) == 2
+
     again = typed(root, *LINE, "-o", str(out))
+    assert "pretraining" not in again.stdout
     assert again.returncode == 0 and re.search(r"\b4 of 4 runs\b.*\b0\b", again.stderr)
     assert (
         again.stdout.splitlines()[-1].startswith("next: ")

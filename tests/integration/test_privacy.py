@@ -4,16 +4,18 @@ carry names, and all that the commands write or print is searched for them.
 
 import json
 import os
-import subprocess
-import sys
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import planted
 import pytest
+from fork_server import ForkServer
 from tiny_detector import write_model
 
 from nnunet_autoreg.corpus.private import PRIVATE_NAME
+from nnunet_autoreg.corpus.rows import OK, read_index
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -35,6 +37,12 @@ SETTINGS = [
     "run.min_token_variance=0",
     "run.min_effective_rank=0",
 ]
+PAIRS = ("sequence.member_crop_vox=16,16,16",)
+SLABS = ("objective.slab_vox=8", "objective.slab_step_vox=4")
+"""Settings of Alice and of joint clustering for such a small crop."""
+
+
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 class Home:
@@ -42,83 +50,98 @@ class Home:
 
     def __init__(self, root: Path):
         self.root = root
-        for name in (
-            "nnUNet_raw",
-            "nnUNet_preprocessed",
-            "nnUNet_results",
-            "printed",
-            "printed_by_nnunet",
-        ):
+        for name in (*FOLDERS, "printed", "printed_by_nnunet"):
             (root / name).mkdir()
         self.pool = planted.write_pool(root)
         self.lists = planted.write_lists(root, self.pool)
         self.dataset = planted.write_dataset(root / "nnUNet_raw")
 
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
+        folders = {name: str(root / name) for name in FOLDERS}
+        settings = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+        runner = Path(__file__).with_name("line_runner.py")
+        self.server = ForkServer(runner, {**clean, **folders, **settings})
+
     @property
     def results(self) -> Path:
         return self.root / "nnUNet_results"
 
-    def typed(self, log: str, *line: Any, expect: int = 0, **changes: str) -> None:
+    @property
+    def predicted(self) -> Path:
+        return self.root / f"predicted_{planted.NAME}"
+
+    def typed(self, log: str, *line: Any, **changes: str) -> None:
         """Run one command; keep both of its streams in a file."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-        folders = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-        settings = {"OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
-        environment = {**clean, **settings, **{name: str(self.root / name) for name in folders}}
+        is_stock = str(line[0]).startswith("nnUNetv2")
+        printed = self.root / ("printed_by_nnunet" if is_stock else "printed")
+        file = printed / f"{log}.txt"
+        words = [str(word) for word in line]
 
-        done = subprocess.run(
-            [Path(sys.executable).with_name(line[0]), *map(str, line[1:])],
-            env={**environment, **changes},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == expect, done.stdout[-3000:]
-        folder = "printed_by_nnunet" if line[0].startswith("nnUNetv2") else "printed"
-        (self.root / folder / f"{log}.txt").write_text(done.stdout)
+        status = self.server.run({"line": words, "log": str(file), "env": changes})
 
-    def pretrain(self, log: str, *arguments: str) -> None:
-        line = ["autoreg_pretrain", "-i", self.pool, "-d", "77", "--name", "quiet", "--steps", "2"]
+        assert status == 0, file.read_text()[-3000:]
+
+    def pretrain(self, name: str, *arguments: str, settings: tuple[str, ...] = ()) -> None:
+        """Type a pretraining of one step; what it prints is kept under the name of its run."""
+        line = ["autoreg_pretrain", "-i", self.pool, "-d", "77", "--name", name, "--steps", "1"]
         line += ["--encoder", "primus_tiny", "--batch", "2", "--device", "cpu", "--split-4d"]
-        for name, file in self.lists.items():
-            line += [f"--{name}", file]
-        self.typed(log, *line, *arguments, "--set", *SETTINGS)
+        for option, file in self.lists.items():
+            line += [f"--{option}", file]
+        log = " ".join([name, *arguments])
+        self.typed(log, *line, *arguments, "--set", *SETTINGS, *settings)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """Type everything from pretraining to detection."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """Type everything from pretraining to classification."""
     home = Home(tmp_path_factory.mktemp("privacy"))
-    on_cpu = ("-device", "cpu", "-tr", "AutoregPretrainedTrainer_1epochs", "-p", "AutoregPlans")
+    pretrain_and_export(home)
+    segment(home)
+    compare(home)
+    detect(home)
+    classify(home)
+    yield home
+    home.server.close()
 
-    home.pretrain("dry run", "--dry-run", "--show")
-    home.pretrain("pretrain")
+
+def pretrain_and_export(home: Home) -> None:
+    home.pretrain("quiet", "--dry-run", "--show")
+    home.pretrain("quiet")
+    home.pretrain("pairs", "--objective", "alice", settings=PAIRS)
+    home.pretrain("pictures", "--objective", "joint", settings=SLABS)
+
     home.typed("inspect", "autoreg_weights", "inspect", "quiet")
     exported = home.root / "exported"
     home.typed("export", "autoreg_weights", "export", "quiet", "-o", exported)
     home.typed("import", "autoreg_weights", "import", exported, "--name", "back")
-    for_hub = home.root / "for_hub"
-    line = ("autoreg_weights", "export", "quiet", "-o", for_hub, "--form", "huggingface")
-    home.typed("export for Hugging Face", *line)
+    for name in ("quiet", "pairs", "pictures"):
+        folder = home.root / "for_hub" / name
+        line = ("autoreg_weights", "export", name, "-o", folder, "--form", "huggingface")
+        home.typed(f"export {name} for Hugging Face", *line)
 
-    processes = ("-npfp", "1", "-np", "1")
+
+def segment(home: Home) -> None:
     line = ("nnUNetv2_plan_and_preprocess", "-d", "77", "-pl", "AutoregPlanner", "-c", "3d_fullres")
-    home.typed("plan", *line, *processes, autoreg_weights="quiet")
+    home.typed("plan", *line, "-npfp", "1", "-np", "1", autoreg_weights="quiet")
     plans_file = home.root / "nnUNet_preprocessed" / home.dataset.name / "AutoregPlans.json"
     plans = json.loads(plans_file.read_text())
     plans["autoreg"]["recipe"].update(num_iterations_per_epoch=1, num_val_iterations_per_epoch=1)
     plans_file.write_text(json.dumps(plans))
 
+    on_cpu = ("-device", "cpu", "-tr", "AutoregPretrainedTrainer_1epochs", "-p", "AutoregPlans")
     home.typed("train", "nnUNetv2_train", "77", "3d_fullres", "0", *on_cpu)
-    predicted = home.root / f"predicted_{planted.NAME}"
-    line = ("nnUNetv2_predict", "-d", "77", "-i", home.dataset / "imagesTs", "-o", predicted)
+    line = ("nnUNetv2_predict", "-d", "77", "-i", home.dataset / "imagesTs", "-o", home.predicted)
     once = ("-f", "0", "-c", "3d_fullres", "--save_probabilities", "-npp", "1", "-nps", "1")
     home.typed("predict", *line, *once, *on_cpu)
 
+
+def compare(home: Home) -> None:
     home.typed("divide", "autoreg_benchmark", "-d", "77", "--labels", "2", "--dry-run")
     line = ("autoreg_probe", "-d", "77", "--encoder", "primus_tiny", "--random-seeds", "1")
     home.typed("probe", *line, "--labels", "2", "--draws", "2", "--device", "cpu")
 
+
+def detect(home: Home) -> None:
     # Results of detection are named after the scans, so these have names of nobody.
     write_model(home.results)
     scans = home.root / f"to detect {planted.NAME}"
@@ -126,12 +149,44 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     planted.write_dicom(scans / "series", 31, file_name="slice")
     line = ("autoreg_detect", "-d", "950", "-i", scans, "-o", home.root / "detected")
     home.typed("detect", *line, "--device", "cpu", "--csv")
+
     components = home.root / "components"
-    home.typed("from seg", "autoreg_detect", "--from-seg", predicted, "-o", components, "--csv")
+    line = ("autoreg_detect", "--from-seg", home.predicted, "-o", components, "--csv")
+    home.typed("from seg", *line)
     figures = home.root / "evaluated" / "figures.json"
-    line = ("autoreg_evaluate_detection", "-p", components, "-g", home.dataset / "labelsTs")
+    truth = home.root / f"truth of {planted.NAME}"
+    shutil.copytree(home.dataset / "labelsTs", truth)
+    shutil.copy(home.dataset / "dataset.json", truth)
+    line = ("autoreg_evaluate_detection", "-p", components, "-g", truth)
     home.typed("evaluate", *line, "-o", figures)
-    return home
+
+
+def classify(home: Home) -> None:
+    trainer = "AutoregClassificationTrainer_1epochs"
+    line = ("nnUNetv2_train", "77", "3d_fullres", "0", "-tr", trainer, "-p", "AutoregPlans")
+    home.typed("train a classifier", *line, "-device", "cpu")
+
+    # A ward's folder of scans with harmless names, and a table that names their patients.
+    ward = home.root / f"to classify {planted.PATIENT}"
+    table = ["case,patient,kind"]
+    for number, kind in enumerate("ab"):
+        planted.write_nifti(ward / f"scan{number}.nii.gz", planted.noise(50 + number))
+        table.append(f"scan{number},{planted.PATIENT}{number},{kind}")
+    truth = ward / f"{planted.NAME}.csv"
+    truth.write_text("\n".join(table) + "\n")
+
+    folder = home.root / "classified"
+    line = ("autoreg_classify", "-d", "77", "-i", ward, "-o", folder, "-f", "0")
+    home.typed("classify", *line, "-tr", trainer, "--device", "cpu")
+    figures = home.root / "evaluated classes" / "figures.json"
+    figures.parent.mkdir()
+    line = ("autoreg_evaluate_classification", "-p", folder, "-g", truth, "-o", figures)
+    home.typed("evaluate classes", *line, "--bootstrap", "5")
+
+    features = home.root / "embedded" / "features.npz"
+    features.parent.mkdir()
+    line = ("autoreg_embed", "-w", "quiet", "-i", ward, "-o", features, "--dense")
+    home.typed("embed", *line, "--device", "cpu")
 
 
 def test_a_run_its_store_and_its_weights_name_nobody(home: Home) -> None:
@@ -140,11 +195,23 @@ def test_a_run_its_store_and_its_weights_name_nobody(home: Home) -> None:
     assert planted.leaks(home.results / "autoreg_pretraining", EVERYBODY, WITH_NAMES) == []
     assert planted.leaks(home.root / "nnUNet_preprocessed/autoreg_store", EVERYBODY) == []
     assert planted.leaks(exported, EVERYBODY) == []
-    assert (home.root / "for_hub" / "README.md").is_file()
-    assert planted.leaks(home.root / "for_hub", EVERYBODY) == []
-
     private = (home.results / "autoreg_pretraining/quiet" / PRIVATE_NAME).read_text().lower()
     assert all(secret in private for secret in EVERYBODY)
+
+
+def test_runs_of_every_objective_name_nobody(home: Home) -> None:
+    """Alice draws pairs of patients, and joint clustering reads pictures with comments."""
+    runs = home.results / "autoreg_pretraining"
+
+    for name in ("quiet", "pairs", "pictures"):
+        assert (runs / name / "report.html").is_file()
+        assert (home.root / "for_hub" / name / "README.md").is_file()
+    assert planted.leaks(runs, EVERYBODY, WITH_NAMES) == []
+    assert planted.leaks(home.root / "for_hub", EVERYBODY) == []
+
+    rows = read_index(runs / "pictures" / "scans.csv")
+    pictures = [row for row in rows if row.is_image and row.status == OK]
+    assert len(pictures) == 2 * planted.NUM_PICTURES
 
 
 def test_what_commands_print_names_nobody(home: Home) -> None:
@@ -164,6 +231,11 @@ def test_results_of_detection_hold_no_folder_and_nothing_of_headers(home: Home) 
     assert planted.leaks(home.root / "detected", EVERYBODY) == []
     for name in ("components", "evaluated"):
         assert planted.leaks(home.root / name, planted.SECRETS) == []
+
+
+def test_results_of_classification_and_embeddings_name_nobody(home: Home) -> None:
+    for name in ("classified", "evaluated classes", "embedded"):
+        assert planted.leaks(home.root / name, EVERYBODY) == []
 
 
 def test_in_folders_of_nnunet_names_come_from_nnunet_alone(home: Home) -> None:

@@ -19,7 +19,7 @@ from nnunet_autoreg.classification.folds import (
     make_folds,
     patients_in_two_parts,
 )
-from nnunet_autoreg.classification.table import ClassTable, read_table
+from nnunet_autoreg.classification.table import ClassTable, public_table, read_table
 from nnunet_autoreg.cli.classes_to_labels import main
 from nnunet_autoreg.errors import ClassesError, ScanError
 
@@ -55,6 +55,21 @@ def test_dataset_json_names_tasks_and_the_order_of_classes(tmp_path: Path) -> No
     (task,) = table.tasks
     assert (task.classes, task.ordinal) == (("y", "x"), True)
     assert table.labels == {"a1": (1,), "a2": (1,), "b1": (1,), "c1": (0,), "d1": (0,)}
+
+
+def test_the_public_table_has_numbers_for_patients_and_tasks_alone(tmp_path: Path) -> None:
+    rows = [f"case{n},DOE_{n // 2},{'' if n == 3 else n % 3},DOE_{n}" for n in range(30)]
+    file = write_table(tmp_path / "classesTr.csv", rows, "case,patient,grade,name")
+    cases = [f"case{n}" for n in range(30)]
+    table = read_table(file, {}, cases)
+    copy = tmp_path / "copy.csv"
+
+    copy.write_text(public_table(table))
+
+    again = read_table(copy, {}, cases)
+    assert "DOE" not in copy.read_text()
+    assert (again.tasks, again.labels) == (table.tasks, table.labels)
+    assert again.patient_of["case7"] == again.patient_of["case6"] != again.patient_of["case8"]
 
 
 def test_an_empty_cell_is_a_class_that_is_not_known(tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ import numpy as np
 import planted
 import pytest
 from refusals import refused
+from sequence_cases import make_plan
 
 from nnunet_autoreg.cli.common import configure_logging
+from nnunet_autoreg.cli.pretrain import parser
+from nnunet_autoreg.cli.pretrain import request_of as request_of_line
 from nnunet_autoreg.convert.choices import HUGGINGFACE_FORM
 from nnunet_autoreg.convert.exporting import export_weights
 from nnunet_autoreg.corpus.grid import grid_of_scan
@@ -30,7 +33,14 @@ from nnunet_autoreg.corpus.rows import ScanRow, read_index, write_index
 from nnunet_autoreg.downstream.results import FROM_SEG, public_model
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.pretrain.pipeline import pretrain
-from nnunet_autoreg.pretrain.request import Request, matching_plan, read_plan, run_folder
+from nnunet_autoreg.pretrain.request import (
+    Request,
+    matching_plan,
+    read_plan,
+    run_folder,
+    write_plan,
+)
+from nnunet_autoreg.records import to_jsonable
 
 SENTINEL = "DOEJOHN"
 BIRTH, UID = "19601231", "1.2.840.999666333"
@@ -140,6 +150,27 @@ def test_a_run_continues_by_the_paths_of_its_private_file(folders: Path) -> None
     (folder / PRIVATE_NAME).unlink()
     with refused(UsageError, "private-file-missing", PRIVATE_NAME):
         pretrain(request, "cpu")
+
+
+def test_a_dataset_that_is_given_by_name_is_kept_by_its_number(folders: Path) -> None:
+    name = planted.write_dataset(folders / "nnUNet_raw", num_cases=1).name
+    line = ["--name", "quiet", "-d", name, "unknown"]
+
+    request = request_of_line(parser().parse_args(line))
+
+    assert request.datasets == ("77", "unknown")
+    (folders / "nnUNet_raw" / "Dataset077_other").mkdir()
+    assert request_of_line(parser().parse_args(line)).datasets == (name, "unknown")
+
+
+def test_a_run_continues_whether_its_dataset_is_named_or_numbered(tmp_path: Path) -> None:
+    request = Request("quiet", ("Dataset077_ZEPHYRINE",), num_steps=10)
+    plan = replace(make_plan(), request=to_jsonable(request))
+    write_plan(tmp_path, plan)
+
+    assert matching_plan(tmp_path, replace(request, datasets=("77",))).request == plan.request
+    with refused(UsageError, "run-other-settings"):
+        matching_plan(tmp_path, replace(request, datasets=("78",)))
 
 
 @pytest.mark.parametrize("part", ["", f"member={SENTINEL}.nii", f"series={UID};t=1"])
