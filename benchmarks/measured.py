@@ -200,7 +200,9 @@ def classification_map() -> str:
             for name, share in line["nearest_neighbour_of_own_set"].items():
                 described = line["features"][name]
                 tile = sizes_text(described["tile_size_vox"])
-                rows.append([name, described["encoder"], tile, line["scans"][name], f"{share:.0%}"])
+                rows.append(
+                    [name, described["encoder"], tile, line["scans"][name], f"{100 * share:.0f} %"]
+                )
     return markdown(["set", "encoder", "tile", "scans", "nearest neighbour of the same set"], rows)
 
 

@@ -313,8 +313,10 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
         # The stage is decided while the plans are written, so it is not in self.block.
         written = plans[BLOCK_KEY]
-        if written["recipe"]["decoder_first_fraction"]:
-            print(f"decoder first: {written['reasons']['recipe.decoder_first_fraction']}")
+        share = written["recipe"]["decoder_first_fraction"]
+        if share:
+            reason = written["reasons"]["recipe.decoder_first_fraction"].removeprefix("on, ")
+            print(f"first {100 * share:.0f} % of the steps: only the decoder is trained - {reason}")
         print(f"plans: {self._plans_file()}")
 
         trainers = ("AutoregScratchTrainer", "AutoregDetectionScratchTrainer")

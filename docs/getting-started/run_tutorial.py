@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ BLOCK = re.compile(
 PROGRESS_BAR = re.compile(r"^[^|]*\d+%\|[^|]*\|[^\]]*\]\s*")
 SITE_PACKAGES = re.compile(r"\S*/site-packages")
 MAX_COLUMNS = 150
+"""Longer lines are wrapped."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,14 @@ def select(lines: list[str], patterns: list[str]) -> list[str]:
     for line in lines:
         is_wanted = any(re.search(pattern, line) for pattern in patterns)
         if is_wanted:
-            shown.append(line if len(line) <= MAX_COLUMNS else f"{line[:MAX_COLUMNS]} ...")
+            shown += textwrap.wrap(
+                line,
+                MAX_COLUMNS,
+                subsequent_indent="    ",
+                break_long_words=False,
+                break_on_hyphens=False,
+                drop_whitespace=True,
+            )
         elif not shown or shown[-1] != "...":
             shown.append("...")
     return shown

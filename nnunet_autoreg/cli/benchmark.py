@@ -91,7 +91,8 @@ def _add_comparison_options(group: Group) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="number of seeds. Each seed labels other patients (default: %(default)s)",
+        help="number of seeds. Each seed labels other patients, chosen at random (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--arms",

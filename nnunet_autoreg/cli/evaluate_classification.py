@@ -13,7 +13,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import local_path
+from nnunet_autoreg.cli.options import add_seed, local_path
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.records import write_json
 
@@ -75,10 +75,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=1000,
-        help="resamples of the patients for 95%% intervals; 0 for no intervals (default: "
+        help="resamples of the patients for 95 %% intervals; 0 for no intervals (default: "
         "%(default)s)",
     )
-    add("--seed", metavar="N", type=int, default=0, help="random seed (default: %(default)s)")
+    add_seed(p, " of the resamples")
     return p
 
 

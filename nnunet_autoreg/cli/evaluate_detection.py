@@ -16,7 +16,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import Group, local_path
+from nnunet_autoreg.cli.options import Group, add_seed, local_path
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import write_json
 
@@ -187,8 +187,8 @@ def _add_figure_options(group: Group) -> None:
         type=float,
         nargs="+",
         default=[0.125, 0.25, 0.5, 1, 2, 4, 8],
-        help="operating points; the CPM is the mean sensitivity at them (default: 0.125 0.25 0.5 1 "
-        "2 4 8)",
+        help="false positives per scan at which the sensitivity is reported; CPM is the mean of "
+        "these sensitivities (default: 0.125 0.25 0.5 1 2 4 8)",
     )
     group.add_argument(
         "--sizes",
@@ -205,11 +205,10 @@ def _add_figure_options(group: Group) -> None:
         metavar="N",
         type=int,
         default=1000,
-        help="resamples of the scans for 95%% intervals; 0 for no intervals (default: %(default)s)",
+        help="resamples of the scans for 95 %% intervals; 0 for no intervals (default: "
+        "%(default)s)",
     )
-    group.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="random seed (default: %(default)s)"
-    )
+    add_seed(group, " of the resamples")
 
 
 @command

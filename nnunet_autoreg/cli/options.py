@@ -60,8 +60,8 @@ def add_subjects(group: Group) -> None:
         "--subjects",
         metavar="FILE",
         type=local_path_text,
-        help="CSV with the columns case and subject (default: cases.csv of the dataset, else the "
-        "names of the cases)",
+        help="CSV with the columns case and subject, which names the patient (default: cases.csv "
+        "of the dataset, else the names of the cases)",
     )
 
 
@@ -75,11 +75,27 @@ def add_device(options: Options, purpose: str = "where to train") -> None:
 
 
 def add_split_4d(options: Options) -> None:
-    """Add ``--split-4d``, for commands that predict on scans."""
+    """Add ``--split-4d``."""
     options.add_argument(
         "--split-4d",
         action="store_true",
-        help="take every volume of a 4D file or series as a scan (default: these are left out)",
+        help="take every volume of a 4D file or series (cine, diffusion, fMRI) as a scan of its "
+        "own (default: 4D files and series are left out)",
+    )
+
+
+def add_seed(options: Options, purpose: str = "") -> None:
+    """Add ``--seed``.
+
+    Args:
+        purpose: what it is the seed of; "" for all that is random.
+    """
+    options.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help=f"random seed{purpose} (default: %(default)s)",
     )
 
 

@@ -17,7 +17,7 @@ from nnunet_autoreg.cli.common import (
     print_next,
     warn_of_violations,
 )
-from nnunet_autoreg.cli.options import Group, add_device, chosen_device
+from nnunet_autoreg.cli.options import Group, add_device, add_seed, add_split_4d, chosen_device
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.finetune.resolve import VARIABLE, objection_to_verdict
 from nnunet_autoreg.io.addresses import is_address
@@ -90,12 +90,7 @@ def _add_input_options(group: Group) -> None:
         help="modality of all scans: CT, MR, ... (default: from dataset.json or the DICOM header, "
         "else CT if the values look like Hounsfield units)",
     )
-    group.add_argument(
-        "--split-4d",
-        action="store_true",
-        help="use every volume of a 4D file or series (cine, diffusion, fMRI) as a scan of its "
-        "own (default: 4D files and series are left out)",
-    )
+    add_split_4d(group)
     group.add_argument(
         "--exclude",
         type=absolute,
@@ -183,7 +178,7 @@ def _add_training_options(group: Group) -> None:
         metavar="KIND[=W]",
         help="what a sequence is made of, with optional weights: spatial (blocks of one crop), "
         "strided (overlapping sub-volumes), contrast (the same region in several contrasts of a "
-        "subject), semantic (one structure in several subjects) (default: spatial for one "
+        "patient), semantic (one structure in several patients) (default: spatial for one "
         "dataset, all kinds that the scans allow for several)",
     )
     group.add_argument(
@@ -198,9 +193,7 @@ def _add_training_options(group: Group) -> None:
         choices=list(presets()),
         help=f"{_list_of(preset for _, preset in presets().values())} (default: our own settings)",
     )
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="random seed (default: %(default)s)"
-    )
+    add_seed(group)
     group.add_argument(
         "--set",
         dest="settings",
@@ -355,10 +348,10 @@ def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> i
     is_finished = pretrain(request, launcher.device, args.dry_run, args.show, launcher)
     folder = run_folder(results_folder(), request.name)
     if not is_finished:
-        picture = f"{folder / 'sequences.png'}, " if args.show else ""
+        picture, options = ("sequences.png, ", " --show") if args.show else ("", "")
         print_next(
-            f"look at {picture}{folder / 'plan.json'} and {folder / 'scans.csv'}, edit the plan if "
-            "you like, then type the same line without --dry-run"
+            f"look at {picture}plan.json and scans.csv in {folder}, edit the plan if you like, "
+            f"then type the same line without --dry-run{options}"
         )
         return 0
 

@@ -18,6 +18,7 @@ from nnunet_autoreg.cli.options import (
     add_device,
     add_labelled_dataset,
     add_output_folder,
+    add_seed,
     add_subjects,
     chosen_device,
     output_folder,
@@ -107,13 +108,7 @@ def _add_scoring_options(group: Group) -> None:
         metavar=("Z", "Y", "X"),
         help="voxel size in mm to which scans are resampled (default: the median of the dataset)",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="random seed of the sampled voxels (default: %(default)s)",
-    )
+    add_seed(group, " of the sampled voxels")
 
 
 def _add_run_options(group: Group) -> None:

@@ -33,7 +33,15 @@ from nnunet_autoreg.convert.source import (
 )
 from nnunet_autoreg.convert.token_order import swap_plane_axes
 from nnunet_autoreg.errors import PlanError, WeightsError
-from nnunet_autoreg.families import PRIMUS, PRIMUS_V2, PRIMUS_V3, RESENC, VIT, family_of
+from nnunet_autoreg.families import (
+    PRIMUS,
+    PRIMUS_V2,
+    PRIMUS_V3,
+    RESENC,
+    VIT,
+    family_of,
+    has_transformer,
+)
 from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.geometry import grid_of
 from nnunet_autoreg.model.card import (
@@ -443,12 +451,14 @@ def _citations(card: EncoderCard) -> list[dict[str, Any]]:
 
 def _own(card: EncoderCard, token_order: str = OURS) -> dict[str, Any]:
     """Return what only this package reads: the whole card."""
-    # A card's text begins with the objective's name; see ``ObjectiveKind.summary``.
+    # A card's text begins with the objective's name; see ``ObjectiveKind.summary``. Convolutions
+    # of a CNN look in all directions, whatever the objective.
     objective_name = card.objective.partition(" ")[0]
+    is_transformer = has_transformer(family_of(card.class_path))
     return {
         "version": __version__,
         "token_order": token_order,
-        "causal": objective_name == AUTOREGRESSIVE,
+        "causal": is_transformer and objective_name == AUTOREGRESSIVE,
         "card": _plain(to_jsonable(card)),
     }
 

@@ -22,11 +22,11 @@ FORMATS = (
     "splits_final.json"
 )
 BY_SERIES = "excluded by the user (an excluded folder holds this series too)"
-BY_SUBJECT = "excluded by the user (by its subject)"
+BY_SUBJECT = "excluded by the user (by its patient)"
 
 
 def read_exclude(path: Path) -> set[str]:
-    """Read names to leave out: paths of files or folders, scan ids, case ids or subjects.
+    """Read names to leave out: paths of files or folders, scan ids, case ids or patients.
 
     Read from a text file (one per line; # begins a comment), a JSON list of ids, or nnU-Net's
     ``splits_final.json``. Of the latter the ``val`` and ``test`` cases of the **first** fold are

@@ -359,8 +359,8 @@ def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> st
         return ""
     also = " and its name says so" if is_named else ""
     return (
-        f"{num_distinct} distinct whole numbers, {share_equal:.0%} of neighbours equal{also}: a "
-        "label map, not a scan"
+        f"{num_distinct} distinct whole numbers, {100 * share_equal:.0f} % of neighbours "
+        f"equal{also}: a label map, not a scan"
     )
 
 

@@ -85,6 +85,12 @@ def choose_compile(num_steps: int, num_hours: float | None = None) -> tuple[bool
     return pays, reason
 
 
+def needs_timing(plan: Plan) -> bool:
+    """Return whether the length was given in hours and no step has been timed yet."""
+    is_open = plan.request.get("num_hours") is not None and plan.run.seconds_per_step is None
+    return is_open and plan.reasons.get("optim.num_steps") != BY_USER
+
+
 def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -> Plan:
     """Return ``plan`` with as many steps as ``hours`` allow at the measured pace.
 

@@ -37,7 +37,7 @@ from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import DataPlan, EncoderPlan, OptimPlan, Plan, RunPlan, SequencePlan
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.planning.encoder import choose_objective, choose_order
-from nnunet_autoreg.planning.length import with_hours
+from nnunet_autoreg.planning.length import needs_timing, with_hours
 from nnunet_autoreg.planning.make import choose_micro_batch
 from nnunet_autoreg.planning.pool import BY_USER, Hardware
 from nnunet_autoreg.pretrain.data import StepBatches, seconds_per_crop, training_batches
@@ -554,15 +554,19 @@ def _with_measurements(plan: Plan, device: torch.device, result: DryStepResult) 
     estimate = plan_memory(plan, has_bf16(device)).total_bytes(micro)
     # torch does not count what CUDA itself needs.
     estimate = estimate - CONTEXT_BYTES if device.type == "cuda" else estimate
+    # With --hours, the number of steps follows from a longer measurement.
+    length = f"so {counted(optim.num_steps, 'step')} take about "
+    length += duration(result.seconds * optim.num_steps)
+    if needs_timing(plan):
+        length = f"and the run {plan.request['num_hours']:g} h as given"
     log.info(
-        "dry step: a step takes %s, so %s take about %s; memory %.2f GiB at its peak (%.2f GiB "
-        "estimated%s)",
+        "dry step: a step takes %s, %s; peak memory %.2f GiB%s (estimated: %.2f GiB%s)",
         duration(result.seconds),
-        counted(optim.num_steps, "step"),
-        duration(result.seconds * optim.num_steps),
+        length,
         result.peak_gib,
+        "" if device.type == "cuda" else " of the whole process",
         estimate / GIB,
-        "" if device.type == "cuda" else " for the step alone; the peak is the whole process'",
+        "" if device.type == "cuda" else " for the step alone",
     )
     plan = _with_times(plan, result.seconds, result.crop_seconds)
     return replace(plan, run=replace(plan.run, peak_memory_gib=round(result.peak_gib, 3)))
@@ -580,12 +584,6 @@ def _with_times(plan: Plan, seconds: float, crop_seconds: float) -> Plan:
 
 def _with_reason(plan: Plan, key: str, reason: str) -> Plan:
     return replace(plan, reasons={**plan.reasons, key: reason})
-
-
-def needs_timing(plan: Plan) -> bool:
-    """Return whether the length was given in hours and no step has been timed yet."""
-    is_open = plan.request.get("num_hours") is not None and plan.run.seconds_per_step is None
-    return is_open and plan.reasons.get("optim.num_steps") != BY_USER
 
 
 def time_steps(job: TrainingJob, world: World, local_rank: int) -> float:

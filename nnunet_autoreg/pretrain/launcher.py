@@ -32,6 +32,7 @@ from nnunet_autoreg.corpus.parallel import (
 )
 from nnunet_autoreg.errors import AutoregError, InterruptedRunError, LostProcessError, UsageError
 from nnunet_autoreg.phases import phase
+from nnunet_autoreg.planning.length import needs_timing
 from nnunet_autoreg.stopping import (
     STOP_SIGNALS,
     deliver_last_line,
@@ -396,7 +397,7 @@ def run_main(
         setting: where the run trains, for the report.
     """
     from nnunet_autoreg.pretrain.data import choose_loaders
-    from nnunet_autoreg.pretrain.dry_run import needs_timing, plan_with_hours, time_steps
+    from nnunet_autoreg.pretrain.dry_run import plan_with_hours, time_steps
     from nnunet_autoreg.pretrain.trainer import build_trainer
     from nnunet_autoreg.report.report import Reporter
 

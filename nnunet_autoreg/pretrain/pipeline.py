@@ -32,7 +32,7 @@ from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.phases import phase, signs_of_life
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan, override
 from nnunet_autoreg.plan_check import check
-from nnunet_autoreg.planning.length import expected_seconds
+from nnunet_autoreg.planning.length import expected_seconds, needs_timing
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import hardware_of, pool_of
 from nnunet_autoreg.pretrain.checkpointing import (
@@ -62,6 +62,7 @@ from nnunet_autoreg.pretrain.request import (
     locked,
     logged_to,
     overrides_of,
+    read_plan,
     run_folder,
     with_presets,
     write_plan,
@@ -131,6 +132,8 @@ def pretrain(
 
         if not finished:
             preprocess_and_train(folder, plan, rows, device, launcher or Launcher())
+            # A length in hours became a number of steps when a step was timed.
+            plan = read_plan(folder)
         verdict = read_card(folder).verdict or NO_VERDICT
         for line in end_lines(folder, plan, len(rows), time.monotonic() - began, verdict):
             log.info(line)
@@ -373,12 +376,18 @@ def start_lines(
     spacing = size_text(plan.data.spacing_mm, ".3g")
     token = size_text(plan.encoder.token_size_vox)
     objective = plan.request.get("objective", DEFAULT_OBJECTIVE)
+    length = counted(optim.num_steps, "step")
+    if needs_timing(plan):
+        length = f"{plan.request['num_hours']:g} h"
     return [
         _line("run", f"{plan.name} ({'new' if is_new else 'continued'}) in {folder}"),
-        _line("scans", f"{len(rows):,}, of which {plan.data.holdout_fraction:.0%} for validation"),
+        _line(
+            "scans",
+            f"{len(rows):,}, of which {100 * plan.data.holdout_fraction:.0f} % for validation",
+        ),
         _line("encoder", f"{plan.encoder.name}, tokens of {token} voxels, on {device}"),
         _line("crops", f"{crop} voxels of {spacing} mm, {optim.batch_size:,} per step"),
-        _line("training", f"{counted(optim.num_steps, 'step')}, {objective}, rate {optim.lr:g}"),
+        _line("training", f"{length}, {objective}, rate {optim.lr:g}"),
         _line("details", "plan.json gives the reason of every value; -v shows them here"),
     ]
 

@@ -228,7 +228,7 @@ def health_charts(
     """
     probe = Chart(
         "Frozen probe on labels",
-        "balanced accuracy, other subjects",
+        "balanced accuracy, other patients",
         _curves(PROBE_CURVES, series),
         "A linear classifier on the frozen features, compared with the same classifier on raw "
         "voxels.",

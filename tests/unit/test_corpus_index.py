@@ -336,7 +336,7 @@ def test_no_identifier_reaches_the_index_or_the_journal(
 
     assert (index.rows[0].status, index.rows[0].reason) == (
         "excluded",
-        "excluded by the user (by its subject)",
+        "excluded by the user (by its patient)",
     )
 
     written = (

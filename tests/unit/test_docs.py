@@ -192,6 +192,16 @@ def test_the_tutorial_shows_selected_lines_and_marks_the_gaps() -> None:
     assert shown == ["ok one", "...", "next: ~/x"]
 
 
+def test_long_lines_of_the_tutorial_are_wrapped_and_keep_their_end() -> None:
+    tutorial = script(DOCS / "getting-started" / "run_tutorial.py")
+    line = "next: " + "~/a/path/to/look/at " * 20 + "then"
+
+    shown = tutorial.select([line], ["^next:"])
+
+    assert " ".join(part.strip() for part in shown) == line
+    assert max(map(len, shown)) <= tutorial.MAX_COLUMNS
+
+
 def test_every_test_that_the_page_of_robustness_names_exists() -> None:
     page = (DOCS / "explanation" / "robustness.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", page))

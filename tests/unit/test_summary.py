@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sequence_cases import make_plan
 
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.model.card import LEARNT, Verdict
+from nnunet_autoreg.planning.length import with_hours
+from nnunet_autoreg.pretrain import pipeline
 from nnunet_autoreg.pretrain.pipeline import end_lines, scans_line, start_lines
+from nnunet_autoreg.pretrain.request import Request, write_plan
 
 PLAN = make_plan()
 INDEX = Path("/results/brain/scans.csv")
@@ -71,3 +75,37 @@ def test_the_end_names_time_files_and_verdict():
     text = "\n".join(lines)
     values = ("1,200 steps on 1 scan", "5 min", "encoder.safetensors", "report.html", "learnt: 0.5")
     assert [value for value in values if value not in text] == []
+
+
+def test_hours_stand_for_the_steps_until_a_step_is_timed():
+    plan = replace(PLAN, request={**PLAN.request, "num_hours": 2.0})
+
+    opened = "\n".join(start_lines(Path("/results/brain"), plan, rows(("ok", "CT")), "cpu", True))
+    timed = with_hours(plan, 2.0, 0.9, "cpu")
+    settled = "\n".join(start_lines(Path("/results/brain"), timed, rows(("ok", "CT")), "cpu", True))
+
+    assert "2 h" in opened and f"{plan.optim.num_steps:,} step" not in opened
+    assert f"{timed.optim.num_steps:,} steps" in settled
+
+
+def test_the_end_states_the_steps_that_hours_became(tmp_path, monkeypatch, caplog):
+    plan = replace(PLAN, request={"name": "brain", "datasets": ["4"], "num_hours": 2.0})
+    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path))
+
+    def train(folder, plan, *_):
+        write_plan(folder, with_hours(plan, 2.0, 0.9, "cpu"))
+
+    monkeypatch.setattr(pipeline, "has_plan", lambda folder: True)
+    monkeypatch.setattr(pipeline, "is_planned_anew", lambda folder, request: False)
+    monkeypatch.setattr(pipeline, "continue_run", lambda *_: (plan, rows(("ok", "CT"))))
+    monkeypatch.setattr(pipeline, "is_finished", lambda folder, plan: False)
+    monkeypatch.setattr(pipeline, "preprocess_and_train", train)
+    monkeypatch.setattr(pipeline, "read_card", lambda folder: SimpleNamespace(verdict=None))
+    (tmp_path / "autoreg_pretraining" / "brain").mkdir(parents=True)
+
+    with caplog.at_level("INFO", logger="nnunet_autoreg"):
+        pipeline.pretrain(Request("brain", ("4",), num_hours=2.0), "cpu")
+
+    (finished,) = [text for text in caplog.messages if text.startswith("finished")]
+    assert "7,600 steps" in finished

@@ -18,6 +18,7 @@ from nnunet_autoreg.convert.choices import HUGGINGFACE_FORM, NNSSL_FORM, NNSSL_O
 from nnunet_autoreg.convert.exporting import adaptation_plan, export_weights
 from nnunet_autoreg.convert.imported import ImportOptions, names_of
 from nnunet_autoreg.convert.importing import import_weights
+from nnunet_autoreg.convert.source import CHECKPOINT_NAME, OWN_KEY
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, token_size_of
 from nnunet_autoreg.finetune.load import Target, load_encoder, write_tensors
@@ -25,6 +26,7 @@ from nnunet_autoreg.model.card import Adaptation, EncoderCard, read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.records import sha256_of
+from nnunet_autoreg.safe_load import load_plain
 
 PRIMUS = {
     "embed_dim": 48,
@@ -614,6 +616,26 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
 
     kept = [note for note in imported.notes if note.startswith("token order kept")]
     assert len(kept) == (0 if family == "resenc" else 1)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "objective", "expected"),
+    [
+        ("primus_tiny", "autoregressive (query, raster)", True),
+        ("primus_tiny", "masked (75 %)", False),
+        ("resenc_tiny", "autoregressive (network, random)", False),
+    ],
+)
+def test_an_export_is_causal_where_the_network_saw_earlier_blocks_alone(
+    write_run: Callable[..., Path], tmp_path: Path, encoder: str, objective: str, expected: bool
+) -> None:
+    """A CNN that predicts blocks looks in all directions."""
+    folder = write_run(tmp_path, "run", encoder=encoder, objective=objective)
+
+    export_weights(folder / "encoder.safetensors", tmp_path / "out", NNSSL_FORM)
+
+    exported = load_plain(tmp_path / "out" / CHECKPOINT_NAME)
+    assert exported[OWN_KEY]["causal"] is expected
 
 
 def test_an_export_for_readers_of_the_other_token_order_computes_the_same(tmp_path: Path) -> None:
