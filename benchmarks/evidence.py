@@ -357,6 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(args, "threads"):
             args.device = check_device(args.device or default_device())
             torch.set_num_threads(args.threads)
+            # As nnU-Net has it: crops have one shape, and cuDNN tries out which kernel is fastest.
+            torch.backends.cudnn.benchmark = args.device == "cuda"
         args.run(args)
     except AutoregError as error:
         print(f"evidence.py: {error}", file=sys.stderr)

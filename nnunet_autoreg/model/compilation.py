@@ -141,7 +141,18 @@ def place_on(device: torch.device, module: nn.Module, sharded: bool) -> None:
     """
     module.to(device)
     if device.type == "cuda" and not sharded:
-        module.to(memory_format=torch.channels_last_3d)
+        put_channels_last(module)
+
+
+def put_channels_last(module: nn.Module) -> None:
+    """Store the kernels of 3D convolutions with their channels last.
+
+    ``module.to(memory_format=torch.channels_last_3d)`` would ask it of tensors with four axes, too,
+    such as the register tokens of a transformer, and fail.
+    """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.dim() == 5:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def cannot_compile(error: BaseException) -> bool:

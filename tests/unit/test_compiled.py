@@ -5,6 +5,7 @@ FlexAttention runs as a formula.
 
 from dataclasses import replace
 
+import narrow_cnn
 import pytest
 import torch
 
@@ -15,11 +16,13 @@ from nnunet_autoreg.model.compilation import (
     cannot_compile,
     fast_path,
     is_compiled,
+    put_channels_last,
     run_by,
 )
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
+from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
@@ -233,3 +236,20 @@ def test_failing_to_compile_is_told_from_failing_to_run() -> None:
     assert cannot_compile(failed.value)
     assert not cannot_compile(torch.OutOfMemoryError("CUDA out of memory"))
     assert not cannot_compile(RuntimeError("shapes"))
+
+
+@pytest.mark.parametrize(
+    "plan", [make_plan(order="random", predictor="query"), narrow_cnn.plan_of()]
+)
+def test_every_objective_takes_the_layout_of_a_gpu(plan: Plan) -> None:
+    """A transformer's tables have four axes, which torch's own conversion of a module refuses."""
+    module = build_objective(plan).module
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+
+    put_channels_last(module)
+
+    after = module.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    kernels = [p for p in module.parameters() if p.dim() == 5]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
