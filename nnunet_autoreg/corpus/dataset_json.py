@@ -79,7 +79,9 @@ def read_dataset_json(folder: Path) -> DatasetJson:
     file = folder / NAME
     try:
         stamp = file.stat().st_mtime_ns
-        return _parsed(file, stamp, _variables())
+        # Listed paths depend on the environment, so a parsed file is valid for this one only.
+        environment = tuple(sorted(os.environ.items()))
+        return _parsed(file, stamp, environment)
     except (OSError, PlanError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{file} is no nnU-Net dataset.json ({error}); mend it", code="dataset-json-unreadable"
@@ -99,11 +101,6 @@ def unset_variables(path: Path) -> list[str]:
     return [part for part in path.parts if part.startswith("$")]
 
 
-def _variables() -> tuple[tuple[str, str], ...]:
-    # Listed paths depend on the environment, so a parsed file is valid for one environment only.
-    return tuple(sorted(os.environ.items()))
-
-
 @lru_cache(maxsize=64)
 def _parsed(file: Path, _stamp: int, _environment: tuple[tuple[str, str], ...]) -> DatasetJson:
     content = read_json(file)
@@ -113,17 +110,17 @@ def _parsed(file: Path, _stamp: int, _environment: tuple[tuple[str, str], ...]) 
         # The first version of the format had other lists under other keys; nnU-Net v2 has none.
         listed = {}
 
-    cases = {str(case): _listed_case(file.parent, entry) for case, entry in listed.items()}
+    cases = {}
+    for case, entry in listed.items():
+        images = tuple(_expanded(file.parent, name) for name in entry.get("images", []))
+        label = entry.get("label")
+        label_file = _expanded(file.parent, label) if label else None
+        cases[str(case)] = ListedCase(images, label_file)
+
     channels = tuple(str(name) for name in names.values())
     reader = str(content.get("overwrite_image_reader_writer", "None"))
     structures = structures_of(content.get("labels", {}))
     return DatasetJson(channels, cases, structures, "" if reader in STOCK_READERS else reader)
-
-
-def _listed_case(folder: Path, entry: Mapping[str, Any]) -> ListedCase:
-    images = tuple(_expanded(folder, name) for name in entry.get("images", []))
-    label = entry.get("label")
-    return ListedCase(images, _expanded(folder, label) if label else None)
 
 
 def _expanded(folder: Path, name: str) -> Path:

@@ -116,6 +116,7 @@ COLUMNS = (
     "reason",
     "listed_in",
 )
+PRIVATE_COLUMNS = ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")
 NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
 
 
@@ -135,9 +136,16 @@ def write_index(
     # The private file first: without it, the ids of the index would stand for nothing.
     rows = list(rows)
     if paths is None:
-        paths = _known_paths(path.parent, {row.id for row in rows})
-    others = [{"id": key, "source": value} for key, value in paths.items()]
-    write_private(path.parent, [*others, *map(_private_cells, rows)])
+        # What an existing private file knows beside these scans is kept.
+        scans = {row.id for row in rows}
+        has_private = (path.parent / PRIVATE_NAME).is_file()
+        known: Iterable[dict[str, str]] = read_private(path.parent) if has_private else ()
+        paths = {cells["id"]: cells["source"] for cells in known if cells["id"] not in scans}
+
+    private = [{"id": key, "source": value} for key, value in paths.items()]
+    for row in rows:
+        private.append({name: getattr(row, name) for name in PRIVATE_COLUMNS})
+    write_private(path.parent, private)
 
     with (
         atomic_path(path) as temporary,
@@ -204,22 +212,6 @@ def _names(row: ScanRow) -> set[str]:
     if not row.name:
         names.add(row.id)
     return (folders | names) - {"", HIDDEN_NAME}
-
-
-def _private_cells(row: ScanRow) -> dict[str, str]:
-    return {
-        name: getattr(row, name)
-        for name in ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")
-    }
-
-
-def _known_paths(folder: Path, scans: set[str]) -> dict[str, str]:
-    """Return what an existing private file knows beside scans."""
-    if not (folder / PRIVATE_NAME).is_file():
-        return {}
-    return {
-        cells["id"]: cells["source"] for cells in read_private(folder) if cells["id"] not in scans
-    }
 
 
 def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
