@@ -27,7 +27,13 @@ from nnunet_autoreg.corpus.read import (
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Spacing, size_text
 from nnunet_autoreg.io.archive import unpacked
-from nnunet_autoreg.io.dicom import find_stack, pick_volume, read_volume
+from nnunet_autoreg.io.dicom import (
+    dicom_image,
+    find_stack,
+    pick_volume,
+    pixels_by_pydicom,
+    read_volume,
+)
 from nnunet_autoreg.io.files import check_file, quiet_readers
 from nnunet_autoreg.io.parts import ScanPart, parse_part
 from nnunet_autoreg.nnunet_api import Array, RawScan
@@ -87,7 +93,7 @@ def is_flat(path: Path, part: ScanPart) -> bool:
     if part.t:
         return False
     check_file(path)
-    size: tuple[int, ...] = information(path).GetSize()
+    size, _ = _size_and_spacing(path)
     return sum(side > 1 for side in size) <= 2
 
 
@@ -96,32 +102,67 @@ def _is_one_slice(path: Path, part: ScanPart) -> bool:
     return stack.shape_vox[0] == 1 and len(stack.volumes) == 1
 
 
+def _size_and_spacing(path: Path) -> tuple[Sequence[int], Sequence[float]]:
+    """Return size and spacing (x, y, ...) of a file, by SimpleITK or else by pydicom."""
+    # GDCM does not notice that pixels lack, and reads no header that breaks the standard.
+    image = dicom_image(path)
+    if image is not None and image.is_irregular:
+        return image.size, image.spacing_mm
+    try:
+        reader = information(path)
+    except ScanError:
+        if image is None:
+            raise
+        return image.size, image.spacing_mm
+    return reader.GetSize(), reader.GetSpacing()
+
+
 def _file_header(path: Path) -> ScanHeader:
-    reader = information(path)
-    shape, spacing = _in_plane(reader.GetSize(), reader.GetSpacing())
+    shape, spacing = _in_plane(*_size_and_spacing(path))
     return _header(shape, spacing)
 
 
 def _load_file(path: Path) -> RawScan:
+    header = _file_header(path)
+    array = _pixels(path)
+    # The last axis is for colours. Axes of one voxel are left out.
+    num_pixels = header.shape_vox[1] * header.shape_vox[2]
+    num_colours = array.size // num_pixels
+    if array.size != num_colours * num_pixels or not num_colours:
+        raise ScanError(
+            "unreadable",
+            f"holds {array.size} values, its header says {size_text(header.shape_vox[1:])} pixels; "
+            "export it again",
+        )
+    array_YXC = array.reshape(*header.shape_vox[1:], num_colours)
+    return _checked(_grey(array_YXC)[None], header.spacing_mm[1:])
+
+
+def _pixels(path: Path) -> Array:
+    """Return the values of all pixels of a file, by SimpleITK or else by pydicom."""
     import SimpleITK
 
-    header = _file_header(path)
+    image = dicom_image(path)
+    is_irregular = image is not None and image.is_irregular
+    by_pydicom = pixels_by_pydicom(path) if is_irregular else None
+    if by_pydicom is not None:
+        return by_pydicom
+
     with quiet_readers() as captured:
         try:
-            image: Any = SimpleITK.ReadImage(str(path))
-            array = np.asarray(SimpleITK.GetArrayFromImage(image), dtype=np.float32)
+            read: Any = SimpleITK.ReadImage(str(path))
+            array = np.asarray(SimpleITK.GetArrayFromImage(read), dtype=np.float32)
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
-            raise reading_failed(error, captured()) from error
+            by_pydicom = None if image is None else pixels_by_pydicom(path)
+            if by_pydicom is None:
+                raise reading_failed(error, captured()) from error
+            return by_pydicom
         # libjpeg fills the missing part with grey, and only prints that it did.
         if "Premature end" in captured():
             raise ScanError(
                 "unreadable", "truncated: pixels are missing at the end; copy the file again"
             )
-
-    # SimpleITK appends an axis for colours; axes of one voxel are left out.
-    num_colours = int(image.GetNumberOfComponentsPerPixel())
-    array_YXC = array.reshape(*header.shape_vox[1:], num_colours)
-    return _checked(_grey(array_YXC)[None], header.spacing_mm[1:])
+    return array
 
 
 def _grey(array_YXC: Array) -> Array:

@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +19,14 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.io.archive import DAMAGED, members, opened, unpacked
 from nnunet_autoreg.io.dicom_header import (
+    NotDicomError,
+    is_deflated,
     quiet_pydicom,
     read_dicom_header,
     unknown_kinds_are_explicit,
 )
 from nnunet_autoreg.io.parts import ScanPart
-from nnunet_autoreg.io.slices import DicomSlice, NotAScanError, slices_of
+from nnunet_autoreg.io.slices import DicomSlice, NotAScanError, problem_of_pixels, slices_of
 from nnunet_autoreg.io.stacks import Stack, by_series, stacks_of
 from nnunet_autoreg.nnunet_api import Array
 
@@ -173,7 +176,7 @@ def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:
         pixels = []
         for one in slices:
             # In irregular headers GDCM reads lengths where there are none, and asks for gigabytes.
-            by_pydicom = _pixels_by_pydicom(files[one.file]) if one.is_irregular else None
+            by_pydicom = pixels_by_pydicom(files[one.file]) if one.is_irregular else None
             if by_pydicom is not None and by_pydicom.shape == one.shape:
                 pixels.append(by_pydicom)
             else:
@@ -218,7 +221,7 @@ def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
     try:
         array = np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()), dtype=np.float32)
     except RuntimeError as error:
-        by_pydicom = _pixels_by_pydicom(file) if shape is not None else None
+        by_pydicom = pixels_by_pydicom(file) if shape is not None else None
         if by_pydicom is None:
             raise ScanError(
                 "unreadable",
@@ -236,16 +239,60 @@ def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
     return array
 
 
-def _pixels_by_pydicom(file: Path) -> Array | None:
+@dataclass(frozen=True)
+class DicomImage:
+    """What the header of a DICOM file says of its pixels, whatever the file shows.
+
+    Attributes:
+        size: columns, rows, frames.
+        spacing_mm: in the same order.
+        is_irregular: GDCM loses its way in such a header.
+    """
+
+    size: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    is_irregular: bool
+
+
+def dicom_image(file: Path) -> DicomImage | None:
+    """Return what the header of a DICOM file says; None if it is another kind of file.
+
+    Raises:
+        ScanError: ``unreadable``: the header cannot be parsed, or pixels lack.
+    """
+    try:
+        with file.open("rb") as stream, quiet_pydicom():
+            num_bytes = os.fstat(stream.fileno()).st_size
+            header = read_dicom_header(stream, num_bytes)
+    except NotDicomError:
+        return None
+    problem = problem_of_pixels(header, num_bytes)
+    if problem[0]:
+        raise ScanError(*problem)
+
+    rows, columns = int(header.number("Rows", 0)), int(header.number("Columns", 0))
+    frames = int(header.number("NumberOfFrames", 1))
+    # Radiographs give the spacing at the detector.
+    spacing = header.numbers("PixelSpacing") or header.numbers("ImagerPixelSpacing")
+    y, x = (*spacing, 1.0, 1.0)[:2]
+    return DicomImage((columns, rows, frames), (x, y, 1.0), header.is_irregular)
+
+
+def pixels_by_pydicom(file: Path) -> Array | None:
     """Return the rescaled pixels of a file of one slice whose header GDCM cannot parse.
 
     Compressed pixels are left to GDCM: a damaged file must not be read by a more lenient decoder.
+    Deflated files are left to it, too: pydicom would unpack them to any size.
 
     Returns:
-        (rows, columns) float32; None if pydicom cannot read them either.
+        (rows, columns) float32, with a third axis for colours; None if pydicom cannot read them
+        either.
     """
     with quiet_pydicom(), unknown_kinds_are_explicit():
         try:
+            with file.open("rb") as stream:
+                if is_deflated(stream):
+                    return None
             dataset = dcmread(file, force=True)
             if "TransferSyntaxUID" not in dataset.file_meta:
                 # pydicom found out how the header is encoded, but does not use it for the pixels.
@@ -253,6 +300,10 @@ def _pixels_by_pydicom(file: Path) -> Array | None:
                 encoding = (bool(is_implicit), bool(is_little))
                 dataset.file_meta.TransferSyntaxUID = SYNTAX_OF_ENCODING[encoding]
             if dataset.file_meta.TransferSyntaxUID.is_compressed:
+                return None
+            # Pixels of other kinds are no values, but numbers in a table of colours, say.
+            kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
+            if not kind.startswith(("MONOCHROME", "RGB")):
                 return None
             return np.asarray(apply_rescale(dataset.pixel_array, dataset), dtype=np.float32)
         except Exception:

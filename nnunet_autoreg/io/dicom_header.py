@@ -76,6 +76,7 @@ VALUES = (
     "Rows",
     "Columns",
     "PixelSpacing",
+    "ImagerPixelSpacing",
     "BitsAllocated",
     "CorrectedImage",
     "RescaleIntercept",
@@ -88,6 +89,7 @@ def _tag(keyword: str) -> BaseTag:
 
 
 TAGS = {keyword: _tag(keyword) for keyword in (*SEQUENCES, *VALUES)}
+TRANSFER_SYNTAX = _tag("TransferSyntaxUID")
 PIXEL_TAGS = frozenset(map(_tag, ("FloatPixelData", "DoubleFloatPixelData", "PixelData")))
 UNKNOWN_LENGTH = 0xFFFFFFFF
 # ISO 2022 switches character sets by this byte. Without it, ASCII is the same in all of them.
@@ -96,7 +98,6 @@ ESCAPE = b"\x1b"
 PREAMBLE_BYTES, MARK = 128, b"DICM"
 # A file without preamble begins with an element of group 2 or 8, in either byte order.
 FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x08")
-# The transfer syntax stands in the first elements.
 FIRST_BYTES = 2048
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 # A small deflated file can grow to any size, so that no more than this of it is unpacked.
@@ -289,13 +290,14 @@ def read_dicom_header(stream: IO[bytes], num_bytes: int) -> DicomHeader:
         "its DICOM header cannot be parsed, since it is damaged or cut short; copy the file again",
     )
     try:
-        header, is_whole = _parse(stream, num_bytes, is_deflated=DEFLATED in first)
+        deflated = is_deflated(stream)
+        header, is_whole = _parse(stream, num_bytes, deflated)
         if not is_whole:
             # Some writers give private elements a kind that is none, such as "??". pydicom takes
             # such an element for one without a kind, and loses its way.
             stream.seek(0)
             with unknown_kinds_are_explicit():
-                header, is_whole = _parse(stream, num_bytes, is_deflated=DEFLATED in first)
+                header, is_whole = _parse(stream, num_bytes, deflated)
             header.is_irregular = True
     except (OSError, zipfile.BadZipFile):
         # The file itself could not be read, of which the caller knows more.
@@ -310,14 +312,27 @@ def read_dicom_header(stream: IO[bytes], num_bytes: int) -> DicomHeader:
     return header
 
 
-def _parse(stream: IO[bytes], num_bytes: int, is_deflated: bool) -> tuple[DicomHeader, bool]:
+def is_deflated(stream: IO[bytes]) -> bool:
+    """Return whether a file says that it is deflated. pydicom would unpack all of it at once."""
+    meta = _read_meta(stream)
+    stream.seek(0)
+    syntax = meta.get_item(TRANSFER_SYNTAX)
+    return syntax is not None and DEFLATED in bytes(syntax.value or b"")
+
+
+def _read_meta(stream: IO[bytes]) -> Dataset:
+    """Return the elements of group 2, which describe the file, and stop behind them."""
+    read_preamble(cast(Any, stream), force=True)
+    return read_dataset(cast(Any, stream), False, True, stop_when=lambda tag, *_: tag.group != 2)
+
+
+def _parse(stream: IO[bytes], num_bytes: int, deflated: bool) -> tuple[DicomHeader, bool]:
     """Return the header, and whether it was read to its end."""
     stop = _StopAtPixels()
     tags: list[Any] = list(TAGS.values())
-    if is_deflated:
+    if deflated:
         # As pydicom does it, but for the limit.
-        read_preamble(cast(Any, stream), force=True)
-        read_dataset(cast(Any, stream), False, True, stop_when=lambda tag, *_: tag.group != 2)
+        _read_meta(stream)
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
         inflated = unpacker.decompress(stream.read(MAX_INFLATED_BYTES), MAX_INFLATED_BYTES)
         dataset = read_dataset(
@@ -328,7 +343,7 @@ def _parse(stream: IO[bytes], num_bytes: int, is_deflated: bool) -> tuple[DicomH
 
     pixels = None
     if stop.length is not None:
-        is_compressed = is_deflated or stop.length == UNKNOWN_LENGTH
+        is_compressed = deflated or stop.length == UNKNOWN_LENGTH
         offset = stream.tell() + stop.num_bytes_before
         pixels = PixelBytes(offset, None if is_compressed else stop.length)
     header = DicomHeader(dataset, pixels=pixels)

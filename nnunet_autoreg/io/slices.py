@@ -359,9 +359,8 @@ def _image_type(header: DicomHeader) -> list[str]:
 
 def _problem_of_file(header: DicomHeader, num_bytes: int) -> tuple[str, str]:
     """Return what is wrong with a file as a whole: (status, reason), or ``NO_PROBLEM``."""
-    pixels = header.pixels
-    if pixels is None:
-        return "unreadable", "a slice has no pixels; copy or export the series again"
+    if header.pixels is None:
+        return problem_of_pixels(header, num_bytes)
     samples = int(header.number("SamplesPerPixel", 1))
     if samples > 1 or header.text("PhotometricInterpretation").startswith(
         ("RGB", "YBR", "PALETTE")
@@ -370,9 +369,18 @@ def _problem_of_file(header: DicomHeader, num_bytes: int) -> tuple[str, str]:
             "rgb",
             f"colour images ({samples} values per pixel): a screenshot or overlay, not a scan",
         )
+    return problem_of_pixels(header, num_bytes)
+
+
+def problem_of_pixels(header: DicomHeader, num_bytes: int) -> tuple[str, str]:
+    """Return whether pixels lack in a file of ``num_bytes`` bytes, as ``_problem_of_file`` does."""
+    pixels = header.pixels
+    if pixels is None:
+        return "unreadable", "a slice has no pixels; copy or export the series again"
     if pixels.length is None:
         return NO_PROBLEM
 
+    samples = int(header.number("SamplesPerPixel", 1))
     num_values = samples * max(1, int(header.number("NumberOfFrames", 1)))
     for keyword in ("Rows", "Columns"):
         num_values *= int(header.number(keyword, 0))

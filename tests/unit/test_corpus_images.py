@@ -1,11 +1,15 @@
 """2D images: found and read for objectives that learn from them, left out with a reason else."""
 
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dicom_files
 import numpy as np
 import pytest
 import SimpleITK
+from odd_dicom import ODDITIES
 from refusals import refused
 
 from nnunet_autoreg.corpus.find import find_scans
@@ -184,3 +188,62 @@ def test_images_are_stored_as_one_slice_and_pictures_in_archives_are_read(pool: 
         assert case.shape_vox == row.shape_vox
         voxels = case.read((0, 0, 0), case.shape_vox)
         assert abs(float(voxels.mean())) < 0.05 and 0.9 < float(voxels.std()) < 1.1
+
+
+def radiograph(path: Path, pixels: np.ndarray, **how: Any) -> Path:
+    """Write a projection: no place in the patient, the spacing at the detector."""
+    without = {f"t{tag}": None for tag in ("00200032", "00200037", "00280030")}
+    values = dicom_files.slice_values(
+        0,
+        sop_class=RADIOGRAPH,
+        t00080060=("CS", "CR"),
+        t00181164=("DS", (0.2, 0.1)),
+        **without,
+    )
+    return dicom_files.write(path, values, pixels, **how)
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_a_radiograph_with_an_odd_header_is_read(tmp_path: Path, name: str) -> None:
+    how, change = ODDITIES[name]
+    pixels = dicom_files.volume(1)[0]
+    path = radiograph(tmp_path / "pool" / "a.dcm", pixels, **how)
+    path.write_bytes(change(path.read_bytes()))
+
+    (found,) = find_scans([], [path.parent], images=True)
+    image = load_scan_or_image(found.path, found.part)
+
+    np.testing.assert_array_equal(image.array_CZYX[0, 0], pixels)
+    assert image.spacing_mm == (0.2, 0.2, 0.1)
+
+
+def without_end(content: bytes) -> bytes:
+    return content[: -len(content) // 4]
+
+
+def with_rows(number: int) -> Callable[[bytes], bytes]:
+    def change(content: bytes) -> bytes:
+        rows = struct.pack("<HH", 0x28, 0x10) + b"US" + struct.pack("<HH", 2, 18)
+        return content.replace(rows, rows[:-2] + struct.pack("<H", number))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "value"),
+    [
+        (without_end, "scan-unreadable", "truncated"),
+        (with_rows(0), "scan-tiny", "20 x 0"),
+        (with_rows(60_000), "scan-unreadable", "2400000 bytes"),
+    ],
+)
+def test_a_damaged_radiograph_gets_the_true_reason(
+    tmp_path: Path, change: Callable[[bytes], bytes], status: str, value: str
+) -> None:
+    path = radiograph(tmp_path / "pool" / "a.dcm", dicom_files.volume(1)[0])
+    path.write_bytes(change(path.read_bytes()))
+
+    (found,) = find_scans([], [path.parent], images=True)
+
+    with refused(ScanError, status, value):
+        load_scan_or_image(found.path, found.part)
