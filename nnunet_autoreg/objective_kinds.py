@@ -6,7 +6,7 @@ through this file only and never asks for their names.
 """
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nnunet_autoreg.errors import PlanError, did_you_mean
@@ -46,6 +46,8 @@ class FigureOfMerit:
         ranks_by_probe: where there are labels, the frozen probe ranks the states instead, the
             higher the better. With a moving teacher the loss ranks nothing.
         pictures: how to read the pictures of validation samples; "" where there are none.
+        notes: what a term of the loss, or a measure of the objective's own, means: its name -> a
+            sentence below its chart.
     """
 
     name: str
@@ -56,6 +58,7 @@ class FigureOfMerit:
     pictures: str = ""
     term: str = ""
     ranks_by_probe: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class ObjectiveKind:
         takes_images: it learns from 2D images as well.
         fit: returns the plan with what depends on the numbers of volumes and of 2D images that are
             trained on.
+        preview: what is done with the blocks of ``sequences.png``, in sentences; "" where blocks
+            are predicted from others and nothing else is done.
     """
 
     name: str
@@ -139,6 +144,7 @@ class ObjectiveKind:
     sequence_kinds: tuple[str, ...] = SEQUENCE_KINDS
     takes_images: bool = False
     fit: Callable[[Plan, int, int], Plan] = unchanged
+    preview: str = ""
 
 
 KINDS: dict[str, ObjectiveKind] = {}

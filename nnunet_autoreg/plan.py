@@ -132,7 +132,7 @@ class SequencePlan:
         weights: how often each kind of sequence is drawn, relative to the others. A batch has one
             kind. "spatial": one crop. "strided": sub-volumes of one crop that overlap, one after
             another along z, as in AR-SSL4M. "contrast": one position in several contrasts of a
-            subject. "semantic": one structure in several subjects. "views" and "images": two views
+            patient. "semantic": one structure in several patients. "views" and "images": two views
             of a crop or of a 2D image, for objectives that compare views.
         contrasts: contrasts of a contrast sequence, in their fixed order.
         contrast_members: number of images of a contrast sequence. Their crops are smaller, so that

@@ -50,6 +50,8 @@ WARM_SHARE = 0.1
 """Share of the run in which the teacher's temperature rises."""
 CYCLE_MM = 12.0
 """A match is an inlier if it comes back, and agrees with the others, within this distance."""
+LARGEST = "share of the largest possible"
+"""Unit of entropies, so that runs compare."""
 LEAST_SHARED, MOST_SHARED = 0.02, 0.999
 """Entropy of the prototypes, as a share of the largest possible: below the first limit all tokens
 get the same one, and above the second every token gets all of them alike."""
@@ -264,13 +266,13 @@ class Alice(Objective):
         found = {
             "teacher_entropy_classes": (
                 float(statistics["class_entropy"] / statistics["classes"]) / most,
-                "share of the largest",
+                LARGEST,
             ),
             "teacher_entropy_patches": (
                 float(statistics["patch_entropy"]) / patches / most,
-                "share of the largest",
+                LARGEST,
             ),
-            "prototype_entropy": (float(entropy(shares_O)) / most, "share of the largest"),
+            "prototype_entropy": (float(entropy(shares_O)) / most, LARGEST),
             "centre_norm_classes": (float(self.state.class_centre.norm()), "1"),
             "centre_norm_patches": (float(self.state.patch_centre.norm()), "1"),
         }

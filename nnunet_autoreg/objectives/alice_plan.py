@@ -113,6 +113,27 @@ def with_pairs(plan: Plan) -> Plan:
     return replace(plan, sequence=sequence, reasons=reasons)
 
 
+NOTES = {
+    "classes": "How far the student's answer about a crop is from the teacher's about the matched "
+    "crop of the other patient.",
+    "patches": "How far the student's answer about a visible token is from the teacher's about "
+    "the same token.",
+    "reconstruction": "Squared error of the voxels that were hidden from the student.",
+    "teacher_entropy_classes": "How undecided the teacher is between prototypes, for a crop. 1: "
+    "all prototypes alike.",
+    "teacher_entropy_patches": "The same for a token. At 1 the teacher says nothing, and the run "
+    "has collapsed.",
+    "prototype_entropy": "How evenly all tokens together use the prototypes. Near 0, all get the "
+    "same one, and the run has collapsed.",
+    "centre_norm_classes": "Length of the running mean of the teacher's scores of crops, which is "
+    "taken off them.",
+    "centre_norm_patches": "The same of tokens.",
+    "inlier_rate": "Share of the matches of tokens between two patients that agree with their "
+    "neighbours.",
+}
+"""What the terms of the loss and Alice's own measures mean."""
+
+
 def alice_figure(plan: Plan) -> FigureOfMerit:
     """Return the figure of merit.
 
@@ -132,6 +153,7 @@ def alice_figure(plan: Plan) -> FigureOfMerit:
         pictures="Each row is a slice of a validation scan. The blue part was visible to the "
         'student, which predicted the rest. "Nothing predicted" is the mean of the visible part. '
         "Error: the absolute difference. Hatched: padding.",
+        notes=NOTES,
     )
 
 

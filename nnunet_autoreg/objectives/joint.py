@@ -440,8 +440,8 @@ class Joint(Objective):
             num_used = int((nearest_N.bincount() > 0).sum())
             empty = 1 - num_used / self.settings.num_slab_clusters
         return {
-            "cluster_entropy": (float(used), "share of the largest"),
-            "code_entropy": (float(each), "share of the largest"),
+            "cluster_entropy": (float(used), "share of the largest possible"),
+            "code_entropy": (float(each), "share of the largest possible"),
             "projection_spread": (smallest_spread(statistics["moments"]), "share of mean square"),
             "slab_spread": (float(1 - mean_D.square().sum()), "variance of unit vectors"),
             "empty_clusters": (empty, "share of the clusters"),

@@ -169,6 +169,23 @@ def clusters_for(num_rows: int) -> int:
     return max(FEWEST_CLUSTERS, min(MOST_CLUSTERS, num_rows // ROWS_PER_CLUSTER))
 
 
+NOTES = {
+    "slabs": "Cross-entropy of the cluster of a slab in one view and what is said of it in the "
+    "other.",
+    "volumes": "The same of whole volumes.",
+    "hidden": "How well the representations of hidden slabs are predicted from the visible ones.",
+    "cluster_entropy": "How evenly all slabs together use the clusters. Near 0, all are in one.",
+    "code_entropy": "How undecided the assignment of one slab is. At 1 it says nothing.",
+    "projection_spread": "Variance of the projections of slabs. Near 0, all slabs look alike to "
+    "the network.",
+    "slab_spread": "Variance of the embeddings of slabs. Near 0, all slabs look alike to the "
+    "network.",
+    "empty_clusters": "Share of the clusters that are the first choice of no slab.",
+    "bank_filled": "Share of the scans whose slabs the network remembers for comparison.",
+}
+"""What the measures of joint clustering mean."""
+
+
 def joint_figure(plan: Plan) -> FigureOfMerit:
     """Return the figure of merit.
 
@@ -189,6 +206,7 @@ def joint_figure(plan: Plan) -> FigureOfMerit:
         pictures="Each row shows the middle slices of validation slabs and 2D images that lie "
         "nearest to one prototype, the nearest first, each from another sample. What lies together "
         "should look alike.",
+        notes=NOTES,
     )
 
 

@@ -34,14 +34,17 @@ EXPLANATIONS = {
     "baseline, is that of the scan. Lower is better.",
 }
 
-PICTURES = (
-    "Each row is a slice of a validation scan. The blue part was given to the model. Every further "
-    "block was predicted from the true blocks before it, not from earlier predictions. Only the "
-    "pattern of a token is predicted: its mean and standard deviation are taken from the truth. "
-    'The coarse look of a prediction is therefore not its own, and "nothing predicted" shows how '
-    'much of it comes for free. Judge the detail that "predicted" adds. Error: the absolute '
-    "difference. Hatched: padding, or nothing to predict."
+BLOCK_AFTER_BLOCK = (
+    "Every further block was predicted from the true blocks before it, not from earlier "
+    "predictions."
 )
+AT_ONCE = "All other blocks were predicted from it at once."
+PATTERN_ALONE = (
+    "Only the pattern of a token is predicted: its mean and standard deviation are taken from the "
+    'truth. The coarse look of a prediction is therefore not its own, and "nothing predicted" '
+    'shows how much of it comes for free. Judge the detail that "predicted" adds.'
+)
+INTENSITIES = 'Intensities are predicted too; "nothing predicted" shows their mean instead.'
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,21 @@ def figure_of(plan: Plan) -> FigureOfMerit:
             "mean": "predicting the mean",
         },
         hint="predicting nothing gives about 1" if target == "normalised" else "",
-        pictures=PICTURES,
+        pictures=" ".join(_about_pictures(plan)),
     )
+
+
+def _about_pictures(plan: Plan) -> list[str]:
+    """Return the sentences that say how to read the pictures of validation samples."""
+    # A whole CNN, and masked autoencoding, see the given blocks and no others.
+    is_at_once = plan.sequence.predictor == "network" or plan.sequence.prefix == "fixed"
+    is_pattern = settings_of(plan).target == "normalised"
+    return [
+        "Each row is a slice of a validation scan. The blue part was given to the model.",
+        AT_ONCE if is_at_once else BLOCK_AFTER_BLOCK,
+        PATTERN_ALONE if is_pattern else INTENSITIES,
+        "Error: the absolute difference. Hatched: padding, or nothing to predict.",
+    ]
 
 
 def check_settings(plan: Plan) -> None:

@@ -267,7 +267,8 @@ def plan_run(
         check_initial_weights(plan, folder)
 
         write_json(folder / "fingerprint.json", summary)
-        draw_fingerprint(folder / "fingerprint.png", summary, volumes, plan)
+        picture = folder / "fingerprint.png"
+        draw_fingerprint(picture, summary, volumes, plan, len(rows) - len(volumes))
         # The plan is written last: a folder that has one is planned completely.
         write_plan(folder, plan)
 

@@ -99,8 +99,9 @@ class Health:
                 f"{self.effective_rank:.1f}"
             )
         if self.own:
-            values = ", ".join(f"{name} {value:.3g}" for name, (value, _) in self.own.items())
-            message += f"; {values}"
+            values = [f"{name} {value:.3g}" for name, (value, _) in self.own.items()]
+            # The names are those of metrics.jsonl.
+            message += f"; {', '.join(values).replace('_', ' ')}"
         if self.probe is not None:
             message += (
                 f"; probe: balanced accuracy {self.probe['features']:.3f} from features, "

@@ -242,8 +242,11 @@ def health_charts(
 def _own_charts(series: Series, plan: Plan | None, units: Mapping[str, str]) -> list[Chart]:
     """Return a chart for every metric that has no other, and one for each term of the loss."""
     known = {*LEARNING_CHARTS, *HEALTH_CHARTS, *ERROR_CURVES, *PROBE_CURVES, *NOT_DRAWN}
+    notes: Mapping[str, str] = {}
     if plan is not None:
-        known |= {f"heldout_{name}" for name in figure_of_merit(plan).references}
+        figure = figure_of_merit(plan)
+        known |= {f"heldout_{name}" for name in figure.references}
+        notes = figure.notes
     own = [name for name in sorted(set(series) - known) if not name.startswith(KIND_PREFIX)]
 
     # A term of the loss is logged in training and in validation; both go into one chart.
@@ -256,7 +259,7 @@ def _own_charts(series: Series, plan: Plan | None, units: Mapping[str, str]) -> 
         earlier = charts.get(title)
         curves = [*(earlier.curves if earlier else ()), Curve(label, series[name], look)]
         unit = "" if units.get(name) == "1" else units.get(name, f"{name} in metrics.jsonl")
-        charts[title] = Chart(title, unit, curves)
+        charts[title] = Chart(title, unit, curves, notes.get(rest if is_term else name, ""))
 
     return list(charts.values())
 
@@ -407,8 +410,9 @@ def short_number(value: float) -> str:
 
     if abs(value) >= 1000:
         return f"{value:,.0f}"
+    # All small numbers in one form, so that the ticks of an axis can be compared.
     plain = f"{value:.6g}"
-    if len(plain) <= 6:
+    if len(plain) <= 6 and not 0 < abs(value) < 1e-3:
         return plain
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

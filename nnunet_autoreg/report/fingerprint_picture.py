@@ -31,9 +31,9 @@ TABLE_HEADER = (
     "modality",
     "own spacing, median mm",
     "target mm",
-    "size p10",
-    "size median",
-    "size p90",
+    "size, 10 %",
+    "size, median",
+    "size, 90 %",
     "million voxels",
 )
 TABLE_WIDTHS = (0.06, 0.1, 0.17, 0.15, 0.14, 0.14, 0.14, 0.1)
@@ -44,8 +44,13 @@ def draw_fingerprint(
     fingerprint: Fingerprint,
     rows: Sequence[ScanRow],
     plan: Plan,
+    num_images: int = 0,
 ) -> None:
-    """Draw the usable scans ``rows`` and the plan's choices into the file ``picture``."""
+    """Draw the usable scans ``rows`` and the plan's choices into the file ``picture``.
+
+    Args:
+        num_images: usable 2D images, which are counted and not drawn.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.7, 12.4), layout="constrained")
@@ -56,7 +61,8 @@ def draw_fingerprint(
     figure.suptitle(
         f"{plan.name}: {counted(fingerprint.num_scans, 'scan')} of "
         f"{counted(fingerprint.num_cases, 'case')}, "
-        f"{amount(fingerprint.total_vox)} voxels after cropping and resampling",
+        f"{amount(fingerprint.total_vox)} voxels after cropping and resampling"
+        + (f"; {counted(num_images, '2D image')} not drawn" if num_images else ""),
         fontsize=13,
     )
     modalities = enumerate(fingerprint.modalities)
@@ -131,7 +137,7 @@ def _draw_spacings(
     axis.set(
         xlabel="in-plane spacing, mm",
         ylabel="slice spacing (coarsest axis), mm",
-        title="Spacing of the scans (larger: more scans)",
+        title="Spacing of the scans (a larger dot: more scans)",
     )
     _make_logarithmic(axis, (low, high), (low, high))
 
@@ -228,11 +234,12 @@ def _draw_intensities(
 
     anisotropy = numbers.anisotropy
     axis.set(
-        xlabel=f"{len(lines)} of {len(rows)} scans, by median",
+        xlabel=f"{len(lines)} of {len(rows)} scans, sorted by their median",
         ylabel="HU" if name == "CT" else "raw values",
         xticks=[],
-        title=f"{name}: intensities inside the body\nanisotropy {anisotropy.median[0]:.3g} "
-        f"({anisotropy.p10[0]:.3g} to {anisotropy.p90[0]:.3g})",
+        title=f"{name}: intensities inside the body\ncoarsest by finest spacing: median "
+        f"{anisotropy.median[0]:.3g}, 10 to 90 %: {anisotropy.p10[0]:.3g} to "
+        f"{anisotropy.p90[0]:.3g}",
     )
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3, axis="y")
@@ -261,7 +268,7 @@ def _draw_groups(axis: Any, fingerprint: Fingerprint) -> None:
     table.set_fontsize(9)
     table.scale(1, 1.3)
 
-    title = "Target spacings (z x y x x, coarsest axis first)"
+    title = "Target spacings (axes z, y, x; the coarsest axis first)"
     num_more = len(fingerprint.groups) - len(cells)
     if num_more:
         title += f", {num_more} more groups in fingerprint.json"

@@ -20,6 +20,7 @@ from nnunet_autoreg.corpus.locations import PLACES_NAME, StructureLocation, read
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import as_size, grid_of
+from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.plan import VIEW_KINDS, Plan
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import CROP, GIVEN, GRID, INK, PREDICTED, SOFT, Style
@@ -274,9 +275,7 @@ def draw_picture(
         moves.append("transposed")
     training = f"During training they are {' and '.join(moves)} at random." if moves else ""
     explanation = (
-        "A crop is cut into blocks. The network sees the blocks with a solid blue frame. It has to "
-        "predict those with a dashed orange frame, in the order of the numbers.\n"
-        "When it predicts a block, it sees the true content of all blocks with smaller numbers. "
+        f"A crop is cut into blocks. {use_of_blocks(plan)} "
         "Hatched: outside the scan; nothing is predicted there.\n"
         f"Crops are shown as radiologists view them. {training} "
         f"(order: {plan.sequence.order}, predictor: {plan.sequence.predictor})"
@@ -289,17 +288,40 @@ def draw_picture(
         figure.savefig(temporary, format="png", dpi=90)
 
 
+def is_at_once(plan: Plan) -> bool:
+    """Return whether all unknown blocks are predicted at once, so that their order means nothing.
+
+    This is so for a whole CNN, and where a fixed share of the blocks is known.
+    """
+    return plan.sequence.predictor == "network" or plan.sequence.prefix == "fixed"
+
+
+def use_of_blocks(plan: Plan) -> str:
+    """Return what the network does with the blocks, in two lines of text."""
+    kind = kind_of(plan.objective.name)
+    if kind.preview:
+        return kind.preview
+    seen = "The network sees the blocks with a solid blue frame."
+    if is_at_once(plan):
+        return f"{seen} It has to predict those with a dashed orange frame,\nall of them at once."
+    return (
+        f"{seen} It has to predict those with a dashed orange frame, in the order of the numbers.\n"
+        "When it predicts a block, it sees the true content of all blocks with smaller numbers."
+    )
+
+
 def draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path, str]) -> None:
     """Draw one sequence: a title, its views side by side, and below them its blocks in order."""
     sample, origin = one.sample, one.origin
-    source = origin.subject or names.get(origin.cases[0].path, "")
+    source = f":  {origin.subject or names.get(origin.cases[0].path, '')}"
     num_given = sample.prefix
     num_predicted = int(sample.order_index.max()) + 1 - sample.prefix
     title = TITLES[origin.kind]
     if origin.subject.startswith(ALIKE):
-        title = "Regions that look alike in several patients"
+        # Such a structure has a number alone.
+        title, source = "Regions that look alike in several patients", ""
     panel.suptitle(
-        f"{title}:  {source}   ({num_given} blocks are seen, {num_predicted} predicted)",
+        f"{title}{source}   ({num_given} blocks are seen, {num_predicted} predicted)",
         x=0.01,
         ha="left",
         fontsize=13,
@@ -430,7 +452,7 @@ def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: in
             linewidth=1.0,
         )
         axis.add_patch(frame)
-        if x % every == 0:
+        if x % every == 0 and not is_at_once(plan):
             axis.text(
                 left + 0.08 * side_x,
                 top + 0.1 * side_y,
@@ -506,10 +528,13 @@ def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
             spine.set(edgecolor=style.colour, linestyle=style.dash, linewidth=3)
         axis.set(xticks=[], yticks=[])
         label = {num_given - 1: "last seen", num_given: "first predicted"}.get(number, "")
-        axis.set_xlabel(f"{index + 1}\n{label}", fontsize=9, color=INK)
+        label = f"{index + 1}\n{label}"
+        if is_at_once(plan):
+            label = "seen" if number < num_given else "predicted"
+        axis.set_xlabel(label, fontsize=9, color=INK)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
-    axes[0].set_ylabel("in order", fontsize=10)
+    axes[0].set_ylabel("some blocks" if is_at_once(plan) else "in order", fontsize=10)
 
 
 def _middle_slice(

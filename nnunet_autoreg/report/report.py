@@ -175,7 +175,7 @@ def report(
             ),
             "verdict": _verdict(plan, series, notes),
             "tiles": _tiles(plan, setting, series),
-            "next": _next(plan, series),
+            "next": _next(plan, series, setting),
             "scans": scans,
             "fingerprint": _embedded(
                 folder / "fingerprint.png",
@@ -312,7 +312,7 @@ def _kind_of_memory(setting: RunSetting) -> str:
     return "peak, allocated on the GPU" if setting.device == "cuda" else "peak, main process"
 
 
-def _next(plan: Plan, series: Series) -> str:
+def _next(plan: Plan, series: Series, setting: RunSetting) -> str:
     """Return what the user should type next: to continue, or to fine-tune."""
     done = steps_done(series)
     if done < plan.optim.num_steps:
@@ -326,10 +326,13 @@ def _next(plan: Plan, series: Series) -> str:
     # Whoever pretrains on a folder may have no nnU-Net dataset yet.
     number = dataset_number(datasets[0]) if datasets else "ID"
     hint = "" if datasets else " (replace ID by its number)"
+    # nnU-Net trains on a GPU unless it is told otherwise.
+    device = "" if setting.device == "cuda" else f" -device {setting.device}"
     lines = [
         f"export autoreg_weights={plan.name}",
         f"nnUNetv2_plan_and_preprocess -d {number} -pl AutoregPlanner",
-        f"nnUNetv2_train {number} 3d_fullres 0 -tr AutoregPretrainedTrainer -p AutoregPlans --npz",
+        f"nnUNetv2_train {number} 3d_fullres 0 -tr AutoregPretrainedTrainer -p AutoregPlans --npz"
+        f"{device}",
     ]
     text = (
         f"Fine-tune on a labelled nnU-Net dataset{hint}. Then train folds 1 to 4 in the same way; "

@@ -17,6 +17,11 @@ from nnunet_autoreg.sampling.sampler import SequenceSampler
 PER_KIND = 3
 MOST_SLICES = 4
 NAMES = {"views": "One crop", "images": "One 2D image"}
+EXPLANATION = (
+    "A view is rotated, zoomed, mirrored, shifted and changed in brightness, contrast and noise at "
+    "random.\nThe network should put what both views show into the same cluster. White: outside "
+    "the scan."
+)
 
 
 def draw_views(path: Path, plan: Plan, pool: SamplingPool) -> int:
@@ -42,15 +47,15 @@ def draw_views(path: Path, plan: Plan, pool: SamplingPool) -> int:
 
     figure = Figure(figsize=(15, 3.4 * len(samples) + 1), layout="constrained", facecolor="white")
     figure.suptitle(
-        f"Two views of each sample, which should come to the same clusters: run '{plan.name}'",
+        f"Two views of each sample: run '{plan.name}'\n{EXPLANATION}",
         x=0.01,
         ha="left",
-        fontsize=16,
-        weight="bold",
+        fontsize=13,
     )
     rows: Any = figure.subfigures(len(samples), 1, squeeze=False)[:, 0]
     for row, (kind, sample) in zip(rows, samples, strict=True):
-        row.suptitle(f"{NAMES[kind]}: the same slices in view 1 and in view 2", fontsize=12)
+        same = "" if kind == "images" else "the same slices "
+        row.suptitle(f"{NAMES[kind]}, {same}in view 1 and in view 2", fontsize=12)
         _draw_sample(row, plan, sample)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)

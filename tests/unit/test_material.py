@@ -32,6 +32,7 @@ from nnunet_autoreg.corpus.locations import (
 from nnunet_autoreg.corpus.read import load_scan
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
 from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objective_kinds import with_objective
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
 from nnunet_autoreg.plan import (
     DataPlan,
@@ -50,7 +51,7 @@ from nnunet_autoreg.pretrain.preprocessing import (
     plan_with_sequences,
 )
 from nnunet_autoreg.pretrain.request import Request
-from nnunet_autoreg.report.preview import draw_preview
+from nnunet_autoreg.report.preview import draw_preview, is_at_once, use_of_blocks
 from nnunet_autoreg.sampling.kinds import num_codes
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.sampler import SequenceSampler
@@ -561,6 +562,29 @@ def test_the_picture_shows_sequences_of_every_kind(tmp_path, store):
         and image.shape[0] > 1500
         and len(np.unique(image[..., 0])) > 100
     )
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "at_once"),
+    [
+        ("autoregressive", {}, False),
+        ("masked", {"prefix": "fixed", "order": "random"}, True),
+        ("autoregressive", {"predictor": "network", "order": "random"}, True),
+    ],
+)
+def test_the_picture_says_whether_blocks_are_predicted_one_after_another(
+    objective, changes, at_once
+):
+    plan = replace(make_plan(**changes), objective=PredictionPlan(objective))
+
+    assert is_at_once(plan) is at_once
+    assert ("in the order of the numbers" in use_of_blocks(plan)) is not at_once
+
+
+def test_the_picture_of_alice_speaks_of_student_and_teacher():
+    text = use_of_blocks(with_objective(make_plan(), "alice"))
+
+    assert "student" in text and "teacher" in text
 
 
 def test_groups_and_members_survive_pickling_for_loader_processes(tmp_path, store):

@@ -26,9 +26,17 @@ from nnunet_autoreg.cli import pretrain
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.model.sizes import encoder_size
+from nnunet_autoreg.objective_kinds import with_objective
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.objectives.joint_plan import JointPlan
-from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
+from nnunet_autoreg.objectives.prediction_plan import (
+    AT_ONCE,
+    BLOCK_AFTER_BLOCK,
+    INTENSITIES,
+    PATTERN_ALONE,
+    PredictionPlan,
+    figure_of,
+)
 from nnunet_autoreg.plan import (
     DataPlan,
     EncoderPlan,
@@ -609,12 +617,33 @@ def test_health_charts_show_the_limits_of_collapse():
 
 
 @pytest.mark.parametrize(
+    ("predictor", "target", "expected"),
+    [
+        ("query", "normalised", (BLOCK_AFTER_BLOCK, PATTERN_ALONE)),
+        ("query", "normalised_with_statistics", (BLOCK_AFTER_BLOCK, INTENSITIES)),
+        ("network", "voxels", (AT_ONCE, INTENSITIES)),
+    ],
+)
+def test_the_text_about_pictures_says_what_was_predicted(predictor, target, expected):
+    objective = replace(PLAN.objective, target=target)
+    sequence = replace(PLAN.sequence, predictor=predictor, prefix="uniform")
+
+    text = figure_of(replace(PLAN, objective=objective, sequence=sequence)).pictures
+
+    every = (BLOCK_AFTER_BLOCK, AT_ONCE, PATTERN_ALONE, INTENSITIES)
+    assert tuple(sentence for sentence in every if sentence in text) == tuple(
+        sorted(expected, key=every.index)
+    )
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [
         (0.25, "0.25"),
         (0.000025, "2.5e-5"),
         (0.00025, "2.5e-4"),
-        (0.0002, "0.0002"),
+        (0.0002, "2e-4"),
+        (0.001, "0.001"),
         (1500, "1,500"),
         (125_000, "125k"),
         (2_500_000, "2.5M"),
@@ -625,6 +654,30 @@ def test_numbers_of_ticks_are_short(value, text):
     assert short_number(value) == text
 
 
+OWN_MEASURES = {
+    "alice": [
+        "train_classes",
+        "train_patches",
+        "train_reconstruction",
+        "teacher_entropy_classes",
+        "teacher_entropy_patches",
+        "prototype_entropy",
+        "centre_norm_classes",
+        "centre_norm_patches",
+        "inlier_rate",
+    ],
+    "joint": [
+        "train_slabs",
+        "train_volumes",
+        "train_hidden",
+        "cluster_entropy",
+        "code_entropy",
+        "projection_spread",
+        "slab_spread",
+        "empty_clusters",
+        "bank_filled",
+    ],
+}
 FOUR_CURVES = [
     Curve(label, [(float(i), 0.0718 + height) for i in range(0, 120, 10)], look)
     for label, look, height in (
@@ -683,6 +736,18 @@ def test_terms_of_the_loss_are_drawn_in_one_chart_with_their_unit(tmp_path):
     assert (bank.title, bank.unit) == ("Bank filled", "share of cases")
     assert (slabs.title, slabs.unit) == ("Slabs", "term of the loss")
     assert [curve.label for curve in slabs.curves] == ["validation", "training"]
+
+
+def test_measures_of_an_objective_are_explained_below_their_charts():
+    """Every term of a loss, and every measure that ``health`` returns."""
+    for name, measures in OWN_MEASURES.items():
+        plan = with_objective(PLAN, name)
+        series = {measure: [(1.0, 0.5)] for measure in measures}
+
+        charts = health_charts(series, plan)
+
+        assert len(charts) == len(measures)
+        assert [chart.title for chart in charts if not chart.note] == []
 
 
 def test_kinds_of_sequences_have_the_unit_of_the_error():

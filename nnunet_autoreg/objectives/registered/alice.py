@@ -44,5 +44,8 @@ register(
         builders={TRANSFORMER: build, CNN: build},
         figure=alice_figure,
         summary=summary,
+        preview="The student sees the blocks with a solid blue frame and reconstructs those with a "
+        "dashed orange frame, all at once.\nThe teacher sees both crops whole, and the student's "
+        "features have to agree with the teacher's.",
     )
 )
