@@ -19,10 +19,11 @@ COPY trainers trainers
 COPY planners planners
 RUN pip install --no-cache-dir .
 
+# A user that -u names has no home. Triton, matplotlib and huggingface_hub keep their caches in it.
 ENV nnUNet_raw=/data/nnUNet_raw \
     nnUNet_preprocessed=/data/nnUNet_preprocessed \
     nnUNet_results=/data/nnUNet_results \
-    MPLCONFIGDIR=/tmp/matplotlib
+    HOME=/tmp
 
 WORKDIR /data
 CMD ["autoreg_doctor"]

@@ -204,8 +204,9 @@ def joint_figure(plan: Plan) -> FigureOfMerit:
         term="slabs",
         ranks_by_probe=True,
         pictures="Each row shows the middle slices of validation slabs and 2D images that lie "
-        "nearest to one prototype, the nearest first, each from another sample. What lies together "
-        "should look alike.",
+        "nearest to one prototype, the centre of a cluster. Each is from another sample, the "
+        "nearest first; a cosine of 1 is the prototype itself. What lies together should look "
+        "alike.",
         notes=NOTES,
     )
 

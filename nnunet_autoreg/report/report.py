@@ -175,7 +175,7 @@ def report(
             ),
             "verdict": _verdict(plan, series, notes),
             "tiles": _tiles(plan, setting, series),
-            "next": _next(plan, series, setting),
+            "next": next_section(plan, series, setting),
             "scans": scans,
             "fingerprint": _embedded(
                 folder / "fingerprint.png",
@@ -232,10 +232,11 @@ def verdict(plan: Plan, series: Series) -> tuple[bool, str]:
 
     if error < best:
         share = 100 * (1 - error / best)
+        baseline = "baseline" if len(baselines) == 1 else "better baseline"
         return (
             True,
-            f"The encoder learns. {figures}: it is {share:.0f} % below the better baseline. Lower "
-            "is better.",
+            f"The encoder learns. {figures}: it is {share:.0f} % below the {baseline}. Lower is "
+            "better.",
         )
     if steps_done(series) <= plan.optim.warmup_steps:
         return True, f"It is too early to say. {figures}. The learning rate is still warming up."
@@ -312,7 +313,7 @@ def _kind_of_memory(setting: RunSetting) -> str:
     return "peak, allocated on the GPU" if setting.device == "cuda" else "peak, main process"
 
 
-def _next(plan: Plan, series: Series, setting: RunSetting) -> str:
+def next_section(plan: Plan, series: Series, setting: RunSetting) -> str:
     """Return what the user should type next: to continue, or to fine-tune."""
     done = steps_done(series)
     if done < plan.optim.num_steps:
@@ -338,7 +339,15 @@ def _next(plan: Plan, series: Series, setting: RunSetting) -> str:
         f"Fine-tune on a labelled nnU-Net dataset{hint}. Then train folds 1 to 4 in the same way; "
         "--c continues an interrupted fold."
     )
-    return page.paragraph(text) + page.commands(lines)
+    advice = ""
+    learns, _ = verdict(plan, series)
+    if not learns and _last(series, "heldout_error") is not None:
+        advice = page.paragraph(
+            f"Train longer first: type the same line with more --steps than "
+            f"{plan.optim.num_steps:,}, or with a new --name and another rate."
+        ) + page.commands([command_of(plan)])
+        text = f"To use the encoder all the same: {text[0].lower()}{text[1:]}"
+    return advice + page.paragraph(text) + page.commands(lines)
 
 
 def _pictures_or_galleries(

@@ -63,6 +63,16 @@ def test_the_image_is_built_from_all_that_the_package_needs():
     assert all((REPO / name).exists() for name in files)
 
 
+def test_the_image_has_a_home_that_every_user_can_write_to():
+    """Without it, Triton compiles into /.triton where -u names a user that the image lacks."""
+    (variables,) = re.findall(r"^ENV ((?:.+\\\n)*.+)$", text_of("Dockerfile"), re.MULTILINE)
+    values = dict(part.split("=") for part in variables.replace("\\\n", " ").split())
+
+    assert values["HOME"] == "/tmp"
+    folders = {name for name in values if name.startswith("nnUNet_")}
+    assert folders == {"nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"}
+
+
 def test_every_command_that_the_image_shows_exists():
     scripts = metadata()["scripts"]
     text = text_of("Dockerfile")

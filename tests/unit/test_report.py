@@ -71,6 +71,7 @@ from nnunet_autoreg.report.report import (
     Reporter,
     RunSetting,
     command_of,
+    next_section,
     verdict,
 )
 from nnunet_autoreg.report.scans import HIDDEN, scans_section
@@ -748,6 +749,18 @@ def test_measures_of_an_objective_are_explained_below_their_charts():
 
         assert len(charts) == len(measures)
         assert [chart.title for chart in charts if not chart.note] == []
+
+
+def test_a_run_that_has_not_learnt_is_trained_longer_first():
+    steps = float(PLAN.optim.num_steps)
+    learnt = {"heldout_error": [(steps, 0.4)], "heldout_mean": [(steps, 0.9)]}
+    not_learnt = {"heldout_error": [(steps, 0.95)], "heldout_mean": [(steps, 0.9)]}
+    setting = RunSetting("cpu", 3, 1)
+
+    assert "--steps" not in next_section(PLAN, learnt, setting)
+    html = next_section(PLAN, not_learnt, setting)
+    assert html.index("--steps") < html.index("nnUNetv2_train")
+    assert "-device cpu" in html
 
 
 def test_kinds_of_sequences_have_the_unit_of_the_error():
