@@ -77,8 +77,7 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
     normalization = card.normalization or "z-score"
     if card.normalization is None and card.ct_window is not None:
         normalization = "CT by its window, all else z-scored"
-    channel_names = ", ".join(card.channel_names) or "unnamed"
-    channels = f"{card.num_input_channels} ({channel_names}); {', '.join(card.modalities)}"
+    channels = f"{card.channels_text}; {', '.join(card.modalities)}"
 
     decoder = "none: fine-tuning starts from a random one"
     decoder_sizes = []

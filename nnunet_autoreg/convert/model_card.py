@@ -137,7 +137,7 @@ def _network(card: EncoderCard) -> str:
 
     facts = {
         "class": card.class_path,
-        "channels": f"{card.num_input_channels} ({', '.join(card.channel_names) or 'unnamed'})",
+        "channels": card.channels_text,
         "voxel size": f"{size_text(card.spacing_mm, 'g')} mm (z, y, x)",
         "crop": f"{size_text(card.crop_size_vox)} voxels (z, y, x)",
         "token or total stride": f"{size_text(card.token_size_vox)} voxels",

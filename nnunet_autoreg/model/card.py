@@ -148,6 +148,12 @@ class EncoderCard:
         return bool(self.adaptation.keys_to_decoder)
 
     @property
+    def channels_text(self) -> str:
+        """Number and names of the channels: "1 (MRI)". Scans of plain folders have no name."""
+        names = [name for name in self.channel_names if name]
+        return f"{self.num_input_channels} ({', '.join(names) or 'unnamed'})"
+
+    @property
     def licence_line(self) -> str:
         """Licences of the weights as one line for the user; "" where none is stated."""
         stated = [f"{name}: {text}" for name, text in self.licences.items() if text]

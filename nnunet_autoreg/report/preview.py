@@ -274,11 +274,12 @@ def draw_picture(
     if plan.sequence.swap_axes:
         moves.append("transposed")
     training = f"During training they are {' and '.join(moves)} at random." if moves else ""
+    details = f"(order: {plan.sequence.order}, predictor: {plan.sequence.predictor})"
     explanation = (
         f"A crop is cut into blocks. {use_of_blocks(plan)} "
         "Hatched: outside the scan; nothing is predicted there.\n"
         f"Crops are shown as radiologists view them. {training} "
-        f"(order: {plan.sequence.order}, predictor: {plan.sequence.predictor})"
+        f"{'' if is_at_once(plan) else details}"
     )
     head.text(0.01, 0.62, explanation, fontsize=11.5, va="top")
 

@@ -87,6 +87,19 @@ def test_an_export_for_hugging_face_holds_weights_config_and_a_model_card(
     assert "no medical device" in text
 
 
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [(("", "MRI"), "1 (MRI)"), (("",), "1 (unnamed)"), (("T1", "T2"), "1 (T1, T2)")],
+)
+def test_channels_without_a_name_are_not_listed(
+    write_run: Callable[..., Path], tmp_path: Path, names: tuple[str, ...], text: str
+) -> None:
+    """Scans of a plain folder have none."""
+    card = read_card(write_run(tmp_path, "run", channel_names=names))
+
+    assert card.channels_text == text
+
+
 def test_a_folder_for_hugging_face_is_imported_bit_by_bit(
     tmp_path: Path, run_folder: Path, exported: Path
 ) -> None:
