@@ -4,6 +4,8 @@ torch is imported only by the functions that need it.
 """
 
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_autoreg.errors import UsageError
@@ -12,6 +14,24 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
+
+
+def problem_of_name(path: str | Path) -> str:
+    """Return why a file or folder cannot be used by its name, and the remedy; "" if it can.
+
+    SimpleITK, blosc2, safetensors and our own files use UTF-8.
+    """
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return "the name is not valid UTF-8; rename it"
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and not str(path).isascii():
+        return (
+            f"Python reads names as {encoding} here, and the name has other letters than English "
+            "ones; run again after: export PYTHONUTF8=1"
+        )
+    return ""
 
 
 def usable_cores() -> int:

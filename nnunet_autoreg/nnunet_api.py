@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean, shell_quoted
 from nnunet_autoreg.geometry import Size, Spacing, as_spacing
-from nnunet_autoreg.machine import MOST_DIGITS
+from nnunet_autoreg.machine import MOST_DIGITS, problem_of_name
 from nnunet_autoreg.plan import IntensityWindow
 
 Array = npt.NDArray[np.float32]
@@ -72,6 +72,9 @@ def _environment_folder(variable: str) -> Path:
             f"{variable}=/path/to/{variable}",
             code="usage-variable-unset",
         )
+    problem = problem_of_name(value)
+    if problem:
+        raise UsageError(f"{variable} is set to {value}: {problem}", code="usage-name")
     folder = Path(value)
     if not folder.exists():
         _refuse_unexpanded(variable, value)

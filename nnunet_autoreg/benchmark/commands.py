@@ -77,7 +77,7 @@ class Commands:
             )
 
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("a", encoding="utf-8") as handle:
+        with self.log_file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
             handle.write(f"$ {shlex.join(line)}\n")
             handle.flush()
             with phase(f"running {line[0]}"):

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import io
 import logging
 import os
 import sys
@@ -149,6 +150,7 @@ def command(main: Main) -> Command:
         # Without arguments of its own, the command is the whole process and ends with it.
         with stoppable(_command_name(main), until_exit=argv is None):
             starting.finish()
+            _print_any_name()
             try:
                 code = main(argv)
                 sys.stdout.flush()
@@ -163,6 +165,16 @@ def command(main: Main) -> Command:
                 return _failed(main, error)
 
     return run
+
+
+def _print_any_name() -> None:
+    """Print as escapes what the terminal's encoding has no character for.
+
+    Names of files may be no text, and an ASCII terminal has no umlauts.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _stopped(error: BaseException) -> int:

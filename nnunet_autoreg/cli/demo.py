@@ -108,7 +108,7 @@ class Demo:
         start = time.monotonic()
         log = self.folder / "demo.log"
 
-        with log.open("a", encoding="utf-8") as handle:
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as handle:
             handle.write(f"$ {' '.join(line)}\n")
             handle.flush()
             program = shutil.which(line[0], path=self.environment["PATH"])

@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--labels",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="label maps for --region label, named like the scans (case.nii.gz)",
     )

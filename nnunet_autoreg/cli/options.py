@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.io.addresses import advice_for, is_address
+from nnunet_autoreg.machine import problem_of_name
 
 # argparse has no public name for the groups of a parser.
 Group = argparse._ArgumentGroup
@@ -16,10 +17,14 @@ def local_path(text: str) -> Path:
     """Return the path that the user typed.
 
     Raises:
-        UsageError: it is an address on the web (code "usage-address").
+        UsageError: it is an address on the web (code "usage-address"), or a name that cannot be
+            used (code "usage-name").
     """
     if is_address(text):
         raise UsageError(advice_for(text), code="usage-address")
+    problem = problem_of_name(text)
+    if problem:
+        raise UsageError(f"{text}: {problem}", code="usage-name")
     return Path(text)
 
 

@@ -5,7 +5,6 @@ Whatever is left out comes back too, with its reason.
 
 import logging
 import os
-import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -40,6 +39,7 @@ from nnunet_autoreg.io.names import (
     voxel_file,
 )
 from nnunet_autoreg.io.parts import ScanPart
+from nnunet_autoreg.machine import problem_of_name
 from nnunet_autoreg.nnunet_api import dataset_folder
 from nnunet_autoreg.records import shown
 
@@ -237,7 +237,7 @@ class _Finder:
             return
         self.files.add(key)
 
-        problem = _problem_of_name(path)
+        problem = problem_of_name(path)
         if problem:
             path = Path(_printable(str(path)))
             base_id, case = _printable(base_id), _printable(case)
@@ -601,24 +601,6 @@ def _of_name(scope: str, inside: str) -> dict[str, str]:
         "contrast": contrast,
         "modality": modality_of_contrast(contrast),
     }
-
-
-def _problem_of_name(path: Path) -> str:
-    """Return why a file cannot be read by its name, and the remedy; "" if it can.
-
-    SimpleITK and our own files use UTF-8.
-    """
-    try:
-        os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError:
-        return "the name is not valid UTF-8; rename the file"
-    encoding = sys.getfilesystemencoding()
-    if encoding != "utf-8" and not str(path).isascii():
-        return (
-            f"Python reads names as {encoding} here, and the name has other letters than English "
-            "ones; run again after: export PYTHONUTF8=1"
-        )
-    return ""
 
 
 def _printable(name: str) -> str:

@@ -102,7 +102,7 @@ def write_rows(
     """
     with (
         atomic_path(file) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as handle,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
     ):
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)

@@ -348,7 +348,7 @@ def write_table(file: Path, scans: Iterable[ScanFile], lowest_score: float) -> N
     """
     with (
         atomic_path(file) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as handle,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
     ):
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)

@@ -604,8 +604,8 @@ def is_finished(folder: Path, plan: Plan) -> bool:
 def logged_to(folder: Path, name: str = "training_log") -> Iterator[None]:
     """Write everything that is logged inside to ``<name>_*.txt`` in the folder as well."""
     path = folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt"
-    # A call that logs nothing leaves no file.
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    # A call that logs nothing leaves no file. Names of files may be no text.
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True, errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
     logger = logging.getLogger("nnunet_autoreg")

@@ -379,7 +379,7 @@ def verdict_of(
         min_scans: of the plan.
     """
     if health is None:
-        reason = f"no scan was left for validation; {num_scans} scans"
+        reason = f"no 3D scan was left for validation; {num_scans} scans"
         return Verdict(UNKNOWN, reason, min_scans=min_scans)
 
     beaten, not_beaten = compared(health)
