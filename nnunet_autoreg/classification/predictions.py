@@ -20,7 +20,7 @@ from nnunet_autoreg.classification.table import (
     read_rows,
 )
 from nnunet_autoreg.errors import ClassesError
-from nnunet_autoreg.records import from_cell, to_cell, write_text
+from nnunet_autoreg.records import to_cell, write_text
 
 NAME = "classes.csv"
 
@@ -67,10 +67,7 @@ def read_predictions(file: Path) -> ClassPredictions:
         ClassesError: it is missing, no such table (code "classes-predictions-format"), or a
             probability is none (code "classes-probability").
     """
-    rows = []
-    for row in read_rows(file):
-        rows.append({from_cell(name): from_cell(value) for name, value in row.items()})
-
+    rows = read_rows(file)
     # A task is a column that has columns of probabilities beside it.
     columns = [name for name in rows[0] if name != CASE_COLUMN]
     tasks = []

@@ -12,7 +12,7 @@ Otherwise, every column with at most 20 different values is a task.
 import csv
 import io
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from nnunet_autoreg.downstream.patients import PATIENT_COLUMNS, subjects_by_name
 from nnunet_autoreg.errors import ClassesError, did_you_mean
 from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.names import natural_key
+from nnunet_autoreg.records import from_cell, to_cell
 
 TABLE_NAME = "classesTr.csv"
 KEY = "classification"
@@ -120,11 +121,12 @@ def public_table(table: ClassTable) -> str:
 
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow([CASE_COLUMN, PATIENT_COLUMNS[0], *(task.name for task in table.tasks)])
+    header = [CASE_COLUMN, PATIENT_COLUMNS[0], *(task.name for task in table.tasks)]
+    writer.writerow([to_cell(name) for name in header])
     for case, labels in table.labels.items():
-        row = [case, f"patient-{number_of[table.patient_of[case]]:04d}"]
+        row = [to_cell(case), f"patient-{number_of[table.patient_of[case]]:04d}"]
         for task, label in zip(table.tasks, labels, strict=True):
-            row.append("" if label == UNKNOWN else task.classes[label])
+            row.append("" if label == UNKNOWN else to_cell(task.classes[label]))
         writer.writerow(row)
     return lines.getvalue()
 
@@ -140,15 +142,15 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     """
     if not file.is_file():
         raise ClassesError(
-            f"{file} does not exist; write a table with the columns {CASE_COLUMN} and one per "
-            f"task, such as '{CASE_COLUMN},diagnosis'",
+            f"{file} does not exist, or is no file; write a table with the columns {CASE_COLUMN} "
+            f"and one per task, such as '{CASE_COLUMN},diagnosis'",
             code="classes-no-file",
         )
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.DictReader(handle, strict=True)
             read = list(reader)
-            columns = [str(name).strip() for name in reader.fieldnames or ()]
+            columns = [_text_of(name) for name in reader.fieldnames or ()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ClassesError(
             f"{file} cannot be read as a table ({error}); save it as CSV with commas, in UTF-8",
@@ -156,11 +158,12 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         ) from error
 
     # Of two columns of one name, only the last would be read.
-    doubled = sorted({name for name in columns if columns.count(name) > 1})
+    counts = Counter(columns)
+    doubled = sorted(name for name, count in counts.items() if count > 1)
     if doubled:
         raise ClassesError(
-            f"{file} has the column '{doubled[0]}' {columns.count(doubled[0])} times; rename or "
-            "remove all but one",
+            f"{file} has the column '{doubled[0]}' {counts[doubled[0]]} times; rename or remove "
+            "all but one",
             code="classes-duplicate-column",
         )
 
@@ -172,7 +175,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
                 f"{file}: line {number} has more or fewer cells than the first line; repair it",
                 code="classes-unreadable",
             )
-        rows.append({str(name).strip(): str(value).strip() for name, value in cells.items()})
+        rows.append({_text_of(name): _text_of(value) for name, value in cells.items()})
     if not rows or CASE_COLUMN not in rows[0]:
         found = ", ".join(rows[0]) if rows else "no row"
         raise ClassesError(
@@ -191,6 +194,10 @@ def read_rows(file: Path) -> list[dict[str, str]]:
                 code="classes-duplicate-row",
             )
     return rows
+
+
+def _text_of(cell: Any) -> str:
+    return from_cell(str(cell).strip())
 
 
 def _check_cases(file: Path, named: Sequence[str], cases: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,14 @@ from tiny_detector import make_plans
 from nnunet_autoreg.benchmark.results import read_results
 from nnunet_autoreg.benchmark.split import find_patients, read_subjects
 from nnunet_autoreg.checkpoint import LATEST_NAME, load_newest, save_checkpoint
+from nnunet_autoreg.classification.table import public_table, read_table
 from nnunet_autoreg.cli.weights import main as weights_main
+from nnunet_autoreg.convert.choices import HUGGINGFACE_FORM
 from nnunet_autoreg.convert.exporting import export_weights
 from nnunet_autoreg.convert.imported import ImportOptions
+from nnunet_autoreg.convert.importing import import_weights
 from nnunet_autoreg.convert.inspecting import inspect_weights
+from nnunet_autoreg.convert.source import CONFIG_NAME, MODEL_NAME, OWN_KEY
 from nnunet_autoreg.corpus.dataset_json import read_dataset_json
 from nnunet_autoreg.corpus.exclude import read_exclude
 from nnunet_autoreg.corpus.journal import Journal
@@ -55,10 +60,10 @@ from nnunet_autoreg.finetune.block import read_block
 from nnunet_autoreg.finetune.load import read_tensors
 from nnunet_autoreg.finetune.plans import check_plans_name, kept_configurations
 from nnunet_autoreg.finetune.resolve import DatasetTraits, objection
-from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, read_card
+from nnunet_autoreg.model.card import CARD_NAME, RUNS_FOLDER, WEIGHTS_NAME, read_card
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.request import Request, matching_plan, read_plan
-from nnunet_autoreg.records import read_object, to_jsonable
+from nnunet_autoreg.records import read_object, sha256_of, to_jsonable
 from nnunet_autoreg.report.metrics import read_lines
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -154,6 +159,22 @@ def test_any_manifest_is_read_or_refused(tmp_path: Path) -> None:
     (tmp_path / "b.nii.gz").touch()
 
     fuzz("manifest", tmp_path / "m.csv", csv_bytes(lines), read_manifest, tmp_path)
+
+
+def test_any_table_of_classes_is_read_or_refused(tmp_path: Path) -> None:
+    lines = [["case", "patient", "grade", "kind"], ["a", "p1", "1", "=x"], ["b", "p2", "2", "'y"]]
+    lines += [["c", "p3", "1", "=x"], ["d", "p4", "2", "'y"]]
+    copy_file = tmp_path / "copy.csv"
+
+    def read(file: Path) -> None:
+        table = read_table(file, {}, ["a", "b", "c", "d"])
+        # The copy that a training keeps says the same, and no spreadsheet takes it for formulas.
+        copy_file.write_text(public_table(table), encoding="utf-8")
+        kept = read_table(copy_file, {}, ["a", "b", "c", "d"])
+        assert (kept.tasks, kept.labels) == (table.tasks, table.labels)
+        assert ",=" not in copy_file.read_text(encoding="utf-8")
+
+    fuzz("classesTr.csv", tmp_path / "classesTr.csv", csv_bytes(lines), read, tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["json", "txt"])
@@ -620,6 +641,29 @@ def test_any_safetensors_file_is_read_or_refused(tmp_path: Path) -> None:
 
     contents = st.one_of(tensor_files(whole), damaged(whole))
     fuzz("checkpoint (.safetensors)", tmp_path / "x.safetensors", contents, read, tmp_path)
+
+
+def test_any_folder_of_the_hub_is_imported_or_refused(run_folder: Path, tmp_path: Path) -> None:
+    folder, runs = tmp_path / "repository", tmp_path / "runs"
+    export_weights(run_folder / WEIGHTS_NAME, folder, HUGGINGFACE_FORM)
+    runs.mkdir()
+    config_file, model = folder / CONFIG_NAME, folder / MODEL_NAME
+    config, whole = json.loads(config_file.read_text()), model.read_bytes()
+
+    def read(_file: Path) -> None:
+        inspect_weights(folder, ImportOptions())
+        import_weights(folder, "x", runs, ImportOptions())
+        shutil.rmtree(runs / RUNS_FOLDER / "x")
+
+    def read_sealed(file: Path) -> None:
+        # Whoever edits the weights can state their hash as well.
+        config[OWN_KEY]["card"]["sha256"] = sha256_of(file)
+        config_file.write_text(json.dumps(config))
+        read(file)
+
+    fuzz("config.json (Hugging Face)", config_file, json_bytes(config), read, tmp_path)
+    contents = st.one_of(tensor_files(whole), damaged(whole))
+    fuzz("model.safetensors (Hugging Face)", model, contents, read_sealed, tmp_path)
 
 
 def test_the_command_ends_any_weights_file_in_one_line(
