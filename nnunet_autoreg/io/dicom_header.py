@@ -65,6 +65,7 @@ VALUES = (
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "AcquisitionNumber",
+    "AcquisitionTime",
     "InstanceNumber",
     "TemporalPositionIdentifier",
     "TemporalPositionIndex",

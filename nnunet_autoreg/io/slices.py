@@ -204,6 +204,7 @@ ORDER_NAMES = (
     "flip angle",
     "gradient direction",
     "contrast agent",
+    "acquisition time",
 )
 NUM_ORDERS = len(ORDER_NAMES) + 1
 NO_PROBLEM = ("", "")
@@ -447,5 +448,7 @@ def _order(frame: DicomHeader, index: int) -> tuple[float, ...]:
         frame.number("FlipAngle", 0.0),
         gradient,
         float(has_contrast_agent(frame)),
+        # As it is written, such as 101530.5: only whether two times differ counts.
+        frame.number("AcquisitionTime", 0.0),
         frame.number("InstanceNumber", 0.0) if index < 0 else float(index),
     )

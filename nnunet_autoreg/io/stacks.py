@@ -30,12 +30,14 @@ VOLUME_NAMES = (
     "contrast agent",
     "acquisition",
     "trigger time",
+    "acquisition time",
 )
-# These may differ between the packages of one volume.
-PACKAGE_NAMES = ("acquisition", "trigger time")
+# These may differ between the packages of one volume, and from slice to slice.
+PACKAGE_NAMES = ("acquisition", "trigger time", "acquisition time")
 # Written with few digits, so equal directions and positions differ a little.
 SAME_DIRECTION, SAME_SPACING_MM, SAME_POSITION_MM = 5e-3, 1e-3, 1e-2
-GRADIENT = ORDER_NAMES.index("gradient direction")
+# No rounding is allowed for these.
+EXACT = tuple(map(ORDER_NAMES.index, ("gradient direction", "acquisition time")))
 UNEVEN, MISSING = 0.05, 1.5
 MAX_DECIMALS = 3
 MAX_TILT_DEGREES = 0.5
@@ -141,8 +143,11 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
     if studies:
         return studies
 
-    # Slices between each other's slices make one volume if all of them fit side by side.
-    are_packages = whole.first.thickness < PACKAGE_OVERLAP * whole.spacing_mm[0]
+    # Slices between each other's slices make one volume if all of them fit side by side. Nothing is
+    # known where the thickness lacks (NaN).
+    thickest = PACKAGE_OVERLAP * whole.spacing_mm[0]
+    are_packages = whole.first.thickness < thickest
+    are_too_thick = whole.first.thickness >= thickest
     for name in VOLUME_NAMES:
         parts = _parts_by_value(group, ORDER_NAMES.index(name))
         stacks = _stacks_of_parts(parts)
@@ -150,11 +155,13 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
             continue
         if whole.problem[0] and (_overlap(stacks) or len(stacks) <= MAX_STACKS):
             return stacks
+        # Of one volume, slices may have been acquired at different times.
+        is_sure = are_too_thick if name == "acquisition time" else not are_packages
         # Slabs side by side, as of a CT that moves its table between exposures, make one volume.
-        if _overlap(stacks) and not (name in PACKAGE_NAMES and are_packages):
+        if _overlap(stacks) and (name not in PACKAGE_NAMES or is_sure):
             return stacks
 
-    if whole.problem[0]:
+    if whole.problem[0] or are_too_thick:
         # Without an overlap the cut is where a slice is missing, and the series stays incomplete.
         passes = _stacks_of_parts(_parts_by_runs(group))
         return passes if passes and _overlap(passes) else [whole]
@@ -164,9 +171,9 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
 def _parts_by_value(group: Sequence[DicomSlice], index: int) -> list[list[DicomSlice]]:
     """Return the slices by the value of ``order[index]``.
 
-    Values that differ by rounding are one. A gradient direction is no quantity, so it has to agree.
+    Values that differ by rounding are one. Gradient directions and times have to agree.
     """
-    tolerance = 0.0 if index == GRADIENT else SAME_VALUE
+    tolerance = 0.0 if index in EXACT else SAME_VALUE
     parts: list[list[DicomSlice]] = []
     for one in sorted(group, key=lambda s: s.order[index]):
         value = one.order[index]
@@ -374,8 +381,8 @@ def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
             values.append(sorted({one.order[index] for one in level}))
         if any(len(of_level) != num_volumes for of_level in values):
             continue
-        # These two go on from slice to slice; the others are the same for a whole volume.
-        goes_on = name in ("acquisition", "trigger time")
+        # These go on from slice to slice; the others are the same for a whole volume.
+        goes_on = name in PACKAGE_NAMES
         if goes_on or all(np.allclose(of_level, values[0], rtol=1e-3) for of_level in values):
             return index, name
 

@@ -22,7 +22,7 @@ INVERSION, FLIP, B_VALUE, GRADIENT, THICKNESS = (
     "t00189089",
     "t00180050",
 )
-IMAGE_TYPE, AGENT = "t00080008", "t00180010"
+IMAGE_TYPE, AGENT, ACQUISITION_TIME = "t00080008", "t00180010", "t00080032"
 
 
 def write_pass(folder: Path, array: Any, first: int, heights: Sequence[float], **tags: Any) -> None:
@@ -69,6 +69,7 @@ MARKS = {
     "contrast agent": [{}, {AGENT: ("LO", "Gadobutrol")}],
     # Magnitude and phase of one acquisition.
     "phase": [{IMAGE_TYPE: ("CS", f"ORIGINAL\\PRIMARY\\{part}")} for part in "MP"],
+    "acquisition time": [{ACQUISITION_TIME: ("TM", time)} for time in ("101530", "101531.5")],
     "instance number": [{}, {}],
 }
 COVERAGES = {
@@ -93,7 +94,7 @@ def test_volumes_of_other_coverage_are_stacks_of_their_own(
     assert all(is_one_of(voxels(one), arrays) for one in found)
 
 
-@pytest.mark.parametrize("mark", [m for m in MARKS if m not in ("instance number",)])
+@pytest.mark.parametrize("mark", MARKS)
 def test_two_stacks_are_never_interleaved_into_one(tmp_path: Path, mark: str) -> None:
     arrays = [d.volume(8), d.volume(8, seed=1)]
     for number, offset in enumerate((0.0, 1.0)):
@@ -132,13 +133,27 @@ def test_every_stack_of_a_series_has_a_place_of_its_own(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("mark", ["acquisition", "trigger"])
+@pytest.mark.parametrize("mark", ["acquisition", "trigger", "acquisition time", "instance number"])
 def test_packages_that_fit_between_each_other_stay_one_volume(tmp_path: Path, mark: str) -> None:
     array = d.volume(16)
     for number in range(2):
         heights = [2.0 * k + number for k in range(8)]
         tags = {THICKNESS: ("DS", "1.0"), **MARKS[mark][number]}
         write_pass(tmp_path / "pool", array[number::2], 1 + 100 * number, heights, **tags)
+
+    (found,) = usable(tmp_path / "pool")
+
+    np.testing.assert_array_equal(voxels(found), turned(array))
+
+
+@pytest.mark.parametrize("mark", ["acquisition time", "instance number"])
+def test_packages_of_unknown_thickness_stay_one_volume(tmp_path: Path, mark: str) -> None:
+    array = d.volume(16)
+    for number in range(2):
+        heights = [2.0 * k + number for k in range(8)]
+        write_pass(
+            tmp_path / "pool", array[number::2], 1 + 100 * number, heights, **MARKS[mark][number]
+        )
 
     (found,) = usable(tmp_path / "pool")
 
@@ -189,6 +204,7 @@ def test_the_second_pass_may_run_backwards(tmp_path: Path) -> None:
         "flip angle",
         "gradient direction",
         "contrast agent",
+        "acquisition time",
     ],
 )
 def test_volumes_at_the_same_places_are_split_by_what_tells_them_apart(
