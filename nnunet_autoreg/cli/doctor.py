@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ from typing import Any
 
 import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg import __version__, bridge, nnunet_api
+from nnunet_autoreg.children import PR_SET_PDEATHSIG
 from nnunet_autoreg.cli.common import CommandParser, command, print_next
 from nnunet_autoreg.errors import AutoregError, UsageError, WeightsError
 from nnunet_autoreg.machine import GIB, memory_bytes, usable_cores
@@ -48,7 +50,10 @@ PROBED_NETWORKS = ("resenc_tiny", "primus_tiny", "primus_v3_tiny", "vit_b16")
 # The probe runs in a fresh interpreter, because modules that this one has imported already could
 # hide a problem.
 PROBE = f"""
-import importlib, json, sys
+import ctypes, importlib, json, sys
+if sys.platform == "linux":
+    # Ended by the kernel if the process that started it is.
+    ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {signal.SIGKILL:d})
 answer = {{"live": any(hasattr(f, "is_autoreg_bridge") for f in sys.meta_path)}}
 
 def attempt(key, action):

@@ -10,16 +10,15 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.detection.geometry import StoredArray, stored_array
 from nnunet_autoreg.detection.images import open_image
 from nnunet_autoreg.detection.instances import (
@@ -253,14 +252,14 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list[Any]:
     """Return ``function`` of every item, in order.
 
-    Few items are done in this process: others would take longer to start than they save.
+    Few items are done in this process: others would take longer to start than they save. The other
+    processes end with this one, however that ends.
     """
     # A process needs seconds to import torch and nnU-Net.
     workers = min(num_processes, len(items) // FEWEST_PER_PROCESS)
     if workers < 2:
         return [function(item) for item in items]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(function, items))
+    return list(parallel_map(function, items, workers, "reading the objects of labelled scans"))
 
 
 def sizes_of(

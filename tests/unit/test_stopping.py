@@ -383,6 +383,47 @@ def test_a_program_whose_guard_is_killed_ends_too(tmp_path: Path) -> None:
         time.sleep(0.02)
 
 
+POOL = """
+import os, pathlib, sys, time
+from nnunet_autoreg.detection.objects import in_parallel
+
+def sleep(number):
+    pathlib.Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(300)
+
+if __name__ == "__main__":
+    in_parallel(sleep, range(16), 2)
+"""
+PROBE_OF_DOCTOR = """
+import subprocess, sys
+from nnunet_autoreg.cli.doctor import PROBE
+begin = PROBE.partition("answer =")[0]
+mark = "import os, pathlib, time; pathlib.Path(sys.argv[1], str(os.getpid())).touch()"
+rest = f"{mark}; time.sleep(300)"
+subprocess.run([sys.executable, "-c", begin + rest, sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize(("script", "number"), [(POOL, 2), (PROBE_OF_DOCTOR, 1)])
+def test_children_end_with_a_program_that_is_killed(
+    tmp_path: Path, script: str, number: int
+) -> None:
+    (tmp_path / "marks").mkdir()
+    (tmp_path / "program.py").write_text(script)
+    program = subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "marks")]
+    )
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "marks").iterdir())) < number:
+        assert program.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+    program.kill()
+    program.wait()
+
+    assert all(is_gone(int(mark.name)) for mark in (tmp_path / "marks").iterdir())
+
+
 def test_outside_the_main_thread_nothing_changes() -> None:
     usual = signal.getsignal(signal.SIGTERM)
     seen = []
