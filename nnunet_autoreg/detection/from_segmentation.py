@@ -47,8 +47,12 @@ UNREADABLE = (
     AssertionError,
     zipfile.BadZipFile,
     zlib.error,
+    MemoryError,
 )
 """What nnU-Net's readers and NumPy raise for a damaged file."""
+
+MOST_CHANNELS = 1024
+"""Of probabilities; a segmentation has one for each label or region."""
 
 log = logging.getLogger(__name__)
 
@@ -165,18 +169,21 @@ class Segmentations:
         check_file(file)
         try:
             array, properties = self.manager.image_reader_writer_class().read_seg(str(file))
-            probabilities = np.load(npz_file)["probabilities"]
+            seg = np.asarray(array)[0]
+            # A small file may claim to hold any number of values, so that the size comes first.
+            shape = _shape_of_probabilities(npz_file)
+            fits = len(shape) == 4 and shape[1:] == seg.shape and shape[0] <= MOST_CHANNELS
+            probabilities = np.load(npz_file)["probabilities"] if fits else None
         except UNREADABLE as error:
             raise ScanError(
                 "unreadable",
                 f"{file.name} or {npz_file.name} cannot be read ({error}); predict it again",
             ) from error
 
-        seg = np.asarray(array)[0]
-        if probabilities.ndim != 4 or probabilities.shape[1:] != seg.shape:
+        if probabilities is None:
             raise ScanError(
                 "unreadable",
-                f"{npz_file.name} has {probabilities.shape}, {file.name} has {seg.shape} voxels "
+                f"{npz_file.name} has {shape}, {file.name} has {seg.shape} voxels "
                 "(z, y, x); predict it again",
             )
         return seg, properties, probabilities
@@ -207,6 +214,26 @@ class Segmentations:
                 )
             found.append(outermost)
         return found
+
+
+def _shape_of_probabilities(npz_file: Path) -> tuple[int, ...]:
+    """Return the shape of the probabilities, without unpacking them.
+
+    Raises:
+        ValueError: it holds anything else, or is of a newer format.
+    """
+    with zipfile.ZipFile(npz_file) as archive, archive.open("probabilities.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise ValueError(f"format {version} of NumPy is not known")
+        shape, _, dtype = readers[version](stream)
+    if dtype.kind != "f":
+        raise ValueError(f"values of type {str(dtype)[:40]} instead of probabilities")
+    return tuple(shape)
 
 
 def objects_of(

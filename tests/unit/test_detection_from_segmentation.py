@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from memory import peak_bytes
 from refusals import logged, refused
 
 from nnunet_autoreg.cli.detect import main
@@ -192,6 +193,33 @@ def test_one_damaged_file_of_probabilities_stops_nothing(
 
     assert logged(caplog, "case_2", "(unreadable)", "case_2.npz", "(3, 1, 1, 1)")
     assert (tmp_path / "out" / "case_1.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "value"),
+    [
+        (np.zeros((40_000, *SHAPE), np.float16), "40000"),
+        (np.zeros((3, *SHAPE), "V2000"), "V2000"),
+    ],
+)
+def test_probabilities_that_would_fill_the_memory_are_not_unpacked(
+    predicted: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    probabilities: np.ndarray,
+    value: str,
+) -> None:
+    (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
+    np.savez_compressed(predicted / "case_2.npz", probabilities=probabilities)
+
+    def detect() -> None:
+        assert main(["--from-seg", str(predicted), "-o", str(tmp_path / "out")]) == 1
+
+    peak = peak_bytes(detect)
+
+    assert logged(caplog, "case_2", "(unreadable)", value)
+    assert (tmp_path / "out" / "case_1.json").is_file()
+    assert peak < 2**24
 
 
 def test_probabilities_whose_writing_was_cut_off_stop_nothing(
