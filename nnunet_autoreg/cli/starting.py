@@ -8,14 +8,18 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing import parent_process
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 EXIT_CODE = 130
 COMMANDS_FOLDER = Path(__file__).parent
 
-_usual_handlers = {
+Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
+
+_usual_handlers: dict[signal.Signals, Handler] = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,
 }
