@@ -3,14 +3,16 @@
 Lines and bars go to stderr; results of a command go to stdout, whatever ``-q`` says.
 """
 
+import io
 import logging
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from nnunet_autoreg.errors import printable
 from nnunet_autoreg.wording import duration
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
@@ -38,6 +40,51 @@ def verbosity() -> int:
 def lowest_log_level() -> int:
     """Return the level from which log lines are shown."""
     return {QUIET: logging.WARNING, NORMAL: logging.INFO, VERBOSE: logging.DEBUG}[_terminal.level]
+
+
+class PrintableStream(io.TextIOBase):
+    """Passes text on to another stream, with control characters as escapes.
+
+    Commands print names of files and words of other people's tables, and a terminal obeys control
+    characters. Line breaks and tabs are our own, so that they stay.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        if not text.isprintable():
+            text = "".join(c if c in "\n\t" else printable(c) for c in text)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        """Flush the other stream."""
+        self.stream.flush()
+
+    def fileno(self) -> int:
+        """Return the file descriptor of the other stream."""
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        """Return whether the other stream is a terminal."""
+        return self.stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Return the encoding of the other stream."""
+        return self.stream.encoding
+
+
+@contextmanager
+def printable_stdout() -> Iterator[None]:
+    """Let nothing that is printed inside hold a control character."""
+    usual = sys.stdout
+    sys.stdout = PrintableStream(usual)
+    try:
+        yield
+    finally:
+        sys.stdout = usual
 
 
 class ProgressBar(tqdm):  # type: ignore[misc]

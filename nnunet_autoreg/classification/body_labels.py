@@ -62,7 +62,8 @@ def write_body_labels(dataset: Path) -> tuple[ClassTable, list[str]]:
     for unfinished in labels.glob(TEMPORARY_FILES):
         unfinished.unlink()
 
-    is_ct = read_dataset_json(dataset).channels[0].casefold() == "ct"
+    channels = read_dataset_json(dataset).channels
+    is_ct = bool(channels) and channels[0].casefold() == "ct"
     for case in wanted:
         _write(images[case], labels / f"{case}{ending}", is_ct)
     return table, wanted

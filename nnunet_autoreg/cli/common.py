@@ -34,6 +34,7 @@ from nnunet_autoreg.terminal import (
     VERBOSE,
     TerminalHandler,
     lowest_log_level,
+    printable_stdout,
     set_verbosity,
 )
 
@@ -147,10 +148,10 @@ def command(main: Main) -> Command:
         if rule not in filters:
             os.environ["PYTHONWARNINGS"] = f"{filters},{rule}" if filters else rule
 
+        _print_any_name()
         # Without arguments of its own, the command is the whole process and ends with it.
-        with stoppable(_command_name(main), until_exit=argv is None):
+        with stoppable(_command_name(main), until_exit=argv is None), printable_stdout():
             starting.finish()
-            _print_any_name()
             try:
                 code = main(argv)
                 sys.stdout.flush()

@@ -227,6 +227,15 @@ def test_label_maps_are_written_where_they_lack(
     assert write_body_labels(dataset)[1] == []
 
 
+def test_label_maps_are_written_without_a_name_of_the_channel(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, {row[:2]: row[3:] for row in ROWS})
+    file = dataset / "dataset.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps(described | {"channel_names": {}}))
+
+    assert len(write_body_labels(dataset)[1]) == len(ROWS)
+
+
 def test_the_body_is_found_in_ct_and_in_scans_without_zeros() -> None:
     random = np.random.default_rng(0)
     ct = np.full((12, 12, 12), -1000, dtype=np.float32)

@@ -48,7 +48,11 @@ def test_a_folder_of_nnunet_that_is_no_utf8_is_refused_by_its_variable(
         results_folder()
 
 
-def test_a_log_file_takes_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_takes_any_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without those that other tests have left.
+    monkeypatch.setattr(logging.getLogger("nnunet_autoreg"), "handlers", [])
     logger = logging.getLogger("nnunet_autoreg.names")
 
     with logged_to(tmp_path):
@@ -80,3 +84,17 @@ def test_a_command_prints_any_name(encoding: str, monkeypatch: pytest.MonkeyPatc
     assert text == {"ascii": "wrote 3 mm\\xb3 to ", "utf-8": "wrote 3 mm³ to "}[encoding] + (
         "sch\\udce4del\n"
     )
+
+
+def test_a_command_prints_no_character_that_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main(argv: list[str] | None) -> int:
+        print("column \x1b[31mred\r\x9b: not a task\tµm")
+        print("second line")
+        return 0
+
+    assert command(main)([]) == 0
+
+    out = capsys.readouterr().out
+    assert out == "column \\x1b[31mred\\r\\x9b: not a task\tµm\nsecond line\n"
