@@ -101,6 +101,8 @@ PREAMBLE_BYTES, MARK = 128, b"DICM"
 FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x08")
 FIRST_BYTES = 2048
 DEFLATED = b"1.2.840.10008.1.2.1.99"
+# The class of a DICOMDIR.
+DIRECTORY = "1.2.840.10008.1.3.10"
 # A small deflated file can grow to any size, so that no more than this of it is unpacked.
 MAX_INFLATED_BYTES = 1 << 24
 
@@ -288,7 +290,8 @@ def read_dicom_header(stream: IO[bytes], num_bytes: int) -> DicomHeader:
         raise other_kind
     damaged = ScanError(
         "unreadable",
-        "its DICOM header cannot be parsed, since it is damaged or cut short; copy the file again",
+        "its DICOM header cannot be parsed: it is damaged, cut short, or does not say what it is "
+        "(0008,0016); copy or export the file again",
     )
     try:
         deflated = is_deflated(stream)
@@ -347,15 +350,20 @@ def _parse(stream: IO[bytes], num_bytes: int, deflated: bool) -> tuple[DicomHead
         is_compressed = deflated or stop.length == UNKNOWN_LENGTH
         offset = stream.tell() + stop.num_bytes_before
         pixels = PixelBytes(offset, None if is_compressed else stop.length)
+    meta = getattr(dataset, "file_meta", {})
+    kind = meta.get("MediaStorageSOPClassUID")
     header = DicomHeader(dataset, pixels=pixels)
+    names_its_kind = "SOPClassUID" in header or "Modality" in header or kind == DIRECTORY
+    if kind and "SOPClassUID" not in header:
+        # Some files, such as directories of a medium, state their kind in front only.
+        dataset.SOPClassUID = str(kind)
     if pixels is not None:
-        syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
+        syntax = meta.get("TransferSyntaxUID")
         if syntax is not None:
             header.is_irregular = stop.is_implicit != (syntax == ImplicitVRLittleEndian)
         return header, True
 
     # pydicom skips what is not wanted without a look, so it may have skipped past the end.
-    names_its_kind = "SOPClassUID" in header or "Modality" in header
     is_cut_short = stream.tell() > num_bytes or _last_value_is_cut(dataset)
     return header, names_its_kind and not is_cut_short
 

@@ -147,8 +147,8 @@ def test_broken_dicom_gets_one_row_per_folder_without_any_file_name(
         (
             "unreadable",
             "b",
-            "its DICOM header cannot be parsed, since it is damaged or cut short; "
-            "copy the file again (1 file)",
+            "its DICOM header cannot be parsed: it is damaged, cut short, or does not say what it "
+            "is (0008,0016); copy or export the file again (1 file)",
         ),
     ]
     assert all(c.id.startswith("pool/DICOM-") and "Doe" not in c.id for c in found)

@@ -211,6 +211,24 @@ def test_another_kind_of_file_is_told_from_a_damaged_one(tmp_path: Path) -> None
     assert not isinstance(caught.value, NotDicomError)
 
 
+def test_a_kind_that_stands_in_front_only_is_known(tmp_path: Path) -> None:
+    whole = content_of(tmp_path, {SOP_CLASS: None})
+    (tmp_path / "x.dcm").write_bytes(whole)
+    # A directory of a medium: nothing in its data set says what it is.
+    directory = element(2, 2, b"UI", b"1.2.840.10008.1.3.10")
+    length = element(2, 0, b"UL", struct.pack("<I", len(directory)))
+    entries = element(4, 0x1130, b"CS", b"MEDIUM") + element(4, 0x1212, b"US", b"\0\0")
+    (tmp_path / "DICOMDIR-copy.dcm").write_bytes(
+        b"\0" * 128 + b"DICM" + length + directory + entries
+    )
+
+    rows = {one.path.name: one for one in find_scans([], [tmp_path])}
+
+    assert header_of(whole).text("SOPClassUID") == d.CT
+    kinds = [one.reason for one in rows.values() if one.status == "notimage"]
+    assert len(kinds) == 1 and "another kind" in kinds[0]
+
+
 @pytest.mark.parametrize("num_bytes", [2, 4000])
 def test_a_small_deflated_file_does_not_fill_the_memory(tmp_path: Path, num_bytes: int) -> None:
     long = element(8, 8, b"CS", b"ORIGINAL") + series_element()
