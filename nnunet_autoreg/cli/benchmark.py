@@ -313,10 +313,12 @@ def describe(bench: "Bench") -> None:
         )
         return
 
+    uses = {"pool": "may be labelled", "development": "for choices", "test": "for the result"}
     parts = []
-    for name in ("pool", "development", "test"):
+    for name, use in uses.items():
         cases = getattr(record.division, name)
-        parts.append(f"{name} {len(cases)} ({counted(num_patients(cases), 'patient')})")
+        patients = counted(num_patients(cases), "patient")
+        parts.append(f"{name} {len(cases)} ({patients}, {use})")
     print(", ".join(parts))
     if num_tested[0] < SMALL_TEST:
         print(
