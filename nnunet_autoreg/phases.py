@@ -130,7 +130,13 @@ class _Watcher(threading.Thread):
         wait_s = self.quiet_s
 
         while not self.over.wait(LOOK_EVERY_S):
-            self._look_at_bars()
+            # A progress bar that has moved since the last look is a sign of life.
+            counts = {id(bar): float(bar.n) for bar in visible_bars()}
+            moved = [key for key, count in counts.items() if self.bars.get(key, count) != count]
+            if moved:
+                self.bar_moved_at = time.monotonic()
+            self.bars = counts
+
             phase = current_phase()
             if phase is None or ending.is_set():
                 continue
@@ -145,11 +151,3 @@ class _Watcher(threading.Thread):
             if time.monotonic() - last_output >= patience_s:
                 log.info("%s (%s so far)", phase, duration(round(time.monotonic() - phase.began)))
                 wait_s = min(2 * wait_s, MOST_QUIET_S)
-
-    def _look_at_bars(self) -> None:
-        """Note whether a visible progress bar has moved since the last look."""
-        counts = {id(bar): float(bar.n) for bar in visible_bars()}
-        moved = [key for key, count in counts.items() if self.bars.get(key, count) != count]
-        if moved:
-            self.bar_moved_at = time.monotonic()
-        self.bars = counts

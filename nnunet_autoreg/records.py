@@ -58,7 +58,17 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         kinds = [arg for arg in args if arg is not type(None)]
         return _convert(kinds[0], data, where)
     if origin is tuple and isinstance(data, (list, tuple)):
-        return _convert_tuple(args, data, where)
+        has_any_length = len(args) == 2 and args[1] is ...
+        kind_of_each = [args[0]] * len(data) if has_any_length else list(args)
+        if len(kind_of_each) != len(data):
+            raise PlanError(
+                f"{where}: {shown(data)} has {len(data)} values, {len(kind_of_each)} are needed",
+                code="plan-wrong-length",
+            )
+        pairs = zip(kind_of_each, data, strict=True)
+        return tuple(
+            _convert(kind, value, f"{where}[{i}]") for i, (kind, value) in enumerate(pairs)
+        )
     if origin is dict and isinstance(data, dict):
         return {str(key): _convert(args[1], value, f"{where}.{key}") for key, value in data.items()}
     if kind is Any:
@@ -81,18 +91,6 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         f"{where}: {shown(data)} is not of type {name}; write {expected}",
         code="plan-wrong-type",
     )
-
-
-def _convert_tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
-    has_any_length = len(args) == 2 and args[1] is ...
-    kinds = [args[0]] * len(data) if has_any_length else list(args)
-    if len(kinds) != len(data):
-        raise PlanError(
-            f"{where}: {shown(data)} has {len(data)} values, {len(kinds)} are needed",
-            code="plan-wrong-length",
-        )
-    pairs = zip(kinds, data, strict=True)
-    return tuple(_convert(kind, value, f"{where}[{i}]") for i, (kind, value) in enumerate(pairs))
 
 
 # What a value of a type looks like in JSON.
@@ -143,7 +141,15 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
         )
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    _refuse_newer(fields, data, where)
+
+    known = fields["version"].default if "version" in fields else None
+    found = data.get("version")
+    if isinstance(known, int) and isinstance(found, int) and found > known:
+        raise PlanError(
+            f"{where} is of format {found}, newer than {known}; update nnunet-autoreg",
+            code="plan-newer-format",
+        )
+
     for key in data:
         if key not in fields:
             raise PlanError(
@@ -158,18 +164,6 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
         if name not in data and not has_default:
             raise PlanError(f"{where}: the key '{name}' is missing", code="plan-missing-key")
     return kind(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in data.items()})
-
-
-def _refuse_newer(
-    fields: dict[str, "dataclasses.Field[Any]"], data: dict[str, Any], where: str
-) -> None:
-    known = fields["version"].default if "version" in fields else None
-    found = data.get("version")
-    if isinstance(known, int) and isinstance(found, int) and found > known:
-        raise PlanError(
-            f"{where} is of format {found}, newer than {known}; update nnunet-autoreg",
-            code="plan-newer-format",
-        )
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -202,16 +196,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        mask = os.umask(0o022)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

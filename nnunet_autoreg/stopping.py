@@ -105,11 +105,8 @@ def _line() -> str:
         return _stop.line
     phase = current_phase()
     doing = f" while {phase}" if phase is not None else ""
-    return f"{_cause()}{doing}; {AGAIN}"
-
-
-def _cause() -> str:
-    return "interrupted" if _stop.number == signal.SIGINT else "stopped by SIGTERM"
+    cause = "interrupted" if _stop.number == signal.SIGINT else "stopped by SIGTERM"
+    return f"{cause}{doing}; {AGAIN}"
 
 
 @contextmanager
@@ -234,7 +231,9 @@ def report_stop(line: str = "", is_forced: bool = False) -> None:
     if not _stop.command:
         return
 
-    last_line(f"{_end_of_bar()}{_stop.command}: {line or _line()}", is_forced)
+    # A progress bar stands in an open line.
+    line_break = "\n" if visible_bars() else ""
+    last_line(f"{line_break}{_stop.command}: {line or _line()}", is_forced)
 
 
 def last_line(line: str, is_forced: bool = False) -> None:
@@ -264,11 +263,6 @@ def keep_silent() -> None:
     It is also ended later by force, so that the main process does not take it for lost.
     """
     _stop.command, _stop.is_worker = "", True
-
-
-def _end_of_bar() -> str:
-    """Return a line break where a progress bar stands in an open line."""
-    return "\n" if visible_bars() else ""
 
 
 class _Watchdog(threading.Thread):
@@ -305,7 +299,15 @@ class _Watchdog(threading.Thread):
         while _stop.session == session:
             elapsed = time.monotonic() - began
             if elapsed >= grace_s or (elapsed > SECOND_PRESS_S and self._second_press()):
-                _end_now()
+                # End this process and all below it, with its line.
+                try:
+                    report_stop(
+                        _stop.line_if_forced() if _stop.line_if_forced is not None else "",
+                        is_forced=True,
+                    )
+                    end_children()
+                finally:
+                    os._exit(InterruptedRunError.exit_code)
             if (
                 elapsed >= NUDGE_S
                 and not is_nudged
@@ -321,17 +323,6 @@ class _Watchdog(threading.Thread):
     def _second_press(self) -> bool:
         """Return whether Ctrl-C was pressed again."""
         return signal.SIGINT in self.read()
-
-
-def _end_now() -> None:
-    """End this process and all below it, with its line."""
-    try:
-        report_stop(
-            _stop.line_if_forced() if _stop.line_if_forced is not None else "", is_forced=True
-        )
-        end_children()
-    finally:
-        os._exit(InterruptedRunError.exit_code)
 
 
 def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], object]:

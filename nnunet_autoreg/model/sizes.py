@@ -157,29 +157,6 @@ def _resenc(
     )
 
 
-def _vit(name: str) -> EncoderSize:
-    arguments = {
-        "embed_dim": 768,
-        "patch_embed_size": [16, 16, 16],
-        "eva_depth": 12,
-        "eva_numheads": 12,
-        "mlp_ratio": 4.0,
-        "decoder_features": 16,
-    }
-    return EncoderSize(
-        name=name,
-        family=VIT,
-        class_path=CLASS_PATHS[VIT],
-        arguments=arguments,
-        token_size=(16, 16, 16),
-        block_tokens=(1, 1, 1),
-        max_crop_vox=160**3,
-        scratch_rate=3e-4,
-        pretrained_rate=1e-4,
-        pretrain_rate=1e-4,
-    )
-
-
 # nnU-Net's M, L and XL are one network; they differ in the memory that patch and batch may fill.
 _RESENC_FEATURES = [32, 64, 128, 256, 320, 320]
 _RESENC_BLOCKS = [1, 3, 4, 6, 6, 6]
@@ -190,13 +167,34 @@ def _all_sizes() -> list[EncoderSize]:
     for family in (PRIMUS, PRIMUS_V2, PRIMUS_V3):
         sizes += [_primus(family, size) for size in PRIMUS_WIDTHS]
 
+    arguments = {
+        "embed_dim": 768,
+        "patch_embed_size": [16, 16, 16],
+        "eva_depth": 12,
+        "eva_numheads": 12,
+        "mlp_ratio": 4.0,
+        "decoder_features": 16,
+    }
+    vit_b16 = EncoderSize(
+        name="vit_b16",
+        family=VIT,
+        class_path=CLASS_PATHS[VIT],
+        arguments=arguments,
+        token_size=(16, 16, 16),
+        block_tokens=(1, 1, 1),
+        max_crop_vox=160**3,
+        scratch_rate=3e-4,
+        pretrained_rate=1e-4,
+        pretrain_rate=1e-4,
+    )
     sizes += [
         _resenc("tiny", [16, 32, 64, 128], [1, 2, 2, 2], None),
         _resenc("m", _RESENC_FEATURES, _RESENC_BLOCKS, 8.0),
         _resenc("l", _RESENC_FEATURES, _RESENC_BLOCKS, 24.0),
         _resenc("xl", _RESENC_FEATURES, _RESENC_BLOCKS, 40.0),
-        _vit("vit_b16"),
+        vit_b16,
     ]
+
     return sizes
 
 

@@ -146,7 +146,13 @@ class SlabAttention(nn.Module):
         with full_precision(slabs_BRD.device):
             # In float32: bf16 would round a position in a long volume to whole slabs.
             place_BHJ = self.places(query_BHRE.float())
-            lower_BHJ, upper_BHJ, share_BHJ = _neighbours(place_BHJ, slabs_BRD.shape[1])
+
+            # The slabs before and after each place, and the share of the one after. The last slab
+            # has none after it, and is its own neighbour.
+            last = slabs_BRD.shape[1] - 1
+            lower_BHJ = place_BHJ.detach().floor().long().clamp(0, last)
+            upper_BHJ = (lower_BHJ + 1).clamp(max=last)
+            share_BHJ = place_BHJ - lower_BHJ
 
             # Projections are linear, so that they may be interpolated instead of the slabs.
             key_BHJE = _between(key_BHRE.float(), lower_BHJ, upper_BHJ, share_BHJ)
@@ -196,14 +202,6 @@ class SlabAttention(nn.Module):
     def _heads(self, x_BRD: Tensor) -> Tensor:
         heads_BRHE: Tensor = x_BRD.reshape(*x_BRD.shape[:2], self.num_heads, -1)
         return heads_BRHE.transpose(1, 2)
-
-
-def _neighbours(place_BHJ: Tensor, num_slabs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the slabs before and after each place, and the share of the one after."""
-    # The last slab has none after it, and is its own neighbour.
-    lower = place_BHJ.detach().floor().long().clamp(0, num_slabs - 1)
-    upper = (lower + 1).clamp(max=num_slabs - 1)
-    return lower, upper, place_BHJ - lower
 
 
 def _between(x_BHRE: Tensor, lower_BHJ: Tensor, upper_BHJ: Tensor, share_BHJ: Tensor) -> Tensor:

@@ -52,22 +52,9 @@ class MaskedModel(AutoregressiveModel):
         )
         valid_BS = valid_BT.gather(1, visible_BS)
         starts_BS = with_starts(visible_BS, batch.prefix, valid_BS, self.encoder.num_starts)[2]
-        # Every visible block is a small crop of its own: one member of the sequence.
-        blocks_BKCzyx = self._visible_blocks(batch, num_visible)
-        features = self.encoder(blocks_BKCzyx, VisibleKeys(starts_BS), tokens.positions, member_BSV)
-        # Without the start tokens, (B, S, V).
-        features_BSV = features[:, self.encoder.num_starts :]
 
-        predicted_BQO = self.head(features_BSV, VisibleKeys(valid_BS), queries, tokens)
-        # Back at the positions of the hidden tokens.
-        everywhere_BTO = predicted_BQO.new_zeros(*order_BT.shape, predicted_BQO.shape[2])
-        out: Tensor = everywhere_BTO.scatter(
-            1, hidden_BQ[:, :, None].expand_as(predicted_BQO), predicted_BQO
-        )
-        return out
-
-    def _visible_blocks(self, batch: Batch, num_visible: int) -> Tensor:
-        """Return the voxels of the visible blocks in their order, (B, K, C, z, y, x)."""
+        # The voxels of the visible blocks in their order, (B, K, C, z, y, x). Every visible block
+        # is a small crop of its own: one member of the sequence.
         B, M, C, Z, Y, X = batch.voxels.shape
         grid = grid_of((Z, Y, X), self.token_size)
         rank_BKJ = to_blocks(batch.order_index.reshape(B * M, 1, *grid), self.block_grid).reshape(
@@ -79,11 +66,23 @@ class MaskedModel(AutoregressiveModel):
         block_size = as_size(
             [token * number for token, number in zip(self.token_size, self.block_grid, strict=True)]
         )
-        blocks_BKCzyx = to_blocks(batch.voxels.flatten(0, 1), block_size).reshape(
+        all_BJCzyx = to_blocks(batch.voxels.flatten(0, 1), block_size).reshape(
             B, -1, C, *block_size
         )
         samples_B1 = torch.arange(B, device=chosen_BK.device)[:, None]
-        return blocks_BKCzyx[samples_B1, chosen_BK]
+        blocks_BKCzyx = all_BJCzyx[samples_B1, chosen_BK]
+
+        features = self.encoder(blocks_BKCzyx, VisibleKeys(starts_BS), tokens.positions, member_BSV)
+        # Without the start tokens, (B, S, V).
+        features_BSV = features[:, self.encoder.num_starts :]
+
+        predicted_BQO = self.head(features_BSV, VisibleKeys(valid_BS), queries, tokens)
+        # Back at the positions of the hidden tokens.
+        everywhere_BTO = predicted_BQO.new_zeros(*order_BT.shape, predicted_BQO.shape[2])
+        out: Tensor = everywhere_BTO.scatter(
+            1, hidden_BQ[:, :, None].expand_as(predicted_BQO), predicted_BQO
+        )
+        return out
 
 
 class Masked(Autoregressive):

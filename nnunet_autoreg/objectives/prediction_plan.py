@@ -158,8 +158,38 @@ def check_settings(plan: Plan) -> None:
     """
     settings = settings_of(plan)
     _check_values(settings)
-    _check_network(plan, settings)
-    _check_segments(plan, settings)
+
+    # The network must be able to predict the targets.
+    if settings.trunk is not None:
+        raise PlanError(
+            "objective.trunk: this run began with nnunet-autoreg 0.1, which pretrained "
+            f"{plan.encoder.name} block by block under a transformer. This version trains the "
+            "whole network instead: finish the run with version 0.1, or start a new --name",
+            code="plan-old-trunk",
+        )
+    predicts_voxels = plan.sequence.predictor == "network"
+    if predicts_voxels and settings.target == "normalised_with_statistics":
+        raise PlanError(
+            "objective.target=normalised_with_statistics: a CNN predicts one value per voxel; use "
+            "voxels or normalised",
+            code="plan-cnn-target",
+        )
+
+    # Only some networks predict segments, and one segment alone teaches nothing.
+    num_segments = settings.num_segments
+    if num_segments and plan.sequence.predictor != "network":
+        raise PlanError(
+            f"objective.num_segments={num_segments}: {plan.encoder.name} predicts tokens, and only "
+            "a CNN predicts a segment of every voxel; use --encoder resenc_*, or "
+            "objective.num_segments=0",
+            code="plan-segments-need-cnn",
+        )
+    if num_segments == 1 or num_segments > MAX_SEGMENTS:
+        raise PlanError(
+            f"objective.num_segments={num_segments} must be 0 (none) or lie between 2 and "
+            f"{MAX_SEGMENTS}; use 16",
+            code="plan-num-segments",
+        )
 
 
 def check_is_masked(plan: Plan) -> None:
@@ -228,39 +258,3 @@ def _check_values(settings: PredictionPlan) -> None:
         "objective.num_segments": settings.num_segments,
     }
     check_not_negative(not_negative)
-
-
-def _check_network(plan: Plan, settings: PredictionPlan) -> None:
-    """Refuse targets that the plan's network cannot predict."""
-    if settings.trunk is not None:
-        raise PlanError(
-            "objective.trunk: this run began with nnunet-autoreg 0.1, which pretrained "
-            f"{plan.encoder.name} block by block under a transformer. This version trains the "
-            "whole network instead: finish the run with version 0.1, or start a new --name",
-            code="plan-old-trunk",
-        )
-    predicts_voxels = plan.sequence.predictor == "network"
-    if predicts_voxels and settings.target == "normalised_with_statistics":
-        raise PlanError(
-            "objective.target=normalised_with_statistics: a CNN predicts one value per voxel; use "
-            "voxels or normalised",
-            code="plan-cnn-target",
-        )
-
-
-def _check_segments(plan: Plan, settings: PredictionPlan) -> None:
-    """Refuse segments that no network predicts, and numbers of them that teach nothing."""
-    num_segments = settings.num_segments
-    if num_segments and plan.sequence.predictor != "network":
-        raise PlanError(
-            f"objective.num_segments={num_segments}: {plan.encoder.name} predicts tokens, and only "
-            "a CNN predicts a segment of every voxel; use --encoder resenc_*, or "
-            "objective.num_segments=0",
-            code="plan-segments-need-cnn",
-        )
-    if num_segments == 1 or num_segments > MAX_SEGMENTS:
-        raise PlanError(
-            f"objective.num_segments={num_segments} must be 0 (none) or lie between 2 and "
-            f"{MAX_SEGMENTS}; use 16",
-            code="plan-num-segments",
-        )

@@ -146,15 +146,10 @@ def _blurred(values_BTP: Tensor, token_size: Size, sigma_vox: float) -> Tensor:
     assert values_BTP.shape[-1] % volume(token_size) == 0
     cubes_Nzyx = values_BTP.reshape(-1, *token_size)
     for axis, size in enumerate(token_size, start=1):
-        cubes_Nzyx = torch.tensordot(
-            cubes_Nzyx, _kernel(size, sigma_vox, values_BTP.device), dims=([axis], [0])
-        ).movedim(-1, axis)
+        # exp(-(i - j)^2 / (2 sigma^2)), (size, size). It is made on the device, so that nothing is
+        # copied there in a step.
+        voxel = torch.arange(size, dtype=torch.float32, device=values_BTP.device)
+        distance_squared = (voxel[:, None] - voxel[None, :]).square()
+        kernel = torch.exp(-distance_squared / (2 * sigma_vox**2))
+        cubes_Nzyx = torch.tensordot(cubes_Nzyx, kernel, dims=([axis], [0])).movedim(-1, axis)
     return cubes_Nzyx.reshape(values_BTP.shape)
-
-
-def _kernel(size: int, sigma_vox: float, device: torch.device) -> Tensor:
-    """exp(-(i - j)^2 / (2 sigma^2)), (size, size); on the device, so that nothing is copied there
-    in a step.
-    """
-    place = torch.arange(size, dtype=torch.float32, device=device)
-    return torch.exp(-(place[:, None] - place[None, :]).square() / (2 * sigma_vox**2))

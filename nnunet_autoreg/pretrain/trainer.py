@@ -438,19 +438,10 @@ class Trainer:
         self.progress.collapsed = self.world.share(self.progress.collapsed)
         if self.world.share(is_best):
             self._save(checkpoint.BEST_NAME, scheduled=False)
-        self._refuse_collapse()
 
-    def _refuse_collapse(self) -> None:
-        """End a run whose features stay collapsed, in all processes.
-
-        More steps would only cost time: a collapsed network hardly ever recovers, and its encoder
-        would be refused at the end.
-
-        Raises:
-            AutoregError: the features were collapsed in too many validations in a row.
-        """
+        # More steps would only cost time: a collapsed network hardly ever recovers, and its encoder
+        # would be refused at the end. All processes end together. 0 switches this off.
         most = self.plan.run.max_collapsed
-        # 0 switches this off.
         if not 0 < most <= self.progress.collapsed:
             return
         signs = [] if self.health is None else collapse_messages(self.health, self.plan.run)

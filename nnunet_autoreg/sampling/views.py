@@ -108,7 +108,16 @@ def draw(
     views = []
     for _ in range(NUM_VIEWS):
         affine = _draw_affine(plan, size, spacing_mm, z_step, generator)
-        views.append(_draw_view(plan, start, affine, shape_vox, cut, generator))
+
+        # The view lies near the start, and its intensities are changed.
+        place = [start[0]]
+        for first, side, length in zip(start[1:], cut[1:], shape_vox[1:], strict=True):
+            shifted = first + round(float(generator.uniform(-SHIFT, SHIFT)) * side)
+            room = length - side
+            place.append(min(max(shifted, min(0, room)), max(0, room)))
+
+        intensities = draw_corruption(views_of(plan).intensity_share, generator)
+        views.append(View(as_size(place), affine, intensities))
 
     token_layers = plan.sequence.crop_size_vox[0] // plan.encoder.token_size_vox[0]
     slab_layers = views_of(plan).slab_vox // plan.encoder.token_size_vox[0]
@@ -173,25 +182,6 @@ def in_plane(
     step = pixel_of_mm @ rotation @ mm_of_pixel @ mirrored @ swapped / zoom
     (yy, yx), (xy, xx) = step.tolist()
     return Affine(angle_deg, zoom, ((z_step, 0.0, 0.0), (0.0, yy, yx), (0.0, xy, xx)))
-
-
-def _draw_view(
-    plan: Plan,
-    start: Size,
-    affine: Affine,
-    shape_vox: Size,
-    size: Size,
-    generator: np.random.Generator,
-) -> View:
-    """Draw where a view lies near ``start``, and how its intensities are changed."""
-    place = [start[0]]
-    for first, side, length in zip(start[1:], size[1:], shape_vox[1:], strict=True):
-        shifted = first + round(float(generator.uniform(-SHIFT, SHIFT)) * side)
-        room = length - side
-        place.append(min(max(shifted, min(0, room)), max(0, room)))
-
-    intensities = draw_corruption(views_of(plan).intensity_share, generator)
-    return View(as_size(place), affine, intensities)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: ViewsDraw, case_id: int, is_image: bool) -> Sample:
