@@ -96,7 +96,17 @@ def parser() -> argparse.ArgumentParser:
         "NAME_instances (segmentation inside the boxes), and NAME.mrk.json (for 3D Slicer).",
     )
     _add_input_options(p.add_argument_group("input"))
-    _add_model_options(p.add_argument_group("model"))
+
+    group = p.add_argument_group("model")
+    add_trained_model(group, "AutoregDetectionTrainer")
+    add_device(group, "where to detect")
+    group.add_argument(
+        "--tta",
+        action=argparse.BooleanOptionalAction,
+        help="mirror along every axis too, which takes eight times as long (default: on a "
+        "GPU only)",
+    )
+
     _add_box_options(p.add_argument_group("which boxes are kept"))
     _add_output_options(p.add_argument_group("output"))
     return p
@@ -126,17 +136,6 @@ def _add_input_options(group: Group) -> None:
         "component of its segmentations becomes a detection, scored by its highest probability",
     )
     add_split_4d(group)
-
-
-def _add_model_options(group: Group) -> None:
-    add_trained_model(group, "AutoregDetectionTrainer")
-    add_device(group, "where to detect")
-    group.add_argument(
-        "--tta",
-        action=argparse.BooleanOptionalAction,
-        help="mirror along every axis too, which takes eight times as long (default: on a "
-        "GPU only)",
-    )
 
 
 def _add_box_options(group: Group) -> None:

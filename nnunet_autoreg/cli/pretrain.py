@@ -57,7 +57,26 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_input_options(p.add_argument_group("input"))
     _add_training_options(p.add_argument_group("what to train"))
-    _add_compute_options(p.add_argument_group("compute"))
+
+    group = p.add_argument_group("compute")
+    add_device(group)
+    group.add_argument(
+        "--gpu-memory",
+        dest="gpu_memory_gib",
+        type=float,
+        metavar="GIB",
+        help="GPU memory to plan for. The batch size does not change: gradients are accumulated "
+        "if a batch does not fit (default: all of the GPU's memory)",
+    )
+    group.add_argument(
+        "--num-gpus",
+        type=int,
+        metavar="N",
+        help="train on N GPUs of this machine, which share every batch. With --device cpu: in N "
+        "processes. A run can be continued with another number. For several machines start the "
+        "command by torchrun, without this option (default: 1)",
+    )
+
     _add_output_options(p.add_argument_group("steps and output"))
     return p
 
@@ -208,26 +227,6 @@ def _add_training_options(group: Group) -> None:
 def _list_of(named: Iterable[ObjectiveKind | Preset]) -> str:
     """Return the help lines of objectives or presets as one text."""
     return ". ".join(f"{entry.name}: {entry.help}" for entry in named)
-
-
-def _add_compute_options(group: Group) -> None:
-    add_device(group)
-    group.add_argument(
-        "--gpu-memory",
-        dest="gpu_memory_gib",
-        type=float,
-        metavar="GIB",
-        help="GPU memory to plan for. The batch size does not change: gradients are accumulated "
-        "if a batch does not fit (default: all of the GPU's memory)",
-    )
-    group.add_argument(
-        "--num-gpus",
-        type=int,
-        metavar="N",
-        help="train on N GPUs of this machine, which share every batch. With --device cpu: in N "
-        "processes. A run can be continued with another number. For several machines start the "
-        "command by torchrun, without this option (default: 1)",
-    )
 
 
 def _add_output_options(group: Group) -> None:

@@ -48,13 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "score it as Dice on other patients. The same network with random weights, and raw voxels, "
         "are scored for comparison. The command takes minutes and trains no network.",
     )
-    _add_probe_options(p.add_argument_group("what is probed"))
-    _add_scoring_options(p.add_argument_group("scoring"))
-    _add_run_options(p.add_argument_group("compute and output"))
-    return p
 
-
-def _add_probe_options(group: Group) -> None:
+    group = p.add_argument_group("what is probed")
     add_labelled_dataset(group)
     group.add_argument(
         "--encoder",
@@ -75,6 +70,10 @@ def _add_probe_options(group: Group) -> None:
         metavar="N",
         help="number of random networks to average over (default: %(default)s)",
     )
+
+    _add_scoring_options(p.add_argument_group("scoring"))
+    _add_run_options(p.add_argument_group("compute and output"))
+    return p
 
 
 def _add_scoring_options(group: Group) -> None:

@@ -188,7 +188,17 @@ class _Finder:
 
         is_part = folder.name in DATASET_FOLDERS and is_dataset(folder.parent)
         if folder.is_file():
-            self._add_given_file(folder)
+            dicom = DicomCollector(self.salt, self.split_4d, self.images)
+            labels: Counter[Path] = Counter()
+            if is_archive(folder.name):
+                self.add_archive(folder, folder.parent, dicom)
+            elif self._is_image(folder.name) or not (
+                may_be_dicom(folder.name) and dicom.add_file(folder, folder)
+            ):
+                # A file of unknown kind is listed as well, so that its row says why it is not used.
+                self.add_file(folder, folder.parent, labels)
+            self._add_dicom(folder.parent, dicom)
+            self._report_labels(folder.parent, labels)
         elif is_part and self._is_nnunets(folder.parent):
             self.add_dataset(folder.parent, only=folder.name)
         else:
@@ -208,19 +218,6 @@ class _Finder:
             )
             return False
         return True
-
-    def _add_given_file(self, path: Path) -> None:
-        dicom = DicomCollector(self.salt, self.split_4d, self.images)
-        labels: Counter[Path] = Counter()
-        if is_archive(path.name):
-            self.add_archive(path, path.parent, dicom)
-        elif self._is_image(path.name) or not (
-            may_be_dicom(path.name) and dicom.add_file(path, path)
-        ):
-            # A file of unknown kind is listed as well, so that its row says why it is not used.
-            self.add_file(path, path.parent, labels)
-        self._add_dicom(path.parent, dicom)
-        self._report_labels(path.parent, labels)
 
     def add(self, path: Path, base_id: str, dataset: str, case: str, **facts: str) -> None:
         """List one candidate, or one row of something left out, once.
@@ -341,8 +338,19 @@ class _Finder:
             for number, path in enumerate(described.listed[case].images):
                 name = f"{case}_{number:04d}"
                 if not path.exists():
-                    self.leave_out(path, folder.name, name, "unreadable", _why_missing(path))
+                    unset = unset_variables(path)
+                    reason = (
+                        "dataset.json lists it, and there is no such file; restore it, or mend the "
+                        "list"
+                    )
+                    if unset:
+                        reason = (
+                            f"dataset.json lists it below {unset[0]}, and that environment "
+                            "variable is not set; export it"
+                        )
+                    self.leave_out(path, folder.name, name, "unreadable", reason)
                     continue
+
                 facts = _of_dataset(folder, case, described.channel_name(number))
                 facts["listed_in"] = str(folder)
                 base_id = f"{folder.name}/{name}"
@@ -571,17 +579,6 @@ def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, in
     if len(numbers) != num_channels:
         return {number: number for number in numbers}
     return {number: position for position, number in enumerate(numbers)}
-
-
-def _why_missing(path: Path) -> str:
-    """Return why a listed file is not there."""
-    unset = unset_variables(path)
-    if unset:
-        return (
-            f"dataset.json lists it below {unset[0]}, and that environment variable is not set; "
-            "export it"
-        )
-    return "dataset.json lists it, and there is no such file; restore it, or mend the list"
 
 
 def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:

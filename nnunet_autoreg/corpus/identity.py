@@ -83,18 +83,15 @@ def _make(path: Path) -> None:
             file.write(secrets.token_hex(NUM_SALT_BYTES) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        _claim(fresh, path)
+
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            pass  # Another process was first.
+        except OSError:
+            # A file system without hard links: the rename is whole too, but the last of several
+            # processes wins, so look first.
+            if not path.exists():
+                fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
-
-
-def _claim(fresh: Path, path: Path) -> None:
-    try:
-        os.link(fresh, path)
-    except FileExistsError:
-        return
-    except OSError:
-        # A file system without hard links: the rename is whole too, but the last of several
-        # processes wins, so look first.
-        if not path.exists():
-            fresh.replace(path)

@@ -25,7 +25,7 @@ from nnunet_autoreg.corpus.read import (
     reading_failed,
 )
 from nnunet_autoreg.errors import ScanError
-from nnunet_autoreg.geometry import Spacing, size_text
+from nnunet_autoreg.geometry import size_text
 from nnunet_autoreg.io.archive import unpacked
 from nnunet_autoreg.io.dicom import (
     dicom_image,
@@ -118,8 +118,16 @@ def _size_and_spacing(path: Path) -> tuple[Sequence[int], Sequence[float]]:
 
 
 def _file_header(path: Path) -> ScanHeader:
-    shape, spacing = _in_plane(*_size_and_spacing(path))
-    return _header(shape, spacing)
+    size_xyz, spacing_xyz = _size_and_spacing(path)
+    if sum(side > 1 for side in size_xyz) < 2:
+        listed = size_text(size_xyz)
+        raise ScanError("tiny", f"{listed} pixels; every axis needs at least {MIN_AXIS_VOX}")
+
+    # The axes of the image are those that are longer than a voxel.
+    axes = zip(size_xyz, spacing_xyz, strict=True)
+    in_plane = [(side, step) for side, step in axes if side > 1]
+    shape_yx, spacing_yx = zip(*reversed(in_plane), strict=True)
+    return _header(shape_yx, spacing_yx)
 
 
 def _load_file(path: Path) -> RawScan:
@@ -181,22 +189,6 @@ def _grey(array_YXC: Array) -> Array:
     return np.asarray(grey, dtype=np.float32)
 
 
-def _in_plane(
-    size_xyz: Sequence[int], spacing_xyz: Sequence[float]
-) -> tuple[list[int], list[float]]:
-    """Return size and spacing (y, x) of the two axes that are longer than a voxel.
-
-    Raises:
-        ScanError: tiny: there are fewer such axes.
-    """
-    if sum(side > 1 for side in size_xyz) < 2:
-        listed = size_text(size_xyz)
-        raise ScanError("tiny", f"{listed} pixels; every axis needs at least {MIN_AXIS_VOX}")
-    pairs = [(side, step) for side, step in zip(size_xyz, spacing_xyz, strict=True) if side > 1]
-    sides, steps = zip(*reversed(pairs), strict=True)
-    return list(sides), list(steps)
-
-
 def _header(shape_yx: Sequence[int], spacing_yx: Sequence[float]) -> ScanHeader:
     """Return the header of an image as a volume of one slice.
 
@@ -207,17 +199,13 @@ def _header(shape_yx: Sequence[int], spacing_yx: Sequence[float]) -> ScanHeader:
     if min(y, x) < MIN_AXIS_VOX:
         listed = size_text((x, y))
         raise ScanError("tiny", f"{listed} pixels; every axis needs at least {MIN_AXIS_VOX}")
-    spacing_mm = _believable(spacing_yx)
     check_memory((1, y, x))
-    return ScanHeader((1, y, x), spacing_mm)
 
-
-def _believable(spacing_yx: Sequence[float]) -> Spacing:
-    y, x = (float(step) for step in spacing_yx)
-    for step in (y, x):
+    y_mm, x_mm = (float(step) for step in spacing_yx)
+    for step in (y_mm, x_mm):
         if not (math.isfinite(step) and MIN_SPACING_MM <= step <= MAX_SPACING_MM):
-            return (1.0, 1.0, 1.0)
-    return (max(y, x), y, x)
+            return ScanHeader((1, y, x), (1.0, 1.0, 1.0))
+    return ScanHeader((1, y, x), (max(y_mm, x_mm), y_mm, x_mm))
 
 
 def _checked(array_1YX: Array, spacing_yx: Sequence[float]) -> RawScan:

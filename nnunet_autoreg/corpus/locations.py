@@ -300,7 +300,14 @@ def read_boxes(path: Path) -> list[Box]:
         box = _box(path, number + 2, line)
         key = (box.scan, box.structure, 0 if "z" in line else number)
         joined.setdefault(key, []).append(box)
-    return [_around(boxes) for boxes in joined.values()]
+
+    # All boxes of one scan and structure become the one box around them.
+    surrounding = []
+    for boxes in joined.values():
+        low = np.min([box.low for box in boxes], axis=0).tolist()
+        high = np.max([box.high for box in boxes], axis=0).tolist()
+        surrounding.append(Box(boxes[0].scan, boxes[0].structure, tuple(low), tuple(high)))
+    return surrounding
 
 
 def _check_box_columns(path: Path, names: set[str]) -> None:
@@ -334,13 +341,6 @@ def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
             code="boxes-reversed",
         )
     return Box(str(line["scan"]), str(line["class"]), low, high)
-
-
-def _around(boxes: Sequence[Box]) -> Box:
-    """Return the box around boxes of one scan and structure."""
-    low = np.min([box.low for box in boxes], axis=0).tolist()
-    high = np.max([box.high for box in boxes], axis=0).tolist()
-    return Box(boxes[0].scan, boxes[0].structure, tuple(low), tuple(high))
 
 
 def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[StructureLocation]:

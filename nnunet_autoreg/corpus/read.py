@@ -58,7 +58,12 @@ def load_scan(path: Path, part: str = "") -> RawScan:
     """
     wanted = parse_part(part)
     if wanted.series:
-        return _load_series(path, wanted)
+        stack = find_stack(path, wanted)
+        header, turn = _series_header(stack, wanted)
+        with quiet_readers():
+            array_ZYX = read_volume(path, pick_volume(stack, wanted))
+        check_voxels(array_ZYX)
+        return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
     if wanted.member:
         with unpacked(path, [wanted.member]) as files:
             return _load_file(files[wanted.member], wanted, PurePosixPath(wanted.member).name)
@@ -91,16 +96,6 @@ def _read_one_of(path: Path, number: int) -> Array:
     reader.SetExtractSize([*size[:3], 0])
     reader.SetOutputPixelType(SimpleITK.sitkFloat32)
     return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()), dtype=np.float32)
-
-
-def _load_series(path: Path, part: ScanPart) -> RawScan:
-    """Read and check a DICOM series, or one volume of it."""
-    stack = find_stack(path, part)
-    header, turn = _series_header(stack, part)
-    with quiet_readers():
-        array_ZYX = read_volume(path, pick_volume(stack, part))
-    check_voxels(array_ZYX)
-    return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
 
 
 def _series_header(stack: Stack, part: ScanPart) -> tuple[ScanHeader, Turn]:
@@ -199,7 +194,18 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
     shape_vox, spacing_mm = as_size(size[::-1]), zyx(reader.GetSpacing()[:3])
     check_spacing(spacing_mm)
     direction = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
-    _check_direction(direction)
+
+    is_orthonormal = False
+    if np.isfinite(direction).all():
+        # Rows of length 1 at right angles to each other give the identity.
+        error = np.abs(direction @ direction.T - np.eye(3)).max()
+        is_orthonormal = error <= MAX_DIRECTION_ERROR
+    if not is_orthonormal:
+        raise ScanError(
+            "direction",
+            "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
+        )
+
     check_memory(shape_vox)
 
     turn = turn_of(direction)
@@ -252,19 +258,6 @@ def check_spacing(spacing_mm: Sequence[float]) -> None:
             "spacing",
             f"voxel size {listed} mm (z, y, x) is anisotropic by {ratio:.0f}; at most "
             f"{MAX_SPACING_RATIO:g}",
-        )
-
-
-def _check_direction(direction: Any) -> None:
-    is_orthonormal = False
-    if np.isfinite(direction).all():
-        # Rows of length 1 at right angles to each other give the identity.
-        error = np.abs(direction @ direction.T - np.eye(3)).max()
-        is_orthonormal = error <= MAX_DIRECTION_ERROR
-    if not is_orthonormal:
-        raise ScanError(
-            "direction",
-            "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
         )
 
 

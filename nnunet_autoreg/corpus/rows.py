@@ -160,6 +160,15 @@ def write_index(
 
 def public_row(row: ScanRow) -> ScanRow:
     """Return a row without anything that may name a patient."""
+    reason, copy_of, _ = row.reason.partition(COPY_OF)
+    if copy_of:
+        reason += "an excluded scan"
+    else:
+        if row.status == "excluded":
+            # In brackets stands what the user called the scan.
+            reason = re.sub(r" \('.*'\)", "", reason)
+        reason = public_message(reason, row)
+
     return replace(
         row,
         dataset=public_dataset(row.dataset),
@@ -168,18 +177,8 @@ def public_row(row: ScanRow) -> ScanRow:
         source="",
         listed_in="",
         name="",
-        reason=_public_reason(row),
+        reason=reason,
     )
-
-
-def _public_reason(row: ScanRow) -> str:
-    reason, mark, _ = row.reason.partition(COPY_OF)
-    if mark:
-        return f"{reason}an excluded scan"
-    if row.status == "excluded":
-        # In brackets stands what the user called the scan.
-        reason = re.sub(r" \('.*'\)", "", reason)
-    return public_message(reason, row)
 
 
 def public_message(text: str, row: ScanRow, *files: Path) -> str:
