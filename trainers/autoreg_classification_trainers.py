@@ -77,7 +77,25 @@ class AutoregClassificationTrainer(TaskTrainer):
         folder = self.preprocessed_dataset_folder
         cases = sorted(infer_dataset_class(folder).get_identifiers(folder))
         self.table = kept_table(base, self.dataset_json, cases)
-        self.parts = self._find_parts(base, cases)
+
+        if self.fold == FOLD_ALL:
+            self.parts = cases, cases
+        else:
+            folds, source = find_folds(base, self.table)
+            if self.fold >= len(folds):
+                raise PlanError(
+                    f"fold {self.fold}: there are {len(folds)} folds, 0 to {len(folds) - 1}, in "
+                    f"{source}; train one of them",
+                    code="classification-no-fold",
+                )
+            fold = folds[self.fold]
+            for warning in check_fold(fold, self.table, str(self.fold)):
+                self.print_to_log_file(f"WARNING: {warning}")
+            self.print_to_log_file(
+                f"folds: {source}; fold {self.fold} has {len(fold['train'])} training and "
+                f"{len(fold['val'])} validation cases; {self.table.patient_rule}"
+            )
+            self.parts = fold["train"], fold["val"]
 
     def make_task_plan(self) -> tuple[ClassificationPlan, str]:
         """Return a new plan, and how unequal numbers of cases are balanced."""
@@ -113,26 +131,6 @@ class AutoregClassificationTrainer(TaskTrainer):
     ) -> Classifier:
         """Return the encoder with a linear layer per task."""
         return Classifier(network, class_path, arguments, patch, plan.class_numbers)
-
-    def _find_parts(self, base: Path, cases: list[str]) -> tuple[list[str], list[str]]:
-        """Return the training and the validation cases of this fold."""
-        if self.fold == FOLD_ALL:
-            return cases, cases
-        folds, source = find_folds(base, self.table)
-        if self.fold >= len(folds):
-            raise PlanError(
-                f"fold {self.fold}: there are {len(folds)} folds, 0 to {len(folds) - 1}, in "
-                f"{source}; train one of them",
-                code="classification-no-fold",
-            )
-        fold = folds[self.fold]
-        for warning in check_fold(fold, self.table, str(self.fold)):
-            self.print_to_log_file(f"WARNING: {warning}")
-        self.print_to_log_file(
-            f"folds: {source}; fold {self.fold} has {len(fold['train'])} training and "
-            f"{len(fold['val'])} validation cases; {self.table.patient_rule}"
-        )
-        return fold["train"], fold["val"]
 
     def _build_loss(self) -> ClassificationLoss:
         training, _ = self.parts
@@ -298,25 +296,22 @@ class AutoregClassificationTrainer(TaskTrainer):
             for of_process in from_all_processes([found], self.is_ddp):
                 merged |= of_process
             if self.local_rank == 0:
-                self._write_validation(merged)
-
-    def _write_validation(self, probabilities: dict[str, Any]) -> None:
-        folder = Path(self.output_folder)
-        file = folder / BASELINES
-        baselines = read_json(file)["baselines"] if file.is_file() else None
-        model = {
-            "dataset": self.plans_manager.dataset_name,
-            "trainer": self.__class__.__name__,
-            "plans": self.plans_manager.plans_name,
-            "configuration": self.configuration_name,
-            "folds": [self.fold],
-        }
-        tasks = write_validation(folder, self.table, self.plan, probabilities, baselines, model)
-        for line in score_lines(tasks, baselines):
-            self.print_to_log_file(line)
-        for name, scores in tasks.items():
-            if scores["cases"] and scores["auc"]["value"] is not None:
-                self.logger.log_summary(f"final_val/auc_{name}", scores["auc"]["value"])
+                folder = Path(self.output_folder)
+                file = folder / BASELINES
+                baselines = read_json(file)["baselines"] if file.is_file() else None
+                model = {
+                    "dataset": self.plans_manager.dataset_name,
+                    "trainer": self.__class__.__name__,
+                    "plans": self.plans_manager.plans_name,
+                    "configuration": self.configuration_name,
+                    "folds": [self.fold],
+                }
+                tasks = write_validation(folder, self.table, self.plan, merged, baselines, model)
+                for line in score_lines(tasks, baselines):
+                    self.print_to_log_file(line)
+                for name, scores in tasks.items():
+                    if scores["cases"] and scores["auc"]["value"] is not None:
+                        self.logger.log_summary(f"final_val/auc_{name}", scores["auc"]["value"])
 
     def _classifier(self) -> Classifier:
         network = self.unwrapped()

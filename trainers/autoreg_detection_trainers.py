@@ -174,7 +174,24 @@ class AutoregDetectionTrainer(TaskTrainer):
         # Regions are made on the device: nnU-Net's transform would drop the ids.
         initial_patch, training = self.training_patches()
         stock_training, stock_validation = self.get_tr_and_val_datasets()
-        self._warn_of_absent_classes(stock_training.identifiers, stock_validation.identifiers)
+
+        consequences = {
+            "training": (stock_training.identifiers, "it cannot be learned"),
+            "validation": (stock_validation.identifiers, "it is left out of the scores"),
+        }
+        for what, (cases, consequence) in consequences.items():
+            absent = absent_classes(self.index, cases)
+            if absent:
+                self.print_to_log_file(
+                    f"WARNING: no {what} case of fold {self.fold} has an object of "
+                    f"{', '.join(absent)}; {consequence}"
+                )
+        if len(absent_classes(self.index, stock_validation.identifiers)) == len(self.plan.classes):
+            self.print_to_log_file(
+                "WARNING: validation has nothing to find, so its scores stay 0, and "
+                "checkpoint_best.pth is that of the first epoch; use checkpoint_final.pth"
+            )
+
         validation = self.get_validation_transforms(None)
         training_loader = self._loader(stock_training, initial_patch, training)
         validation_loader = self._loader(stock_validation, patch, validation)
@@ -192,24 +209,6 @@ class AutoregDetectionTrainer(TaskTrainer):
             oversample_foreground_percent=self.oversample_foreground_percent,
             transforms=transforms,
         )
-
-    def _warn_of_absent_classes(self, training: list[str], validation: list[str]) -> None:
-        consequences = {
-            "training": (training, "it cannot be learned"),
-            "validation": (validation, "it is left out of the scores"),
-        }
-        for what, (cases, consequence) in consequences.items():
-            absent = absent_classes(self.index, cases)
-            if absent:
-                self.print_to_log_file(
-                    f"WARNING: no {what} case of fold {self.fold} has an object of "
-                    f"{', '.join(absent)}; {consequence}"
-                )
-        if len(absent_classes(self.index, validation)) == len(self.plan.classes):
-            self.print_to_log_file(
-                "WARNING: validation has nothing to find, so its scores stay 0, and "
-                "checkpoint_best.pth is that of the first epoch; use checkpoint_final.pth"
-            )
 
     def on_train_start(self) -> None:
         """Load the pretrained encoder, from which the average of the weights begins."""

@@ -110,7 +110,18 @@ class TaskTrainer(AutoregPretrainedTrainer):
         self.plan = type(self).read_task_plan(self.configuration_manager.configuration, where)
         if self.plan is None:
             self.plan, reason = self.make_task_plan()
-            self._keep_plan()
+
+            # Checkpoints store the plans in memory; the file is for later trainings.
+            name, block = self.configuration_name, self.task_block
+            plans = self.plans_manager.plans
+            store(plans, name, block, self.plan)
+            self.configuration_manager.configuration[block] = plans["configurations"][name][block]
+            if self.local_rank == 0:
+                # Other configurations in the file stay as they are.
+                on_disk = read_json(self.plans_file)
+                store(on_disk, name, block, self.plan)
+                write_json(self.plans_file, on_disk)
+
             self.print_to_log_file(
                 f"{self.task} was planned ({reason}) and is now part of {self.plans_file}"
             )
@@ -122,18 +133,6 @@ class TaskTrainer(AutoregPretrainedTrainer):
         """The plans that were preprocessed with, in which the block is kept."""
         base = Path(self.preprocessed_dataset_folder_base)
         return base / f"{self.plans_manager.plans_name}.json"
-
-    def _keep_plan(self) -> None:
-        """Write the task's plan into the plans in memory, which checkpoints store, and the file."""
-        name, block = self.configuration_name, self.task_block
-        plans = self.plans_manager.plans
-        store(plans, name, block, self.plan)
-        self.configuration_manager.configuration[block] = plans["configurations"][name][block]
-        if self.local_rank == 0:
-            # Other configurations in the file stay as they are.
-            on_disk = read_json(self.plans_file)
-            store(on_disk, name, block, self.plan)
-            write_json(self.plans_file, on_disk)
 
     def _library_log(self) -> AbstractContextManager[None]:
         """Send the library's log to nnU-Net's log file and to the terminal.

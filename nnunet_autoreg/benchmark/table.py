@@ -207,7 +207,9 @@ def summary(lines: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()) -> st
         other = "scratch" if row.to_scratch is not None else STOCK
         difference = row.to_scratch or row.to_stock
         if difference is not None and row.key.arm not in (SCRATCH, STOCK):
-            compared = f"{_name_of_arm(row.key)} minus {other}"
+            encoder = row.key.encoder.removeprefix(OWN_PREFIX)
+            name_of_arm = row.key.arm if encoder == "-" else f"{row.key.arm} ({encoder})"
+            compared = f"{name_of_arm} minus {other}"
             patients = counted(row.key.labels, "labelled patient")
             sentences.append(verdict(difference))
             text = f"{compared}, {patients}, {counted(row.key.steps, 'step')}"
@@ -277,11 +279,6 @@ def verdict(difference: Difference) -> str:
     if high < 0:
         return f"worse: {figures(difference)}"
     return f"no difference shown: {figures(difference)}"
-
-
-def _name_of_arm(key: RunKey) -> str:
-    encoder = key.encoder.removeprefix(OWN_PREFIX)
-    return key.arm if encoder == "-" else f"{key.arm} ({encoder})"
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:

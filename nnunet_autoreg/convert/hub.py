@@ -30,7 +30,8 @@ def local_weights(given: str) -> Path:
 
     Raises:
         WeightsError: it is another address (code "weights-address"), or the repository is neither
-            in the cache nor can it be downloaded (code "weights-download").
+            in the cache nor can it be downloaded (code "weights-download"), or huggingface_hub is
+            not installed (code "weights-no-hub").
     """
     if not is_address(given):
         return Path(given)
@@ -44,16 +45,9 @@ def local_weights(given: str) -> Path:
             f"{HUB}OWNER/NAME@REVISION",
             code="weights-address",
         )
-    return _download(given, named[1], named[2])
 
+    repository, revision = named[1], named[2]
 
-def _download(given: str, repository: str, revision: str | None) -> Path:
-    """Return the folder of a repository in the cache, up to date if there is a network.
-
-    Raises:
-        WeightsError: huggingface_hub is not installed (code "weights-no-hub"), or fails (code
-            "weights-download").
-    """
     # Who downloads what is nobody's business. The variable is read when the package is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:

@@ -290,9 +290,13 @@ def _refuse_endless(content: Any, file: Path) -> None:
     pending: list[tuple[Any, bool]] = [(content, False)]
     while pending:
         value, is_counted = pending.pop()
-        inner = _inner_values(value)
-        if inner is None:
+        if isinstance(value, Mapping):
+            inner = list(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            inner = list(value)
+        else:
             continue
+
         if is_counted:
             total = 1 + sum(num_values.get(id(item), 1) for item in inner)
             num_values[id(value)] = min(total, MAX_VALUES + 1)
@@ -308,15 +312,6 @@ def _refuse_endless(content: Any, file: Path) -> None:
             "without end; use another file",
             code="weights-endless",
         )
-
-
-def _inner_values(value: Any) -> list[Any] | None:
-    """Return what a container holds; None for anything else."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
-    return None
 
 
 def _as_plan(data: Any, where: Path) -> dict[str, Any]:

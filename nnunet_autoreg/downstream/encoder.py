@@ -63,7 +63,11 @@ class PretrainedEncoder(FeatureEncoder):
         source_mm = as_spacing([spacing_mm[axis] for axis in axes])
         turned = np.asarray(image_CZYX, dtype=np.float32).transpose(0, *(a + 1 for a in axes))
 
-        shows_ct = self._shows_ct(turned[0])
+        shows_ct = False
+        if self.card.ct_window is not None:
+            only_ct = all(is_ct(modality) for modality in self.card.modalities)
+            shows_ct = only_ct or looks_like_hounsfield(turned[0])
+
         target_mm = self.target_spacing_mm(source_mm, shows_ct)
         normaliser = None
         if self.card.normalization == PERCENTILE_SCHEME:
@@ -90,13 +94,6 @@ class PretrainedEncoder(FeatureEncoder):
             return spacing_ratio(spacing, source_mm)
 
         return min(candidates or [self.card.spacing_mm], key=distance)
-
-    def _shows_ct(self, array_ZYX: NDArray[np.float32]) -> bool:
-        if self.card.ct_window is None:
-            return False
-        if all(is_ct(modality) for modality in self.card.modalities):
-            return True
-        return looks_like_hounsfield(array_ZYX)
 
 
 def load_encoder(
