@@ -64,7 +64,35 @@ def parser() -> argparse.ArgumentParser:
         "with true and found boxes.",
     )
     _add_input_options(p.add_argument_group("input and output"))
-    _add_object_options(p.add_argument_group("what an object is"))
+
+    group = p.add_argument_group("what an object is")
+    group.add_argument(
+        "--dataset-json",
+        metavar="FILE",
+        type=local_path,
+        help="nnU-Net's dataset.json with names of labels (default: in GT or beside it; else the "
+        "classes that PRED names)",
+    )
+    group.add_argument(
+        "--classes",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="score these only (default: all)",
+    )
+    group.add_argument(
+        "--min-voxels",
+        metavar="N",
+        type=int,
+        help="smaller objects are ignored (default: dataset.json's, else 3)",
+    )
+    group.add_argument(
+        "--connectivity",
+        type=int,
+        choices=[6, 18, 26],
+        help="neighbours that make a component (default: dataset.json's, else 26)",
+    )
+
     _add_figure_options(p.add_argument_group("figures"))
     return p
 
@@ -108,35 +136,6 @@ def _add_input_options(group: Group) -> None:
         action="store_true",
         help="scans of GT without a file in PRED count as scans without a detection (default: they "
         "are left out)",
-    )
-
-
-def _add_object_options(group: Group) -> None:
-    group.add_argument(
-        "--dataset-json",
-        metavar="FILE",
-        type=local_path,
-        help="nnU-Net's dataset.json with names of labels (default: in GT or beside it; else the "
-        "classes that PRED names)",
-    )
-    group.add_argument(
-        "--classes",
-        metavar="NAME",
-        nargs="+",
-        default=[],
-        help="score these only (default: all)",
-    )
-    group.add_argument(
-        "--min-voxels",
-        metavar="N",
-        type=int,
-        help="smaller objects are ignored (default: dataset.json's, else 3)",
-    )
-    group.add_argument(
-        "--connectivity",
-        type=int,
-        choices=[6, 18, 26],
-        help="neighbours that make a component (default: dataset.json's, else 26)",
     )
 
 

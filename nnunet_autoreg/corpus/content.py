@@ -163,8 +163,25 @@ def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None
 
     for members in of_shape.values():
         if len(members) > 1:
+            # Scans of one shape are copies if their signatures agree within the tolerance.
             points_of_members = [signatures[n] for n in members]
-            _settle_alike(settled, members, np.array(points_of_members))
+            how = "voxels, but for rounding or scale (64 compared), as"
+            pairs = []
+            for a, b in _close_pairs(np.array(points_of_members)):
+                first, second = members[a], members[b]
+                if _same_spacing(settled[first], settled[second]):
+                    pairs.append((first, second))
+
+            # Copies of excluded scans first, in either order of the files, then copies of the
+            # others.
+            for first, second in pairs:
+                for copy, original in ((first, second), (second, first)):
+                    if settled[copy].status == OK and settled[original].status == "excluded":
+                        settled[copy] = _copy_of_excluded(settled[copy], settled[original], how)
+            for first, second in pairs:
+                if settled[first].status == settled[second].status == OK:
+                    reason = f"same {how} {settled[first].id}"
+                    settled[second] = replace(settled[second], status="duplicate", reason=reason)
     return settled
 
 
@@ -200,29 +217,6 @@ def _copy_of_excluded(row: ScanRow, original: ScanRow, how: str) -> ScanRow:
     called = original.name or original.id
     inside = f" ({called})" if original.part and called != original.source else ""
     return replace(row, status="excluded", reason=f"same {how} {COPY_OF}{original.source}{inside}")
-
-
-def _settle_alike(rows: list[ScanRow], members: list[int], points: npt.NDArray[np.int16]) -> None:
-    """Mark copies among scans whose signatures agree within the tolerance.
-
-    This changes ``rows`` at ``members``, all of one shape.
-    """
-    how = "voxels, but for rounding or scale (64 compared), as"
-    pairs = []
-    for a, b in _close_pairs(points):
-        first, second = members[a], members[b]
-        if _same_spacing(rows[first], rows[second]):
-            pairs.append((first, second))
-
-    # Copies of excluded scans first, in either order of the files, then copies of the others.
-    for first, second in pairs:
-        for copy, original in ((first, second), (second, first)):
-            if rows[copy].status == OK and rows[original].status == "excluded":
-                rows[copy] = _copy_of_excluded(rows[copy], rows[original], how)
-    for first, second in pairs:
-        if rows[first].status == rows[second].status == OK:
-            reason = f"same {how} {rows[first].id}"
-            rows[second] = replace(rows[second], status="duplicate", reason=reason)
 
 
 def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:

@@ -253,6 +253,16 @@ def _modality_print(rows: Sequence[ScanRow]) -> ModalityPrint:
     geometries = [transposed_geometry(row) for row in rows]
     shapes = np.array([shape for shape, _ in geometries])
     spacings = np.array([spacing for _, spacing in geometries])
+
+    intensity = None
+    known = [row.percentiles for row in rows if row.percentiles]
+    if known:
+        spreads = {}
+        for percentile, values in zip(PERCENTILES, np.array(known).T, strict=True):
+            # Names of one width, so that they sort as their numbers do.
+            spreads[f"{percentile:04.1f}"] = spread(values)
+        intensity = IntensityPrint(len(known), spreads)
+
     return ModalityPrint(
         num_scans=len(rows),
         num_cases=_num_cases(rows),
@@ -260,19 +270,8 @@ def _modality_print(rows: Sequence[ScanRow]) -> ModalityPrint:
         shape_vox=spread(shapes),
         extent_mm=spread(shapes * spacings),
         anisotropy=spread(spacings.max(axis=1) / spacings.min(axis=1)),
-        intensity=_intensity_print(rows),
+        intensity=intensity,
     )
-
-
-def _intensity_print(rows: Sequence[ScanRow]) -> IntensityPrint | None:
-    known = [row.percentiles for row in rows if row.percentiles]
-    if not known:
-        return None
-    spreads = {}
-    for percentile, values in zip(PERCENTILES, np.array(known).T, strict=True):
-        # Names of one width, so that they sort as their numbers do.
-        spreads[f"{percentile:04.1f}"] = spread(values)
-    return IntensityPrint(len(known), spreads)
 
 
 def _group_print(group: ScanGroup, shapes: npt.NDArray[np.int64]) -> GroupPrint:

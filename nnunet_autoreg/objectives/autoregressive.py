@@ -136,7 +136,26 @@ class AutoregressiveModel(nn.Module):
         # (B, starts, V) and (B, T, V)
         start_BTV, features_BTV = features_BTV.tensor_split([self.encoder.num_starts], dim=1)
         if isinstance(self.head, QueryDecoder):
-            return self._asked(self.head, batch, valid_BT, features_BTV)
+            # A query must not see its own block, which it predicts.
+            query_rule = strictly_earlier(batch.order_index, valid_BT)
+            tokens = TokenPositions(
+                self.encoder.rope(batch.positions), batch.positions, batch.members
+            )
+            if self.head.block_tokens == 1:
+                alone: Tensor = self.head(features_BTV, query_rule, tokens, tokens)
+                return alone
+
+            # Queries block after block, and their predictions back at the places of the tokens.
+            query_order_BT = block_order(batch.order_index)
+            in_order_BTO = self.head(
+                features_BTV,
+                query_rule.with_queries(query_order_BT),
+                self.places(batch, query_order_BT),
+                tokens,
+            )
+            return torch.zeros_like(in_order_BTO).scatter(
+                1, query_order_BT[:, :, None].expand_as(in_order_BTO), in_order_BTO
+            )
 
         # Token j of block b says what token j of block b + 1 is.
         order_BT = block_order(batch.order_index)
@@ -145,26 +164,6 @@ class AutoregressiveModel(nn.Module):
             return said_BTP
         return said_BTP.scatter(
             1, order_BT[:, :1, None].expand(-1, -1, said_BTP.shape[2]), self.head(start_BTV)
-        )
-
-    def _asked(
-        self, head: QueryDecoder, batch: Batch, valid_BT: Tensor, features_BTV: Tensor
-    ) -> Tensor:
-        """Predictions (B, T, O) of the query decoder, entry t for token t."""
-        # A query must not see its own block, which it predicts.
-        rule = strictly_earlier(batch.order_index, valid_BT)
-        tokens = TokenPositions(self.encoder.rope(batch.positions), batch.positions, batch.members)
-        if head.block_tokens == 1:
-            alone: Tensor = head(features_BTV, rule, tokens, tokens)
-            return alone
-
-        # Queries block after block, and their predictions back at the places of the tokens.
-        order_BT = block_order(batch.order_index)
-        in_order_BTO = head(
-            features_BTV, rule.with_queries(order_BT), self.places(batch, order_BT), tokens
-        )
-        return torch.zeros_like(in_order_BTO).scatter(
-            1, order_BT[:, :, None].expand_as(in_order_BTO), in_order_BTO
         )
 
     def places(self, batch: Batch, index_BN: Tensor) -> TokenPositions:

@@ -185,6 +185,40 @@ def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
     }
 
 
+def plan_encoder(
+    pool: Pool, hardware: Hardware, overrides: Overrides
+) -> tuple[EncoderSize, str, str]:
+    """Return the encoder, with strides or tokens that suit the scans, and why both were chosen."""
+    chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
+    if why_encoder != BY_USER:
+        chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
+
+    encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
+    if overrides.arguments is not None:
+        token_size = token_size_of(encoder.class_path, overrides.arguments)
+        encoder = replace(encoder, arguments=overrides.arguments, token_size=token_size)
+
+    encoder, why_token = with_tokens(
+        encoder, pool.spacing_mm, pool.median_shape_vox, overrides.token_size_vox
+    )
+    if not has_transformer(encoder.family):
+        why_token = "total stride; as nnU-Net plans strides by spacing"
+    return encoder, why_encoder, why_token
+
+
+def plan_length(pool: Pool, step_vox: int, overrides: Overrides) -> tuple[int, str]:
+    """Return the number of steps of ``step_vox`` voxels each, and why."""
+    steps, why_steps = choose_length(pool, step_vox, overrides.num_epochs)
+    if overrides.num_steps is not None:
+        steps, why_steps = overrides.num_steps, BY_USER
+    if overrides.num_hours is not None:
+        why_steps = (
+            "stands in until a step has been measured, before the first; then what "
+            f"{overrides.num_hours:g} h allow"
+        )
+    return steps, why_steps
+
+
 def make_plan(
     name: str,
     pool: Pool,
@@ -204,19 +238,7 @@ def make_plan(
             known[key] = memory_of(encoder, crop, recompute)
         return known[key]
 
-    # The encoder, with strides or tokens that suit the scans.
-    chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
-    if why_encoder != BY_USER:
-        chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
-    encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
-    if overrides.arguments is not None:
-        token_size = token_size_of(encoder.class_path, overrides.arguments)
-        encoder = replace(encoder, arguments=overrides.arguments, token_size=token_size)
-    encoder, why_token = with_tokens(
-        encoder, pool.spacing_mm, pool.median_shape_vox, overrides.token_size_vox
-    )
-    if not has_transformer(encoder.family):
-        why_token = "total stride; as nnU-Net plans strides by spacing"
+    encoder, why_encoder, why_token = plan_encoder(pool, hardware, overrides)
 
     # What a sequence is, and what is learned from it.
     layout = choose_layout(encoder, hardware, pool, memory)
@@ -236,15 +258,7 @@ def make_plan(
 
     # The length.
     step_vox = real_voxels(crop, pool.median_shape_vox) * batch
-    steps, why_steps = choose_length(pool, step_vox, overrides.num_epochs)
-    if overrides.num_steps is not None:
-        steps, why_steps = overrides.num_steps, BY_USER
-    if overrides.num_hours is not None:
-        why_steps = (
-            "stands in until a step has been measured, before the first; then what "
-            f"{overrides.num_hours:g} h allow"
-        )
-
+    steps, why_steps = plan_length(pool, step_vox, overrides)
     compiles, why_compile = choose_compile(steps, overrides.num_hours)
 
     reasons = {

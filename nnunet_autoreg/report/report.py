@@ -358,12 +358,8 @@ def _pictures_or_galleries(
     if galleries:
         return page.paragraph(figure_of_merit(plan).pictures) + html_of(galleries)
     samples = [picture for picture in pictures if isinstance(picture, Picture)]
-    return _pictures(plan, samples, setting)
 
-
-def _pictures(plan: Plan, pictures: Sequence[Picture], setting: RunSetting) -> str:
-    """Return the slices of validation scans, or why there are none."""
-    if not pictures:
+    if not samples:
         reason = "none was drawn yet" if setting.num_validation else "there are no validation scans"
         return page.paragraph(f"There are no pictures: {reason}.")
 
@@ -372,17 +368,17 @@ def _pictures(plan: Plan, pictures: Sequence[Picture], setting: RunSetting) -> s
         '<p class="soft">error: none <span class="bar" aria-hidden="true"></span> half of the grey '
         "range</p>",
     ]
-    for number, picture in enumerate(pictures, start=1):
-        title = f"Sample {number}: {picture.num_given:,} of {picture.num_blocks:,} blocks given"
+    for number, drawn in enumerate(samples, start=1):
+        title = f"Sample {number}: {drawn.num_given:,} of {drawn.num_blocks:,} blocks given"
         parts.append(f'<figure aria-label="{title}"><h3>{title}</h3>')
 
-        for plane in picture.planes:
+        for plane in drawn.planes:
             cells = [f"<div><p>{escape(name)}</p>{image}</div>" for name, image in panels(plane)]
             parts.append(f'<p class="soft">{escape(plane.name)}</p>')
             parts.append(f'<div class="panels">{"".join(cells)}</div>')
 
-        if picture.images:
-            parts.append(_side_by_side(picture))
+        if drawn.images:
+            parts.append(_side_by_side(drawn))
         parts.append("</figure>")
 
     return "\n".join(parts)
