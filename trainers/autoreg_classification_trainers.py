@@ -299,14 +299,9 @@ class AutoregClassificationTrainer(TaskTrainer):
                 folder = Path(self.output_folder)
                 file = folder / BASELINES
                 baselines = read_json(file)["baselines"] if file.is_file() else None
-                model = {
-                    "dataset": self.plans_manager.dataset_name,
-                    "trainer": self.__class__.__name__,
-                    "plans": self.plans_manager.plans_name,
-                    "configuration": self.configuration_name,
-                    "folds": [self.fold],
-                }
-                tasks = write_validation(folder, self.table, self.plan, merged, baselines, model)
+                tasks = write_validation(
+                    folder, self.table, self.plan, merged, baselines, self.described_model()
+                )
                 for line in score_lines(tasks, baselines):
                     self.print_to_log_file(line)
                 for name, scores in tasks.items():

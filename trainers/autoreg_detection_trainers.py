@@ -330,14 +330,7 @@ class AutoregDetectionTrainer(TaskTrainer):
             mirror_axes=self.inference_allowed_mirroring_axes or (),
             autocast=self._autocast,
         )
-        model = {
-            "dataset": self.plans_manager.dataset_name,
-            "trainer": self.__class__.__name__,
-            "plans": self.plans_manager.plans_name,
-            "configuration": self.configuration_name,
-            "folds": [self.fold],
-            "validation": True,
-        }
+        model = {**self.described_model(), "validation": True}
 
         stock = self.dataset_class(self.preprocessed_dataset_folder, mine)
         found = validate_cases(

@@ -171,6 +171,16 @@ class TaskTrainer(AutoregPretrainedTrainer):
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: there is no deep supervision."""
 
+    def described_model(self) -> dict[str, Any]:
+        """Return which model made the results of a validation, by nnU-Net's names for its parts."""
+        return {
+            "dataset": self.plans_manager.dataset_name,
+            "trainer": self.__class__.__name__,
+            "plans": self.plans_manager.plans_name,
+            "configuration": self.configuration_name,
+            "folds": [self.fold],
+        }
+
     def training_patches(self) -> tuple[Any, Any]:
         """Return the size of a patch before augmentation, and nnU-Net's augmentation."""
         rotation, is_flat, initial_patch, mirror_axes = (
