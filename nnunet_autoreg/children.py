@@ -143,26 +143,27 @@ def guard_program(parent: int, line: Sequence[str]) -> int:
             break
         except subprocess.TimeoutExpired:
             if signals or os.getppid() != parent:
-                # The program may save its state for a moment; then it and everything below it is
-                # killed.
-                below = descendants()
-                program.terminate()
-                with suppress(subprocess.TimeoutExpired):
-                    program.wait(END_WITHIN_S)
-
-                end_children()
-                # Those whose parent has ended are nobody's descendants where the guard cannot take
-                # them over.
-                for child in below:
-                    with suppress(ProcessLookupError, PermissionError):
-                        os.kill(child, signal.SIGKILL)
-                program.wait()
-
+                _end_program(program)
                 return STOPPED
 
     # What the program left behind, if it was killed, say, ends with it.
     end_children()
     return code if code >= 0 else 128 - code
+
+
+def _end_program(program: "subprocess.Popen[bytes]") -> None:
+    """Let the program save its state for a moment, then kill it and everything below it."""
+    below = descendants()
+    program.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        program.wait(END_WITHIN_S)
+
+    end_children()
+    # Those whose parent has ended are nobody's descendants where the guard cannot take them over.
+    for child in below:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(child, signal.SIGKILL)
+    program.wait()
 
 
 def _end_with_guard() -> None:

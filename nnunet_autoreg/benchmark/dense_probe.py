@@ -332,18 +332,7 @@ def fit(
     best_share, best_dice = 0.0, -1.0
     for share in PRIOR_SHARES:
         predicted_N = (logits_NC + share * log_prior_C).argmax(1)
-
-        # Sizes of the true, the predicted and the common part of every class, in voxels of the
-        # scans: each sampled voxel counts with its weight.
-        zeros_C = torch.zeros(num_classes)
-        true_C = zeros_C.index_add(0, labels_N, weights_N)
-        predicted_C = zeros_C.index_add(0, predicted_N, weights_N)
-        both_C = zeros_C.index_add(0, labels_N, weights_N * (labels_N == predicted_N))
-
-        is_present_C = true_C[1:] > 0
-        dice_C = 2 * both_C[1:] / (true_C[1:] + predicted_C[1:]).clamp(min=1)
-        dice = float(dice_C[is_present_C].mean()) if bool(is_present_C.any()) else 0.0
-
+        dice = _weighted_dice(labels_N, predicted_N, weights_N, num_classes)
         if dice > best_dice:
             best_share, best_dice = share, dice
 
@@ -383,6 +372,24 @@ def _logistic_regression(
     with torch.enable_grad():
         solver.step(objective)  # type: ignore[no-untyped-call]
     return slopes_VC.detach(), offsets_C.detach()
+
+
+def _weighted_dice(
+    labels_N: Tensor,
+    predicted_N: Tensor,
+    weights_N: Tensor,
+    num_classes: int,
+) -> float:
+    """Return the mean Dice over the structures, each sampled voxel counted with its weight."""
+    # Sizes of the true, the predicted and the common part of every class, in voxels of the scans.
+    zeros_C = torch.zeros(num_classes)
+    true_C = zeros_C.index_add(0, labels_N, weights_N)
+    predicted_C = zeros_C.index_add(0, predicted_N, weights_N)
+    both_C = zeros_C.index_add(0, labels_N, weights_N * (labels_N == predicted_N))
+
+    is_present_C = true_C[1:] > 0
+    dice_C = 2 * both_C[1:] / (true_C[1:] + predicted_C[1:]).clamp(min=1)
+    return float(dice_C[is_present_C].mean()) if bool(is_present_C.any()) else 0.0
 
 
 def predict(

@@ -154,22 +154,7 @@ class FrozenNetwork:
         volume_1CZYX = torch.from_numpy(image).reshape(1, num_channels, *image.shape[-3:])
         volume_1CZYX = volume_1CZYX.to(self.device)
         if not self.encoder.architecture.is_cnn:
-            # The two kinds of transformers name their parts differently.
-            is_vit = family_of(self.encoder.architecture.class_path) == VIT
-            layers = self.network.model.layers if is_vit else self.network.eva.blocks
-            tokenizer = self.network.model.patchifier if is_vit else self.network.down_projection
-            indices = [max(0, round(share * len(layers)) - 1) for share in TRANSFORMER_DEPTHS]
-            chosen = [layers[index] for index in indices]
-            tokenized, *read = _outputs_of([tokenizer, *chosen], lambda: self.network(volume_1CZYX))
-
-            grid = grid_of(self.built_for, self.token_size)
-            num_tokens = volume(grid)
-            maps = [tokenized[0]]
-            for tokens_1TV in read:
-                # START and register tokens stand in front of those of the image.
-                tokens_NV = tokens_1TV[0, -num_tokens:]
-                maps.append(tokens_NV.T.reshape(-1, *grid))
-            return maps
+            return self._transformer_maps(volume_1CZYX)
 
         # The encoder's stages, then the decoder's, without the segmentation layers.
         skips = self.network.encoder(volume_1CZYX)
@@ -179,6 +164,25 @@ class FrozenNetwork:
         decoder = self.network.decoder
         decoded = _outputs_of(list(decoder.stages), lambda: decoder(skips))
         return [features[0] for features in (*skips, *decoded)]
+
+    def _transformer_maps(self, volume_1CZYX: Tensor) -> list[Tensor]:
+        """Return the tokenizer's output and that of a few layers, on the grid of tokens."""
+        # The two kinds of transformers name their parts differently.
+        is_vit = family_of(self.encoder.architecture.class_path) == VIT
+        layers = self.network.model.layers if is_vit else self.network.eva.blocks
+        tokenizer = self.network.model.patchifier if is_vit else self.network.down_projection
+        indices = [max(0, round(share * len(layers)) - 1) for share in TRANSFORMER_DEPTHS]
+        chosen = [layers[index] for index in indices]
+        tokenized, *read = _outputs_of([tokenizer, *chosen], lambda: self.network(volume_1CZYX))
+
+        grid = grid_of(self.built_for, self.token_size)
+        num_tokens = volume(grid)
+        maps = [tokenized[0]]
+        for tokens_1TV in read:
+            # START and register tokens stand in front of those of the image.
+            tokens_NV = tokens_1TV[0, -num_tokens:]
+            maps.append(tokens_NV.T.reshape(-1, *grid))
+        return maps
 
 
 def _outputs_of(modules: Sequence[nn.Module], run: Any) -> list[Tensor]:

@@ -88,19 +88,23 @@ def read_predictions(file: Path) -> ClassPredictions:
         of_tasks = []
         for task in tasks:
             cells = [row[f"{task.name}:{kind}"] for kind in task.classes]
-            try:
-                values = np.array([float(cell) for cell in cells])
-            except ValueError:
-                values = np.full(len(cells), np.nan)
-            # Six decimals of up to MOST_CLASSES values are written.
-            tolerance = 1e-6 * max(MOST_CLASSES, len(cells))
-            if not (values >= 0).all() or abs(values.sum() - 1) > tolerance:
-                raise ClassesError(
-                    f"{file}: the probabilities of {task.name} for {row[CASE_COLUMN]} "
-                    f"({', '.join(cells)}) are not numbers from 0 to 1 with the sum 1; classify "
-                    "that scan again",
-                    code="classes-probability",
-                )
-            of_tasks.append(values)
+            of_tasks.append(_probabilities(file, row[CASE_COLUMN], task, cells))
         probabilities[row[CASE_COLUMN]] = of_tasks
     return ClassPredictions(tuple(tasks), probabilities)
+
+
+def _probabilities(
+    file: Path, case: str, task: ClassificationTask, cells: Sequence[str]
+) -> NDArray[np.float64]:
+    try:
+        values = np.array([float(cell) for cell in cells])
+    except ValueError:
+        values = np.full(len(cells), np.nan)
+    # Six decimals of up to MOST_CLASSES values are written.
+    if not (values >= 0).all() or abs(values.sum() - 1) > 1e-6 * max(MOST_CLASSES, len(cells)):
+        raise ClassesError(
+            f"{file}: the probabilities of {task.name} for {case} ({', '.join(cells)}) are not "
+            "numbers from 0 to 1 with the sum 1; classify that scan again",
+            code="classes-probability",
+        )
+    return values

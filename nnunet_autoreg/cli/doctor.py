@@ -154,24 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.link:
         return _link(_site_packages())
     if arguments.unlink:
-        target = _site_packages() / LINK_NAME
-        if not target.exists():
-            print(f"there is no {target}; nothing was removed")
-        elif not _is_our_link(target):
-            raise AutoregError(
-                f"{target} was not made by autoreg_doctor and is not changed",
-                code="doctor-foreign-file",
-            )
-        else:
-            try:
-                target.unlink()
-            except OSError as error:
-                raise AutoregError(
-                    f"{target} cannot be removed ({error.strerror})", code="doctor-not-writable"
-                ) from error
-            print(f"removed {target}")
-        print_next("autoreg_doctor")
-        return 0
+        return _unlink(_site_packages())
 
     checks = []
     for check in all_checks():
@@ -549,6 +532,32 @@ def _link(folder: Path) -> int:
             code="doctor-link-without-effect",
         )
 
+    print_next("autoreg_doctor")
+    return 0
+
+
+def _unlink(folder: Path) -> int:
+    """Remove the file that ``--link`` wrote.
+
+    Raises:
+        AutoregError: another file has this name, or it cannot be removed.
+    """
+    target = folder / LINK_NAME
+    if not target.exists():
+        print(f"there is no {target}; nothing was removed")
+    elif not _is_our_link(target):
+        raise AutoregError(
+            f"{target} was not made by autoreg_doctor and is not changed",
+            code="doctor-foreign-file",
+        )
+    else:
+        try:
+            target.unlink()
+        except OSError as error:
+            raise AutoregError(
+                f"{target} cannot be removed ({error.strerror})", code="doctor-not-writable"
+            ) from error
+        print(f"removed {target}")
     print_next("autoreg_doctor")
     return 0
 

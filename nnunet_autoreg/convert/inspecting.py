@@ -49,27 +49,7 @@ def inspect_weights(
         return _run_facts(source.file, head)
     if source.kind in (AR_SSL4M, HUGGING_FACE, NNSSL, TRAINED):
         return _foreign_facts(source, head, options, plan_file)
-
-    if source.kind == NO_PLAN:
-        what = (
-            "a checkpoint of nnU-Net or nnssl without an adaptation plan, so its encoder is not "
-            "described"
-        )
-        following = (
-            f"autoreg_weights import {shell_quoted(str(source.file))} --name NAME "
-            "--adaptation-plan FILE"
-        )
-    else:
-        what = "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's"
-        following = (
-            "look at the keys; nnssl's formats need their adaptation plan (--adaptation-plan FILE)"
-        )
-
-    facts: Facts = [*head, ("what", what)]
-    if source.rest:
-        others = sorted(map(str, source.rest))
-        facts.append(("also holds", ", ".join(others[:MAX_LISTED])))
-    return [*facts, *_shape_facts(source.tensors)], following
+    return _unknown_facts(source, head)
 
 
 def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
@@ -198,6 +178,30 @@ def _foreign_facts(
         *[("note", note) for note in imported.notes],
     ]
     return facts, import_line
+
+
+def _unknown_facts(source: WeightsFile, head: Facts) -> tuple[Facts, str]:
+    """Describe a file that cannot be used as it is, and return what would help."""
+    if source.kind == NO_PLAN:
+        what = (
+            "a checkpoint of nnU-Net or nnssl without an adaptation plan, so its encoder is not "
+            "described"
+        )
+        following = (
+            f"autoreg_weights import {shell_quoted(str(source.file))} --name NAME "
+            "--adaptation-plan FILE"
+        )
+    else:
+        what = "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's"
+        following = (
+            "look at the keys; nnssl's formats need their adaptation plan (--adaptation-plan FILE)"
+        )
+
+    facts: Facts = [*head, ("what", what)]
+    if source.rest:
+        others = sorted(map(str, source.rest))
+        facts.append(("also holds", ", ".join(others[:MAX_LISTED])))
+    return [*facts, *_shape_facts(source.tensors)], following
 
 
 def _shape_facts(tensors: Mapping[str, Tensor]) -> Facts:

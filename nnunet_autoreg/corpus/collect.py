@@ -10,6 +10,7 @@ import os
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -111,23 +112,8 @@ class DicomCollector:
                     )
                     self.left[path, one.series, one.modality, "derived", reason] += 1
 
-            # Derived images are left out, unless nothing better is there.
-            first = kept[0]
-            reason = ""
-            use = "to use them, give their folder a modality in --manifest"
-            files = f"({_num_files(len(kept))})"
-            if first.derived and first.derived != SECONDARY:
-                reason = (
-                    f"derived images ({first.derived}): computed from others, not acquired; "
-                    f"{use} {files}"
-                )
-            elif first.derived and _kind(first) in original:
-                reason = (
-                    f"derived images ({SECONDARY}), and their study holds original "
-                    f"{first.modality} images; {use} {files}"
-                )
-
-            if first.derived and not reason:
+            reason = _why_derived(kept, original)
+            if kept[0].derived and not reason:
                 num_derived_used += 1
             yield from self._rows_of(path, kept, reason)
 
@@ -226,6 +212,28 @@ class DicomCollector:
 def _kind(one: DicomSlice) -> tuple[str, str, str]:
     """Return what an original must share with a derived image to be the better one."""
     return one.subject, one.study, one.modality
+
+
+def _why_derived(group: Sequence[DicomSlice], original: AbstractSet[tuple[str, str, str]]) -> str:
+    """Return why a series of derived images is left out.
+
+    It is "" for originals, and where nothing better is there.
+    """
+    first = group[0]
+    if not first.derived:
+        return ""
+    files = f"({_num_files(len(group))})"
+    use = "to use them, give their folder a modality in --manifest"
+    if first.derived != SECONDARY:
+        return (
+            f"derived images ({first.derived}): computed from others, not acquired; {use} {files}"
+        )
+    if _kind(first) in original:
+        return (
+            f"derived images ({SECONDARY}), and their study holds original {first.modality} "
+            f"images; {use} {files}"
+        )
+    return ""
 
 
 def _num_files(count: int) -> str:

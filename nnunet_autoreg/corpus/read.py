@@ -194,18 +194,7 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
     shape_vox, spacing_mm = as_size(size[::-1]), zyx(reader.GetSpacing()[:3])
     check_spacing(spacing_mm)
     direction = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
-
-    is_orthonormal = False
-    if np.isfinite(direction).all():
-        # Rows of length 1 at right angles to each other give the identity.
-        error = np.abs(direction @ direction.T - np.eye(3)).max()
-        is_orthonormal = error <= MAX_DIRECTION_ERROR
-    if not is_orthonormal:
-        raise ScanError(
-            "direction",
-            "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
-        )
-
+    _check_direction(direction)
     check_memory(shape_vox)
 
     turn = turn_of(direction)
@@ -258,6 +247,19 @@ def check_spacing(spacing_mm: Sequence[float]) -> None:
             "spacing",
             f"voxel size {listed} mm (z, y, x) is anisotropic by {ratio:.0f}; at most "
             f"{MAX_SPACING_RATIO:g}",
+        )
+
+
+def _check_direction(direction: Any) -> None:
+    is_orthonormal = False
+    if np.isfinite(direction).all():
+        # Rows of length 1 at right angles to each other give the identity.
+        error = np.abs(direction @ direction.T - np.eye(3)).max()
+        is_orthonormal = error <= MAX_DIRECTION_ERROR
+    if not is_orthonormal:
+        raise ScanError(
+            "direction",
+            "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
         )
 
 
