@@ -54,6 +54,11 @@ MOST_DIGITS = 9
 """Of a number that a user gives; Python converts no number of thousands of digits."""
 
 
+def is_whole_number(text: str, most_digits: int = MOST_DIGITS) -> bool:
+    """Return whether a text is a whole number without a sign that ``int`` can convert."""
+    return text.isdecimal() and len(text) <= most_digits
+
+
 def num_processes() -> int:
     """Return the number of processes for reading and preprocessing.
 
@@ -63,8 +68,7 @@ def num_processes() -> int:
         UsageError: nnUNet_def_n_proc is not a positive whole number.
     """
     wanted = os.environ.get("nnUNet_def_n_proc", "8").strip()  # noqa: SIM112
-    is_number = wanted.isdecimal() and len(wanted) <= MOST_DIGITS
-    if not is_number or int(wanted) < 1:
+    if not is_whole_number(wanted) or int(wanted) < 1:
         raise UsageError(
             f"nnUNet_def_n_proc={wanted} is not a whole number of processes, at least 1; set it "
             "anew or unset it",

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from nnunet_autoreg.errors import PlanError, UsageError, did_you_mean, shell_quoted
 from nnunet_autoreg.geometry import Size, Spacing, as_spacing
-from nnunet_autoreg.machine import MOST_DIGITS, problem_of_name
+from nnunet_autoreg.machine import MOST_DIGITS, is_whole_number, problem_of_name
 from nnunet_autoreg.plan import IntensityWindow
 
 Array = npt.NDArray[np.float32]
@@ -165,8 +165,7 @@ def dataset_folder(dataset: str) -> Path:
         )
 
     numbers = {name: int(name[len("Dataset") :].split("_")[0]) for name in found}
-    # Python converts no number of thousands of digits, and no dataset has many.
-    if not dataset.isdecimal() or len(dataset) > MOST_DIGITS:
+    if not is_whole_number(dataset):
         raise UsageError(
             f"-d {dataset}: there is no such dataset in {root}; {did_you_mean(dataset, found)}",
             code="usage-no-dataset",

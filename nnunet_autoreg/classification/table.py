@@ -22,6 +22,7 @@ from nnunet_autoreg.downstream.patients import PATIENT_COLUMNS, subjects_by_name
 from nnunet_autoreg.errors import ClassesError, did_you_mean
 from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.names import natural_key
+from nnunet_autoreg.machine import is_whole_number
 from nnunet_autoreg.records import from_cell, to_cell
 
 TABLE_NAME = "classesTr.csv"
@@ -29,7 +30,7 @@ KEY = "classification"
 """Of ``dataset.json``."""
 CASE_COLUMN = "case"
 MOST_CLASSES = 20
-MOST_DIGITS = 18
+MOST_GRADE_DIGITS = 18
 """Of a grade."""
 UNKNOWN = -1
 """Index of a class that is not known."""
@@ -243,9 +244,8 @@ def _tasks(
             continue
 
         # Whole numbers are grades. Two of them could as well stand for no and yes.
-        # Python converts no number of thousands of digits, and no grade has many.
         digits = [value.removeprefix("-") for value in different]
-        are_whole = all(word.isdecimal() and len(word) <= MOST_DIGITS for word in digits)
+        are_whole = all(is_whole_number(word, MOST_GRADE_DIGITS) for word in digits)
         is_graded = are_whole and len(different) > 2
         classes = sorted(different, key=int) if is_graded else different
         tasks.append(ClassificationTask(name, tuple(classes), is_graded))

@@ -16,6 +16,7 @@ from nnunet_autoreg.convert.ar_ssl4m import is_ar_ssl4m
 from nnunet_autoreg.errors import WeightsError, shell_quoted
 from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.archive import DAMAGED, would_fill_the_disk
+from nnunet_autoreg.machine import is_whole_number
 from nnunet_autoreg.model.card import CARD_NAME, MAX_CARD_BYTES, WEIGHTS_NAME
 from nnunet_autoreg.records import MEND_YOURS, read_json
 from nnunet_autoreg.safe_load import load_plain
@@ -201,9 +202,7 @@ def checkpoint_of_model(names: Iterable[str], where: Path) -> str:
             continue
         models.add(path.parent.parent.as_posix())
         # "all" comes before every number.
-        # Python converts no number of thousands of digits, and no fold has many.
-        is_number = fold.isdecimal() and len(fold) < 10
-        number = int(fold) if is_number else -1
+        number = int(fold) if is_whole_number(fold) else -1
         candidates[MODEL_CHECKPOINTS.index(path.name), number] = name
 
     if not candidates:
