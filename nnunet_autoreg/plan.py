@@ -167,6 +167,14 @@ class SequencePlan:
     stride_vox: int = 8
     mask_seen: bool = False
 
+    @property
+    def is_at_once(self) -> bool:
+        """Whether all unknown blocks are predicted at once, so that their order means nothing.
+
+        This is so for a whole CNN, and where a fixed share of the blocks is known.
+        """
+        return self.predictor == "network" or self.prefix == "fixed"
+
 
 @dataclass(frozen=True)
 class ObjectivePlan:

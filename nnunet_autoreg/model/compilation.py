@@ -148,7 +148,7 @@ def put_channels_last(module: nn.Module) -> None:
     """Store the kernels of 3D convolutions with their channels last.
 
     ``module.to(memory_format=torch.channels_last_3d)`` would ask it of tensors with four axes, too,
-    such as the register tokens of a transformer, and fail.
+    such as a transformer's tables of positions and members, and fail.
     """
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.dim() == 5:

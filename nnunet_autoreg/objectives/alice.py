@@ -33,6 +33,7 @@ from nnunet_autoreg.model.sequence import from_tokens, to_blocks, to_tokens
 from nnunet_autoreg.objectives.alice_networks import AliceNetwork, Casa, Crops
 from nnunet_autoreg.objectives.alice_plan import alice_of
 from nnunet_autoreg.objectives.base import (
+    OF_LARGEST,
     LossTerm,
     LossTerms,
     Objective,
@@ -50,8 +51,6 @@ WARM_SHARE = 0.1
 """Share of the run in which the teacher's temperature rises."""
 CYCLE_MM = 12.0
 """A match is an inlier if it comes back, and agrees with the others, within this distance."""
-LARGEST = "share of the largest possible"
-"""Unit of entropies, so that runs compare."""
 LEAST_SHARED, MOST_SHARED = 0.02, 0.999
 """Entropy of the prototypes, as a share of the largest possible: below the first limit all tokens
 get the same one, and above the second every token gets all of them alike."""
@@ -266,13 +265,13 @@ class Alice(Objective):
         found = {
             "teacher_entropy_classes": (
                 float(statistics["class_entropy"] / statistics["classes"]) / most,
-                LARGEST,
+                OF_LARGEST,
             ),
             "teacher_entropy_patches": (
                 float(statistics["patch_entropy"]) / patches / most,
-                LARGEST,
+                OF_LARGEST,
             ),
-            "prototype_entropy": (float(entropy(shares_O)) / most, LARGEST),
+            "prototype_entropy": (float(entropy(shares_O)) / most, OF_LARGEST),
             "centre_norm_classes": (float(self.state.class_centre.norm()), "1"),
             "centre_norm_patches": (float(self.state.patch_centre.norm()), "1"),
         }

@@ -18,6 +18,9 @@ from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 
+OF_LARGEST = "share of the largest possible"
+"""Unit of entropies, so that runs compare."""
+
 
 @dataclass(frozen=True)
 class LossTerm:

@@ -30,6 +30,7 @@ from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.objective_kinds import SliceGroup
 from nnunet_autoreg.objectives.base import (
+    OF_LARGEST,
     LossTerm,
     LossTerms,
     Objective,
@@ -440,8 +441,8 @@ class Joint(Objective):
             num_used = int((nearest_N.bincount() > 0).sum())
             empty = 1 - num_used / self.settings.num_slab_clusters
         return {
-            "cluster_entropy": (float(used), "share of the largest possible"),
-            "code_entropy": (float(each), "share of the largest possible"),
+            "cluster_entropy": (float(used), OF_LARGEST),
+            "code_entropy": (float(each), OF_LARGEST),
             "projection_spread": (smallest_spread(statistics["moments"]), "share of mean square"),
             "slab_spread": (float(1 - mean_D.square().sum()), "variance of unit vectors"),
             "empty_clusters": (empty, "share of the clusters"),

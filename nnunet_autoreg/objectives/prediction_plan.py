@@ -139,12 +139,10 @@ def figure_of(plan: Plan) -> FigureOfMerit:
 
 def _about_pictures(plan: Plan) -> list[str]:
     """Return the sentences that say how to read the pictures of validation samples."""
-    # A whole CNN, and masked autoencoding, see the given blocks and no others.
-    is_at_once = plan.sequence.predictor == "network" or plan.sequence.prefix == "fixed"
     is_pattern = settings_of(plan).target == "normalised"
     return [
         "Each row is a slice of a validation scan. The blue part was given to the model.",
-        AT_ONCE if is_at_once else BLOCK_AFTER_BLOCK,
+        AT_ONCE if plan.sequence.is_at_once else BLOCK_AFTER_BLOCK,
         PATTERN_ALONE if is_pattern else INTENSITIES,
         "Error: the absolute difference. Hatched: padding, or nothing to predict.",
     ]

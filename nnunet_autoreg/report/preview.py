@@ -279,7 +279,7 @@ def draw_picture(
         f"A crop is cut into blocks. {use_of_blocks(plan)} "
         "Hatched: outside the scan; nothing is predicted there.\n"
         f"Crops are shown as radiologists view them. {training} "
-        f"{'' if is_at_once(plan) else details}"
+        f"{'' if plan.sequence.is_at_once else details}"
     )
     head.text(0.01, 0.62, explanation, fontsize=11.5, va="top")
 
@@ -289,21 +289,13 @@ def draw_picture(
         figure.savefig(temporary, format="png", dpi=90)
 
 
-def is_at_once(plan: Plan) -> bool:
-    """Return whether all unknown blocks are predicted at once, so that their order means nothing.
-
-    This is so for a whole CNN, and where a fixed share of the blocks is known.
-    """
-    return plan.sequence.predictor == "network" or plan.sequence.prefix == "fixed"
-
-
 def use_of_blocks(plan: Plan) -> str:
     """Return what the network does with the blocks, in two lines of text."""
     kind = kind_of(plan.objective.name)
     if kind.preview:
         return kind.preview
     seen = "The network sees the blocks with a solid blue frame."
-    if is_at_once(plan):
+    if plan.sequence.is_at_once:
         return f"{seen} It has to predict those with a dashed orange frame,\nall of them at once."
     return (
         f"{seen} It has to predict those with a dashed orange frame, in the order of the numbers.\n"
@@ -453,7 +445,7 @@ def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: in
             linewidth=1.0,
         )
         axis.add_patch(frame)
-        if x % every == 0 and not is_at_once(plan):
+        if x % every == 0 and not plan.sequence.is_at_once:
             axis.text(
                 left + 0.08 * side_x,
                 top + 0.1 * side_y,
@@ -530,12 +522,12 @@ def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
         axis.set(xticks=[], yticks=[])
         label = {num_given - 1: "last seen", num_given: "first predicted"}.get(number, "")
         label = f"{index + 1}\n{label}"
-        if is_at_once(plan):
+        if plan.sequence.is_at_once:
             label = "seen" if number < num_given else "predicted"
         axis.set_xlabel(label, fontsize=9, color=INK)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
-    axes[0].set_ylabel("some blocks" if is_at_once(plan) else "in order", fontsize=10)
+    axes[0].set_ylabel("some blocks" if plan.sequence.is_at_once else "in order", fontsize=10)
 
 
 def _middle_slice(

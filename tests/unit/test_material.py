@@ -51,7 +51,7 @@ from nnunet_autoreg.pretrain.preprocessing import (
     plan_with_sequences,
 )
 from nnunet_autoreg.pretrain.request import Request
-from nnunet_autoreg.report.preview import draw_preview, is_at_once, use_of_blocks
+from nnunet_autoreg.report.preview import draw_preview, use_of_blocks
 from nnunet_autoreg.sampling.kinds import num_codes
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.sampler import SequenceSampler
@@ -577,7 +577,7 @@ def test_the_picture_says_whether_blocks_are_predicted_one_after_another(
 ):
     plan = replace(make_plan(**changes), objective=PredictionPlan(objective))
 
-    assert is_at_once(plan) is at_once
+    assert plan.sequence.is_at_once is at_once
     assert ("in the order of the numbers" in use_of_blocks(plan)) is not at_once
 
 
