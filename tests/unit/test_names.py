@@ -51,8 +51,11 @@ def test_a_folder_of_nnunet_that_is_no_utf8_is_refused_by_its_variable(
 def test_a_log_file_takes_any_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    root = logging.getLogger("nnunet_autoreg")
     # Without those that other tests have left.
-    monkeypatch.setattr(logging.getLogger("nnunet_autoreg"), "handlers", [])
+    monkeypatch.setattr(root, "handlers", [])
+    # pytest keeps what reaches its own handler, and its processes exchange text that is UTF-8 only.
+    monkeypatch.setattr(root, "propagate", False)
     logger = logging.getLogger("nnunet_autoreg.names")
 
     with logged_to(tmp_path):
