@@ -397,6 +397,11 @@ TRANSLATIONS = (
     ),
     (("nrrd",), "unreadable", "a damaged NRRD file; copy it again"),
     (
+        ("Unknown PixelType: unknown",),
+        "unreadable",
+        "SimpleITK does not know the type of its values; store them as a usual type of numbers",
+    ),
+    (
         ("Unknown PixelType",),
         "rgb",
         "SimpleITK does not know its kind of pixels, such as grey with opacity; store one grey "
