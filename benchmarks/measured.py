@@ -3,9 +3,9 @@
     python benchmarks/measured.py            # rewrite the pages
     python benchmarks/measured.py --check    # exit with 1 if a page differs
 
-The pages are ``measured.md`` and ``measured_classification.md`` in ``docs/explanation``. A table
-stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. The text around the tables is written
-by hand.
+The pages are ``measured.md`` and ``measured_*.md`` in ``docs/explanation``. A table is written
+between ``<!-- table: NAME -->`` and ``<!-- end -->``. The text around the tables is written by
+hand.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from detection import table as detection_table
-from evidence_table import markdown
+from evidence_table import SCRATCH, compare, markdown, paired, patient_means, with_transfer_named
 from evidence_table import table as evidence_table
 
 from nnunet_autoreg.benchmark.table import markdown as benchmark_table
@@ -26,7 +26,7 @@ from nnunet_autoreg.benchmark.table import markdown as benchmark_table
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 EXPLANATION = REPOSITORY / "docs" / "explanation"
-PAGES = (EXPLANATION / "measured.md", EXPLANATION / "measured_classification.md")
+PAGES = tuple(sorted(EXPLANATION.glob("measured*.md")))
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Line = dict[str, Any]
@@ -36,6 +36,81 @@ def lines_of(name: str) -> list[Line]:
     """Return the lines of a file of results."""
     text = (RESULTS / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+SUMMARY = (
+    ("ixi", "resenc_tiny", 5, 800, 1e-2),
+    ("ixi", "resenc_tiny", 5, 2400, 1e-2),
+    ("ixi", "primus_tiny", 5, 1600, 1e-3),
+    ("hippocampus", "resenc_tiny", 5, 800, 1e-2),
+    ("hippocampus", "resenc_tiny", 1, 800, 1e-2),
+)
+"""Set, encoder, labelled patients, steps and rate of the fine-tunings in the first table."""
+SUMMARY_ARMS = (SCRATCH, "ar", "masked", "alice", "joint", "primus8", "masked8")
+TRANSFERS = {
+    (): "encoder",
+    ("transfer_decoder=false",): "encoder",
+    ("transfer_decoder=true",): "encoder and decoder",
+}
+"""Changed values of the recipe -> what was transferred. Runs with other changes are left out."""
+
+
+def summary() -> str:
+    """Return the fine-tunings that matter most: Dice, and the difference to random weights."""
+    lines = [with_transfer_named(line) for line in lines_of("evidence.jsonl")]
+    objective_of = {
+        (line["set"], line["arm"]): line["objective"]
+        for line in lines
+        if line["command"] == "pretrain"
+    }
+
+    rows = []
+    for data, encoder, labels, steps, rate in SUMMARY:
+        groups: dict[tuple[str, str, str], list[Line]] = {}
+        for line in lines:
+            is_of_arm = line["command"] == "finetune" and line["arm"] in SUMMARY_ARMS
+            if not is_of_arm or line["split"] != "development":
+                continue
+            found = (line["set"], line["encoder"], line["labels"], line["steps"])
+            settings = line["settings"]
+            parts = TRANSFERS.get(tuple(settings["recipe"]), "")
+            is_shown = found == (data, encoder, labels, steps) and parts != ""
+            has_rate = settings["lr"] == rate and settings["encoder_lr"] is None
+            if is_shown and has_rate and settings["optimizer"] == "adamw":
+                key = (line["arm"], str(objective_of.get((data, line["arm"]), "random")), parts)
+                groups.setdefault(key, []).append(line)
+        setting = [data, encoder, labels, steps]
+        rows += [[*setting, *cells] for cells in _summary_cells(groups)]
+    header = ["set", "encoder", "labelled patients", "steps", "start", "transferred"]
+    scores = ["pretrainings x draws", "Dice", "minus random weights (95 %)", "surface Dice"]
+    return markdown([*header, *scores], rows)
+
+
+def _summary_cells(groups: Mapping[tuple[str, str, str], Sequence[Line]]) -> list[list[object]]:
+    """Return one row of cells for each arm of a setting, random weights first."""
+    scratch = next(members for (arm, _, _), members in groups.items() if arm == SCRATCH)
+    rows: list[list[object]] = []
+    for (arm, objective, parts), members in sorted(groups.items(), key=_random_weights_first):
+        difference = "-"
+        if arm != SCRATCH:
+            pairs_RDJ = paired(members, scratch, patient_means("dice"))
+            assert pairs_RDJ is not None, f"{arm}: no draw has a run from random weights"
+            found = compare(pairs_RDJ, 0.02)
+            low, high = found.bootstrap
+            difference = f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        num_seeds = len({line["pretraining_seed"] for line in members})
+        num_draws = len({line["draw"] for line in members})
+        runs = f"- x {num_draws}" if arm == SCRATCH else f"{num_seeds} x {num_draws}"
+        dice = f"{np.mean([line['dice_mean'] for line in members]):.3f}"
+        surface = f"{np.mean([line['surface_mean'] for line in members]):.3f}"
+        transferred = "-" if arm == SCRATCH else parts
+        rows.append([objective, transferred, runs, dice, difference, surface])
+    return rows
+
+
+def _random_weights_first(item: tuple[tuple[str, str, str], Sequence[Line]]) -> tuple[bool, str]:
+    arm, objective, parts = item[0]
+    return arm != SCRATCH, f"{objective} {parts}"
 
 
 def evidence() -> str:
@@ -131,6 +206,48 @@ def crops() -> str:
     return markdown(header, rows)
 
 
+def gpu() -> str:
+    """Return what was measured on a GPU, without the lines that only say how long a part took."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines_of("gpu.jsonl"):
+        if line.get("what") == "whole part":
+            continue
+        what = " ".join(str(line[key]) for key in ("encoder", "order") if line.get(key))
+        groups.setdefault((line["part"], what), []).append(line)
+
+    rows = []
+    for (part, what), members in groups.items():
+        checked = [line for line in members if "ok" in line]
+        right = f"{sum(line['ok'] for line in checked)} of {len(checked)}" if checked else "-"
+        rows.append([part, what or "-", right, "; ".join(_gpu_figures(members)) or "-"])
+    return markdown(["part", "encoder, order", "right", "figures"], rows)
+
+
+GPU_FIGURES = (
+    ("first_step_s", "first step after {:.1f} s"),
+    ("ended_after_s", "ended after {:.1f} s"),
+    ("crops_per_s", "{:.0f} crops/s"),
+    ("share_of_peak", "{:.1%} of the matrix peak"),
+)
+"""Field of a line of ``gpu.py`` -> how the table shows it."""
+
+
+def _gpu_figures(lines: Sequence[Line]) -> list[str]:
+    """Return the figures of one part, and why a measurement is missing."""
+    figures = []
+    errors = [line["error"] for line in lines if "error" in line]
+    if errors:
+        figures.append(f"largest error {max(errors):.2g}")
+    for key, words in GPU_FIGURES:
+        figures += [words.format(line[key]) for line in lines if key in line]
+    for line in lines:
+        if "failed" in line:
+            # The reason follows the command that failed; the place in the code follows the reason.
+            reason = line["failed"].rpartition("autoreg_pretrain: ")[2]
+            figures.append(reason.split(" (")[0].split("; it was")[0])
+    return figures
+
+
 def kills() -> str:
     """Return the runs that were killed at random moments and finished by the same line."""
     rows = []
@@ -207,6 +324,7 @@ def classification_map() -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "summary": summary,
     "evidence": evidence,
     "objectives": objectives,
     "few-label": few_label,
@@ -219,6 +337,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "classification-frozen": lambda: classification_scores("frozen"),
     "classification-settings": classification_settings,
     "classification-map": classification_map,
+    "gpu": gpu,
     "kills": kills,
 }
 

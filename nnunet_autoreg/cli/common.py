@@ -249,9 +249,10 @@ def prepare_torch() -> None:
     """Let OpenMP's waiting threads sleep soon instead of spinning, unless the user has chosen.
 
     It must be called before torch is imported. On a shared CPU, spinning threads keep working
-    threads from running, even those of this program's own data loaders. Sleeping at once
-    (OMP_WAIT_POLICY=PASSIVE) would make an idle machine half as slow again. The figures are in
-    docs/explanation/measured.md.
+    threads from running, even those of this program's own data loaders. Measured: a training step
+    of primus_tiny took 0.69 s by OpenMP's default beside one busy process, and 0.36 to 0.50 s with
+    the value below. On an idle machine it took 0.2 s either way, and 0.28 to 0.30 s with
+    OMP_WAIT_POLICY=PASSIVE, which lets threads sleep immediately.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -57,7 +57,7 @@ def recipe_values(encoder: EncoderPlan) -> dict[str, Any]:
 def rate_reason(encoder: EncoderPlan) -> str:
     """Return where the planned learning rates come from.
 
-    Source: docs/explanation/measured.md, fine-tuning by SGD on 5 labelled patients.
+    Source: docs/explanation/measured_segmentation.md, fine-tuning by SGD on 5 labelled patients.
     """
     if not is_cnn(encoder):
         return f"the usual rates of {encoder.name}"

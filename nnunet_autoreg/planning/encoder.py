@@ -35,8 +35,9 @@ def choose_encoder(
 
     ``auto`` goes by device, image size and GPU memory, and takes no CNN for ``single_tokens``.
 
-    Of the two tiny ones the CNN is far ahead in short trainings (docs/explanation/measured.md). The
-    large ones have not been compared; until then the default is nnU-Net's own network.
+    Of the two tiny ones the CNN is far ahead in short trainings
+    (docs/explanation/measured_segmentation.md). The large ones have not been compared; until then
+    the default is nnU-Net's own network.
     """
     if name != "auto":
         return encoder_size(name).name, BY_USER
@@ -128,7 +129,7 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
 def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
     """Return order of the blocks, predictor, and the reason.
 
-    Source: docs/explanation/measured.md.
+    Source: docs/explanation/measured_segmentation.md.
     """
     if has_transformer(encoder.family):
         return "random", "query", "a transformer started better from it than from raster order"

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "autoreg_store"
 MASK_BELOW = 3 / 4
-# An upper bound: float32 shrinks to 1.6 .. 3.4 bytes on the average of a dataset, 1.1 .. 3.6 in
-# single cases (docs/explanation/measured.md).
+# An upper bound: float32 shrank to 1.6 .. 3.4 bytes on the average of a dataset, and to 1.1 .. 3.6
+# in single cases.
 BYTES_PER_VOXEL = 3.6
 BYTES_PER_CASE = 8192
 STALE_AFTER_S = 24 * 3600
