@@ -74,6 +74,9 @@ class DataPlan:
             the target ``spacing_mm``.
         min_scans: the planner of fine-tuning uses an encoder of fewer scans only if the user names
             it.
+        salt_free: what is drawn does not depend on the folder ``nnUNet_preprocessed``: scans and
+            subjects are ordered by content and by index, and not by their salted hashes. False in
+            plans of earlier versions, whose runs go on as they began.
     """
 
     spacing_mm: Spacing
@@ -81,6 +84,7 @@ class DataPlan:
     holdout_fraction: float = 0.05
     spacing_groups: tuple[SpacingGroup, ...] = ()
     min_scans: int = 10
+    salt_free: bool = False
 
 
 @dataclass(frozen=True)

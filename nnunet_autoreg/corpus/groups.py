@@ -91,7 +91,7 @@ def order_of(word: str) -> tuple[int, str]:
     return len(ORDER), word
 
 
-def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
+def contrast_groups(rows: Iterable[ScanRow], salt_free: bool = True) -> list[ContrastGroup]:
     """Return all groups of at least two contrasts.
 
     These are channels of a case, and other scans of one subject and session in one dataset or
@@ -99,6 +99,9 @@ def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
 
     Of two scans of one contrast the larger counts. Scans without a known contrast belong to no
     group.
+
+    Args:
+        salt_free: of the plan, which says what decides between scans of one size.
     """
     by_case: dict[tuple[str, ...], list[ScanRow]] = {}
     by_subject: dict[tuple[str, ...], list[ScanRow]] = {}
@@ -110,18 +113,20 @@ def contrast_groups(rows: Iterable[ScanRow]) -> list[ContrastGroup]:
 
     found = []
     for (dataset, case), members in by_case.items():
-        found.append(_group(f"{dataset}/{case}", members, channels=True))
+        found.append(_group(f"{dataset}/{case}", members, True, salt_free))
     for (dataset, subject, _), members in by_subject.items():
-        found.append(_group(f"{dataset}/{subject}", members, channels=False))
+        found.append(_group(f"{dataset}/{subject}", members, False, salt_free))
     return [group for group in found if len(group.rows) >= 2]
 
 
-def _group(name: str, rows: Sequence[ScanRow], channels: bool) -> ContrastGroup:
+def _group(name: str, rows: Sequence[ScanRow], channels: bool, salt_free: bool) -> ContrastGroup:
     """Return the group of these rows, with the largest scan of every contrast."""
 
     def largest_first(row: ScanRow) -> tuple[int, str]:
-        # The id decides between scans of one size, so that the order of the rows changes nothing.
-        return -volume(row.shape_vox or (0, 0, 0)), row.id
+        # Between scans of one size the content decides, so that the order of the rows changes
+        # nothing.
+        equal = row.content_hash if salt_free else row.id
+        return -volume(row.shape_vox or (0, 0, 0)), equal
 
     chosen: dict[str, ScanRow] = {}
     for row in sorted(rows, key=largest_first):

@@ -194,7 +194,7 @@ def labelled_crops(
     Returns:
         [] where there are not 4 subjects, or too few classes.
     """
-    chosen = choose_scans(rows, validation, plan.run.seed)
+    chosen = choose_scans(rows, validation, plan.run.seed, plan.data.salt_free)
     crops = []
     for number, row in enumerate(chosen):
         is_test = number < len(chosen) // 2
@@ -226,13 +226,22 @@ def labelled_crops(
     return crops
 
 
-def choose_scans(rows: Sequence[ScanRow], validation: Collection[str], seed: int) -> list[ScanRow]:
+def choose_scans(
+    rows: Sequence[ScanRow], validation: Collection[str], seed: int, salt_free: bool = True
+) -> list[ScanRow]:
     """Return one labelled scan for each of up to 24 subjects of one dataset.
 
-    Validation scans come first; a hash of the subject decides the rest of the order.
+    Validation scans come first; a hash decides the rest of the order.
+
+    Args:
+        salt_free: of the plan: the hash is that of the scan's content, not of the subject.
     """
+
+    def name_of(row: ScanRow) -> str:
+        return row.content_hash if salt_free else row.id
+
     first: dict[tuple[str, str], ScanRow] = {}
-    for row in sorted(rows, key=lambda row: row.id):
+    for row in sorted(rows, key=name_of):
         if label_map_of(row) is not None:
             # Two scans of a subject are too alike to fit on one and to test on the other.
             first.setdefault((row.dataset, subject_of(row)), row)
@@ -245,7 +254,8 @@ def choose_scans(rows: Sequence[ScanRow], validation: Collection[str], seed: int
     labelled = [row for (name, _), row in first.items() if name == dataset]
 
     def order(row: ScanRow) -> tuple[bool, str]:
-        digest = hashlib.sha256(f"{seed}/{subject_of(row)}".encode()).hexdigest()
+        name = row.content_hash if salt_free else subject_of(row)
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
         return row.id not in validation, digest
 
     return sorted(labelled, key=order)[:MAX_CASES]

@@ -158,7 +158,7 @@ def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
             suffix = f" ({group.modality})" if group.modality else ""
             reasons.append(f"{group.reason}{suffix}")
         reason = " and ".join(reasons) or f"median of {pool.num_scans} scans"
-        data = DataPlan(pool.spacing_mm, pool.ct_window)
+        data = DataPlan(pool.spacing_mm, pool.ct_window, salt_free=True)
         return data, {"data.spacing_mm": f"{reason}, coarsest axis first"}
 
     groups, described = [], []
@@ -176,7 +176,7 @@ def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
         described.append(text)
 
     largest = pool.groups[0]
-    data = DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=tuple(groups))
+    data = DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=tuple(groups), salt_free=True)
     return data, {
         "data.spacing_mm": f"that of the largest of {len(groups)} groups ({largest.modality}, "
         f"{largest.reason})",

@@ -45,7 +45,7 @@ from nnunet_autoreg.pretrain.preprocessing import (
     make_sampling_pools,
     plan_with_sequences,
     remove_failed,
-    split,
+    split_as_planned,
     usable_rows,
     volumes_of,
 )
@@ -252,7 +252,7 @@ def plan_run(
             partial(step_memory, half=has_bf16(device)),
         )
         # Later rules count more: kinds of sequences, then presets, then what --set gives.
-        training, _ = split(rows, plan.data.holdout_fraction, plan.run.seed)
+        training, _ = split_as_planned(plan, rows)
         volumes, training_volumes = volumes_of(rows), volumes_of(training)
         plan = plan_with_sequences(
             folder, plan, request, training_volumes, volumes, num_processes()
@@ -309,7 +309,7 @@ def preprocess_and_train(
     keys = store.ensure(rows, spacing_of, plan.data.ct_window, num_processes())
     rows = remove_failed(folder, rows, store, has_begun=checkpoint.exists(folder))
     cases = {row.id: store.open(keys[row.id]) for row in rows}
-    training, validation = split(rows, plan.data.holdout_fraction, plan.run.seed)
+    training, validation = split_as_planned(plan, rows)
     log.info("%s to train on, %d for validation", counted(len(training), "scan"), len(validation))
 
     def make_job(plan: Plan) -> TrainingJob:

@@ -9,6 +9,7 @@ which cases, groups of contrasts and places of structures a sequence is cut from
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from nnunet_autoreg import nnunet_api
 from nnunet_autoreg.corpus.fingerprint import row_spacing
-from nnunet_autoreg.corpus.groups import commonest, contrast_groups, reduced
+from nnunet_autoreg.corpus.groups import ContrastGroup, commonest, contrast_groups, reduced
 from nnunet_autoreg.corpus.locations import (
     PLACES_NAME,
     StructureLocation,
@@ -61,6 +62,8 @@ from nnunet_autoreg.store.store import Store, StorePart
 log = logging.getLogger(__name__)
 
 MOST_CONTRASTS = 4
+SALTED_CASE = re.compile(r".*-[0-9a-f]{16}")
+"""How the case of a DICOM series is called: modality and salted hash."""
 BY_LIKENESS = "places that look alike"
 
 
@@ -75,20 +78,30 @@ def usable_rows(rows: Sequence[ScanRow]) -> list[ScanRow]:
 
 
 def split(
-    rows: Sequence[ScanRow], fraction: float, seed: int
+    rows: Sequence[ScanRow], fraction: float, seed: int, salt_free: bool = True
 ) -> tuple[list[ScanRow], list[ScanRow]]:
     """Return the training scans and the validation scans.
 
     All scans of a subject, and all channels of a case, go to the same side. A hash of the cases'
     names decides, so that other cases do not change it. For a subject the lowest hash of its cases
     counts, because the hash of its own id differs between machines.
+
+    Args:
+        salt_free: of the plan: a DICOM series, whose case is a salted hash, is known by its content
+            instead.
     """
     # (dataset, case) -> subject, "" where the subject is not known
     subjects = {(row.dataset, row.case): row.subject for row in reversed(rows)}
+    contents = {}
+    if salt_free:
+        series = [row for row in rows if SALTED_CASE.fullmatch(row.case)]
+        contents = {(row.dataset, row.case): row.content_hash for row in series}
+
     lowest: dict[object, str] = {}
     for case, subject in subjects.items():
         unit = subject or case
-        digest = hashlib.sha256(f"{seed}/{case}".encode()).hexdigest()
+        lasting_name = contents.get(case, case)
+        digest = hashlib.sha256(f"{seed}/{lasting_name}".encode()).hexdigest()
         lowest[unit] = min(digest, lowest.get(unit, digest))
 
     num_validation = 0
@@ -104,6 +117,21 @@ def split(
         unit = subjects[case] or case
         (validation if unit in chosen else training).append(row)
     return training, validation
+
+
+def split_as_planned(plan: Plan, rows: Sequence[ScanRow]) -> tuple[list[ScanRow], list[ScanRow]]:
+    """Return the training scans and the validation scans of a run."""
+    return split(rows, plan.data.holdout_fraction, plan.run.seed, plan.data.salt_free)
+
+
+def groups_as_planned(
+    plan: Plan, training: Sequence[ScanRow], validation: Sequence[ScanRow]
+) -> list[ContrastGroup]:
+    """Return the groups of contrasts of a run; no group has scans of both sides."""
+    groups = []
+    for side in (training, validation):
+        groups += contrast_groups(side, plan.data.salt_free)
+    return groups
 
 
 def remove_failed(
@@ -203,8 +231,8 @@ def preprocess_groups(plan: Plan, rows: list[ScanRow], store: Store, part: Store
     """Preprocess this part's groups of contrasts, where the plan has contrast sequences."""
     if "contrast" not in wanted(plan):
         return
-    training, validation = split(rows, plan.data.holdout_fraction, plan.run.seed)
-    groups = [*contrast_groups(training), *contrast_groups(validation)]
+    training, validation = split_as_planned(plan, rows)
+    groups = groups_as_planned(plan, training, validation)
 
     own_groups = []
     for group in groups:
@@ -403,7 +431,7 @@ def make_sampling_pools(
     kinds = wanted(plan)
     groups, places = [], []
     if "contrast" in kinds:
-        all_groups = [*contrast_groups(training), *contrast_groups(validation)]
+        all_groups = groups_as_planned(plan, training, validation)
         groups = store_groups(plan, store, all_groups, num_workers)
     if "semantic" in kinds:
         places = places_of_run(folder, plan, cases, training, validation, num_workers)

@@ -96,7 +96,9 @@ def draw_preview(
         places = places_alike(stored, cases, member_crop(plan, "semantic"), num_members)
     groups = []
     if "contrast" in kinds:
-        groups = store_groups(plan, store, contrast_groups(chosen), num_workers)
+        groups = store_groups(
+            plan, store, contrast_groups(chosen, plan.data.salt_free), num_workers
+        )
 
     picture = folder / PICTURE_NAME
     images = [cases[row.id] for row in stored if row.is_image]
@@ -133,7 +135,8 @@ def choose_rows(
     if {"spatial", "strided", *VIEW_KINDS} & set(kinds):
         chosen += spread_over_datasets(rows)
     if "contrast" in kinds:
-        with_contrasts = [reduced(g, plan.sequence.contrasts) for g in contrast_groups(rows)]
+        groups = contrast_groups(rows, plan.data.salt_free)
+        with_contrasts = [reduced(g, plan.sequence.contrasts) for g in groups]
         fitting = [g for g in with_contrasts if len(g.rows) >= plan.sequence.contrast_members]
         for group in fitting[: PER_KIND["contrast"]]:
             chosen += group.rows

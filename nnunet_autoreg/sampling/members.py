@@ -88,7 +88,9 @@ def choose_places(plan: Plan, structure: Structure, generator: np.random.Generat
     """Draw as many places as a sequence has members, each of another subject, in random order."""
     subjects = structure.by_subject()
     chosen = generator.choice(len(subjects), plan.sequence.semantic_members, replace=False)
-    names = sorted(subjects)
+    # Places stand in the order of the index, and so do their subjects. The names of subjects are
+    # salted hashes, whose order differs between folders.
+    names = list(subjects) if plan.data.salt_free else sorted(subjects)
 
     found = []
     for index in chosen.tolist():

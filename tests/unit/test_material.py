@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import SimpleITK
+from dicom_files import volume, write_series
 from refusals import logged, refused
+from sequence_cases import plan_for
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.find import find_scans
@@ -49,11 +51,15 @@ from nnunet_autoreg.pretrain.preprocessing import (
     parse_kinds,
     plan_sequences,
     plan_with_sequences,
+    split,
 )
 from nnunet_autoreg.pretrain.request import Request
+from nnunet_autoreg.records import from_jsonable, to_jsonable
 from nnunet_autoreg.report.preview import draw_preview, use_of_blocks
 from nnunet_autoreg.sampling.kinds import num_codes
+from nnunet_autoreg.sampling.members import choose_places
 from nnunet_autoreg.sampling.neighbours import places_alike
+from nnunet_autoreg.sampling.pool import Place, Structure
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 from nnunet_autoreg.store.groups import ensure_groups
 from nnunet_autoreg.store.store import Store
@@ -600,3 +606,71 @@ def test_groups_and_members_survive_pickling_for_loader_processes(tmp_path, stor
     )
 
     assert np.array_equal(first.voxels, second.voxels)
+
+
+SALTS = ("pepper", "sugar", "vinegar")
+
+
+def test_another_salt_holds_out_the_same_dicom_series(tmp_path):
+    for number in range(8):
+        series, patient = f"1.2.3.{number}", f"P{number}"
+        voxels = volume(seed=number)
+        write_series(tmp_path / "d" / patient, voxels, series=series, t00100020=("LO", patient))
+
+    by_salt, by_salt_before = set(), set()
+    for salt in SALTS:
+        rows = rows_of(tmp_path / "d", salt=salt)
+        for found, salt_free in ((by_salt, True), (by_salt_before, False)):
+            _, validation = split(rows, 0.3, 0, salt_free)
+            found.add(tuple(row.source for row in validation))
+
+    assert len(rows) == 8
+    assert len(by_salt) == 1 and len(by_salt.pop()) == 2
+    # Runs that were planned before go on with the split that they began with.
+    assert len(by_salt_before) > 1
+
+
+def test_another_salt_takes_the_same_of_two_equal_contrasts(tmp_path):
+    for subject in range(4):
+        for number, name in enumerate(("run-1_T1w", "run-2_T1w", "T2w")):
+            image = tmp_path / "b" / f"sub-{subject}_{name}.nii.gz"
+            write_image(image, noise(10 * subject + number))
+
+    by_salt, by_salt_before = set(), set()
+    for salt in SALTS:
+        rows = rows_of(tmp_path / "b", salt=salt)
+        for found, salt_free in ((by_salt, True), (by_salt_before, False)):
+            groups = contrast_groups(rows, salt_free)
+            found.add(tuple(row.source for group in groups for row in group.rows))
+
+    assert len(groups) == 4
+    assert len(by_salt) == 1
+    assert len(by_salt_before) > 1
+
+
+def test_the_names_of_patients_do_not_decide_which_of_them_are_drawn():
+    plan = make_plan(semantic_members=3)
+    renewed = replace(plan, data=replace(plan.data, salt_free=True))
+
+    def drawn(plan, names):
+        places = tuple(Place(name, number, (0, 0, 0)) for number, name in enumerate(names))
+        structure = Structure("kidney", (1.0, 1.0, 1.0), places)
+        chosen = choose_places(plan, structure, np.random.default_rng(5))
+        return [place.case for place in chosen]
+
+    names, others = "abcdef", "fbdace"
+
+    # The same places in the order of the index, under other names.
+    assert drawn(renewed, names) == drawn(renewed, others) == drawn(plan, names)
+    # A run that was planned before draws by the order of the names.
+    in_order = [others.index(names[number]) for number in drawn(plan, names)]
+    assert drawn(plan, others) == in_order != drawn(plan, names)
+
+
+def test_a_new_plan_draws_without_salt_and_an_earlier_one_as_it_began():
+    planned = plan_for("primus_tiny", (32, 32, 32))
+    earlier = to_jsonable(planned)
+    del earlier["data"]["salt_free"]
+
+    assert planned.data.salt_free
+    assert not from_jsonable(Plan, earlier, "plan.json").data.salt_free
