@@ -36,6 +36,7 @@ from nnunet_autoreg.io.dicom import (
 )
 from nnunet_autoreg.io.files import check_file, quiet_readers
 from nnunet_autoreg.io.parts import ScanPart, parse_part
+from nnunet_autoreg.io.stacks import Stack
 from nnunet_autoreg.nnunet_api import Array, RawScan
 
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -54,9 +55,9 @@ def load_scan_or_image(path: Path, part: str = "") -> RawScan:
     """
     wanted = parse_part(part)
     if wanted.series:
-        if not _is_one_slice(path, wanted):
-            return load_scan(path, part)
         stack = find_stack(path, wanted)
+        if not _is_one_slice(stack):
+            return load_scan(path, part)
         with quiet_readers():
             slice_1YX = read_volume(path, pick_volume(stack, wanted))
         return _checked(slice_1YX, stack.spacing_mm[1:])
@@ -64,8 +65,10 @@ def load_scan_or_image(path: Path, part: str = "") -> RawScan:
     if wanted.member:
         with unpacked(path, [wanted.member]) as files:
             file = files[wanted.member]
-            return _load_file(file) if is_flat(file, wanted) else load_scan(path, part)
-    return _load_file(path) if is_flat(path, wanted) else load_scan(path, part)
+            header = _image_header(file, wanted)
+            return load_scan(path, part) if header is None else _load_image(file, header)
+    header = _image_header(path, wanted)
+    return load_scan(path, part) if header is None else _load_image(path, header)
 
 
 def header_of_scan_or_image(path: Path, part: str = "") -> ScanHeader:
@@ -76,29 +79,20 @@ def header_of_scan_or_image(path: Path, part: str = "") -> ScanHeader:
     """
     wanted = parse_part(part)
     if wanted.series:
-        if not _is_one_slice(path, wanted):
-            return read_header(path, part)
         stack = find_stack(path, wanted)
+        if not _is_one_slice(stack):
+            return read_header(path, part)
         return _header(stack.shape_vox[1:], stack.spacing_mm[1:])
 
     if wanted.member:
         with unpacked(path, [wanted.member]) as files:
-            file = files[wanted.member]
-            return _file_header(file) if is_flat(file, wanted) else read_header(path, part)
-    return _file_header(path) if is_flat(path, wanted) else read_header(path, part)
+            header = _image_header(files[wanted.member], wanted)
+    else:
+        header = _image_header(path, wanted)
+    return read_header(path, part) if header is None else header
 
 
-def is_flat(path: Path, part: ScanPart) -> bool:
-    """Return whether a file holds one 2D image: at most two axes are longer than a voxel."""
-    if part.t:
-        return False
-    check_file(path)
-    size, _ = _size_and_spacing(path)
-    return sum(side > 1 for side in size) <= 2
-
-
-def _is_one_slice(path: Path, part: ScanPart) -> bool:
-    stack = find_stack(path, part)
+def _is_one_slice(stack: Stack) -> bool:
     return stack.shape_vox[0] == 1 and len(stack.volumes) == 1
 
 
@@ -117,9 +111,16 @@ def _size_and_spacing(path: Path) -> tuple[Sequence[int], Sequence[float]]:
     return reader.GetSize(), reader.GetSpacing()
 
 
-def _file_header(path: Path) -> ScanHeader:
+def _image_header(path: Path, part: ScanPart) -> ScanHeader | None:
+    """Return the header of a 2D image; None if more than two axes are longer than a voxel."""
+    if part.t:
+        return None
+    check_file(path)
     size_xyz, spacing_xyz = _size_and_spacing(path)
-    if sum(side > 1 for side in size_xyz) < 2:
+    num_axes = sum(side > 1 for side in size_xyz)
+    if num_axes > 2:
+        return None
+    if num_axes < 2:
         listed = size_text(size_xyz)
         raise ScanError("tiny", f"{listed} pixels; every axis needs at least {MIN_AXIS_VOX}")
 
@@ -130,8 +131,7 @@ def _file_header(path: Path) -> ScanHeader:
     return _header(shape_yx, spacing_yx)
 
 
-def _load_file(path: Path) -> RawScan:
-    header = _file_header(path)
+def _load_image(path: Path, header: ScanHeader) -> RawScan:
     array = _pixels(path)
     # The last axis is for colours. Axes of one voxel are left out.
     num_pixels = header.shape_vox[1] * header.shape_vox[2]

@@ -61,6 +61,7 @@ VALUES = (
     "DiffusionBValue",
     "DiffusionGradientOrientation",
     "SliceThickness",
+    "SpacingBetweenSlices",
     "GantryDetectorTilt",
     "StudyInstanceUID",
     "SeriesInstanceUID",
@@ -222,6 +223,7 @@ class DicomHeader:
             "RescaleIntercept",
             "GantryDetectorTilt",
             "SliceThickness",
+            "SpacingBetweenSlices",
         ):
             found = self._find(TAGS[keyword])
             if found is not None:

@@ -159,6 +159,7 @@ class DicomSlice:
             instance number at the end.
         problem: (status, reason) why its series cannot be used; ("", "") mostly.
         thickness: NaN where the file does not say.
+        distance: to the next slice, as the file states it; NaN where it does not.
         derived: the words of Image Type that mark a derived image; "" for an original one.
         is_irregular: as of ``DicomHeader``.
     """
@@ -182,6 +183,7 @@ class DicomSlice:
     subject: str = field(repr=False)
     study: str = field(repr=False)
     thickness: float = math.nan
+    distance: float = math.nan
     derived: str = ""
     is_irregular: bool = False
 
@@ -264,6 +266,7 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
                 problem=problem if problem[0] else _problem_of_geometry(frame, shape),
                 tilt=frame.number("GantryDetectorTilt", 0.0),
                 thickness=frame.number("SliceThickness", math.nan),
+                distance=abs(frame.number("SpacingBetweenSlices", math.nan)),
             )
         )
     if len(found) == num_frames:

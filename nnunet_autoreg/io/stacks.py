@@ -146,8 +146,12 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
     # Slices between each other's slices make one volume if all of them fit side by side. Nothing is
     # known where the thickness lacks (NaN).
     thickest = PACKAGE_OVERLAP * whole.spacing_mm[0]
-    are_packages = whole.first.thickness < thickest
-    are_too_thick = whole.first.thickness >= thickest
+    thickness, distance = whole.first.thickness, whole.first.distance
+    are_packages = thickness < thickest
+    # Without a thickness, slices that state a larger distance than they have together are of
+    # several passes. Some files state the empty gap instead of the distance, which is less, so that
+    # a small number says nothing.
+    are_too_thick = (distance if math.isnan(thickness) else thickness) >= thickest
     for name in VOLUME_NAMES:
         parts = _parts_by_value(group, ORDER_NAMES.index(name))
         stacks = _stacks_of_parts(parts)

@@ -12,10 +12,11 @@ import SimpleITK
 from odd_dicom import ODDITIES
 from refusals import refused
 
+from nnunet_autoreg.corpus import images
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.images import header_of_scan_or_image, load_scan_or_image
 from nnunet_autoreg.corpus.index import index_scans
-from nnunet_autoreg.corpus.read import load_scan
+from nnunet_autoreg.corpus.read import information, load_scan
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.store.store import Store
 
@@ -157,6 +158,24 @@ def test_a_jpeg_cut_short_is_refused_and_prints_nothing(
         load_scan_or_image(tmp_path / "cut.jpg")
 
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("read", [header_of_scan_or_image, load_scan_or_image])
+def test_the_header_of_an_image_is_read_once(
+    pool: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[..., Any]
+) -> None:
+    opened = []
+
+    def noted(path: Path) -> Any:
+        opened.append(path.name)
+        return information(path)
+
+    monkeypatch.setattr(images, "information", noted)
+
+    read(pool / "grey.png")
+    read(pool / "flat.nii.gz")
+
+    assert opened == ["grey.png", "flat.nii.gz"]
 
 
 def test_grey_with_opacity_is_refused_with_the_true_reason(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from nnunet_autoreg.corpus.manifest import describe, read_manifest
 from nnunet_autoreg.corpus.read import load_scan
 
 ACQUISITION, TEMPORAL, TRIGGER, ECHO = "t00200012", "t00200100", "t00181060", "t00180081"
-INVERSION, FLIP, B_VALUE, GRADIENT, THICKNESS = (
+INVERSION, FLIP, B_VALUE, GRADIENT, THICKNESS, DISTANCE = (
     "t00180082",
     "t00181314",
     "t00189087",
     "t00189089",
     "t00180050",
+    "t00180088",
 )
 IMAGE_TYPE, AGENT, ACQUISITION_TIME = "t00080008", "t00180010", "t00080032"
 
@@ -94,8 +95,14 @@ def test_volumes_of_other_coverage_are_stacks_of_their_own(
     assert all(is_one_of(voxels(one), arrays) for one in found)
 
 
-@pytest.mark.parametrize("mark", MARKS)
-def test_two_stacks_are_never_interleaved_into_one(tmp_path: Path, mark: str) -> None:
+@pytest.mark.parametrize(
+    ("mark", "size"),
+    [
+        *((mark, THICKNESS) for mark in MARKS),
+        *((mark, DISTANCE) for mark in ("acquisition time", "instance number")),
+    ],
+)
+def test_two_stacks_are_never_interleaved_into_one(tmp_path: Path, mark: str, size: str) -> None:
     arrays = [d.volume(8), d.volume(8, seed=1)]
     for number, offset in enumerate((0.0, 1.0)):
         heights = [offset + 2.0 * k for k in range(8)]
@@ -104,7 +111,7 @@ def test_two_stacks_are_never_interleaved_into_one(tmp_path: Path, mark: str) ->
             arrays[number],
             1 + 100 * number,
             heights,
-            **{THICKNESS: ("DS", "2.0")},
+            **{size: ("DS", "2.0")},
             **MARKS[mark][number],
         )
 
@@ -146,14 +153,17 @@ def test_packages_that_fit_between_each_other_stay_one_volume(tmp_path: Path, ma
     np.testing.assert_array_equal(voxels(found), turned(array))
 
 
+# Nothing, the distance of the slices in one volume, and the empty gap that some files state.
+@pytest.mark.parametrize("distance", [{}, {DISTANCE: ("DS", "1.0")}, {DISTANCE: ("DS", "0.1")}])
 @pytest.mark.parametrize("mark", ["acquisition time", "instance number"])
-def test_packages_of_unknown_thickness_stay_one_volume(tmp_path: Path, mark: str) -> None:
+def test_packages_of_unknown_thickness_stay_one_volume(
+    tmp_path: Path, mark: str, distance: dict[str, Any]
+) -> None:
     array = d.volume(16)
     for number in range(2):
         heights = [2.0 * k + number for k in range(8)]
-        write_pass(
-            tmp_path / "pool", array[number::2], 1 + 100 * number, heights, **MARKS[mark][number]
-        )
+        tags = {**distance, **MARKS[mark][number]}
+        write_pass(tmp_path / "pool", array[number::2], 1 + 100 * number, heights, **tags)
 
     (found,) = usable(tmp_path / "pool")
 
