@@ -269,7 +269,7 @@ def features_per_token(class_path: str, arguments: Mapping[str, Any]) -> int:
     """Return the features of a token, or of a position of a CNN's deepest stage.
 
     Args:
-        arguments: of the network, as in ``model.sizes``.
+        arguments: arguments of the network, as in ``model.sizes``.
     """
     if has_transformer(family_of(class_path)):
         return int(arguments["embed_dim"])

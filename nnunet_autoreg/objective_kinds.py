@@ -37,7 +37,7 @@ class FigureOfMerit:
 
     Attributes:
         name: what it is called in messages and charts.
-        unit: of the number in ``metrics.jsonl``.
+        unit: unit of the number in ``metrics.jsonl``.
         explanation: what its values mean, in sentences for the report.
         references: trivial predictors that are measured beside it, name -> what they do, such as
             "copying the previous block". A trained encoder has to be better than each of them.

@@ -25,7 +25,7 @@ class IntensityWindow:
     The fields are named after nnU-Net's foreground properties.
 
     Attributes:
-        mean, std, median, min, max: of the intensities of all CT scans.
+        mean, std, median, min, max: statistics of the intensities of all CT scans.
         percentile_00_5, percentile_99_5: intensities are clipped to the range between them.
     """
 
@@ -45,7 +45,7 @@ class SpacingGroup:
     Spacings are in the order (z, y, x), with the coarsest axis first.
 
     Attributes:
-        modality: of all scans in the group, such as "CT" or "MR".
+        modality: modality of all scans in the group, such as "CT" or "MR".
         native_mm: median of the scans' original spacings. A scan belongs to the group of its
             modality whose median is nearest.
         spacing_mm: target spacing.
@@ -94,7 +94,7 @@ class EncoderPlan:
     Attributes:
         name: what is typed after ``--encoder``.
         class_path: module and class of the network that fine-tuning builds.
-        arguments: of that class, without channels, classes and input shape.
+        arguments: arguments of that class, without channels, classes and input shape.
         token_size_vox: voxels of a token, (z, y, x).
     """
 
@@ -263,7 +263,7 @@ class OptimPlan:
         lr: highest learning rate, reached at the end of the warm-up.
         warmup_steps: steps in which the learning rate rises from zero.
         betas: decay rates of AdamW's running averages.
-        weight_decay: of AdamW.
+        weight_decay: weight decay of AdamW.
         clip_norm: the gradient is scaled down to this norm if its own is larger.
         decay_all: whether norms, biases, positions and scales have weight decay too, as in
             AR-SSL4M.
@@ -469,7 +469,7 @@ def check_positive(values: Mapping[str, float]) -> None:
     """Refuse numbers that are not finite and greater than 0.
 
     Args:
-        values: by key in the plan.
+        values: new values, by key of the plan.
 
     Raises:
         PlanError: the message names key and number (code "plan-out-of-range").

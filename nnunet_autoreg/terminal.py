@@ -119,7 +119,7 @@ def progress_bar(
     """Return a progress bar on stderr, which shows nothing where that is no terminal.
 
     Args:
-        unit: of what is counted, in the singular.
+        unit: unit of what is counted, in the singular.
         initial: how many are done before.
         is_shown: False to show nothing anywhere.
     """

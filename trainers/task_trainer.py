@@ -86,9 +86,9 @@ class TaskTrainer(AutoregPretrainedTrainer):
         """Return the network of the task.
 
         Args:
-            network: of segmentation, with the plan's encoder.
-            class_path, arguments: of that network.
-            plan: of the task.
+            network: segmentation network with the plan's encoder.
+            class_path, arguments: class and arguments of that network.
+            plan: plan of the task.
         """
         raise NotImplementedError
 

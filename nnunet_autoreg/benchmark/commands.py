@@ -24,7 +24,7 @@ class Commands:
     Attributes:
         log_file: takes all of their output.
         device: cpu, cuda or mps.
-        threads: of torch on a CPU, for each command.
+        threads: number of threads of torch on a CPU, for each command.
         folders: nnU-Net's folders by the names of their variables; nnUNet_raw is the caller's.
     """
 
@@ -60,7 +60,7 @@ class Commands:
         """Run one command.
 
         Args:
-            changes: of the environment.
+            changes: changes of the environment.
 
         Raises:
             AutoregError: it is not installed, or it failed; the message has the last line of its

@@ -43,7 +43,7 @@ class ProbeCase:
     """One labelled scan.
 
     Attributes:
-        name: of the case.
+        name: name of the case.
         patient: all scans of one patient are labelled, or scored, together.
         image: (Z, Y, X) or (channels, Z, Y, X), float32, normalised as the network expects it.
         labels: (Z, Y, X), 0 is background; 1 to ``num_classes - 1`` are the structures.
@@ -64,8 +64,8 @@ class ProbeSettings:
         num_draws: sets of labelled patients; those of one draw are nested.
         voxels_per_class: voxels that each structure gives at most in each labelled scan.
         penalty: weight of the squared slopes beside the mean cross-entropy.
-        max_iterations: of the optimiser.
-        seed: of the choice of voxels.
+        max_iterations: largest number of iterations of the optimiser.
+        seed: random seed of the choice of voxels.
     """
 
     num_labels: tuple[int, ...] = (5,)
@@ -82,7 +82,7 @@ class ProbeResult:
 
     Attributes:
         levels: name of the set of feature maps that it reads.
-        num_labels, draw: which labelled patients it was fitted on.
+        num_labels, draw: number and draw of the labelled patients that it was fitted on.
         labelled: names of their scans.
         dice_of_patient: patient -> structure -> mean Dice over the patient's scans; a structure
             that neither the labels nor the predictions hold is missing.

@@ -41,9 +41,9 @@ class DatasetLabels:
     """What ``dataset.json`` says.
 
     Attributes:
-        channel_names: in the order of the files.
+        channel_names: names of the channels, in the order of the files.
         structures: label -> name, without the background and without an ignored label.
-        ending: of image and label files.
+        ending: file ending of image and label files.
     """
 
     channel_names: tuple[str, ...]

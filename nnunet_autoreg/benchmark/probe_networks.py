@@ -31,7 +31,7 @@ class Architecture:
     """A network without its weights.
 
     Attributes:
-        name: of the encoder in ``model.sizes``.
+        name: name of the encoder in ``model.sizes``.
         class_path, arguments: as of ``model.encoders.build_network``.
     """
 
@@ -61,7 +61,7 @@ class Encoder:
     Attributes:
         name: a run's name, or "random".
         file: its weights; None for random ones.
-        seed: of random weights; also of those that the file does not hold.
+        seed: seed of the random weights; also of those that the file does not hold.
         has_decoder: whether the card lists a pretrained decoder, which is then loaded as well.
     """
 
@@ -85,7 +85,7 @@ def find_encoder(results: Path | None, wanted: str, spacing_mm: Spacing) -> Enco
         results: nnU-Net's folder of results, where finished runs are; None where it is not set.
         wanted: a finished run, its folder, a weights file, or an encoder's name in ``model.sizes``,
             which stands for random weights.
-        spacing_mm: of the scans; the strides of a random CNN follow it.
+        spacing_mm: spacing of the scans; the strides of a random CNN follow it.
 
     Raises:
         WeightsError: there is no such run or file, or it cannot be read.
@@ -109,8 +109,9 @@ class FrozenNetwork:
 
     Attributes:
         encoder: what is probed.
-        largest_shape: of all scans; a transformer is built for it, since its positions are fixed.
-        channel_names: of the scans.
+        largest_shape: largest shape of all scans; a transformer is built for it, since its
+            positions are fixed.
+        channel_names: channel names of the scans.
     """
 
     encoder: Encoder

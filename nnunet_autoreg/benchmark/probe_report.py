@@ -24,7 +24,7 @@ class ProbeLine:
     Attributes:
         encoder: a run's name, "random", or "raw voxels".
         architecture: the encoder's name in ``model.sizes``; "-" for raw voxels.
-        seed: of random weights; None for a file's.
+        seed: seed of the random weights; None for a file's.
     """
 
     encoder: str

@@ -27,7 +27,7 @@ class Probed:
         dataset: number of the raw dataset.
         split: whose patients are scored.
         pool, scored: scans to label, and scans to score.
-        spacing_mm: to which they were resampled.
+        spacing_mm: spacing to which they were resampled.
         ids: what scans and patients are called in the results.
     """
 

@@ -51,16 +51,18 @@ class BenchmarkRequest:
         labels: numbers of labelled patients; empty until the pool is known.
         weights: finished pretraining runs; empty to have the benchmark pretrain ``encoders``
             itself.
-        encoders: to pretrain on the dataset's own pool.
-        pretrain_steps, pretrain_batch: of those pretrainings; None to have them planned.
+        encoders: names of the encoders to pretrain on the pool of the dataset.
+        pretrain_steps, pretrain_batch: number of steps and batch size of those pretrainings; None
+            to have them planned.
         budget_min: minutes of training per run, one or several lengths; the steps follow from the
             slowest arm. Empty where ``steps`` are given.
-        steps: of a run, one or several lengths.
-        num_folds: of ``--split cross-validation``.
+        steps: number of steps of a run, one or several lengths.
+        num_folds: number of folds of ``--split cross-validation``.
         batch: patches per step, for all arms; None for the smallest of the plans.
         recipe: changed values of the fine-tuning recipe of our arms, "key=value".
         subjects: a CSV of case and subject; None for ``cases.csv`` or the cases' names.
-        surface_tolerance_mm: of the surface Dice; None for the dataset's typical in-plane voxel.
+        surface_tolerance_mm: tolerance of the surface Dice; None for the dataset's typical in-plane
+            voxel.
     """
 
     dataset: str

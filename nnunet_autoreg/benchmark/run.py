@@ -163,7 +163,7 @@ class TimeLeft:
 
     Attributes:
         num_runs: how many are unfinished.
-        seconds: of all of them.
+        seconds: duration of all of them.
         has_scoring: prediction and scoring are included, as finished runs of every network are
             there to learn their time from.
     """

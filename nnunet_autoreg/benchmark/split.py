@@ -32,9 +32,9 @@ class Division:
     """Names of cases by what they are for.
 
     Attributes:
-        pool: to label and to pretrain on.
-        development: to make choices by.
-        test: for the final table.
+        pool: patients to label and to pretrain on.
+        development: patients for making choices.
+        test: patients for the final table.
     """
 
     pool: tuple[str, ...]

@@ -25,8 +25,8 @@ class TableRow:
     """Runs that differ in their seed alone.
 
     Attributes:
-        key: that of the first seed.
-        lines: by seed.
+        key: key of the first seed.
+        lines: one line of results per seed.
         to_scratch, to_stock: paired differences to the twin from random weights, and to nnU-Net as
             it comes.
         surface_to_scratch, surface_to_stock: the same of the surface Dice.

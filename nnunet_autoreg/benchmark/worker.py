@@ -36,8 +36,8 @@ class FineTuningJob:
         num_epochs, steps_per_epoch, batch: length; the same for all arms.
         validate: predict and score the fold's validation cases afterwards; off where only the pace
             is wanted.
-        threads: of torch on a CPU.
-        surface_tolerance_mm: of the surface Dice of the validation; None to leave it out.
+        threads: number of threads of torch on a CPU.
+        surface_tolerance_mm: tolerance of the surface Dice of the validation; None to leave it out.
     """
 
     dataset: str

@@ -32,9 +32,9 @@ class Judged:
     Attributes:
         task: with its classes.
         truth_S: index of the class.
-        probabilities_SK: of every class.
+        probabilities_SK: probabilities of every class.
         weights_BS: how much each case counts.
-        num_patients: of these cases.
+        num_patients: number of patients among these cases.
         strata_S: the AUC compares cases of one stratum only, such as those that one model has
             predicted. All are in one stratum if it is None.
     """

@@ -41,13 +41,13 @@ class ClassificationPlan:
         num_val_iterations_per_epoch: batches for the scores after each epoch.
         num_epochs: length; a trainer's ``_<N>epochs`` name overrides it.
         pretrained_rate, scratch_rate: peak learning rate with and without pretrained weights.
-        weight_decay: of AdamW; norms, biases and positions are not decayed.
+        weight_decay: weight decay of AdamW; norms, biases and positions are not decayed.
         warmup_fraction: share of the run in which the learning rate rises.
         layer_decay: rate factor per layer from the output towards the input; 1.0 is off.
         ordinal_smoothing: share of the target that the neighbours of an ordinal class get; 0.0 is
             off.
-        reasons: for the values above.
-        version: of this format.
+        reasons: the reason of every value above.
+        version: version of this format.
     """
 
     tasks: tuple[ClassificationTask, ...]
@@ -77,7 +77,7 @@ def make_plan(
     """Return the plan of a configuration.
 
     Args:
-        class_path: of the encoder's network.
+        class_path: class of the encoder's network.
         most_iterations: the recipe's length of an epoch, which is never exceeded.
     """
     counts = tuple(tuple(table.counts(number)) for number in range(len(table.tasks)))
@@ -147,7 +147,7 @@ def read_plan(configuration: Mapping[str, Any], where: str) -> ClassificationPla
     Inheritance must be resolved.
 
     Raises:
-        PlanError: of a newer format, an unknown key, or an impossible value.
+        PlanError: the format is newer, a key is unknown, or a value is impossible.
     """
     data = configuration.get(BLOCK)
     if data is None:

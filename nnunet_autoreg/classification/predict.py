@@ -108,7 +108,7 @@ def probabilities_of(
     """Return the probabilities (K,) of every task for a preprocessed scan.
 
     Args:
-        context: of the forward passes, such as autocast.
+        context: context manager of the forward passes, such as autocast.
 
     Raises:
         WeightsError: they are not finite (code "classification-not-finite").

@@ -43,8 +43,8 @@ class ClassificationTask:
     """Hold one task: which class does a scan belong to?
 
     Attributes:
-        name: of its column.
-        classes: in the order in which the network gives their scores.
+        name: name of its column.
+        classes: names, in the order of the network's scores.
         ordinal: whether the classes have an order, such as grades.
     """
 
@@ -58,7 +58,7 @@ class ClassTable:
     """Hold the classes of all cases.
 
     Attributes:
-        tasks: in the order of the columns.
+        tasks: all tasks, in the order of the columns.
         labels: case -> index of its class in each task; ``UNKNOWN`` where the cell is empty.
         patient_of: case -> patient.
         patient_rule: how the patients were found, for the user.

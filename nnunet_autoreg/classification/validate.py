@@ -93,7 +93,7 @@ def features_of_baselines(
 
     Args:
         stock: nnU-Net's dataset of the preprocessed cases.
-        label_values: of the foreground.
+        label_values: label values of the foreground.
     """
     sizes: dict[str, NDArray[Any]] = {}
     features: dict[str, NDArray[Any]] = {}

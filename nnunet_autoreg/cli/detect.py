@@ -356,8 +356,8 @@ def finish(
     They are made from the JSON files, so that no scan is held in memory.
 
     Args:
-        names: of the scans whose files exist.
-        num_scans: with those that could not be read.
+        names: names of the scans whose files exist.
+        num_scans: number of scans, including those that could not be read.
 
     Returns:
         1 if one could not be read, else 0.

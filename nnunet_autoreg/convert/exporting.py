@@ -102,7 +102,7 @@ def export_weights(
     Args:
         weights: ``encoder.safetensors`` of a finished run.
         form: one of ``choices.FORMS``.
-        token_order: of a transformer in nnssl's form, ``OURS`` or ``NNSSL_ORDER``.
+        token_order: token order of a transformer in nnssl's form, ``OURS`` or ``NNSSL_ORDER``.
 
     Raises:
         WeightsError: the run is damaged, the folder holds other files of these names (code

@@ -42,7 +42,7 @@ class ImportOptions:
         patch_size_vox: (z, y, x) voxels of a crop of pretraining.
         spacing_mm: (z, y, x) voxel size of pretraining.
         modalities: for example ("CT", "MR"); empty means that the file is asked.
-        licence: of the weights.
+        licence: licence of the weights.
     """
 
     token_order: str | None = None
@@ -61,13 +61,13 @@ class Imported:
         tensors: single precision, under the keys of the downstream network.
         normalization: nnU-Net's name of the normalisation that every channel had in pretraining;
             None for nnU-Net's own choice per channel.
-        notes: for the user, one line for everything that was assumed, changed or left out.
+        notes: one line for the user about each thing that was assumed, changed or left out.
         origin: what ``encoder.json`` records about the file.
         card: the ``encoder.json`` that our own export carried. It knows more than nnssl's format
             can express. None for everybody else's files.
         decoder: a CNN's decoder, under the same keys; empty where the file holds none.
-        channel_names: of the input channels; empty if they are not known.
-        ct_window: by which CT was normalised; None if it was not, or by z-score.
+        channel_names: names of the input channels; empty if they are not known.
+        ct_window: intensity window by which CT was normalised; None if it was not, or by z-score.
     """
 
     encoder: EncoderPlan
@@ -120,7 +120,7 @@ def names_of(network: nn.Module, prefixes: tuple[str, ...] = ()) -> dict[str, li
     nnU-Net's convolution blocks register each of their layers twice.
 
     Args:
-        prefixes: of another part of the network; empty for encoder and stem.
+        prefixes: prefixes of another part of the network; empty for encoder and stem.
     """
     chosen = prefixes or encoder_prefixes(network)
     groups: dict[int, list[str]] = {}
@@ -137,7 +137,7 @@ def checked_tensors(
 
     Args:
         what: the file, for messages.
-        prefixes: of another part of the network; empty for encoder and stem.
+        prefixes: prefixes of another part of the network; empty for encoder and stem.
 
     Raises:
         WeightsError: tensors are missing, left over or of another shape, or two names of one tensor

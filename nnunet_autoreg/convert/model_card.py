@@ -39,8 +39,8 @@ def licence_id(licences: Mapping[str, str]) -> str:
     """Return Hugging Face's identifier of the licence of weights.
 
     Args:
-        licences: of everything that the weights were made from. If they differ, none of them is
-            that of the weights.
+        licences: licences of everything that the weights were made from. If they differ, none of
+            them is that of the weights.
     """
     stated = {_id_of(text) for text in licences.values()} or {UNKNOWN_LICENCE}
     return stated.pop() if len(stated) == 1 else OTHER_LICENCE

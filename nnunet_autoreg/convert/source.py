@@ -187,7 +187,7 @@ def checkpoint_of_model(names: Iterable[str], where: Path) -> str:
     It is the final one, or else the best one, of the fold ``all`` or else of the lowest fold.
 
     Args:
-        names: of files, with slashes, below the model's folder or in an archive.
+        names: names of files, with slashes, below the model's folder or in an archive.
 
     Raises:
         WeightsError: there is no checkpoint of a fold (code "weights-missing"), or there are

@@ -75,7 +75,7 @@ def excluded_because(
 
     Args:
         series: DICOM series of which excluded folders hold slices.
-        salt: of the ids in scans.csv, which may be named as well.
+        salt: salt of the ids in scans.csv, which may be named as well.
     """
     if not exclude:
         return ""

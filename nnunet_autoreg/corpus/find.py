@@ -148,7 +148,7 @@ class _Finder:
 
     Attributes:
         found: the result.
-        ids: of everything found, so that each is used once.
+        ids: ids of everything found, so that each is used once.
         files: what is listed already, by real path and part.
         folders: real paths of the folders that were searched.
         listed_labels: real paths of files that a dataset.json lists as label maps.

@@ -50,7 +50,7 @@ class IntensityPrint:
     """Intensities inside the body, not in air, in the scans' own units.
 
     Attributes:
-        num_scans: in which a body was found.
+        num_scans: number of scans in which a body was found.
         percentiles: name -> that percentile of each scan's body, spread over the scans.
     """
 
@@ -85,7 +85,7 @@ class GroupPrint:
         native_mm: median of their own spacings.
         spacing_mm: the target, by the rule in ``reason``.
         shape_vox: after cropping and resampling to the target.
-        total_vox: of all of them, after that.
+        total_vox: voxels of all of them, after that.
     """
 
     modality: str
@@ -110,7 +110,7 @@ class Fingerprint:
 
     Attributes:
         num_scans, num_cases: usable files; cases are counted by (dataset, case).
-        channel_names: met, sorted.
+        channel_names: all names that occur, sorted.
         modalities: name -> numbers, in falling order of scans.
         groups: target spacings and the sizes at them, in falling order of scans.
         spacing_mm: the target of the largest group.
@@ -190,7 +190,7 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
     """Summarise the usable volumes. 2D images do not count.
 
     Args:
-        policy: for the target spacings, as ``corpus.spacing.parse_policy`` returns it.
+        policy: rule for the target spacings, as ``corpus.spacing.parse_policy`` returns it.
 
     Raises:
         UsageError: no scan is usable, or all of them are 2D images.

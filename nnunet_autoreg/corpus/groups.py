@@ -59,7 +59,7 @@ class ContrastGroup:
     """Scans of one subject and session, in the fixed order of contrasts.
 
     Attributes:
-        name: of the case, or the hash of the subject.
+        name: name of the case, or the hash of the subject.
         contrasts: one word per scan, no two alike.
         rows: the scans.
         channels: the scans are channels of one nnU-Net case, so that they lie on one grid.

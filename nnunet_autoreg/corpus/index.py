@@ -49,7 +49,7 @@ class Index:
     """What is known of all scans.
 
     Attributes:
-        rows: in candidate order.
+        rows: one per candidate, in the same order.
         ct_samples_hu: Hounsfield values inside the body pooled over the usable CT scans, at most
             1e6.
     """
@@ -120,7 +120,7 @@ def index_scans(
         num_workers: processes; at most 1 works in this one.
         modality_override: counts for every scan, whatever its file or dataset says, but not against
             the manifest.
-        salt: for the hashes of subjects and sessions; without one these are left out.
+        salt: salt of the hashes of subjects and sessions; without one these are left out.
         manifest: what the user says of some scans.
         journal: file in which to keep what was read, so that a killed call goes on; the caller
             removes it once the index is written.

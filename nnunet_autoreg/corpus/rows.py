@@ -52,14 +52,14 @@ class ScanRow:
         status: "ok", or in one word why the scan is left out.
         reason: the same in a sentence.
         modality_rule: how the modality was found.
-        part: which image inside the source: a DICOM series, a volume of a 4D file, or a file of an
+        part: the image inside the source: a DICOM series, a volume of a 4D file, or a file of an
             archive; "" is the file itself. Only in ``paths_do_not_share.csv``.
         subject: salted hash of the subject; "" if unknown.
         session: salted hash of the session and its subject; "" if unknown.
         contrast: T1w, FLAIR, ...; the contrast of a manifest has priority.
         label_class: class in the manifest; "" without one.
-        percentiles: of the intensities inside the body (``intensity.PERCENTILES``); empty if
-            unknown.
+        percentiles: percentiles of the intensities inside the body (``intensity.PERCENTILES``);
+            empty if unknown.
         listed_in: folder of the dataset.json that lists the file; the label map is found there.
             Only in ``paths_do_not_share.csv``.
         name: made of folder and file names. Only in ``paths_do_not_share.csv``. "" in an index of
@@ -217,7 +217,7 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
     """Read what ``write_index`` wrote, now or in an earlier version (with fewer columns).
 
     Args:
-        is_private: with paths and names, from the file beside it.
+        is_private: read paths and names from the private file beside it.
 
     Raises:
         UsageError: the file is missing or is no index, or the private file beside it is missing.

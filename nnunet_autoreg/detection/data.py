@@ -113,8 +113,8 @@ class IdMapMaker:
 
     Attributes:
         preprocessed: folder of preprocessed cases.
-        source: of the objects.
-        transpose, target_spacing_mm, patch_size: of the configuration.
+        source: source of the objects.
+        transpose, target_spacing_mm, patch_size: values of the configuration.
         resample_seg: nnU-Net's function for label maps.
     """
 

@@ -46,8 +46,8 @@ class EvaluationSettings:
         fp_per_scan: operating points.
         size_edges_mm: borders between strata of the largest side; thirds of the objects if None, no
             strata if empty.
-        num_resamples: of the bootstrap; 0 for no intervals.
-        seed: of the bootstrap.
+        num_resamples: number of resamples of the bootstrap; 0 for no intervals.
+        seed: random seed of the bootstrap.
     """
 
     ious: tuple[float, ...] = (0.1, 0.5)

@@ -48,7 +48,7 @@ class Truth:
     """Define how the true objects are read.
 
     Attributes:
-        folder: of the files.
+        folder: folder of the files.
         classes: what is scored.
         rules: how label maps become objects.
         ignore_label: value of voxels where nothing counts.
@@ -69,7 +69,7 @@ class ScanDetections:
     Their whole files would not fit into memory for thousands of scans.
 
     Attributes:
-        frame: where the scan lies.
+        frame: position of the scan in the world.
         boxes_N6, labels_N, scores_N, ids_N: voxel edges, nnU-Net's label values, scores and ids in
             the file.
     """
@@ -98,8 +98,8 @@ class Folders:
 
     Attributes:
         scans: what is scored, in natural order of the names.
-        frames: by scan: where the array lies in which its boxes are.
-        true_files: by scan: the image or JSON of the true objects.
+        frames: position in the world of each scan's array, in which its boxes are.
+        true_files: the image or JSON file of each scan's true objects.
         undetected: names with true objects only, and ``unknown`` with detections only.
     """
 

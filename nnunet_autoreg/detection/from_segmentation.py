@@ -246,7 +246,7 @@ def objects_of(
     """Return the components of a segmentation with at least ``rules.min_voxels``.
 
     Args:
-        channels: by class; of several, the probabilities are added, to 1 at most.
+        channels: channels of each class; the probabilities of several are added, up to 1.
 
     Returns:
         The components, and the map (Z, Y, X) of their numbers.

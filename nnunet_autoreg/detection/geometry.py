@@ -30,8 +30,8 @@ class Preprocessing:
     """Hold how nnU-Net made the preprocessed image: transpose, crop, resample.
 
     Attributes:
-        shape_vox: of the preprocessed image.
-        cropped_shape_vox, crop_start_vox: of the crop, axes transposed.
+        shape_vox: shape of the preprocessed image.
+        cropped_shape_vox, crop_start_vox: shape and first voxel of the crop, axes transposed.
         transpose_backward: axis i of the original is axis ``transpose_backward[i]`` of the
             transposed image.
     """
@@ -66,7 +66,7 @@ def preprocessing_of(
     """Return how a case was preprocessed.
 
     Args:
-        properties: of the case's ``.pkl`` of nnU-Net.
+        properties: properties of the case's ``.pkl`` of nnU-Net.
         shape_vox: spatial shape of its preprocessed array.
         transpose_backward: the plan's.
     """
@@ -191,7 +191,7 @@ class StoredArray:
     of boxes keep counting in the stored one.
 
     Attributes:
-        frame: where the stored array lies.
+        frame: position of the stored array in the world.
         turn: which stored axis becomes each axis (z, y, x) of the reader's array, and whether it is
             reversed.
     """

@@ -38,13 +38,12 @@ class NmsSettings:
     """Hold overlaps (IoU) and numbers for every stage of suppression and merging.
 
     Attributes:
-        tile_iou, member_iou: of two boxes that overlap more, the one with the lower score is
-            removed.
+        tile_iou, member_iou: if two boxes overlap more, the one with the lower score is removed.
         merge_iou: boxes of different members that overlap more are one.
         cut_factor: the score of a box that ends at a border between tiles is multiplied by it. The
             object may continue beyond the border, and another tile shows it whole, unless it is
             larger than half a tile.
-        most_per_tile, most_boxes: how many are kept in a tile, and in the end.
+        most_per_tile, most_boxes: largest number of boxes that are kept in a tile, and in the end.
     """
 
     tile_iou: float = 0.6
@@ -76,7 +75,7 @@ class Candidates:
     Attributes:
         labels_N: index of the class.
         weights_N: 1 for a box in the middle of its tile, down to 0.5 at its border.
-        members_N: which model and mirroring it comes from, from 0.
+        members_N: index of the model and mirroring that a box comes from.
     """
 
     boxes_N6: Tensor  # noqa: N815
@@ -207,7 +206,7 @@ class ScanDetector:
     Args:
         network: in evaluation mode with ``detect`` set; unwrapped.
         anchors: the plan's.
-        patch_size: of a tile.
+        patch_size: size of a tile.
         mirror_axes: (0: z, 1: y, 2: x) along which to mirror too; every combination of them is a
             member of the ensemble.
         autocast: makes the context of a forward pass.

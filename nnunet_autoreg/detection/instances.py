@@ -411,7 +411,7 @@ def read_true_boxes(
     keys are allowed, so that a file of detections can be corrected by hand and used.
 
     Args:
-        shape_vox: of the image, (z, y, x); not checked if None.
+        shape_vox: shape of the image, (z, y, x); not checked if None.
 
     Raises:
         ObjectsError: the file cannot be read, a box has no extent or lies outside, or a label is

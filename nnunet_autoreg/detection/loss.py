@@ -39,7 +39,7 @@ class AnchorLosses:
     """Hold the losses of one batch, float32 scalars with gradients.
 
     Attributes:
-        classification, regression: to be minimised.
+        classification, regression: losses to be minimised.
         num_positive: number of anchors that have an object to find.
     """
 

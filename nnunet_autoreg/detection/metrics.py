@@ -26,7 +26,7 @@ class Pooled:
     """Hold the detections of one class over all scans, without the ignored ones.
 
     Attributes:
-        scores, is_hit, scan: of each detection, highest score first.
+        scores, is_hit, scan: one value per detection, highest score first.
         objects_S: number of objects of each scan.
     """
 

@@ -162,7 +162,7 @@ class ResEncDetector(Detector):
     Levels are the outputs of the decoder's stages, and the bottleneck.
 
     Args:
-        stages: of the encoder, 0 at full resolution.
+        stages: indices of stages of the encoder, 0 at full resolution.
     """
 
     def __init__(
@@ -383,7 +383,7 @@ def stage_strides(
     """Return the stride (z, y, x) in voxels of every stage that can carry a level, finest first.
 
     Args:
-        arguments: of the configuration's network.
+        arguments: arguments of the configuration's network.
         patch_size: (z, y, x) voxels; a stage has at least one whole cell in it, and no cell is cut.
     """
     if family_of(class_path) == RESENC:
@@ -417,9 +417,9 @@ def build_detector(
     """Return the detector over a segmentation network, whose parts become parts of it.
 
     Args:
-        stages: of ``stage_strides`` that carry levels, finest first.
+        stages: indices into ``stage_strides`` that carry levels, finest first.
         num_shapes: anchors per cell.
-        num_channels: of the heads.
+        num_channels: number of channels of the heads.
 
     Raises:
         PlanError: the class is of no known family.

@@ -50,16 +50,16 @@ class DetectionPlan:
         classes: what is detected.
         rules: how labels became objects (``dataset.json["autoreg_detection"]``).
         anchors: levels and anchor shapes.
-        head_channels: of the laterals and heads.
+        head_channels: number of channels of the laterals and heads.
         has_masks: the labels outline the objects; False where only boxes are known, and no
             segmentation is trained then.
         num_epochs: length; a trainer's ``_<N>epochs`` name overrides it.
-        momentum: of SGD, instead of the recipe's.
+        momentum: momentum of SGD, instead of the recipe's.
         average_decay: the weights that are validated and saved are a moving average with this
             factor per iteration.
         object_share: share of a batch that is drawn around an object.
         classification: ``hard_negatives`` or ``focal``.
-        reasons: for the values above.
+        reasons: the reason of every value above.
     """
 
     classes: tuple[ObjectClass, ...]
@@ -148,7 +148,7 @@ def make_plan(
         dataset: parsed dataset.json.
         sizes_vox: class name -> sides (z, y, x) of its objects at the target spacing, without
             ignored ones.
-        strides_vox: of the stages that can carry a level, finest first (net.stage_strides).
+        strides_vox: strides of the stages that can carry a level, finest first (net.stage_strides).
 
     Raises:
         PlanError: impossible rules or classes, or no object at all.
@@ -198,7 +198,7 @@ def read_plan(configuration: Mapping[str, Any], where: str) -> DetectionPlan | N
     Inheritance must be resolved.
 
     Raises:
-        PlanError: of a newer format, an unknown key, or an impossible value.
+        PlanError: the format is newer, a key is unknown, or a value is impossible.
     """
     data = configuration.get(BLOCK)
     if data is None:

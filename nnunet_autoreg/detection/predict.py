@@ -102,7 +102,8 @@ class DetectorModel(TrainedModel[DetectionPlan]):
         The validation of all folds counts together.
 
         Args:
-            num_mirrorings: with which it is to be used; validation may have had others.
+            num_mirrorings: number of mirrorings of the prediction; validation may have used another
+                one.
 
         Raises:
             UsageError: a fold has no usable validation, or is ``all``.

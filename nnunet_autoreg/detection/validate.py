@@ -128,7 +128,7 @@ def validate_cases(
 
     Args:
         stock: nnU-Net's dataset of the preprocessed cases.
-        source: of the true objects.
+        source: source of the true objects.
         model: what the files say about the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +288,8 @@ def score_thresholds(
 
     Args:
         model: the trained folder, with ``fold_*`` in it.
-        num_mirrorings: with which the scores are to be used; validation may have had others.
+        num_mirrorings: number of mirrorings of the prediction; validation may have used another
+            one.
 
     Raises:
         UsageError: a fold has no usable validation, or was validated on the cases it was trained

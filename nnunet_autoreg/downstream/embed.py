@@ -34,7 +34,7 @@ class EmbeddedScan:
     """Hold the features of one scan.
 
     Attributes:
-        name: of the scan.
+        name: name of the scan.
         spacing_mm: (z, y, x), of the file.
         vector_V: mean over the positions that lie in the scan.
         grid_Vzyx: the features of every position of the preprocessed scan, which is filled up with
@@ -55,8 +55,8 @@ class LabelRegion:
     """Say that only the box around what is labelled counts.
 
     Attributes:
-        folder: of label maps named like the scans, such as ``case.nii.gz``.
-        margin_mm: by which the box is enlarged on every side.
+        folder: folder of label maps named like the scans, such as ``case.nii.gz``.
+        margin_mm: distance by which the box is enlarged on every side.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class LabelRegion:
         """Return where features count in the preprocessed scan, (Z, Y, X) with 1 inside the box.
 
         Args:
-            name: of the scan.
+            name: name of the scan.
             image_CZYX: as stored in the file.
             prepared: shape of the preprocessed scan.
 

@@ -108,7 +108,7 @@ def load_encoder(
             ``.safetensors`` file with its ``encoder.json`` beside it.
         input_shape: (z, y, x) voxels of the images, which a transformer has to know; a multiple of
             its token size. The default is the crop size of pretraining. A CNN reads any size.
-        channel_names: of the images, if they differ from those of pretraining.
+        channel_names: channel names of the images, if they differ from those of pretraining.
 
     Raises:
         WeightsError: there is no such run or file, or it is damaged.

@@ -170,7 +170,7 @@ class TrainedModel(Generic[Plan]):
         """Return a scan as the network sees it (C, Z, Y, X), and nnU-Net's properties of it.
 
         Args:
-            name: of the scan in log lines.
+            name: name of the scan in log lines.
 
         Raises:
             ScanError: it cannot be read or resampled, has another number of channels or dimensions,

@@ -23,7 +23,7 @@ def check_ranges(
 
     Args:
         rules: field -> (whether it is in its range, the range in words).
-        code: of the error.
+        code: stable code of the error.
 
     Raises:
         PlanError: a value is out of its range.

@@ -53,7 +53,7 @@ class LabelledCrop:
     """One crop of a labelled case.
 
     Attributes:
-        batch: of one sample.
+        batch: a batch of one sample.
         labels: (T,) majority class of every token, raster order; -1 where there is padding or no
             label.
         is_test: the subject is one that the probe is not fitted on.

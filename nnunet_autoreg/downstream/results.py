@@ -69,7 +69,7 @@ def check_same_run(
     """Refuse results that another model, another input or other options have made.
 
     Args:
-        file: of the results.
+        file: file of the results.
         present, wanted: ``model``, ``settings`` and ``inputs`` of the file, and of this run.
         is_minor: whether a difference, as ``records.differences`` words it, does not matter.
 

@@ -37,7 +37,7 @@ class Scan:
     """Hold one scan to predict on.
 
     Attributes:
-        name: of its results.
+        name: name of its results.
         files: one per channel; empty where ``candidate`` has to be converted first.
     """
 
@@ -86,7 +86,7 @@ def find(
     """Return the scans of a folder, in natural order; the log says what is left out, and why.
 
     Args:
-        file_ending: of the dataset the model was trained on.
+        file_ending: file ending of the dataset the model was trained on.
         num_channels: the model's.
         output: the folder of results; what lies in it is not a scan.
 

@@ -25,7 +25,7 @@ class ScanTile:
     """Hold one tile of a scan.
 
     Attributes:
-        start: of the tile in the padded scan, a multiple of the token size.
+        start: first voxel of the tile in the padded scan, a multiple of the token size.
         image_1CZYX: its voxels.
         inside_11ZYX: 1 where features count, 0 elsewhere and where zeros were filled in.
     """

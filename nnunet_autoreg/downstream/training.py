@@ -40,7 +40,7 @@ def forwarded_log(name: str, write: Callable[[str], None]) -> Iterator[None]:
     """Send the log of a part of the library to ``write`` for a while, from level INFO on.
 
     Args:
-        name: of the logger, such as ``nnunet_autoreg.detection``.
+        name: name of the logger, such as ``nnunet_autoreg.detection``.
     """
     logger = logging.getLogger(name)
     handler = ForwardedLog(write)

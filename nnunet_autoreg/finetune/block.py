@@ -30,7 +30,7 @@ class PlannedWeights:
     """Hold the location of pretrained weights.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         file: relative to ``$nnUNet_results``, or absolute.
         sha256: hex, of the file.
         has_decoder: whether the weights hold the decoder of a CNN as well.
@@ -56,12 +56,12 @@ class Recipe:
         optimizer: ``adamw``, or ``sgd`` with Nesterov momentum.
         weight_decay: ``adamw`` does not decay norms, biases, positions and LayerScale; ``sgd``
             decays everything, as in nnU-Net.
-        betas: of AdamW.
-        momentum: of SGD.
+        betas: betas of AdamW.
+        momentum: momentum of SGD.
         warmup_fraction, warmup_min_samples, warmup_max_epochs, warmup_max_fraction: length of the
             linear warm-up, which is min(max(fraction of the run, min_samples), max_epochs,
             max_fraction of the run).
-        poly_exponent: of the decay after warm-up.
+        poly_exponent: exponent of the decay after warm-up.
         decoder_first_fraction: first part of a run from pretrained weights in which only the
             decoder is trained; 0.0 is off.
         clip_norm: largest norm of the gradient.
@@ -105,7 +105,7 @@ class AutoregBlock:
         weights: None in a plan for training from random weights only.
         recipe: how fine-tuning is done.
         reasons: per planned value, why it was chosen.
-        version: of this format.
+        version: version of this format.
     """
 
     encoder: EncoderPlan

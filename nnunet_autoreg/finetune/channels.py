@@ -12,8 +12,8 @@ class ChannelMap:
     """Describe the new columns of the input projection.
 
     Attributes:
-        sources: for each image channel, the channels of the weights that are summed.
-        factors: for each image channel, the factor of that sum.
+        sources: the channels of the weights that are summed for each image channel.
+        factors: the factor of this sum for each image channel.
         note: what was done, for the user; "" if nothing was changed.
     """
 

@@ -104,8 +104,8 @@ def decoder_transfer(num_steps: int) -> tuple[bool, str]:
     Source: docs/explanation/measured.md, fine-tuning on 5 labelled patients.
 
     Args:
-        num_steps: of the pretraining that the weights come from; 0 for a trained model that was
-            imported.
+        num_steps: number of steps of the pretraining that the weights come from; 0 for a trained
+            model that was imported.
     """
     if num_steps == 0:
         return True, "loaded with the encoder: it was trained for segmentation"

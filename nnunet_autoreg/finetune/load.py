@@ -41,7 +41,7 @@ class Target:
     Attributes:
         num_image_channels: without the one-hot channels of a cascade, which come after them.
         patch_size_vox: (z, y, x); divided by the token size it is the token grid.
-        channel_names: of the image channels, in order; empty if they are not known.
+        channel_names: names of the image channels, in order; empty if they are not known.
     """
 
     num_image_channels: int
@@ -272,8 +272,8 @@ class SortedTensors:
     """Hold the tensors of a file by their purpose.
 
     Attributes:
-        encoder: by the network's own keys; the file may use another name of the same tensor.
-        decoder: by the file's keys.
+        encoder: tensors by the network's keys; the file may use another name of the same tensor.
+        decoder: tensors by the file's keys.
         unused: tensors that this network does not load, and the reason.
         foreign: keys that prove that the file is of another encoder.
     """

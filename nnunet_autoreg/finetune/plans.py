@@ -61,7 +61,7 @@ class SegmentationTask:
     Attributes:
         num_cases: number of labelled cases.
         median_shape_vox, spacing_mm: (z, y, x) after resampling and transposing.
-        num_channels, num_classes: of the network.
+        num_channels, num_classes: number of channels and classes of the network.
     """
 
     num_cases: int
@@ -84,7 +84,7 @@ class Fit:
     """Hold patch and batch size of a configuration, and the reason for both.
 
     Attributes:
-        arguments: of the configuration's network; None for those of the encoder.
+        arguments: arguments of the configuration's network; None for those of the encoder.
     """
 
     patch_size: Size
@@ -265,7 +265,7 @@ def with_fits(
         fits: by configuration. The decoder-first stage is the same for all of them; the first
             configuration with network arguments of its own decides.
         num_cases: number of labelled cases.
-        channel_names: of the dataset, in order.
+        channel_names: channel names of the dataset, in order.
     """
     # One recipe serves all configurations, so that one of them has to decide.
     arguments = block.encoder.arguments
@@ -303,7 +303,7 @@ def kept_configurations(
 
     Args:
         old, new: parsed plans; our own configurations in ``old`` are outdated and never kept.
-        class_path: of the new plans' encoder.
+        class_path: class of the new plans' encoder.
     """
     custom = {}
     left_out: list[str] = []

@@ -39,8 +39,8 @@ class DatasetTraits:
     """Hold what the choice of weights depends on.
 
     Attributes:
-        name: of the dataset.
-        channel_names: in order.
+        name: name of the dataset.
+        channel_names: names of the channels, in order.
         spacing_mm: target spacing, (z, y, x).
     """
 

@@ -31,7 +31,7 @@ def runs_on_stock(class_path: str, plans: Mapping[str, Any]) -> bool:
     The network must be nnU-Net's own, and so must every normalisation of the images.
 
     Args:
-        class_path: of the network that the trainer builds.
+        class_path: class of the network that the trainer builds.
     """
     if class_path != CLASS_PATHS[RESENC]:
         return False
@@ -48,7 +48,7 @@ def stock_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
     Plans that are in this form already are returned as they are.
 
     Args:
-        plans: for which ``runs_on_stock`` is true.
+        plans: plans for which ``runs_on_stock`` is true.
     """
     configurations = {}
     for name, configuration in plans["configurations"].items():

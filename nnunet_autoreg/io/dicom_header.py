@@ -117,8 +117,8 @@ class PixelBytes:
     """Where the pixels of a file lie.
 
     Attributes:
-        offset: of their first byte.
-        length: in bytes; None if they are compressed, and so of any length.
+        offset: position of their first byte.
+        length: number of bytes; None if they are compressed, because any length is possible then.
     """
 
     offset: int

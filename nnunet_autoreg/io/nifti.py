@@ -60,8 +60,8 @@ class NiftiHeader:
     """The header fields that are checked.
 
     Attributes:
-        bits: of a voxel, by its datatype; the header's bitpix counts for datatypes that the
-            standard does not know.
+        bits: number of bits of a voxel, by its datatype; the header's bitpix counts for datatypes
+            that the standard does not know.
         sform_scales: lengths of the affine's columns, in file units.
     """
 

@@ -69,7 +69,7 @@ class AttentionRule:
         Args:
             flex: for FlexAttention inside a compiled layer. Outside of compiled code FlexAttention
                 would keep all scores, so that the dense mask is used there.
-            num_heads: of the attention that the mask is for.
+            num_heads: number of heads of the attention that the mask is for.
         """
         return self.block_mask(num_heads) if flex else self.dense()
 
@@ -264,7 +264,7 @@ def attend(
 
     Args:
         mask: None for attention to everything.
-        dropout: of attention weights; FlexAttention has none.
+        dropout: dropout of attention weights; FlexAttention has none.
     """
     if isinstance(mask, BlockMask):
         assert dropout == 0, "pretraining has no attention dropout"

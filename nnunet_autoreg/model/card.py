@@ -94,7 +94,7 @@ class EncoderCard:
         name: name of the run.
         encoder: what is typed after ``--encoder``.
         class_path: module and class of the network that fine-tuning builds.
-        arguments: of that class, without channels, classes and input shape.
+        arguments: arguments of that class, without channels, classes and input shape.
         token_size_vox: size of a token, (z, y, x).
         crop_size_vox: size of a crop, (z, y, x). Crop / token is the grid of ``eva.pos_embed``.
         spacing_mm: target spacing of pretraining, (z, y, x).
@@ -105,10 +105,10 @@ class EncoderCard:
         adaptation: the parts that fine-tuning may have to adapt.
         objective: name of the objective and its settings that matter to a user.
         licences: dataset name -> licence text found beside it ("" if none was).
-        num_scans, num_steps: of the run; 0 for imported weights.
+        num_scans, num_steps: number of scans and steps of the run; 0 for imported weights.
         finished_at: end of the run, or time of the import, as ISO 8601 UTC.
         sha256: hash of ``encoder.safetensors`` beside this card.
-        version: of this format.
+        version: version of this format.
         extra: ``imported`` says where imported weights come from.
         spacing_groups: target spacings, if there was more than one; ``spacing_mm`` is that of the
             largest group.
@@ -207,7 +207,7 @@ def card_from(content: Any, path: Path) -> EncoderCard:
     """Return the checked card that parsed JSON holds.
 
     Args:
-        path: of the file, for messages.
+        path: the file, named in messages.
 
     Raises:
         WeightsError: it is of a newer format, or describes no possible encoder.

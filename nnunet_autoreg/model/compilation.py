@@ -250,7 +250,7 @@ class Disagreement:
     """The largest difference that was found, over what is allowed.
 
     Attributes:
-        kind: of sequence.
+        kind: kind of sequence.
         layer: the class of the layer.
         what: "the output" or a gradient.
         error: relative to what float32 gives, of the sample where it is largest.

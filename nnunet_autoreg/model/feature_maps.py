@@ -32,7 +32,7 @@ class FeatureEncoder(nn.Module):
 
     Args:
         network: as ``encoders.build_network`` makes it.
-        class_path, arguments: of the network.
+        class_path, arguments: class and arguments of the network.
         input_shape: (z, y, x) voxels that a transformer was built for.
     """
 

@@ -201,7 +201,7 @@ class QueryDecoder(nn.Module):
         """Return predictions (B, Q, O), entry i for query i.
 
         Args:
-            features_BSV: of the encoder's tokens.
+            features_BSV: features of the encoder's tokens.
             rule: which of these each query may see.
             queries: in the order of blocks where queries of a block see each other.
             tokens: positions of the encoder's tokens.

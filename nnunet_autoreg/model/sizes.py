@@ -56,8 +56,8 @@ class EncoderSize:
         scratch_rate, pretrained_rate: peak learning rates of fine-tuning (finetuning recipe: AdamW,
             of a CNN SGD).
         pretrain_rate: peak learning rate of pretraining at the reference batch (AdamW).
-        patch_gib: of a CNN, the GPU memory for which nnU-Net's planner of the same name plans patch
-            and batch.
+        patch_gib: for a CNN, the GPU memory for which nnU-Net's planner of the same name plans
+            patch and batch.
     """
 
     name: str

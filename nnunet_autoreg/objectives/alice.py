@@ -79,7 +79,7 @@ class Outputs:
         student_classes, teacher_classes: scores of whole volumes, (N, O).
         student_patches, teacher_patches: scores of the visible tokens, (N, S, O).
         voxels: predicted by the student, (N, T, P).
-        teacher_tokens: of the teacher's encoder, (N, T, V).
+        teacher_tokens: features of the teacher's encoder, (N, T, V).
     """
 
     student_classes: Tensor

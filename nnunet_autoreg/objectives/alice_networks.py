@@ -61,7 +61,7 @@ class Encoded:
 
     Attributes:
         tokens: (N, T, V). At hidden tokens they are 0.
-        stages: of a CNN, the features of all stages, the finest first; () of a transformer.
+        stages: features of all stages of a CNN, the finest first; () for a transformer.
     """
 
     tokens: Tensor

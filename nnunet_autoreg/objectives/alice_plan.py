@@ -51,9 +51,12 @@ class AlicePlan(ObjectivePlan):
         num_prototypes: outputs of the projection heads.
         decoder_depth: layers of the decoder of a transformer. A CNN has its own decoder.
         student_temperature: softmax temperature of the student's scores.
-        teacher_temperature: that of the teacher's at the first step, and after a tenth of the run.
-        momentum: of the teacher's running mean at the first step. It rises to 1 as half a cosine.
-        centre_momentum: of the running mean of the teacher's scores, which is subtracted from them.
+        teacher_temperature: temperature of the teacher's scores at the first step, and after a
+            tenth of the run.
+        momentum: momentum of the teacher's running mean at the first step. It rises to 1 as half a
+            cosine.
+        centre_momentum: momentum of the running mean of the teacher's scores, which is subtracted
+            from them.
         export: whose encoder is exported, "student" or "teacher".
     """
 

@@ -44,7 +44,7 @@ class LossTerms:
     """The loss on a batch: the weighted sum of the means of its terms.
 
     Attributes:
-        terms: by name.
+        terms: the terms by name.
         references: losses of trivial predictors, name -> sum over the things of the figure of
             merit's term (no gradient).
         statistics: other sums over the batch that ``after_step`` or ``health`` need, name ->
@@ -139,7 +139,7 @@ class Objective:
     objectives without state of their own.
 
     Attributes:
-        plan: of the run.
+        plan: plan of the run.
         module: everything that is trained by gradients.
         network: the part of it that carries the encoder under the downstream keys.
         sampler: draws its samples, in any process.
@@ -228,7 +228,7 @@ class Objective:
 
         Args:
             processes: all of them make this call.
-            statistics: of the loss, added up over this process's share of the batch.
+            statistics: statistics of the loss, added up over this process's share of the batch.
         """
 
     def extra_state(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class Objective:
         """Return what else tells whether training is healthy: name -> (value, unit).
 
         Args:
-            statistics: of the loss, added up over all validation samples.
+            statistics: statistics of the loss, added up over all validation samples.
         """
         return {}
 

@@ -571,7 +571,7 @@ def smallest_spread(moments: Tensor) -> float:
     """Return the smallest variance of a kind, as a share of its mean square; 0 to 1.
 
     Args:
-        moments: of all kinds, (kinds, 2 D + 1), as ``moments_of`` returns them.
+        moments: moments of all kinds, (kinds, 2 D + 1), as ``moments_of`` returns them.
     """
     spreads = [1.0]
     for of_kind in moments:
@@ -591,7 +591,7 @@ def volume_share(share_done: float, slabs_first: float) -> float:
     loss that rose at once would pass for a spike, and its steps would be skipped.
 
     Args:
-        share_done: of the run's steps.
+        share_done: finished share of the run's steps.
     """
     if slabs_first == 0:
         return 1.0

@@ -250,7 +250,7 @@ class VolumeHead(nn.Module):
         """Return slabs that have seen each other, (B, R, D).
 
         Args:
-            slabs_BRD: of length 1.
+            slabs_BRD: embeddings of the slabs, of length 1.
         """
         # Entries of about 1, as a layer norm gives them to the later layers.
         x_BRD = slabs_BRD * math.sqrt(slabs_BRD.shape[2])

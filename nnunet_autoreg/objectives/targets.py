@@ -51,10 +51,10 @@ def output_weight(settings: PredictionPlan, weight_BTP: Tensor) -> Tensor:
 
     A wrong mean makes all voxels of its token wrong. So each statistic counts as much as the
     token's supervised voxels together, and the loss per voxel is the sum of three mean squared
-    errors: of pattern, mean and log deviation.
+    errors: errors of pattern, mean and log deviation.
 
     Args:
-        weight_BTP: of each voxel, 0 where it carries no loss.
+        weight_BTP: weight of each voxel, 0 where it carries no loss.
     """
     if settings.target != "normalised_with_statistics":
         return weight_BTP

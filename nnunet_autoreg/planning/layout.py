@@ -74,7 +74,7 @@ def with_variety(crop: Size, side: Size, median_shape_vox: Sequence[float]) -> S
     left.
 
     Args:
-        side: of a block, in voxels.
+        side: side length of a block, in voxels.
     """
     # An axis of which enough is left out already makes crops differ.
     covered = [c / m for c, m in zip(crop, median_shape_vox, strict=True)]

@@ -24,7 +24,7 @@ class Hardware:
 
     Attributes:
         device: "cpu", "cuda" or "mps".
-        memory_gib: of the GPU, or of the machine without one.
+        memory_gib: memory of the GPU, or of the machine without one.
     """
 
     device: str
@@ -79,9 +79,9 @@ class Overrides:
     At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.
 
     Attributes:
-        token_size_vox: of the weights that training starts from, or of arguments that the user set;
-            None is planned.
-        arguments: of the network of the CNN that training starts from; None is planned.
+        token_size_vox: token size of the weights that training starts from, or of arguments that
+            the user set; None is planned.
+        arguments: arguments of the network of the CNN that training starts from; None is planned.
         single_tokens: the planned encoder has to go token by token, which a CNN cannot (``--preset
             faithful``).
     """

@@ -106,7 +106,7 @@ def initial_weights(plan: Plan, folder: Path) -> tuple[Path, EncoderCard] | None
     """Return the verified file that ``--init`` named, and its card; None if it named none.
 
     Args:
-        folder: of the run, which holds weights that were imported from another project.
+        folder: folder of the run, which holds weights that were imported from another project.
 
     Raises:
         WeightsError: either is missing or damaged.

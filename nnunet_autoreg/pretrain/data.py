@@ -258,9 +258,9 @@ class DataWait:
     """Time how long a training loop waits for batches, and report once when that is long.
 
     Args:
-        device_type: of the training: cpu, cuda or mps.
+        device_type: device of the training: cpu, cuda or mps.
         num_loaders: processes that load.
-        compute_seconds: of a step without any loading; None where it was not measured.
+        compute_seconds: duration of a step without any loading; None where it was not measured.
 
     Attributes:
         waited: seconds since the last call of ``share``.
@@ -297,7 +297,7 @@ class DataWait:
         far as the steps take longer than the same step did in the dry step, without loading.
 
         Args:
-            share: of the interval's time, spent waiting.
+            share: share of the interval's time, spent waiting.
             step_seconds: mean of the interval.
         """
         # How much longer a step takes because of the loading, as a share of its time.

@@ -240,9 +240,9 @@ class DryStepResult:
 
     Attributes:
         failure: what it failed by, if that was memory or compiling.
-        seconds: of a whole step.
-        crop_seconds: in which this process draws and collates one crop.
-        peak_gib: of memory, before the self-check.
+        seconds: duration of a whole step.
+        crop_seconds: time in which this process draws and collates one crop.
+        peak_gib: peak of memory, before the self-check.
         disagreement: between the compiled layers and plain attention.
         is_flex: the compiled layers used FlexAttention.
     """

@@ -224,7 +224,7 @@ def exit_reason(rank: int, size: int, code: int, message: str = "") -> str:
 
     Args:
         code: its exit code; negative for a signal.
-        message: of a worker that failed.
+        message: error message of a worker that failed.
     """
     if not message:
         is_main_error = rank == 0 and code > 0

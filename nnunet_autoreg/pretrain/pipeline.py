@@ -226,7 +226,7 @@ def plan_run(
     """Return the plan, which is written to ``plan.json``, and the usable scans.
 
     Args:
-        card: of the weights that ``--init`` names.
+        card: card of the weights that ``--init`` names.
 
     Raises:
         UsageError: the scans cannot give what the user typed.
@@ -421,7 +421,7 @@ def end_lines(
     """Return what was done, where the results are, and whether it has learnt, in four lines.
 
     Args:
-        seconds: that this call took.
+        seconds: duration of this call.
     """
     steps, scans = counted(plan.optim.num_steps, "step"), counted(num_scans, "scan")
     return [

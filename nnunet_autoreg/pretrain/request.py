@@ -193,7 +193,7 @@ def check_inputs(request: Request, card: EncoderCard | None = None) -> None:
     """Refuse what can be refused before any scan is read.
 
     Args:
-        card: of the weights that ``--init`` names.
+        card: card of the weights that ``--init`` names.
 
     Raises:
         UsageError: a path does not exist, or a setting is unknown or mistyped.
@@ -309,7 +309,7 @@ def overrides_of(request: Request, card: EncoderCard | None = None) -> Overrides
     is named. The batch size of a preset is included, because the number of steps follows from it.
 
     Args:
-        card: of the weights that ``--init`` names.
+        card: card of the weights that ``--init`` names.
     """
     encoder, arguments = request.encoder, None
     token_size = typed_token_size(request.settings)

@@ -87,7 +87,7 @@ class Trainer:
     Only the main process writes.
 
     Args:
-        objective: on any device; it is moved.
+        objective: may be on any device; it is moved.
         training, validation: what sequences are cut from; ``validation`` may be empty.
         num_workers: processes that prepare batches.
         probe: labelled crops for the frozen probe; nothing is learnt from them.

@@ -437,7 +437,7 @@ def measure_throughput(
     Args:
         sample: the arithmetic of a step is counted with its first crop; without it there is no
             share of the peak.
-        num_devices: that share the step's arithmetic.
+        num_devices: number of devices that share the computation of a step.
     """
     grid = grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox)
     num_tokens = plan.optim.batch_size * volume(grid)

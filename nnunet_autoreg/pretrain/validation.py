@@ -375,8 +375,8 @@ def verdict_of(
 
     Args:
         health: after the last step; None without validation scans.
-        num_scans: of the run, validation scans included.
-        min_scans: of the plan.
+        num_scans: number of scans of the run, including validation scans.
+        min_scans: ``data.min_scans`` of the plan.
     """
     if health is None:
         reason = f"no 3D scan was left for validation; {num_scans} scans"
@@ -440,8 +440,8 @@ def failure_messages(
 
     Args:
         health: after the last step; None without validation scans.
-        statistics: of all steps.
-        num_steps: that were done, skipped ones included.
+        statistics: statistics of all steps.
+        num_steps: number of finished steps, including skipped ones.
     """
     messages = []
     if not weights_are_finite:

@@ -178,7 +178,7 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
     """Return the chart of the figure of merit and its trivial baselines.
 
     Args:
-        plan: of the run, whose objective says what they are called.
+        plan: plan of the run, whose objective says what they are called.
     """
     title, unit, references = "Error", "per voxel", {}
     if plan is not None:
@@ -224,7 +224,7 @@ def health_charts(
 
     Args:
         plan: sets the length of the step axis, and below which values features are collapsed.
-        units: of the metrics that an objective alone measures.
+        units: units of the metrics that an objective alone measures.
     """
     probe = Chart(
         "Frozen probe on labels",
@@ -516,7 +516,7 @@ def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> Non
     """Draw all charts of a ``metrics.jsonl`` into one PNG, two beside each other.
 
     Args:
-        plan: of the run, which sets the length of the step axis.
+        plan: plan of the run, which sets the length of the step axis.
     """
     from matplotlib.figure import Figure
 

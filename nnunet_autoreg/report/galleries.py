@@ -24,7 +24,7 @@ def galleries_of(
     """Return what an objective groups under its present weights.
 
     Args:
-        batches: of validation samples.
+        batches: batches of validation samples.
     """
     with evaluating(objective.module):
         return objective.groups([batch.to(device) for batch in batches])

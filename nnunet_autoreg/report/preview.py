@@ -539,8 +539,8 @@ def _middle_slice(
     """Return the middle slice of one block, NaN outside the scan, and whether it holds any image.
 
     Args:
-        shape: of the blocks, (members, Z, Y, X).
-        position: of the block, counted through all of them.
+        shape: shape of the blocks, (members, Z, Y, X).
+        position: index of the block, counted through all of them.
     """
     member, *cell = (int(index) for index in np.unravel_index(position, shape))
     region = []

@@ -149,7 +149,7 @@ def report(
     """Return the whole page as HTML.
 
     Args:
-        folder: of the run; its pictures are embedded.
+        folder: folder of the run; its pictures are embedded.
         notes: warnings of the training, the latest first.
         scans: the section about the scans, as HTML.
     """

@@ -77,7 +77,7 @@ class Picture:
 
     Attributes:
         num_given, num_blocks: how many of its blocks were given, and how many there are.
-        planes: of the image of which most was predicted.
+        planes: planes of the image of which most was predicted.
         images: where a sequence has several images, three planes through the middle of each.
     """
 

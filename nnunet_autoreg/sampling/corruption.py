@@ -31,7 +31,7 @@ class Corruption:
         gamma: exponent of intensities that are scaled to 0..1.
         contrast: factor on the distance from the mean.
         noise: standard deviation of what is added, in standard deviations of the known voxels.
-        seed: of the noise.
+        seed: random seed of the noise.
     """
 
     gamma: float = 1.0
@@ -63,7 +63,7 @@ class Corruptions:
 
     Attributes:
         strength: (B, 3) float32, columns gamma, contrast and noise.
-        seeds: of the noise, known to the host; () once the noise is drawn.
+        seeds: seeds of the noise, known to the host; () once the noise is drawn.
         noise: (B, M, C, Z, Y, X), of mean 0 and deviation 1; None until ``with_noise`` draws it.
     """
 
@@ -113,7 +113,7 @@ def corrupted(
 
     Args:
         known_BMZYX: bool, what the network is shown and what is real.
-        corruptions: of the batch, with their noise; None changes nothing.
+        corruptions: corruptions of the batch, with their noise; None changes nothing.
     """
     if corruptions is None:
         return voxels_BMCZYX

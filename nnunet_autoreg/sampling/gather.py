@@ -27,7 +27,7 @@ def gather(
     Args:
         cases: by id of the scan; only their scans are used, also of groups and places.
         groups: with their members' cases on one grid.
-        places: of structures in the scans.
+        places: positions of structures in the scans.
         images: 2D images.
     """
     kinds, s = wanted(plan), plan.sequence

@@ -19,8 +19,8 @@ class AvailableKinds:
     Attributes:
         num_inputs: datasets and folders given.
         num_cases: usable scans.
-        contrasts: of the commonest set of contrasts of one subject, in their fixed order; () if no
-            subject has two.
+        contrasts: names of the commonest set of contrasts of one subject, in their fixed order; ()
+            if no subject has two.
         num_groups: subjects and sessions that have them.
         num_other_groups: those with another set of at least two.
         structures: name -> subjects in which its place is known (labels, boxes, classes), two or

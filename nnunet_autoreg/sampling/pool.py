@@ -14,7 +14,7 @@ class StoredGroup:
     """Several contrasts of one subject on one voxel grid.
 
     Attributes:
-        name: of the case, for pictures and messages.
+        name: name of the case, for pictures and messages.
         members: (contrast, case) in the fixed order of contrasts; all cases have one shape.
     """
 

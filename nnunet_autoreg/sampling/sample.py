@@ -39,7 +39,7 @@ class Sample:
             objective; None where the plan corrupts nothing.
         case_id: number of the case in its pool, volumes before images; None where no objective
             asks.
-        number: of the sample within its step's batch; None where no objective asks.
+        number: index of the sample within its step's batch; None where no objective asks.
     """
 
     voxels: NDArray[np.float32]
@@ -93,8 +93,8 @@ class Batch:
             where there is none. The host knows it, so that it need not wait for the device.
         sources: per sample, what ``to`` still has to resample its crops from; () for samples
             without.
-        corruption: of the network's input, for ``corruption.corrupted``; ``to`` draws its noise.
-            None without.
+        corruption: corruption of the network's input, for ``corruption.corrupted``; ``to`` draws
+            its noise. None without.
         case_ids, numbers: (B,) int64, as of ``Sample``; None without.
     """
 

@@ -51,7 +51,7 @@ def draw(
     padding.
 
     Args:
-        spacing_mm: of the case; None for the plan's.
+        spacing_mm: spacing of the case; None for the plan's.
         affine_generator: draws rotation and zoom; None for samples that are never rotated or
             zoomed.
     """
