@@ -83,7 +83,7 @@ def pretrain_all(args: argparse.Namespace) -> None:
             half=args.half,
         )
         if deadline.has_passed() or not pretrain(job, data, args.work, results, deadline, device):
-            log.info("the time is up; type the same line again to go on")
+            log.info("the time is up; type the same line again to continue")
             return
         log.info("%s is finished", job.name)
 
@@ -104,7 +104,7 @@ def finetune_all(args: argparse.Namespace) -> None:
     for number, job in enumerate(jobs):
         if deadline.has_passed() or not finetune(job, data, args.work, results, deadline, device):
             log.info(
-                "the time is up, %d of %d runs are left; type the same line again to go on",
+                "the time is up, %d of %d runs are left; type the same line again to continue",
                 len(jobs) - number,
                 len(jobs),
             )
@@ -136,7 +136,7 @@ def probe_all(args: argparse.Namespace) -> None:
     for init in args.init:
         for seed in (None,) if init == RANDOM else args.seeds:
             if deadline.has_passed():
-                log.info("the time is up; type the same line again to go on")
+                log.info("the time is up; type the same line again to continue")
                 return
             job = ProbeJob(
                 data=args.data,

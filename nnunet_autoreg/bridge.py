@@ -206,7 +206,7 @@ _suggested: "set[str]" = set()
 def _suggest(class_name: str, searched: "str | None") -> None:
     """Print the closest of our names where nnU-Net asks for a class that begins like ours.
 
-    The look-up goes on: the class may be one of the user's own, in a folder of nnUNet_extTrainer.
+    The look-up continues: the class may be one of the user's own, in a folder of nnUNet_extTrainer.
     """
     base, underscore, length = class_name.partition("_")
     known: list[str] = []

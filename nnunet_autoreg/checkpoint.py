@@ -97,7 +97,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             aside = lost.with_name(f"{lost.name}.damaged")
             lost.replace(aside)
             log.warning(
-                "%s cannot be read (%s) and is now %s; going on from %s, step %s",
+                "%s cannot be read (%s) and is now %s; continuing from %s, step %s",
                 lost,
                 why,
                 aside.name,
@@ -146,7 +146,7 @@ def damage_of(path: Path) -> str:
             ending = handle.read()
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror or error}); mend it and run the same line "
+            f"{path} cannot be read ({error.strerror or error}); solve this and run the same line "
             "again",
             code="checkpoint-unreadable",
         ) from error
@@ -167,7 +167,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         try:
             torch.save({"version": CHECKPOINT_VERSION, **content}, writer)  # type: ignore[arg-type]
         except RuntimeError as error:
-            if writer.error is not None:  # torch reports a failed write as a bug of its own
+            if writer.error is not None:  # torch reports a failed write as its own bug
                 raise writer.error from error
             raise
         handle.seek(-len(_NO_COMMENT), os.SEEK_END)

@@ -1,4 +1,4 @@
-"""Child processes that never outlive the process that started them. Standard library alone.
+"""Child processes that never outlive the process that started them. Standard library only.
 
 Two ways lead there. A command that ends calls ``end_children``, which kills all of its descendants.
 A command that is killed cannot do so, therefore ``start_guarded`` puts a small guard process
@@ -92,9 +92,9 @@ def end_children(pid: int | None = None) -> None:
 def start_guarded(
     line: Sequence[str], environment: Mapping[str, str], output: IO[str]
 ) -> "subprocess.Popen[bytes]":
-    """Start a program below a guard process, in a session of its own.
+    """Start a program below a guard process, in a separate session.
 
-    Ctrl-C therefore reaches it through this process alone.
+    Ctrl-C therefore reaches it only through this process.
     """
     guard = [sys.executable, "-m", __name__, str(os.getpid()), *line]
     return subprocess.Popen(
@@ -134,7 +134,7 @@ def guard_program(parent: int, line: Sequence[str]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
-    # Between fork and exec Python code is safe only where there is one thread, as here.
+    # Between fork and exec Python code is safe only if there is one thread, as here.
     program = subprocess.Popen(line, preexec_fn=_end_with_guard)  # noqa: PLW1509
 
     while True:

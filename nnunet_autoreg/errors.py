@@ -14,8 +14,8 @@ class AutoregError(Exception):
 
     Attributes:
         code: a stable name of the fault, such as ``plan-unknown-key``. Programs and tests rely on
-            it, because messages may be reworded at any time. Without one of its own, an error has
-            the code of its class.
+            it, because messages may be reworded at any time. Without its own code, an error has the
+            code of its class.
     """
 
     exit_code = 1
@@ -35,7 +35,7 @@ class UsageError(AutoregError):
 
 
 class ScanError(AutoregError):
-    """One scan cannot be used. The run goes on without it and counts it.
+    """One scan cannot be used. The run continues without it and counts it.
 
     Attributes:
         status: one word for the ``status`` column of ``scans.csv``, e.g. ``unreadable``.
@@ -97,15 +97,16 @@ class LostProcessError(AutoregError):
 class InterruptedRunError(KeyboardInterrupt):
     """The user or the cluster asked a command to stop; what was done is kept.
 
-    No ``Exception``, as Python's own KeyboardInterrupt: code that goes on after any error, such as
-    torch's compiler, must not take this for one.
+    No ``Exception``, as Python's own KeyboardInterrupt: code that continues after any error, such
+    as torch's compiler, must not take this for one.
     """
 
     exit_code = 130
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with line breaks, control characters and bytes that are no text as escapes.
+    """Return ``text`` with line breaks, control characters and bytes that are not valid text as
+    escapes.
 
     Names of files and words in other people's files may hold any of them, and a terminal obeys
     them.
@@ -120,8 +121,8 @@ def printable(text: str) -> str:
 def shell_quoted(text: str) -> str:
     """Return ``text`` as one word for the shell, which is printed to be typed.
 
-    Control characters and bytes that are no text cannot be printed as they are. The shell reads
-    their octal numbers within $'...'.
+    Control characters and bytes that are not valid text cannot be printed as they are. The shell
+    reads their octal numbers within $'...'.
     """
     if text.isprintable():
         return shlex.quote(text)
@@ -130,7 +131,7 @@ def shell_quoted(text: str) -> str:
         if character.isprintable() and character not in "\\'":
             parts.append(character)
         else:
-            # A byte that is no text is a surrogate from U+DC80 to U+DCFF.
+            # A byte that is not text is a surrogate from U+DC80 to U+DCFF.
             is_byte = "\udc80" <= character <= "\udcff"
             encoded = character.encode("utf-8", "surrogateescape" if is_byte else "surrogatepass")
             parts += [f"\\{byte:03o}" for byte in encoded]

@@ -38,7 +38,7 @@ CNN_ARGUMENTS = (
     "nonlin",
     "nonlin_kwargs",
 )
-# What the arguments of a network have to be; those that stand here are checked wherever they come.
+# What the arguments of a network have to be; those listed here are always checked.
 COUNTS = (
     "embed_dim",
     "eva_depth",
@@ -103,7 +103,7 @@ def has_transformer(family: str) -> bool:
 
 
 def has_start(family: str) -> bool:
-    """Return whether a START token stands before the first block and can predict it."""
+    """Return whether there is a START token before the first block that can predict it."""
     return family == VIT
 
 
@@ -173,8 +173,8 @@ def check_argument_types(class_path: str, arguments: Mapping[str, Any], where: s
     num_heads = arguments.get("eva_numheads", 1)
     if width % num_heads:
         raise PlanError(
-            f"{where}: the width embed_dim={width} is no multiple of eva_numheads={num_heads}, so "
-            "that the heads would differ in width; change one of them",
+            f"{where}: the width embed_dim={width} is not a multiple of eva_numheads={num_heads}, "
+            "so the heads would differ in width; change one of them",
             code="plan-argument",
         )
 

@@ -39,14 +39,14 @@ def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
     """Return the number of tokens per axis of a volume of ``size`` voxels.
 
     Raises:
-        ValueError: an axis is no multiple of the token size.
+        ValueError: an axis is not a multiple of the token size.
     """
     for axis, s, t in zip("zyx", size, token, strict=True):
         if s % t:
             low, high = s // t * t, (s // t + 1) * t
             near = f"{low} or {high}" if low else f"{high}"
             raise ValueError(
-                f"size {s} on axis {axis} is no multiple of the token size {t}; use {near}"
+                f"size {s} on axis {axis} is not a multiple of the token size {t}; use {near}"
             )
     return as_size([s // t for s, t in zip(size, token, strict=True)])
 

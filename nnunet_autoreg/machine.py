@@ -70,8 +70,7 @@ def num_processes() -> int:
     wanted = os.environ.get("nnUNet_def_n_proc", "8").strip()  # noqa: SIM112
     if not is_whole_number(wanted) or int(wanted) < 1:
         raise UsageError(
-            f"nnUNet_def_n_proc={wanted} is not a whole number of processes, at least 1; set it "
-            "anew or unset it",
+            f"nnUNet_def_n_proc={wanted} is not a positive whole number; correct or unset it",
             code="machine-num-processes",
         )
     return max(1, min(int(wanted), usable_cores()))
@@ -89,7 +88,7 @@ def default_device() -> str:
 
 
 def device_option() -> str:
-    """Return what nnU-Net's commands need where there is no CUDA: " -device cpu", else "".
+    """Return the option that nnU-Net's commands need: " -device cpu" without CUDA, else "".
 
     They take a CUDA device unless they are given another one, and fail without it.
     """

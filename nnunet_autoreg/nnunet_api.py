@@ -41,7 +41,7 @@ def raw_folder() -> Path:
     """Return nnU-Net's folder of raw datasets.
 
     Raises:
-        UsageError: ``nnUNet_raw`` is not set, or is no existing folder.
+        UsageError: ``nnUNet_raw`` is not set, or is not an existing folder.
     """
     return _environment_folder("nnUNet_raw")
 
@@ -50,7 +50,7 @@ def preprocessed_folder() -> Path:
     """Return nnU-Net's folder of preprocessed data.
 
     Raises:
-        UsageError: ``nnUNet_preprocessed`` is not set, or is no existing folder.
+        UsageError: ``nnUNet_preprocessed`` is not set, or is not an existing folder.
     """
     return _environment_folder("nnUNet_preprocessed")
 
@@ -59,7 +59,7 @@ def results_folder() -> Path:
     """Return nnU-Net's folder of results.
 
     Raises:
-        UsageError: ``nnUNet_results`` is not set, or is no existing folder.
+        UsageError: ``nnUNet_results`` is not set, or is not an existing folder.
     """
     return _environment_folder("nnUNet_results")
 

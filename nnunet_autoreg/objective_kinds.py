@@ -43,9 +43,9 @@ class FigureOfMerit:
             "copying the previous block". A trained encoder has to be better than each of them.
         hint: what a useless encoder would reach, in a few words; "" if there is nothing to say.
         term: the term of the loss that it is the mean of; "" for the whole loss.
-        ranks_by_probe: where there are labels, the frozen probe ranks the states instead, the
-            higher the better. With a moving teacher the loss ranks nothing.
-        pictures: how to read the pictures of validation samples; "" where there are none.
+        ranks_by_probe: if there are labels, the frozen probe ranks the states instead, the higher
+            the better. With a moving teacher the loss ranks nothing.
+        pictures: how to read the pictures of validation samples; "" if there are none.
         notes: what a term of the loss, or a measure of the objective's own, means: its name -> a
             sentence below its chart.
     """
@@ -114,7 +114,7 @@ class ObjectiveKind:
     Attributes:
         name: typed after ``--objective``.
         help: one line for the help of the option.
-        plan_type: the record of its own values in the plan.
+        plan_type: the record of the objective's values in the plan.
         settings: returns these values as planned for an encoder, and the reasons for them.
         adapt: returns a planned run with the sequences and other values that the objective needs.
         check: raises PlanError if a plan cannot be carried out.

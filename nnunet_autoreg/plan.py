@@ -76,7 +76,7 @@ class DataPlan:
             it.
         salt_free: what is drawn does not depend on the folder ``nnUNet_preprocessed``: scans and
             subjects are ordered by content and by index, and not by their salted hashes. False in
-            plans of earlier versions, whose runs go on as they began.
+            plans of earlier versions, whose runs continue as they began.
     """
 
     spacing_mm: Spacing
@@ -182,7 +182,7 @@ class SequencePlan:
 
 @dataclass(frozen=True)
 class ObjectivePlan:
-    """What every objective has; each one adds the values of its own in a record of its own.
+    """What every objective has; each one adds its own values in its own record.
 
     Which record that is follows from ``name``, when a plan is read.
 

@@ -292,7 +292,7 @@ def _check_blocks(plan: Plan) -> None:
         if crop <= 0 or crop % side:
             near = f"{max(crop // side, 1) * side} or {(max(crop // side, 0) + 1) * side}"
             raise PlanError(
-                f"sequence.crop_size_vox: {crop} on axis {axis} is no multiple of the block of "
+                f"sequence.crop_size_vox: {crop} on axis {axis} is not a multiple of the block of "
                 f"{side} voxels "
                 f"({block} tokens of {token}); use {near}",
                 code="plan-crop",

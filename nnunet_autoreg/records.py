@@ -207,7 +207,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all.
 
-    Bytes of file names that are no text are written as escapes, which JSON reads back as they were.
+    Bytes of file names that are not valid text are written as escapes, which JSON reads back as
+    they were.
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -218,8 +219,8 @@ def write_json(path: Path, record: Any) -> None:
     write_text(path, json.dumps(to_jsonable(record), indent=2, ensure_ascii=False) + "\n")
 
 
-MEND_OURS = "mend it, or remove it to have it written anew"
-MEND_YOURS = "mend it, or restore it"
+MEND_OURS = "correct it, or remove it so that it is written again"
+MEND_YOURS = "correct it, or restore it"
 """What to do about a damaged file: one that is written here, and one that only its owner has, whose
 absence would mean something else.
 """
@@ -271,7 +272,7 @@ def regular(path: Path) -> Path:
         OSError: it does not exist, or is something else than a file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path
 
 

@@ -11,7 +11,7 @@ go wrong, and each is provided for:
    C part of Python notes the signal in a pipe nevertheless; a thread reads the pipe and ends the
    process after ``GRACE_S``. It needs the interpreter's lock, which nearly all compiled code gives
    back while it works; what does not (SimpleITK) runs in worker processes where it may take long.
-3. Other processes go on. All descendants are killed before the process ends.
+3. Other processes continue. All descendants are killed before the process ends.
 
 Everything that has to survive is written to a temporary file and renamed, so that the end may come
 at any moment.
@@ -42,7 +42,7 @@ WORKER_GRACE_S = 8.5
 """The same for a worker of a training, which the main process would otherwise take for lost."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AGAIN = "what was done is kept: type the same line again to go on"
+AGAIN = "what was done is kept: type the same line again to continue"
 SECOND_PRESS_S = 0.3
 """A second Ctrl-C that comes later than this ends the process at once; one that comes earlier is
 the first one, delivered twice.
@@ -75,7 +75,7 @@ class _Stop:
         ending.clear()
 
     def end(self) -> None:
-        """It is over, and the process goes on to other things."""
+        """The command has ended, and the process continues with something else."""
         self.session += 1
         self.is_active, self.number = False, 0
         ending.clear()
@@ -118,7 +118,7 @@ def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
     Args:
         command: begins the line that is printed if the process has to be ended by force; "" to end
             it silently.
-        until_exit: the process ends soon after a stop, so that the watch goes on until then; else
+        until_exit: the process ends soon after a stop, so that the watch continues until then; else
             it ends with the block.
 
     Raises:
@@ -195,14 +195,14 @@ def stops_raised() -> Iterator[None]:
 def stops_passed_on(send: Callable[[], object]) -> Iterator[None]:
     """Pass the signals on to another process inside, for whose end this one waits.
 
-    ``stop_requested`` tells afterwards whether one has come.
+    ``stop_requested`` says afterwards whether one has come.
     """
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         _stop.number = _stop.number or number
         send()
 
-    # The watchdog leaves this process alone: the other one has a watchdog of its own.
+    # The watchdog leaves this process alone: the other one has its own watchdog.
     was_active, _stop.is_active = _stop.is_active, False
     handlers = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
@@ -231,7 +231,7 @@ def report_stop(line: str = "", is_forced: bool = False) -> None:
     if not _stop.command:
         return
 
-    # A progress bar stands in an open line.
+    # A progress bar has no line break at its end.
     line_break = "\n" if visible_bars() else ""
     last_line(f"{line_break}{_stop.command}: {line or _line()}", is_forced)
 

@@ -1,6 +1,6 @@
 """What commands show on the terminal: how much, progress bars, and log lines beside them.
 
-Lines and bars go to stderr; results of a command go to stdout, whatever ``-q`` says.
+Lines and bars go to stderr; results of a command go to stdout, also with ``-q``.
 """
 
 import io
@@ -116,7 +116,7 @@ class ProgressBar(tqdm):  # type: ignore[misc]
 def progress_bar(
     total: int, description: str, unit: str, initial: int = 0, is_shown: bool = True
 ) -> ProgressBar:
-    """Return a progress bar on stderr, which shows nothing where that is no terminal.
+    """Return a progress bar on stderr, which shows nothing where that is not a terminal.
 
     Args:
         unit: unit of what is counted, in the singular.

@@ -260,7 +260,7 @@ class AutoregClassificationTrainer(TaskTrainer):
         self.logger.log(AUC, float(np.mean(scores)), epoch)
 
     def print_to_log_file(self, *args: Any, **kwargs: Any) -> None:
-        """Print as nnU-Net does, with the right name for what stands where it expects Dice."""
+        """Print as nnU-Net does, with the right name for the value that replaces Dice."""
         renamed = []
         for word in args:
             if isinstance(word, str):

@@ -59,7 +59,7 @@ class _AutoregTrainer(nnUNetTrainer):
 
     uses_weights = True
     transfers_decoder = True
-    """False for networks that use only the encoder of the weights, whatever the plan says."""
+    """False for networks that use only the encoder of the weights, regardless of the plan."""
     length: int | None = None
     """Number of epochs; None for that of the plan."""
     my_init_kwargs: dict[str, Any]
@@ -345,7 +345,7 @@ def trainer_of_length(module: ModuleType, name: str) -> Any:
     ``AutoregPretrainedTrainer_20epochs`` is a subclass of ``AutoregPretrainedTrainer`` that trains
     for 20 epochs. It carries that name, so nnU-Net writes it into folder names and checkpoints, and
     finds it again by it. It also becomes an attribute of the module, so pickle finds the same class
-    in this process, and makes it anew in a spawned one.
+    in this process, and makes it again in a spawned one.
 
     Raises:
         AttributeError: the module has no such trainer.

@@ -54,7 +54,7 @@ def pretraining_cost(folder: Path) -> Cost | None:
 def flops_per_sample(plan: Plan) -> float:
     """Return multiplications and additions of a training step on one crop, mean over a few steps.
 
-    Activations are not recomputed here: recomputing costs time, but it is no part of the method.
+    Activations are not recomputed here: recomputing costs time, but it is not part of the method.
     """
     optim = replace(plan.optim, checkpoint_activations=False)
     plan = replace(plan, optim=optim)

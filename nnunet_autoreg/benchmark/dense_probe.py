@@ -2,7 +2,7 @@
 
 A few labelled scans give the classifier its voxels. Their features, of all levels of the network at
 once, are interpolated to the places of these voxels. The classifier is scored as Dice per structure
-on all voxels of other patients. Nothing of the network is trained, so the score tells how much of
+on all voxels of other patients. Nothing of the network is trained, so the score shows how much of
 the segmentation its features hold already. It costs minutes, where fine-tuning costs hours.
 
 The functions here know arrays only: no files, no nnU-Net, no particular network.
@@ -173,7 +173,8 @@ def dense_probe(
             maps = network_features(filled)
         return [features.float() for features in maps]
 
-    # Every labelled scan passes through the network once, whatever the number of draws it is in.
+    # Every labelled scan passes through the network once, regardless of the number of draws it is
+    # in.
     needed = {case.name: case for cases in draws.values() for case in cases}
     samples: dict[str, VoxelSample] = {}
     sizes: list[int] = []

@@ -32,7 +32,7 @@ def merged_folds(lines: Sequence[Line]) -> list[Line]:
         run = _run_of(line)
         if run is None:
             found.append(line)
-        # A run stands where its first fold is met; the others come with it.
+        # A run comes where its first fold comes; its other folds follow.
         elif run in by_run:
             folds = by_run.pop(run)
             if len(folds) == run[-1]:

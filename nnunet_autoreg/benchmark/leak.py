@@ -67,7 +67,7 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
             code="benchmark-scored-patient-seen",
         )
 
-    # Scans that are equal by the earlier hash alone may be others.
+    # Scans that are equal only by the earlier hash may be different.
     uncertain = sorted(_with_hash_in(_of_others(rows, scored), scored, _earlier_hash))
     if uncertain:
         return (
@@ -76,7 +76,7 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
             "patients that are scored; pretrain again to be sure"
         )
 
-    # A name alone proves nothing: many datasets number their patients from 1.
+    # An equal name proves nothing: many datasets number their patients from 1.
     names = _subjects(scored) | set(scored.cases)
     namesakes = sorted({row.case for row in _of_others(rows, scored) if row.case in names})
     if namesakes:

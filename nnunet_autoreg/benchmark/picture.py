@@ -47,12 +47,12 @@ LEAST_SPAN = 0.1
 def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw the runs that have the length and split of the last line.
 
-    Of each encoder, only the runs with the recipe of its own last line are drawn. Nothing is drawn
-    if there is only a part of a cross-validation yet.
+    Of each encoder, only the runs with the recipe of its last line are drawn. Nothing is drawn if
+    there is only a part of a cross-validation yet.
     """
     from matplotlib.figure import Figure
 
-    # Runs of another length are no fair comparison.
+    # Runs of another length are not a fair comparison.
     steps = lines[-1]["steps"]
     shown = [line for line in _comparable(lines) if line["steps"] == steps]
     if not shown:
@@ -79,7 +79,7 @@ def draw_curve(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> No
     """Draw Dice over the number of labelled patients, with 95 % intervals.
 
     Runs of every length that have the split and batch of the last line are drawn, each length in a
-    panel of its own. All panels have the same axis.
+    separate panel. All panels have the same axis.
     """
     from matplotlib.figure import Figure
 
@@ -157,9 +157,9 @@ def _draw_curve_of(
 
 
 def _comparable(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the runs with the split and batch of the last line, whatever their length.
+    """Return the runs with the split and batch of the last line, regardless of their length.
 
-    Of each encoder, only those with the recipe of its own last line. Folds are joined.
+    Of each encoder, only those with the recipe of its last line. Folds are joined.
     """
     split, batch = shown_split(lines[-1]["split"]), lines[-1]["batch"]
     alike = []
@@ -194,7 +194,7 @@ def _position(
     labels: Sequence[int],
     num_labels: int,
 ) -> float:
-    """Return where a series stands on the x axis: beside the others of the number of labels."""
+    """Return the position of a series on the x axis: beside the others of the number of labels."""
     # Series share 70 % of the room of a number of labels; the rest is the gap to the next one.
     offset = (names.index(name) + 0.5) / len(names) - 0.5
     return labels.index(num_labels) + 0.7 * offset
@@ -262,7 +262,7 @@ def _draw_differences(
     labels: Sequence[int],
     is_surface: bool,
 ) -> None:
-    """Draw the differences to scratch or, where there are no such pairs, to stock."""
+    """Draw the differences to scratch or, if there are no such pairs, to stock."""
     to = "scratch"
     pairs = []
     for row in rows:

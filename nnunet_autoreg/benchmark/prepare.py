@@ -73,7 +73,7 @@ OWN_REQUEST_KEYS = ("objective.name=", "sequence.order=", "sequence.predictor=",
 
 @dataclass(frozen=True)
 class Record:
-    """What a benchmark's folder stands for, fixed when it is made.
+    """The settings of a benchmark's folder, fixed when it is made.
 
     Attributes:
         dataset: folder name of the raw dataset.
@@ -198,7 +198,7 @@ def open_record(
             )
         return replace(record, dataset=request.dataset)
 
-    # A new folder. Another benchmark may be waiting for its lock, which is no content.
+    # A new folder. Another benchmark may be waiting for its lock, which is not content.
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
         raise UsageError(
             f"-o {root}: is neither empty nor a benchmark's folder; name a new one",
@@ -432,7 +432,7 @@ def ensure_twin(bench: Bench, family: str, objective: str) -> None:
             code="benchmark-no-twin",
         )
 
-    # The plan may be shared, so the paths of its request stand in the run's private file.
+    # The plan may be shared, so the paths of its request are in the run's private file.
     request = show_paths(plan["request"], PATH_FIELDS, plan_file.parent)
     arguments = retyped(request, int(plan["optim"]["num_steps"]), objective)
     _pretrain(bench, name, [*arguments, "--objective", objective])

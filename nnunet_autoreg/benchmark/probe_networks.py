@@ -73,7 +73,7 @@ class Encoder:
 
     @property
     def level_names(self) -> tuple[str, ...]:
-        """Sets of levels worth probing; random levels count for random networks alone."""
+        """Sets of levels worth probing; random levels count only for random networks."""
         has_all = self.architecture.is_cnn and (self.file is None or self.has_decoder)
         return (ENCODER_LEVELS, ALL_LEVELS) if has_all else (ENCODER_LEVELS,)
 
@@ -180,7 +180,7 @@ class FrozenNetwork:
         num_tokens = volume(grid)
         maps = [tokenized[0]]
         for tokens_1TV in read:
-            # START and register tokens stand in front of those of the image.
+            # START and register tokens come before those of the image.
             tokens_NV = tokens_1TV[0, -num_tokens:]
             maps.append(tokens_NV.T.reshape(-1, *grid))
         return maps

@@ -35,7 +35,7 @@ class ProbeLine:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % t interval over draws; without an interval where there is one draw."""
+    """A mean with its 95 % t interval over draws; without an interval if there is one draw."""
 
     mean: float
     low: float

@@ -132,7 +132,7 @@ class BenchmarkRequest:
                     code="benchmark-weights-name",
                 )
 
-        recipe_values(self.recipe)  # refuses what is no recipe
+        recipe_values(self.recipe)  # refuses what is not a recipe
         return self
 
     @property
@@ -248,7 +248,7 @@ def plans_name(key: RunKey) -> str:
     """Return the name of the plans of a run.
 
     The scratch arm has the plans of the pretrained arm. Those of the arms with other objectives
-    differ in the weights alone.
+    differ only in the weights.
     """
     if key.arm == STOCK:
         return STOCK_PLANS

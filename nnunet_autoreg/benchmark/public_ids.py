@@ -74,7 +74,7 @@ def assign_ids(folder: Path, patient_of: Mapping[str, str]) -> PublicIds:
 def _with_new(known: Mapping[str, str], names: Iterable[str], prefix: str) -> dict[str, str]:
     """Return the known ids and those of new names.
 
-    New names are numbered by their hashes: in alphabetical order a number would tell something of
+    New names are numbered by their hashes: in alphabetical order a number would reveal something of
     the name.
     """
     ids = dict(known)

@@ -25,7 +25,7 @@ class Cost:
         flops: multiplications and additions of all steps, forward and backward of encoder, decoder
             and head; None where they could not be counted.
         samples: number of crops that were used.
-        seconds: duration of all steps, from the run's metrics; None where it left none.
+        seconds: duration of all steps, from the run's metrics; None if there are none.
     """
 
     flops: float | None

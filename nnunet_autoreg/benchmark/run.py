@@ -52,7 +52,7 @@ LENGTHS_NAME, COSTS_NAME = "lengths.json", "costs.json"
 _costs_lock = threading.Lock()
 PACE_STEPS = 20
 MEASURED_FROM_STEPS = 200
-"""Trainings of fewer steps end before a measurement of their pace would tell anything."""
+"""Trainings of fewer steps are too short for a useful measurement of their speed."""
 TRAINING_SHARE = 0.9
 """Of the budget; the rest is left for nnU-Net's look at validation patches after every epoch."""
 FEWEST_PER_EPOCH, MOST_PER_EPOCH, EPOCHS_WANTED = 25, 250, 40
@@ -62,7 +62,7 @@ Runner = Callable[[Path, Mapping[str, str]], int]
 
 
 def worker(folder: Path, environment: Mapping[str, str]) -> int:
-    """Run the job in ``folder`` in a process of its own, which ends with this one."""
+    """Run the job in ``folder`` in a separate process, which ends with this one."""
     line = [sys.executable, "-m", "nnunet_autoreg.benchmark.worker", str(folder)]
     with (folder / "log.txt").open("w", encoding="utf-8") as handle:
         return run_guarded(line, environment, handle)
@@ -339,7 +339,7 @@ def run_missing(
 
 
 def _do(bench: Bench, folder: Path, job: FineTuningJob, runner: Runner) -> dict[str, Any]:
-    """Run a job in a fresh folder of its own.
+    """Run a job in a new folder.
 
     Raises:
         AutoregError: its process failed.

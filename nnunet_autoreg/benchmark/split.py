@@ -175,7 +175,7 @@ def fold_name(fold: int, num_folds: int) -> str:
 
 
 def fold_of_split(split: str) -> tuple[int, int] | None:
-    """Return fold and number of folds of a run's split; None if it is no fold."""
+    """Return fold and number of folds of a run's split; None if it is not a fold."""
     match = re.fullmatch(r"fold(\d+)of(\d+)", split)
     return (int(match[1]) - 1, int(match[2])) if match else None
 

@@ -27,7 +27,7 @@ class Difference:
         mean: over seeds and patients; a patient's value is the mean over the patient's scans.
         over_both: interval of a bootstrap over patients and seeds. Each seed labels other patients,
             so the interval includes that choice.
-        over_cases: interval of a bootstrap over patients alone.
+        over_cases: interval of a bootstrap over patients only.
         num_seeds, num_cases: how many were compared.
         num_left_out: cases without a Dice in some run (nothing to find, nothing found).
     """

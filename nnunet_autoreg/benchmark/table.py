@@ -17,12 +17,12 @@ from nnunet_autoreg.wording import counted
 TERMINAL_WIDTH = 80
 
 Lines = Mapping[int, Mapping[str, Any]]
-"""Lines of runs that differ in their seed alone, by seed."""
+"""Lines of runs that differ only in their seed, by seed."""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
         key: key of the first seed.
@@ -287,7 +287,7 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def figures(difference: Difference | None) -> str:
-    """Return a difference with its interval; "-" where there is none."""
+    """Return a difference with its interval; "-" if there is none."""
     if difference is None:
         return "-"
     low, high = difference.over_both
@@ -295,7 +295,7 @@ def figures(difference: Difference | None) -> str:
 
 
 def signed(difference: Difference | None) -> str:
-    """Return the same with a remark where there is 1 seed."""
+    """Return the same with a remark if there is 1 seed."""
     is_single = difference is not None and difference.num_seeds < 2
     return figures(difference) + (", 1 seed" if is_single else "")
 
@@ -328,7 +328,7 @@ def unequal_pretrainings(rows: Sequence[TableRow]) -> list[str]:
         if pretraining and pretraining.get("flops"):
             flops_of.setdefault(row.key.encoder, {})[row.key.arm] = float(pretraining["flops"])
 
-    # An arm that was pretrained at a higher cost may be better for that reason alone.
+    # An arm that was pretrained at a higher cost may be better only for that reason.
     sentences = []
     for encoder, of_arm in flops_of.items():
         least, most = min(of_arm, key=of_arm.__getitem__), max(of_arm, key=of_arm.__getitem__)
@@ -354,7 +354,7 @@ def _notes(rows: Sequence[TableRow]) -> list[str]:
         "and seeds. Every seed labels other patients of the pool, so that the interval includes "
         "that choice, the initial weights and the order of the data. It does not include another "
         "pretraining, another division into pool and test, or another dataset, and few seeds say "
-        "little about their own spread. With 1 seed it is a bootstrap over patients alone.",
+        "little about their own spread. With 1 seed it is a bootstrap over patients only.",
     ]
     notes += unequal_pretrainings(rows)
     if any(row.key.split not in SPLITS for row in rows):

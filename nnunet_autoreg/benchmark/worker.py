@@ -1,4 +1,4 @@
-"""One training in a process of its own, by nnU-Net's own trainer, loader and validation.
+"""One training in a separate process, by nnU-Net's own trainer, loader and validation.
 
 Its command is ``python -m nnunet_autoreg.benchmark.worker JOB``. The job's folder holds
 ``job.json``; ``result.json`` is written last. nnU-Net's folders are in the environment.
@@ -160,7 +160,7 @@ def prepare(job: FineTuningJob) -> Any:
 def read_dice(summary: Path, ending: str) -> dict[str, dict[str, float | None]]:
     """Return case -> label -> Dice of nnU-Net's summary.
 
-    None stands where a label is in neither of the two label maps.
+    None means that a label is in neither of the two label maps.
     """
     found = {}
     for case in read_json(summary)["metric_per_case"]:
@@ -180,7 +180,7 @@ def surface_dice_of_summary(
 ) -> dict[str, dict[str, float | None]]:
     """Return case -> label -> surface Dice of the files that nnU-Net's summary names.
 
-    None stands where a label is neither there nor found. A region counts as one structure.
+    None means that a label is neither in the truth nor predicted. A region counts as one structure.
     """
     found = {}
     for case in read_json(summary)["metric_per_case"]:

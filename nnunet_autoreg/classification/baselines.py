@@ -72,7 +72,7 @@ def fit_predict(
     fold_of = {names[index]: number % NUM_INNER_FOLDS for number, index in enumerate(order)}
     folds = np.array([fold_of[group] for group in groups_N.tolist()])
 
-    # The strength of the penalty is chosen on training cases alone.
+    # The strength of the penalty is chosen only on training cases.
     errors = []
     for strength in STRENGTHS:
         losses = []

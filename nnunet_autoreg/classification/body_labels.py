@@ -28,7 +28,7 @@ def write_body_labels(dataset: Path) -> tuple[ClassTable, list[str]]:
 
     The label is 1 inside the body: in CT the largest part above -300 HU with what it encloses;
     otherwise the non-zero voxels, or the tissue where almost no voxel is zero. nnU-Net reads it to
-    measure intensities. It is no target of training.
+    measure intensities. The training does not use it.
 
     Returns:
         The table, and the cases written.

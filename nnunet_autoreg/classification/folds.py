@@ -110,7 +110,7 @@ def _checked(file: Path, folds: Any) -> list[Fold]:
     is_list = isinstance(folds, list) and bool(folds)
     if not is_list or not all(map(_is_fold, folds)):
         raise ClassesError(
-            f'{file} is no list of folds with "train" and "val"; repair or remove it',
+            f'{file} is not a list of folds with "train" and "val"; repair or remove it',
             code="classes-damaged-folds",
         )
     return [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in folds]

@@ -206,7 +206,7 @@ SCORES: dict[str, Callable[[Judged], Floats]] = {
 
 
 def scores_of(judged: Judged | None) -> dict[str, Any]:
-    """Return every score with its 95 % interval; None stands where there is nothing to measure."""
+    """Return every score with its 95 % interval; None means that there is nothing to measure."""
     if judged is None:
         return {"cases": 0, "patients": 0}
     scores = dict(SCORES)

@@ -121,5 +121,5 @@ def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
     axis.grid(alpha=0.3)
     # The error is always that of the predicted class, also where the points show one class.
     axis.set_title(f"calibration\nexpected error of the prediction {error:.2f}", fontsize=10)
-    # Points may lie anywhere, so the legend stands below the axes.
+    # Points may lie anywhere, so the legend is below the axes.
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)

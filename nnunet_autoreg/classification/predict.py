@@ -155,7 +155,7 @@ def read_scan_classes(file: Path) -> ScanClasses:
         return ScanClasses(data["scan"], data["model"], data["settings"], inputs, of_tasks, shape)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ClassesError(
-            f"{file} is no result of autoreg_classify ({error!r}); move it elsewhere, or give "
+            f"{file} is not a result of autoreg_classify ({error!r}); move it elsewhere, or give "
             "another -o",
             code="classes-scan-file",
         ) from error

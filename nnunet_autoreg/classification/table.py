@@ -62,7 +62,7 @@ class ClassTable:
         labels: case -> index of its class in each task; ``UNKNOWN`` where the cell is empty.
         patient_of: case -> patient.
         patient_rule: how the patients were found, for the user.
-        ignored: column that is no task -> the reason.
+        ignored: column that is not a task -> the reason.
     """
 
     tasks: tuple[ClassificationTask, ...]
@@ -114,7 +114,7 @@ def read_table(file: Path, dataset: Mapping[str, Any], cases: Sequence[str]) -> 
 def public_table(table: ClassTable) -> str:
     """Return a table as a file of the same form, with a number for each patient.
 
-    Columns that are no task are left out: like the patients' column, they may hold names.
+    Columns that are not tasks are left out: like the patients' column, they may hold names.
     """
     number_of: dict[str, int] = {}
     for patient in table.patient_of.values():
@@ -136,15 +136,15 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     """Return the rows of a table of cases; names and values without blanks around them.
 
     Raises:
-        ClassesError: there is no such file (code "classes-no-file"), it is no table (code
+        ClassesError: there is no such file (code "classes-no-file"), it is not a table (code
             "classes-unreadable"), it has no column ``case`` (code "classes-no-case-column"), two
             columns of one name (code "classes-duplicate-column"), or two rows for one case (code
             "classes-duplicate-row").
     """
     if not file.is_file():
         raise ClassesError(
-            f"{file} does not exist, or is no file; write a table with the columns {CASE_COLUMN} "
-            f"and one per task, such as '{CASE_COLUMN},diagnosis'",
+            f"{file} is not an existing file; write a table with the columns {CASE_COLUMN} and "
+            f"one per task, such as '{CASE_COLUMN},diagnosis'",
             code="classes-no-file",
         )
     try:
@@ -300,7 +300,7 @@ def class_index(
         return UNKNOWN
     if value not in task.classes:
         raise ClassesError(
-            f"{file}: '{value}', the {task.name} of {case}, is no class of {source}; "
+            f"{file}: '{value}', the {task.name} of {case}, is not a class of {source}; "
             f"{did_you_mean(value, task.classes)}",
             code="classes-unknown-class",
         )
@@ -317,7 +317,7 @@ def patients_of(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], str]
 
     found = {}
     for row in rows:
-        # A case without a patient in the table is a patient of its own.
+        # A case without a patient in the table is a separate patient.
         case = row[CASE_COLUMN]
         found[case] = row[columns[0]] or f"case {case}"
     num_patients = len(set(found.values()))

@@ -35,7 +35,7 @@ BASELINES = Path("validation") / "baselines.json"
 FORMAT, VERSION = "nnunet_autoreg.classification_validation", 1
 NAMES_OF_BASELINES = {
     MAJORITY: "majority class",
-    SIZE: "size of the labels alone",
+    SIZE: "size of the labels only",
     PROBE: "linear probe of the frozen encoder",
 }
 SHOWN = ("auc", "balanced_accuracy", "f1")
@@ -162,7 +162,7 @@ def write_validation(
     """Write ``classes.csv`` and ``summary.json`` of a fold, and return task -> scores.
 
     Args:
-        baselines: as ``write_baselines`` returns them; None where there are none.
+        baselines: as ``write_baselines`` returns them; None if there are none.
     """
     cases = sorted(probabilities)
     patients = [table.patient_of[case] for case in cases]

@@ -1,6 +1,6 @@
 """``autoreg_classify``: classes of new scans from a model that AutoregClassificationTrainer made.
 
-Names of scans are the user's own. Paths, in which names of patients may stand, are not written into
+Names of scans are the user's own. Paths, which may contain names of patients, are not written into
 results.
 """
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         prog="autoreg_classify",
         description="Classify scans with a trained model, all its folds together. classes.csv gets "
         "a row per scan: the class of every task, and the probability of each class. NAME.json "
-        "holds the same for one scan, so that the command goes on where it was interrupted.",
+        "holds the same for one scan, so that the command continues where it was interrupted.",
     )
     add = p.add_argument
     add(
@@ -83,14 +83,14 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--overwrite",
         action="store_true",
-        help="classify scans again that have results (default: go on with the others)",
+        help="classify scans again that have results (default: continue with the others)",
     )
     return p
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Classify every scan; one that cannot be read is named, and the others go on."""
+    """Classify every scan; those that cannot be read are named and left out."""
     request = ClassifyRequest(**vars(parser().parse_args(argv)))
     prepare_torch()
     configure_logging()
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
             log.warning("%s is left out (%s): %s", scan.name, error.status, error)
             continue
 
-        # At once, so that a call that is interrupted goes on behind this scan.
+        # At once, so that a call that is interrupted continues behind this scan.
         write_scan_classes(request.output / f"{scan.name}.json", found)
         results[scan.name] = found
 

@@ -47,7 +47,7 @@ COMMON_OPTIONS = ("--version", "--verbose", "--quiet")
 
 
 class _SetVerbosity(argparse.Action):
-    """An option that says how much is shown. It is no value of the command itself."""
+    """An option that says how much is shown. It is not a value of the command itself."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         set_verbosity(self.const)
@@ -171,7 +171,7 @@ def command(main: Main) -> Command:
 def _print_any_name() -> None:
     """Print as escapes what the terminal's encoding has no character for.
 
-    Names of files may be no text, and an ASCII terminal has no umlauts.
+    Names of files may not be valid text, and an ASCII terminal has no umlauts.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -236,8 +236,8 @@ def _failed(main: Main, error: Exception) -> int:
 def warn_of_violations() -> None:
     """Log a warning for every installed package that violates a requirement.
 
-    Only the main process does so. It is no error: most versions that a requirement excludes still
-    work for most encoders. If the network cannot be built, the error names the package again.
+    Only the main process does so. It is not an error: most versions that a requirement excludes
+    still work for most encoders. If the network cannot be built, the error names the package again.
     """
     if os.environ.get("RANK", "0") != "0":
         return

@@ -174,7 +174,7 @@ def generate(demo: Demo) -> None:
         scan, _ = draw_phantom(0, number)
         write_image(demo.folder / "unlabelled" / f"scan_{number:02d}.nii.gz", scan)
 
-    # Numbers go on, so that no test scan repeats an unlabelled one.
+    # Numbers continue, so that no test scan repeats an unlabelled one.
     first_test = NUM_UNLABELLED + NUM_LABELLED
     for number in range(NUM_UNLABELLED, first_test + NUM_TEST):
         part = "Tr" if number < first_test else "Ts"
@@ -417,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     except InterruptedRunError as error:
         raise InterruptedRunError(
             f"stopped in step {demo.num_done + 1} of {NUM_STEPS}. The demo cannot be continued; it "
-            f"always starts anew in another folder. In {folder} remain: {demo.remaining()}. Remove "
+            f"always starts in a new folder. In {folder} remain: {demo.remaining()}. Remove "
             "that folder when you no longer need it"
         ) from error
     picture = draw(demo, features, dice)

@@ -1,7 +1,7 @@
 """``autoreg_detect``: boxes of new scans from a model that AutoregDetectionTrainer made.
 
 The names of input files and of results are the user's own, so that results and messages name scans
-by them. Paths, in which names of patients may stand, are neither written into results nor into log
+by them. Paths, which may contain names of patients, are neither written into results nor into log
 lines about a scan.
 """
 
@@ -198,12 +198,12 @@ def _add_output_options(group: Group) -> None:
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="detect again in scans that have results (default: go on with the others)",
+        help="detect again in scans that have results (default: continue with the others)",
     )
 
 
 def detect_all(request: DetectRequest) -> int:
-    """Detect in every scan; one that cannot be read is named, and the others go on."""
+    """Detect in every scan; those that cannot be read are named and left out."""
     from nnunet_autoreg.detection.predict import DetectorModel, settings_of
     from nnunet_autoreg.downstream.model import prediction_device, trained_folder
     from nnunet_autoreg.downstream.scans import find
@@ -304,7 +304,7 @@ def _check_score(request: DetectRequest) -> None:
 
 
 def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> int:
-    """Write the components of segmentations; one that cannot be read is named, the others go on."""
+    """Write the components of segmentations; unreadable ones are named and left out."""
     from nnunet_autoreg.detection.from_segmentation import Segmentations
     from nnunet_autoreg.detection.predict import DetectionOptions
 

@@ -182,7 +182,7 @@ def all_checks() -> Iterator[Check]:
     answer = probe()
     violations = find_violations()
     if NOT_CHECKED in answer:
-        # A slow import is no broken one.
+        # A slow import is not a broken one.
         yield Check(NOT_CHECKED, WARN, answer[NOT_CHECKED], TRY_LATER)
         yield from check_requirements(violations)
     else:
@@ -296,7 +296,7 @@ def probe() -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"live": False, NOT_CHECKED: TOO_SLOW}
 
-    # Packages may print lines of their own while they are imported.
+    # Packages may print while they are imported.
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if not lines:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -444,7 +444,7 @@ def check_runs() -> Check:
     except UsageError:
         return Check(name, WARN, "unknown without nnUNet_results", "set nnUNet_results")
 
-    # A run of a newer version, or a damaged one, is no problem of the installation.
+    # A run of a newer version, or a damaged one, is not a problem of the installation.
     cards, unreadable = [], []
 
     # A name with a dot in front is an import that was interrupted.

@@ -211,7 +211,7 @@ def _check_region(request: EmbedRequest) -> None:
         )
     if request.labels is not None and not request.labels.is_dir():
         raise UsageError(
-            f"--labels {request.labels} is no folder; give the folder of the label maps",
+            f"--labels {request.labels} is not a folder; give the folder of the label maps",
             code="embed-labels-folder",
         )
     if not 0 <= request.margin < float("inf"):

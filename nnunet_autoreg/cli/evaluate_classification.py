@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     results = evaluate_folders(
         request.predictions, request.truth, request.num_resamples, request.seed
     )
-    # Figures first: whatever is wrong with the picture, these are written.
+    # Write the figures first, because drawing the picture may fail.
     stem = request.output
     if stem.suffix in (".json", ".png"):
         stem = stem.with_suffix("")

@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
             "at -g, --min-voxels and --classes"
         )
 
-    # Figures first: whatever is wrong with the pictures, these are written.
+    # Write the figures first, because drawing the pictures may fail.
     json_file = _beside(request.output, ".json")
     csv_file = _beside(request.output, ".csv")
     write_json(json_file, results)
@@ -338,7 +338,7 @@ def _beside(output: Path, end: str) -> Path:
 def _backgrounds(request: EvaluationRequest, folders: "Folders") -> dict[str, "Background"]:
     """Return the arrays of the scans that are drawn.
 
-    They are the images, where there are usable ones, else the maps of the true objects.
+    They are the images, if there are usable ones, else the maps of the true objects.
     """
     from nnunet_autoreg.detection.evaluation_files import background, pick_scans
     from nnunet_autoreg.detection.images import read_onto

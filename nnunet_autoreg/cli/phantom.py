@@ -56,7 +56,7 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
     """
     from scipy.ndimage import gaussian_filter
 
-    # Every scan has a generator of its own, so that each can be drawn without the others.
+    # Every scan has its own generator, so that each can be drawn without the others.
     g = rng.generator(seed, "phantom", number)
     scale = np.array([1.0, g.uniform(0.75, 0.9), g.uniform(0.8, 0.95)])
     half_vox = np.array(SHAPE_VOX) / 2 * scale

@@ -291,7 +291,7 @@ def request_of(args: argparse.Namespace) -> "Request":
     from nnunet_autoreg.pretrain.request import Request
 
     options = options_for(Request, args)
-    # A dataset may be called by a name that a plan must not hold.
+    # The name of a dataset may be a person's name, which a plan must not contain.
     options["datasets"] = tuple(map(without_dataset_name, args.datasets or ()))
     return Request(**options).check()
 
@@ -384,7 +384,8 @@ def next_step(card: EncoderCard, fine_tuning: str) -> str:
 def fine_tuning(dataset: str) -> str:
     """Return the first command of fine-tuning on a raw dataset.
 
-    nnU-Net plans only datasets with label maps, so a dataset with boxes alone needs one more step.
+    nnU-Net plans only datasets with label maps, so a dataset that has only boxes needs one more
+    step.
     """
     from nnunet_autoreg.detection.objects import has_boxes_alone
 
@@ -392,7 +393,7 @@ def fine_tuning(dataset: str) -> str:
     if has_boxes_alone(dataset_folder(dataset)):
         return (
             f"autoreg_boxes_to_labels -d {number} (nnU-Net plans no dataset without label maps, "
-            "and this one has boxes alone)"
+            "and this one has only boxes)"
         )
     return f"nnUNetv2_plan_and_preprocess -d {number} -pl AutoregPlanner"
 

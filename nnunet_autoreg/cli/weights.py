@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE|FOLDER|hf://OWNER/NAME",
         help="a checkpoint, the folder of a downloaded repository, the folder or zip of a trained "
         "nnU-Net model, or a repository on Hugging Face, which is downloaded into its cache (this "
-        'needs pip install "nnunet-autoreg[hf]"; HF_HUB_OFFLINE=1 uses the cache alone)',
+        'needs pip install "nnunet-autoreg[hf]"; HF_HUB_OFFLINE=1 uses only the cache)',
     )
     importing.add_argument(
         "--name",

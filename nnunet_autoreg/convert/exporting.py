@@ -77,7 +77,7 @@ PRESET_ARGUMENTS = {
     "init_values",
     "scale_attn_inner",
 }
-"""Arguments that the name of a preset stands for; a network with others is no preset."""
+"""Arguments that the name of a preset stands for; a network with others is not a preset."""
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 MASK_RESAMPLING = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
 
@@ -97,7 +97,7 @@ def export_weights(
     """Write the encoder of a finished run into ``folder``.
 
     A kill at any moment leaves no checkpoint, or a whole one. The same export can be repeated: it
-    completes what is missing, and is no error where everything is there already.
+    completes what is missing, and is not an error where everything is there already.
 
     Args:
         weights: ``encoder.safetensors`` of a finished run.
@@ -161,7 +161,7 @@ def _in_nnssl_order(card: EncoderCard, tensors: dict[str, Tensor], form: str) ->
     flag = "--token-order nnssl"
     if form != NNSSL_FORM or family_of(card.class_path) not in TRANSFORMERS:
         raise WeightsError(
-            f"{flag} is for Primus encoders in nnssl's form alone, and '{card.name}' is a "
+            f"{flag} is only for Primus encoders in nnssl's form, and '{card.name}' is a "
             f"{card.encoder} in the form {form}; leave it out",
             code="weights-token-order",
         )
@@ -451,8 +451,8 @@ def _citations(card: EncoderCard) -> list[dict[str, Any]]:
 
 def _own(card: EncoderCard, token_order: str = OURS) -> dict[str, Any]:
     """Return what only this package reads: the whole card."""
-    # A card's text begins with the objective's name; see ``ObjectiveKind.summary``. Convolutions
-    # of a CNN look in all directions, whatever the objective.
+    # A card's text begins with the objective's name; see ``ObjectiveKind.summary``. Convolutions of
+    # a CNN look in all directions, regardless of the objective.
     objective_name = card.objective.partition(" ")[0]
     is_transformer = has_transformer(family_of(card.class_path))
     return {

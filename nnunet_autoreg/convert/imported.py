@@ -264,7 +264,7 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
             modalities=imported.modalities,
             licences=imported.licences,
             extra={**known.extra, IMPORTED: imported.origin},
-            # nnssl's format holds no decoder, whatever the card inside says.
+            # nnssl's format holds no decoder, regardless of the card inside.
             adaptation=replace(
                 known.adaptation, keys_to_decoder=DECODER_PREFIXES if imported.decoder else ()
             ),

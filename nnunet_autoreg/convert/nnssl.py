@@ -378,7 +378,7 @@ def _primus_arguments(
     width = int(tensors["eva.norm.weight"].shape[0])
     depth = max(numbers) + 1
 
-    # No tensor's shape tells the number of heads.
+    # The number of heads does not follow from the shape of any tensor.
     preset = PRIMUS_PRESETS.get(name.replace("V2", "").replace("V3", ""))
     heads = options.num_heads or stated.get("eva_numheads") or (preset[2] if preset else None)
     if not isinstance(heads, int) or heads < 1:
@@ -494,7 +494,7 @@ def _patch_size(
             return whole, []
         return whole, [f"patch size {first} rounded to {whole}, a multiple of the stride {token}"]
 
-    # Learned positions belong to one grid, so that their number tells which statement is right.
+    # Learned positions belong to one grid, so their number shows which statement is right.
     rejected: list[Size] = []
     for size in candidates:
         is_whole = not any(s % t for s, t in zip(size, token, strict=True))

@@ -223,7 +223,7 @@ def checkpoint_of_model(names: Iterable[str], where: Path) -> str:
 def _read_archive(file: Path) -> tuple[dict[str, Any], str]:
     """Return the content and the name of the checkpoint in a zip of a trained nnU-Net model.
 
-    Nothing else is unpacked, and the name inside the archive is no path on the disk.
+    Nothing else is unpacked, and the name inside the archive is not a path on the disk.
 
     Raises:
         WeightsError: the archive is damaged or far too large (code "weights-unreadable"), holds no
@@ -352,7 +352,7 @@ def _only_tensors(candidate: Any) -> dict[str, Tensor]:
     if not isinstance(candidate, Mapping) or not candidate:
         return {}
     named = {str(key): value for key, value in candidate.items() if isinstance(value, Tensor)}
-    # A few values beside the tensors are common; a dictionary of anything else is no state dict.
+    # A few values beside the tensors are common; a dictionary of anything else is not a state dict.
     if len(named) < len(candidate) / 2:
         return {}
 

@@ -4,7 +4,7 @@ nnssl flattens the tokens of a grid (w, h, d) as (h, w, d); dynamic_network_arch
 on flattens them as (w, h, d). If the weights of one are loaded into the other as they are, tokens
 meet the learned positions and rotary angles of other tokens.
 
-Both are corrected in the weights alone. The position table is reordered. Where the first two axes
+Both are corrected only in the weights. The position table is reordered. Where the first two axes
 have the same length, exchanging their rotary angles is the same as exchanging the channels of
 queries and keys that these angles turn. So a network of any grid can build its rotary table as
 usual.

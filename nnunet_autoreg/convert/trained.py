@@ -182,7 +182,7 @@ def _beginning_with(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) ->
 
 
 def _modalities(channel_names: Sequence[str]) -> tuple[str, ...]:
-    """Return the modalities of channels; only CT is told from the rest, as in nnU-Net."""
+    """Return the modalities of channels; only CT is distinguished, as in nnU-Net."""
     found = {"CT" if is_ct(name) else "MR" for name in channel_names}
     return tuple(sorted(found))
 

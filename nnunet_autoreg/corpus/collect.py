@@ -104,7 +104,7 @@ class DicomCollector:
         num_derived_used = 0
         for path, group in groups:
             kept = list(originals(group))
-            # Derived images within a series of originals are no stack of their own.
+            # Derived images within a series of originals are not a stack of their own.
             for one in group if len(kept) < len(group) else []:
                 if one.derived:
                     reason = (
@@ -193,7 +193,7 @@ class DicomCollector:
         if derived:
             status, reason = "derived", derived
 
-        # Where the slices lie is no part of a scan's id: a folder may be renamed.
+        # Where the slices lie is not part of a scan's id: a folder may be renamed.
         lasting_part = str(replace(part, below=""))
         name = f"{first.modality}-{salted(lasting_part, self.salt)}"
         return DicomRow(

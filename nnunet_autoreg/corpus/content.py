@@ -5,8 +5,8 @@ A scan stored as DICOM and as NIfTI differs in the 7th digit: of the spacing alw
     where a rescale slope is no
 whole number (PET, some MR). A hash of rounded values cannot forgive that, since among millions of
 voxels some lie on a border of the rounding. So the hash is exact, over integers where all voxels
-are integers (CT, most MR); whatever it misses is found by comparing signatures with a tolerance,
-which has no borders.
+are integers (CT, most MR); what it misses is found by comparing signatures with a tolerance, which
+has no borders.
 
 Limits: a copy that was cropped, resampled, smoothed, clipped or stored with another voxel size is
     another scan.

@@ -59,7 +59,7 @@ class DatasetJson:
     def channel_name(self, position: int) -> str:
         """Return the name of the channel at ``position``.
 
-        It is the number where there is no name that outputs may show.
+        It is the number if there is no name that outputs may show.
         """
         return (
             public_channel(self.channels[position], position)
@@ -74,7 +74,7 @@ def read_dataset_json(folder: Path) -> DatasetJson:
     It is parsed once while it does not change.
 
     Raises:
-        UsageError: it cannot be read, or is no nnU-Net dataset.json.
+        UsageError: it cannot be read, or is not an nnU-Net dataset.json.
     """
     file = folder / NAME
     try:
@@ -84,7 +84,8 @@ def read_dataset_json(folder: Path) -> DatasetJson:
         return _parsed(file, stamp, environment)
     except (OSError, PlanError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{file} is no nnU-Net dataset.json ({error}); mend it", code="dataset-json-unreadable"
+            f"{file} is not an nnU-Net dataset.json ({error}); correct it",
+            code="dataset-json-unreadable",
         ) from error
 
 

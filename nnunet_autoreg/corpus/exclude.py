@@ -89,7 +89,7 @@ def excluded_because(
 
 
 def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return excluded scans that are no candidates themselves, named by their paths.
+    """Return excluded scans that are not candidates themselves, named by their paths.
 
     They are read, so that copies of them are recognised.
     """

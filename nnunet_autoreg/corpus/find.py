@@ -1,6 +1,6 @@
 """Find scans in nnU-Net raw datasets and in plain folders.
 
-Whatever is left out comes back too, with its reason.
+What is left out is returned too, with its reason.
 """
 
 import logging
@@ -118,7 +118,7 @@ def find_scans(
     no pixels are.
 
     Args:
-        split_4d: list every volume of a 4D file or series as a scan of its own.
+        split_4d: list every volume of a 4D file or series as a separate scan.
         salt: secret of the hashes in the ids of DICOM series.
         images: list 2D images as well: PNG, JPEG, radiographs, and DICOM series of one slice.
 
@@ -271,7 +271,7 @@ class _Finder:
         return num_volumes(path) if self.split_4d else 1
 
     def leave_out(self, path: Path, dataset: str, what: str, status: str, reason: str) -> None:
-        """Add a row for something that is no candidate."""
+        """Add a row for something that is not a candidate."""
         self.add(path, f"{dataset}/{what}", dataset, "", status=status, reason=reason)
 
     def add_dataset(self, folder: Path, only: str | None = None) -> None:
@@ -340,8 +340,8 @@ class _Finder:
                 if not path.exists():
                     unset = unset_variables(path)
                     reason = (
-                        "dataset.json lists it, and there is no such file; restore it, or mend the "
-                        "list"
+                        "dataset.json lists it, but there is no such file; restore it, or correct "
+                        "the list"
                     )
                     if unset:
                         reason = (
@@ -399,7 +399,7 @@ class _Finder:
         labels: Counter[Path],
         dicom: DicomCollector,
     ) -> list[Path]:
-        """List the candidates of one folder; returns the folders to go on with."""
+        """List the candidates of one folder; returns the folders to continue with."""
         where = _below(folder, root)
         real = os.path.realpath(folder)
         if real in self.folders:
@@ -552,7 +552,7 @@ class _Finder:
             self.leave_out(folder, root.name, what, "labels", reason)
 
     def _report_others(self, path: Path, dataset: str, what: str, others: Counter[str]) -> None:
-        """Add one row that counts the files that are no scans, by their endings."""
+        """Add one row that counts the files that are not scans, by their endings."""
         counts = dict(others)
         pictures = {end: counts.pop(end) for end in PICTURE_ENDINGS if end in counts}
         if pictures:
@@ -639,7 +639,7 @@ def _is_dicomdir(name: str) -> bool:
 
 
 def _ending(name: str) -> str:
-    """Return the ending of a file that is no scan, if it is a usual one; else what to call it.
+    """Return the ending of a file that is not a scan, if it is a usual one; else what to call it.
 
     What follows the last dot may be a part of a name or a UID.
     """

@@ -76,7 +76,7 @@ def contrast_word(row: ScanRow) -> str:
 
     "T1post" of a dataset.json and "T1w-ce" of a DICOM series have the same word.
 
-    A channel that has only a number is a contrast of its dataset alone.
+    A channel that has only a number is a contrast within its dataset only.
     """
     word = row.contrast or row.channel
     if word.isdecimal():

@@ -87,7 +87,7 @@ class Header:
     """What a scan's header says (z, y, x), or why it cannot be used.
 
     Attributes:
-        stamp: tells whether the file changes later.
+        stamp: shows whether the file changes later.
     """
 
     stamp: str
@@ -118,11 +118,11 @@ def index_scans(
     Args:
         exclude: paths of files or folders, scan ids, case ids, ``dataset/case``, or subjects.
         num_workers: processes; at most 1 works in this one.
-        modality_override: counts for every scan, whatever its file or dataset says, but not against
+        modality_override: counts for every scan, regardless of its file or dataset, but not against
             the manifest.
         salt: salt of the hashes of subjects and sessions; without one these are left out.
         manifest: what the user says of some scans.
-        journal: file in which to keep what was read, so that a killed call goes on; the caller
+        journal: file in which to keep what was read, so that a killed call continues; the caller
             removes it once the index is written.
         images: read 2D images too; without, they are left out with the reason.
 
@@ -143,7 +143,7 @@ def index_scans(
         entry = entries.get(candidate.id, ManifestEntry())
         rows.append(first_row(candidate, excluded, salt, entry))
 
-    # All headers before any voxels: they are fast, and tell how much there is to read.
+    # All headers before any voxels: they are fast, and show how much there is to read.
     tasks = tasks_of(everything, entries, modality_override, images)
     stamps = read_headers(rows, tasks, num_workers)
     signatures, samples = _read_voxels(rows, tasks, stamps, journal, num_workers)
@@ -306,7 +306,7 @@ def _read_voxels(
     signatures: list[Signature | None] = [None] * len(rows)
     samples: dict[int, Array] = {}
 
-    # A key stands for everything that the facts depend on.
+    # A key covers everything that the facts depend on.
     keys = {}
     for n, stamp in enumerate(stamps):
         if stamp is not None:

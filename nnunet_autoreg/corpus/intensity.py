@@ -18,7 +18,7 @@ NOT_MR = ("PET", "PT", "SPECT", "NM", "US", "XA", "CBCT", "DX", "CR", "OCT")
 def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
     """Return (modality, rule used) of a scan.
 
-    It comes from its dataset's channel name or, where there is none, from its values.
+    It comes from its dataset's channel name or, if there is none, from its values.
     """
     name = channel.strip().upper()
     if not name:
@@ -64,7 +64,7 @@ def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
     if count == 0:
         return np.zeros(array_ZYX.shape, dtype=bool)
     sizes = np.bincount(parts.ravel())
-    sizes[0] = 0  # the background is no part
+    sizes[0] = 0  # the background is not part
     body = parts == sizes.argmax()
 
     # In 3D a lung would stay open through the trachea.
@@ -120,7 +120,7 @@ def sample_body(array_ZYX: Array, num: int, content_hash: str) -> Array:
 
     They are drawn with replacement, so that every scan weighs the same.
 
-    Volumes wider than 256 voxels are thinned first; the draw depends on the content alone. Empty
+    Volumes wider than 256 voxels are thinned first; the draw depends only on the content. Empty
     without a body.
     """
     thinned = _thinned(array_ZYX)

@@ -1,5 +1,5 @@
 """What was found out about each scan while indexing, kept as it comes, so that a killed indexing
-goes on where it stopped.
+continues where it stopped.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Journal:
             self._handle.truncate(whole)
             if self.known:
                 log.info(
-                    "going on with an index that was cut short: %d scans were read before",
+                    "continuing with an index that was cut short: %d scans were read before",
                     len(self.known),
                 )
         return self
@@ -107,7 +107,7 @@ class Journal:
 def journal_key(stamp: str, *depends_on: Any) -> str:
     """Return a key for facts about a file with this ``stamp``.
 
-    It is "", which is never found again, where there is no stamp.
+    It is "", which is never found again, if there is no stamp.
     """
     if not stamp:
         return ""

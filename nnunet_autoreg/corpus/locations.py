@@ -71,7 +71,7 @@ def subject_of(row: ScanRow) -> str:
     """Return whose scan it is: the subject if it is known, else the case."""
     if row.subject or not row.name:
         return row.subject or f"{row.dataset}/{row.case}"
-    # A case of one channel is one scan, and its id names nobody.
+    # A case of one channel is one scan, and its id does not identify a person.
     return f"{public_dataset(row.dataset)}/{row.case}" if row.channel else row.id
 
 
@@ -294,7 +294,7 @@ def read_boxes(path: Path) -> list[Box]:
             code="boxes-unreadable",
         ) from error
 
-    # Lines of single slices are joined by scan and class; every other line is a box of its own.
+    # Lines of single slices are joined by scan and class; every other line is a separate box.
     joined: dict[tuple[str, str, int], list[Box]] = {}
     for number, line in enumerate(lines):
         box = _box(path, number + 2, line)
@@ -337,7 +337,7 @@ def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
     if any(a > b for a, b in zip(low, high, strict=True)):
         raise UsageError(
             f"--boxes {path}, line {number}: the box ends before it begins ({low} to {high}, z y "
-            "x); mend it",
+            "x); correct it",
             code="boxes-reversed",
         )
     return Box(str(line["scan"]), str(line["class"]), low, high)

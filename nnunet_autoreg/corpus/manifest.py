@@ -109,7 +109,7 @@ def _check_columns(file: Path, names: list[str]) -> None:
             )
         if names.count(name) > 1:
             raise UsageError(
-                f"--manifest {file}: the column '{name}' stands there twice; remove one",
+                f"--manifest {file}: the column '{name}' occurs twice; remove one",
                 code="manifest-repeated-column",
             )
     if "path" not in names:

@@ -234,7 +234,7 @@ def free_memory_bytes() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable:"))
         found.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError):  # "max", which is no number, where there is no limit
+    with suppress(OSError, ValueError):  # "max", which is not a number, if there is no limit
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         found.append(max(1, limit - int(Path("/sys/fs/cgroup/memory.current").read_text())))
     if memory_bytes():

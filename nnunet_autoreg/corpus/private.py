@@ -2,7 +2,7 @@
 
 The rule for every other output (plan, ``scans.csv``, checkpoints, card of the weights, logs,
 report, pictures, metrics): it holds no patient's name, birth date or UID, and no name of a folder
-or file of the inputs. Scans are called by a salted hash there, and datasets by their number.
+or file of the inputs. There, scans are named by a salted hash and datasets by their number.
 """
 
 import csv
@@ -20,7 +20,8 @@ COLUMNS = ("id", "name", "dataset", "case", "part", "source", "listed_in", "reas
 PATH_FIELDS = ("folders", "exclude", "manifest", "init", "boxes")
 """Fields of a request that hold paths."""
 HIDDEN = "hidden:"
-"""Begins what stands in the plan for a path: the rest is the id of its line in the private file."""
+"""Prefix of what replaces a path in the plan: the rest is the id of its line in the private
+file."""
 HIDDEN_NAME = "[name]"
 NUMBERED_DATASET = re.compile(r"(Dataset\d{3,}|folder-[0-9a-f]{3})(?:_\S+)?")
 TERMINAL_ONLY = "terminal_only"
@@ -37,7 +38,7 @@ CHANNEL_WORDS = frozenset(
     channel modality scan highres lowres
     """.split()  # noqa: SIM905
 )
-"""Words that channels are called by; none of them is a name."""
+"""Words that occur in names of channels; none of them is a person's name."""
 _LONG_WORDS = "|".join(
     sorted((word for word in CHANNEL_WORDS if len(word) > 1), key=len, reverse=True)
 )
@@ -46,7 +47,8 @@ KNOWN_WORD = re.compile(rf"(?:{_LONG_WORDS})+\d{{0,4}}|[a-z]?\d{{0,4}}")
 
 
 def is_harmless_word(name: str) -> bool:
-    """Return whether a channel is called by words of imaging alone; anything else may be a name."""
+    """Return whether a channel's name has only imaging terms; other words may be a person's
+    name."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     is_known = all(KNOWN_WORD.fullmatch(word) for word in words)
     return any(map(str.isalpha, name)) and name.isascii() and is_known
@@ -73,7 +75,7 @@ def public_dataset(name: str) -> str:
 
 
 def folder_of_dataset(parent: Path, dataset: str) -> Path:
-    """Return the folder for results about a dataset, which is called by the dataset's number.
+    """Return the folder for results about a dataset, which is named after the dataset's number.
 
     In earlier versions it had the dataset's full name; such a folder is used where it exists.
     """
@@ -84,8 +86,8 @@ def folder_of_dataset(parent: Path, dataset: str) -> Path:
 def without_names(text: str, names: Iterable[str]) -> str:
     """Return a message without the names and paths of the scan that it is about.
 
-    A path is replaced wherever it stands, a single word only between quotes: a folder may be called
-    as an ordinary word is.
+    Paths are replaced everywhere, single words only between quotes: the name of a folder may be
+    an ordinary word.
     """
     # The longest first: a folder's name may be a part of a path.
     for name in sorted({name for name in names if name}, key=len, reverse=True):
@@ -96,7 +98,7 @@ def without_names(text: str, names: Iterable[str]) -> str:
 
 
 def terminal_only(text: str) -> dict[str, str]:
-    """Return the ``extra`` of a log call whose line names files on a terminal alone.
+    """Return the ``extra`` of a log call whose line names files only on a terminal.
 
     Log files, and output that is redirected into a file, have the message without ``text``.
     """
@@ -134,7 +136,7 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
     known: dict[str, str] | None = None
     for field in fields:
         value = request.get(field)
-        # What is no text in an edited plan is refused where the request is read.
+        # What is not text in an edited plan is refused where the request is read.
         values: Any = [value] if isinstance(value, str) else value
         is_texts = isinstance(values, list | tuple) and all(isinstance(v, str) for v in values)
         if not is_texts or not any(path.startswith(HIDDEN) for path in values):
@@ -189,11 +191,11 @@ def read_private(folder: Path) -> Iterator[dict[str, str]]:
     except FileNotFoundError as error:
         raise UsageError(
             f"{path} is missing, so that the names and files of the scans are not known; put it "
-            "back, or begin anew under another name",
+            "back, or start again under another name",
             code="private-file-missing",
         ) from error
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(
-            f"{path} cannot be read ({error}); restore it, or begin anew under another name",
+            f"{path} cannot be read ({error}); restore it, or start again under another name",
             code="private-file-unreadable",
         ) from error

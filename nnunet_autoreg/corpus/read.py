@@ -100,7 +100,7 @@ def _read_one_of(path: Path, number: int) -> Array:
 
 def _series_header(stack: Stack, part: ScanPart) -> tuple[ScanHeader, Turn]:
     """Return the header of a series, and how its array comes to the one orientation."""
-    # Called for its errors alone: a series of several volumes is no scan.
+    # Called only for its errors: a series of several volumes is not a scan.
     pick_volume(stack, part)
     check_dimensions(stack.shape_vox[::-1])
     check_spacing(stack.spacing_mm)
@@ -171,7 +171,7 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
     kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())  # type: ignore[no-untyped-call]
     pixel = str(kind)
     if "complex" in pixel:
-        raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
+        raise ScanError("complex", "complex voxels; store the magnitude as a separate image")
     if reader.GetNumberOfComponents() > 1:
         raise ScanError(
             "rgb",

@@ -1,6 +1,6 @@
 """``scans.csv``: one line per scan, read and written as a stream.
 
-What may name a patient stands in a file of its own beside it (``private``).
+What may identify a patient is in a separate file beside it (``private``).
 """
 
 import csv
@@ -165,7 +165,7 @@ def public_row(row: ScanRow) -> ScanRow:
         reason += "an excluded scan"
     else:
         if row.status == "excluded":
-            # In brackets stands what the user called the scan.
+            # The user's own name of the scan is in brackets.
             reason = re.sub(r" \('.*'\)", "", reason)
         reason = public_message(reason, row)
 
@@ -194,7 +194,7 @@ def _names(row: ScanRow) -> set[str]:
     """Return all that a row's own scan is called, the folders on its way included."""
     source = Path(row.source)
     folders = {folder.name for folder in source.parents}
-    # "/" is no name: it would be replaced in every path and fraction.
+    # "/" is not a name: it would be replaced in every path and fraction.
     folders |= {str(folder) for folder in source.parents if folder != folder.parent}
     names = {
         row.name,
@@ -220,7 +220,8 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
         is_private: read paths and names from the private file beside it.
 
     Raises:
-        UsageError: the file is missing or is no index, or the private file beside it is missing.
+        UsageError: the file is missing or is not an index, or the private file beside it is
+            missing.
     """
     rows = _read_rows(path)
     if not is_private:
@@ -249,7 +250,7 @@ def _read_rows(path: Path) -> tuple[ScanRow, ...]:
             return tuple(_rows_of(reader))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UsageError(
-            f"{path} is no index of scans ({error}); remove it to have it written anew",
+            f"{path} is not an index of scans ({error}); remove it so that it is written again",
             code="index-unreadable",
         ) from error
 

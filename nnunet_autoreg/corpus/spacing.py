@@ -1,4 +1,4 @@
-"""Which spacing a scan is resampled to: groups of like spacing, each with a target of its own, and
+"""Which spacing a scan is resampled to: groups of similar spacing, each with its own target, and
 the policies for it.
 """
 
@@ -116,7 +116,7 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Sc
         for number, core in enumerate(cores):
             members = tuple(positions[nearest == number].tolist())
             if members:
-                # The target follows the core alone, so that an outlier moves nothing.
+                # Only the core determines the target, so outliers do not change it.
                 target, reason = target_of([scans[i] for i in positions[core]], policy)
                 groups.append(ScanGroup(modality, natives[number], target, members, reason))
 

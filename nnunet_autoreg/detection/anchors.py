@@ -33,7 +33,8 @@ stride 4.
 RESTARTS, ROUNDS = 4, 40
 NUM_CANDIDATE_CELLS = 4
 WINDOW = 4
-"""Cells per axis among which the four nearest ones lie, whatever the strides: two on either side.
+"""Cells per axis among which the four nearest ones lie, regardless of the strides: two on either
+side.
 """
 
 log = logging.getLogger(__name__)

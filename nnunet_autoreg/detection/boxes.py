@@ -2,7 +2,7 @@
 
 A box is (z0, y0, x0, z1, y1, x1) in voxel edges, half open: voxel i covers [i, i + 1). A box of the
 voxels 3 to 5 therefore reads 3, 6, and its volume is its number of voxels. All arithmetic is in
-float32 or better, whatever type is passed in.
+float32 or better, regardless of the input type.
 """
 
 import math

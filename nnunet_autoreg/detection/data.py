@@ -346,7 +346,7 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
         batch: dict[str, Any] = super().generate_train_batch()
         # The target's channels are the labels and the ids.
         ids_BZYX = batch["target"][:, 1].numpy()
-        # Everything behind the loader expects labels alone.
+        # Everything behind the loader expects only labels.
         batch["target"] = batch["target"][:, :1].contiguous()
         objects = []
         for ids_ZYX, name in zip(ids_BZYX, batch["keys"], strict=True):
@@ -395,7 +395,7 @@ def objects_of_patch(
     boxes = []
     labels = []
     ignored = []
-    # Augmentation fills with -1, which is no object either.
+    # Augmentation fills with -1, which is not an object either.
     for i, (box, count) in boxes_of_ids(np.maximum(ids_ZYX, 0)).items():
         if i not in known:
             continue

@@ -151,7 +151,7 @@ class _Matchings:
 def evaluate(
     scans: Sequence[ScanBoxes], classes: Sequence[ObjectClass], settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """Return everything that is written as JSON; None stands where there is nothing to measure.
+    """Return everything that is written as JSON; None means that there is nothing to measure.
 
     Raises:
         UsageError: impossible settings.

@@ -66,7 +66,7 @@ class Background:
 
 @dataclass(frozen=True)
 class BoxLabel:
-    """Hold the text beside a box, and whether it stands below the box rather than above.
+    """Hold the text beside a box, and whether it is below the box rather than above.
 
     So hits and false ones on the same object stay readable.
     """
@@ -280,7 +280,7 @@ def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
     At most one of them has no objects, and that is the last.
     """
     empty = [scan for scan in scans if not len(scan.true_boxes_G6)][:1]
-    # An empty scan shows false positives alone.
+    # An empty scan shows only false positives.
     most = MOST_SCANS - len(empty)
     full = [scan for scan in scans if len(scan.true_boxes_G6)]
     if len(full) > most:

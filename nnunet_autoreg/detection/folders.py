@@ -207,7 +207,7 @@ def read_classes(
                 dataset_file = candidate
                 break
 
-    # Boxes alone have no dataset.json.
+    # Folders that have only boxes have no dataset.json.
     dataset: dict[str, Any] = {"labels": {"background": 0, **found}}
     if dataset_file is not None:
         dataset = read_object(dataset_file, ("labels",), MEND_YOURS)
@@ -215,7 +215,7 @@ def read_classes(
     if dataset_file is None:
         log.info("classes from the detections")
     else:
-        # The folder may be called by a name.
+        # The folder's name may be a person's name.
         folder_line = f" in {dataset_file.parent}"
         log.info("classes from %s", dataset_file.name, extra=terminal_only(folder_line))
 
@@ -332,7 +332,7 @@ def gather(
 
 
 def _true_files(folder: Path) -> dict[str, Path]:
-    """Return case -> its image, or its JSON file where there is no image.
+    """Return case -> its image, or its JSON file if there is no image.
 
     What autoreg_detect writes beside a file of detections is left out.
     """
@@ -420,7 +420,8 @@ def _read_scan(
 def _mask_overlaps(
     scan: ScanBoxes, instances: Instances, scored: ScanDetections, masks: Path
 ) -> NDArray[np.float64]:
-    """Return the IoU (D, G) in voxels; 0 with a region that does not count, which is no object."""
+    """Return the IoU (D, G) in voxels; 0 with a region that does not count, which is not an
+    object."""
     if instances.ids_ZYX is None:
         raise UsageError(
             f"--hit mask: the objects of {scan.name} are known as boxes only; use --hit iou:0.1",
@@ -442,7 +443,7 @@ def _mask_overlaps(
 
     drawn = read_onto(files[0], scored.frame)
     true_ids = [item.id for item in instances.objects]
-    # Regions that do not count stand behind the objects, and have no id.
+    # Regions that do not count come after the objects, and have no id.
     overlap[:, : len(true_ids)] = mask_overlaps(drawn, ids, instances.ids_ZYX, true_ids)
 
     num_undrawn = len(set(ids) - set(np.unique(drawn[drawn != 0]).tolist()))
@@ -459,7 +460,7 @@ def _mask_overlaps(
 
 
 def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Frame) -> Instances:
-    """Return the true objects of a scan; ``array`` is None for boxes alone."""
+    """Return the true objects of a scan; ``array`` is None if there are only boxes."""
     if array is None:
         boxes = read_true_boxes(file, truth.classes, frame.shape_vox, truth.other_labels)
         # A file of detections says where its image lies, and then it must be the same image.

@@ -163,7 +163,7 @@ def boxes_of_output(
     num_classes = all_scores.shape[2]
     found = []
     for scores_AK, deltas_A6 in zip(all_scores, all_deltas, strict=True):
-        # The best scores, whatever the anchor and the class.
+        # The best scores, regardless of the anchor and the class.
         best = scores_AK.flatten().topk(min(MOST_PER_TILE, scores_AK.numel()))
         is_enough = best.values >= LOWEST_SCORE
         scores = best.values[is_enough]

@@ -78,7 +78,7 @@ class Instance:
 class Instances:
     """Hold the objects of a scan, and the map of their ids.
 
-    The map is 0 where there is no object. It is None if only boxes are known.
+    The map is 0 outside of objects. It is None if only boxes are known.
     """
 
     objects: tuple[Instance, ...]
@@ -110,10 +110,10 @@ def object_classes(
 ) -> tuple[ObjectClass, ...]:
     """Return the classes to detect, in the order of their labels.
 
-    Background and nnU-Net's "ignore" are no classes.
+    Background and nnU-Net's "ignore" are not classes.
 
     Raises:
-        PlanError: a name that is no label, no class at all, or classes that share a label value.
+        PlanError: a name that is not a label, no class at all, or classes that share a label value.
     """
     values = _foreground(dataset, where)
     merged_names = {name for names in rules.merge.values() for name in names}
@@ -174,7 +174,7 @@ def label_values(
     """Return name -> label values, as they are listed; a region has several.
 
     Raises:
-        PlanError: there are no labels, or one is no whole number.
+        PlanError: there are no labels, or one is not a whole number.
     """
     labels = dataset.get("labels")
     if not isinstance(labels, dict):
@@ -205,7 +205,7 @@ def _foreground(dataset: Mapping[str, Any], where: str) -> dict[str, tuple[int, 
     """Return name -> sorted label values of the foreground."""
     found = {}
     for name, values in label_values(dataset, where).items():
-        # Background is 0, whatever its name.
+        # Background is 0, regardless of its name.
         if name != "ignore" and values != (0,):
             found[name] = tuple(sorted(set(values)))
     return found
@@ -259,7 +259,7 @@ def boxes_of_ids(ids_ZYX: NDArray[Any]) -> dict[int, tuple[Box, int]]:
     values = None
     if int(ids_ZYX.max()) >= ids_ZYX.size:
         # cc3d's tables are as long as the largest id, and it refuses ids that are larger than the
-        # number of voxels: number them anew, with 0 staying 0.
+        # number of voxels: renumber them, with 0 staying 0.
         values, ids_ZYX = np.unique(ids_ZYX, return_inverse=True)
         if values[0] != 0:
             values, ids_ZYX = np.concatenate([[0], values]), ids_ZYX + 1

@@ -111,7 +111,7 @@ def anchor_losses(
         else:
             # Zero, but with a gradient for every parameter: distributed training waits for one.
             loss = logits.sum() * 0
-        # Boxes are learned from the drawn positives alone.
+        # Boxes are learned only from the drawn positives.
         is_used = chosen & is_positive
 
     anchors = grid.boxes_A6.float()[None].expand_as(deltas)
@@ -136,8 +136,8 @@ def sample_hard_negatives(
 ) -> Tensor:
     """Return the anchors (B, A) that count in this step, pooled over the whole batch.
 
-    Positives are drawn at random up to their share. Two negatives go with each positive, and two
-    are drawn where there is no positive at all. They are drawn at random from the hardest ones.
+    Positives are drawn at random up to their share. Two negatives are drawn for each
+    positive, and two if there is no positive at all, at random from the hardest ones.
 
     Args:
         state_BA: 1 positive, 0 background, -1 not counted.

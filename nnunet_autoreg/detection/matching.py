@@ -262,7 +262,8 @@ def distances_mm(scan: ScanBoxes) -> Floats:
 
 
 def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
-    """Return whether each detection would hit each object (D, G), and how well, whatever the class.
+    """Return whether each detection would hit each object (D, G), and how well, regardless of the
+    class.
 
     A larger second value is a better hit. A region in which nothing counts is hit if the
     detection's centre lies in it.
@@ -279,7 +280,7 @@ def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
                 "iou:T",
                 code="hit-rule-without-voxels",
             )
-        # A threshold of 1 is reached by equal boxes, whatever the rounding.
+        # A threshold of 1 is reached by equal boxes, regardless of the rounding.
         hit = quality >= min(rule.value, 1 - 1e-9)
     else:
         away = distances_mm(scan)
@@ -291,9 +292,9 @@ def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
             sides_mm = sides_vox * np.array(scan.spacing_mm)
             hit = away <= (rule.value or sides_mm.max(1, initial=0.0)[None] / 2)
 
-    # On an ignored object the centre is enough, whatever the rule.
+    # On an ignored object the centre is enough, regardless of the rule.
     hit = hit | (scan.ignored_G[None] & scan.centre_inside_DG)
-    # A region is no object: its box may be the whole image, and means nothing.
+    # A region is not an object: its box may be the whole image, and means nothing.
     is_region = scan.true_classes_G == ANY_CLASS
     return np.where(is_region[None], scan.centre_inside_DG, hit), quality
 
@@ -318,7 +319,7 @@ def match_scan(
             positive or ``ignored``.
         max_detections: only the highest scores count.
         ignored_objects: (G,) further objects that do not count here, e.g. those of another size.
-        ignored_if_unmatched: (D,) detections that are no false positives here.
+        ignored_if_unmatched: (D,) detections that are not false positives here.
     """
     hit, quality = hits(scan, rule)
     ignored = scan.ignored_G if ignored_objects is None else scan.ignored_G | ignored_objects

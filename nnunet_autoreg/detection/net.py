@@ -70,7 +70,7 @@ class Heads(nn.Module):
         # Otherwise the many background anchors would dominate the first steps.
         nn.init.constant_(last.bias, -math.log((1 - PRIOR) / PRIOR))
         # Training starts from the anchors as they are: from random deltas, SGD at 1e-2 drove sides
-        # to their limit, where there is no gradient.
+        # to their limit, where the gradient is 0.
         to_deltas: Any = self.regressor[-1]
         nn.init.zeros_(to_deltas.weight)
 
@@ -201,7 +201,7 @@ class ResEncDetector(Detector):
 
 
 class TokenPyramid(nn.Module):
-    """Make feature maps of several strides from the token map alone.
+    """Make feature maps of several strides from only the token map.
 
     Transposed convolutions enlarge it, and pooling reduces it.
 

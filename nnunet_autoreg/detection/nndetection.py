@@ -222,7 +222,7 @@ def _convert_maps(
 
     image = open_image(file)
     label_of = labels_from_classes(labels_of_instances(file.with_name(f"{case}.json")))
-    # Whatever is small stays an object: the rules of the new dataset decide later.
+    # Small objects stay objects: the rules of the new dataset decide later.
     found = known_instances(
         array_of(image, file), label_of, classes, Rules(min_voxels=1), str(file)
     )

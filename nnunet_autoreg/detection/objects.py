@@ -2,7 +2,7 @@
 
 ``instancesTr/<case>`` with its JSON file comes first, then ``boxesTr/<case>.json``. Both are
 optional and lie beside ``labelsTr`` in the raw dataset. Without them, every connected component of
-the label map is an object. ``write_box_labels`` makes label maps for datasets of boxes alone,
+the label map is an object. ``write_box_labels`` makes label maps for datasets that have only boxes,
 because nnU-Net prepares no case without one.
 """
 
@@ -88,7 +88,7 @@ class ObjectSource:
     def of_dataset(
         cls, labels: Path, dataset_name: str, dataset: Mapping[str, Any], reader: Any
     ) -> "ObjectSource":
-        """Return the source of a dataset, which may exist in preprocessed form alone.
+        """Return the source of a dataset, which may exist only in preprocessed form.
 
         Where ``nnUNet_raw`` does not have the raw dataset, the copies of ``keep`` are used.
         """
@@ -356,7 +356,7 @@ def _write_label_map(image_file: Path, boxes: Path, target: Path, source: Object
     shape = as_size(image.GetSize()[::-1])
     known = read_true_boxes(boxes, source.classes, shape, source.other_labels)
 
-    # A box that does not count is no foreground either: its content is not known.
+    # A box that does not count is not foreground either: its content is not known.
     counted = [item for item in known.objects if not item.ignored]
     found = with_ellipsoids(replace(known, objects=tuple(counted)), shape)
     largest_id = max((item.id for item in found.objects), default=0)

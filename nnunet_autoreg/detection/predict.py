@@ -93,7 +93,7 @@ class DetectorModel(TrainedModel[DetectionPlan]):
     ):
         super().__init__(folder, folds, device, checkpoint)
         assert isinstance(self.network, Detector)
-        # In evaluation mode it would give the segmentation alone.
+        # In evaluation mode it would return only the segmentation.
         self.network.detect = True
 
     def thresholds(self, fp_per_scan: float, num_mirrorings: int) -> dict[str, float]:
@@ -173,7 +173,7 @@ def _merged(
 ) -> tuple[MergedBoxes, torch.Tensor | None]:
     """Return what all folds and mirrorings find together, in the preprocessed image.
 
-    Beside it stands the mean of their segmentation logits (C, Z, Y, X).
+    Also return the mean of their segmentation logits (C, Z, Y, X).
     """
     detector = ScanDetector(
         cast(Detector, model.network),

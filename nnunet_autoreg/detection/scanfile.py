@@ -25,7 +25,7 @@ from nnunet_autoreg.errors import ObjectsError, PlanError
 from nnunet_autoreg.geometry import Size, Spacing
 from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, to_cell, write_json
 
-ADVICE = "mend it, or detect again"
+ADVICE = "correct it, or detect again"
 FORMAT, VERSION = "nnunet_autoreg.detections", 1
 AXES = (
     "box_zyx: edges z0, y0, x0, z1, y1, x1 of the stored array, half open, voxel v covers [v, v + "
@@ -180,7 +180,7 @@ def write_scan_file(path: Path, record: ScanFile) -> None:
 
 
 def is_scan_file(path: Path) -> bool:
-    """Return whether a JSON file holds detections, of whatever version.
+    """Return whether a JSON file holds detections, of any version.
 
     Raises:
         ObjectsError: it cannot be read.

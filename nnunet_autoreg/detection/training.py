@@ -35,7 +35,7 @@ checkpoint usually holds the weights, it has their average.
 class MovingAverage:
     """Keep a moving average of the weights, which is validated, saved and predicted with.
 
-    Training goes on with the weights themselves. Early in a run the average forgets faster: the
+    Training continues with the weights themselves. Early in a run the average forgets faster: the
     factor of step n is at most (1 + n) / (10 + n).
 
     Args:
@@ -195,7 +195,7 @@ class DetectionLoss:
         return Losses(found.classification, found.regression, segmentation)
 
     def uncounted(self, labels_B1ZYX: Tensor) -> Tensor | None:
-        """Return which voxels (B, Z, Y, X) have the ignore label; None where there is none."""
+        """Return which voxels (B, Z, Y, X) have the ignore label; None if there is none."""
         return None if self.ignore_label is None else labels_B1ZYX[:, 0] == self.ignore_label
 
     def target(self, labels_B1ZYX: Tensor) -> Tensor:

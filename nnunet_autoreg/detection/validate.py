@@ -237,7 +237,7 @@ def write_summary(
 ) -> dict[str, float]:
     """Write every figure of the default NMS settings, and return the main figures.
 
-    Beside them stands what tuning the overlap on these very cases would give.
+    It also has the result of tuning the overlap on these same cases.
     """
     figures = evaluate([case.usual for case in cases], plan.classes, EvaluationSettings())
 

@@ -112,7 +112,7 @@ def load_encoder(
 
     Raises:
         WeightsError: there is no such run or file, or it is damaged.
-        UsageError: the shape is no multiple of the token size.
+        UsageError: the shape is not a multiple of the token size.
     """
     # Without the variable, only folders and files can be given.
     results = Path(os.environ.get(RESULTS_VARIABLE, ""))
@@ -126,7 +126,7 @@ def load_encoder(
     shape = as_size(input_shape) if input_shape is not None else card.crop_size_vox
     if any(size % token for size, token in zip(shape, card.token_size_vox, strict=True)):
         raise UsageError(
-            f"input_shape={shape} is no multiple of the token size {card.token_size_vox} of "
+            f"input_shape={shape} is not a multiple of the token size {card.token_size_vox} of "
             f"'{card.name}'",
             code="encoder-input-shape",
         )

@@ -1,4 +1,4 @@
-"""A frozen probe: how well a linear classifier tells a token's label from its features.
+"""A frozen probe: how well a linear classifier predicts a token's label from its features.
 
 It is compared with a classifier on the token's raw voxels. The labels come from the label maps of a
 dataset among the inputs; no label reaches training.
@@ -54,8 +54,7 @@ class LabelledCrop:
 
     Attributes:
         batch: a batch of one sample.
-        labels: (T,) majority class of every token, raster order; -1 where there is padding or no
-            label.
+        labels: (T,) majority class of every token, raster order; -1 in padding or without a label.
         is_test: the subject is one that the probe is not fitted on.
     """
 
@@ -192,7 +191,7 @@ def labelled_crops(
         validation: ids of scans that pretraining does not see.
 
     Returns:
-        [] where there are not 4 subjects, or too few classes.
+        [] if there are not 4 subjects, or too few classes.
     """
     chosen = choose_scans(rows, validation, plan.run.seed, plan.data.salt_free)
     crops = []
@@ -345,7 +344,7 @@ def token_labels(labels_ZYX: Labels, token: Size) -> Labels:
     voxels, else 0.
 
     Args:
-        labels_ZYX: -1 where not known; so is a token of such voxels alone.
+        labels_ZYX: -1 where not known; so is a token of only such voxels.
     """
     z, y, x = grid_of(labels_ZYX.shape, token)
     cubes = labels_ZYX.reshape(z, token[0], y, token[1], x, token[2])

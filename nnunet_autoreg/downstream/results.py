@@ -24,7 +24,7 @@ NUM_HEX = 16
 def public_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return what results say about a model, without the name of a folder.
 
-    A dataset is called by its number, and a folder of segmentations by a digest, by which it is
+    A dataset is named by its number, and a folder of segmentations by a digest, by which it is
     recognised again. What is public already stays as it is.
     """
     public = dict(model)

@@ -53,7 +53,7 @@ def _map_by_name(
     given: int, given_names: Sequence[str], needed_names: Sequence[str]
 ) -> ChannelMap | None:
     """Return a map by names, or None if names are not unique or no name is shared."""
-    # One channel has nothing to be mixed up with, whatever its name.
+    # One channel has nothing to be mixed up with, regardless of its name.
     position = {_plain(name): c for c, name in enumerate(given_names)}
     if given == 1 or len(given_names) != given or len(position) != given:
         return None

@@ -102,7 +102,7 @@ def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int)
 def transferred_keys(network: nn.Module, block: AutoregBlock) -> frozenset[str]:
     """Return the keys of the decoder's parameters that start from the plan's weights.
 
-    The plan alone decides this, because a resumed training needs the same groups of parameters even
+    Only the plan decides this, because a resumed training needs the same groups of parameters even
     if the weights file is gone.
     """
     if not block.transfers_decoder or family_of(block.encoder.class_path) != RESENC:

@@ -207,7 +207,7 @@ def load_planned_encoder(
     """Load the weights that a plan names, see ``load_encoder``.
 
     Args:
-        with_decoder: False for networks that use only the encoder, whatever the plan says.
+        with_decoder: False for networks that use only the encoder, regardless of the plan.
 
     Raises:
         WeightsError: the plan names no weights (code "weights-none-planned"), or they are missing,
@@ -373,7 +373,7 @@ def _fit(
         value, note = fit_channels(value, channels, live.shape[1])
         notes.append(note)
 
-    # Kernels depend on the spacing of the data. Tensors that are no kernels stay as they are.
+    # Kernels depend on the spacing of the data. Tensors that are not kernels stay as they are.
     value, note = fit_kernel(value, live.shape[2:])
     notes.append(note)
 

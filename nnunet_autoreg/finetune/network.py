@@ -1,7 +1,7 @@
 """Build networks from plans.
 
-Our trainers build the network from the plan alone. nnU-Net's stock trainers stop with one line that
-names the right command.
+Our trainers build the network from the plan, without the weights. nnU-Net's stock trainers stop
+with one line that names the right command.
 """
 
 from collections.abc import Mapping, Sequence

@@ -329,7 +329,7 @@ def kept_configurations(
 
 
 def _as_object(value: Any) -> dict[str, Any]:
-    """Return a value of a plans file that was edited by hand; empty if it is no object."""
+    """Return a value of a plans file that was edited by hand; empty if it is not an object."""
     return value if isinstance(value, dict) else {}
 
 

@@ -144,7 +144,7 @@ def locate(results: Path, setting: str, given_as: str = f"{VARIABLE}=") -> Path:
     """Return the weights file for the name of a run, a folder or a path.
 
     Args:
-        given_as: what stands in front of ``setting`` in messages.
+        given_as: text before ``setting`` in messages.
 
     Raises:
         WeightsError: there is none (codes "weights-not-found", "weights-not-safetensors" and

@@ -26,7 +26,7 @@ STOCK_TRAINER = "nnUNetTrainer"
 
 
 def runs_on_stock(class_path: str, plans: Mapping[str, Any]) -> bool:
-    """Return whether nnU-Net alone can predict with a model of these plans.
+    """Return whether nnU-Net can predict without this package with a model of these plans.
 
     The network must be nnU-Net's own, and so must every normalisation of the images.
 
@@ -52,7 +52,7 @@ def stock_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
     """
     configurations = {}
     for name, configuration in plans["configurations"].items():
-        # A configuration that inherits from another one may have no architecture of its own.
+        # A configuration that inherits from another one may have no architecture entry.
         architecture = configuration.get("architecture", {})
         configurations[name] = dict(configuration)
         # The module of the guard had another name in earlier releases.

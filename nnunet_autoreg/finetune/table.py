@@ -92,7 +92,7 @@ def _lines_by_status(entries: Sequence[TensorEntry]) -> list[str]:
 def _status_line(status: str, entries: Sequence[TensorEntry]) -> str:
     notes = ""
     if status != LOADED:
-        # Keys with the same note stand together.
+        # Keys with the same note are grouped.
         keys: dict[str, list[str]] = {}
         for entry in entries:
             keys.setdefault(entry.note, []).append(entry.key)

@@ -48,7 +48,7 @@ def repository_of(file: Path) -> tuple[str, str]:
     The cache holds ``models--OWNER--NAME/snapshots/COMMIT/FILE``. Names of other folders are
     private, so nothing is returned for them.
     """
-    # Links are not followed: they lead to files that are called by their hashes.
+    # Links are not followed: they lead to files that are named after their hashes.
     parts = file.absolute().parts[-4:-1]
     if len(parts) < 3 or parts[1] != "snapshots":
         return "", ""

@@ -143,6 +143,6 @@ def _ending(name: str) -> str:
     suffixes = PurePosixPath(name).suffixes
     is_compressed = suffixes and suffixes[-1].lower() == ".gz"
     joined = "".join(suffixes[-2:] if is_compressed else suffixes[-1:])
-    # The ending comes from a stranger, and becomes a part of a name on the disk.
+    # The ending comes from an untrusted source, and becomes a part of a name on the disk.
     is_plain = joined.isascii() and len(joined) < 12 and "/" not in joined
     return joined.lower() if is_plain else ""

@@ -37,7 +37,7 @@ def has_contrast_agent(header: DicomHeader) -> bool:
 
 
 def contrast_of(modality: str, header: DicomHeader) -> str:
-    """Return the word for a DICOM series; "" if nothing tells it.
+    """Return the word for a DICOM series; "" if it is unknown.
 
     What a series is called comes first, then its sequence and times.
     """

@@ -59,7 +59,7 @@ def read_slices(stream: IO[bytes], file: str, num_bytes: int) -> list[DicomSlice
     The slices name ``file`` as the one they are in.
 
     Raises:
-        NotAScanError: it is no part of a scan.
+        NotAScanError: it is not part of a scan.
         ScanError: ``unreadable``.
     """
     with quiet_pydicom():
@@ -70,7 +70,7 @@ def file_slices(path: Path, file: str) -> list[DicomSlice]:
     """Return the slices of a file on disk.
 
     Raises:
-        NotAScanError: it is no part of a scan.
+        NotAScanError: it is not part of a scan.
         ScanError: ``unreadable``.
     """
     try:
@@ -84,7 +84,7 @@ def file_slices(path: Path, file: str) -> list[DicomSlice]:
 
 
 def find_stack(path: Path, part: ScanPart) -> Stack:
-    """Return the stack that a part names, by headers alone.
+    """Return the stack that a part names, from headers only.
 
     Raises:
         ScanError: ``unreadable`` if its files are gone, or the stack's own problem.
@@ -175,7 +175,7 @@ def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:
 
         pixels = []
         for one in slices:
-            # In irregular headers GDCM reads lengths where there are none, and asks for gigabytes.
+            # With irregular headers GDCM takes other bytes for lengths, and allocates gigabytes.
             by_pydicom = pixels_by_pydicom(files[one.file]) if one.is_irregular else None
             if by_pydicom is not None and by_pydicom.shape == one.shape:
                 pixels.append(by_pydicom)
@@ -241,7 +241,7 @@ def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
 
 @dataclass(frozen=True)
 class DicomImage:
-    """What the header of a DICOM file says of its pixels, whatever the file shows.
+    """What the header of a DICOM file says of its pixels, regardless of what the file shows.
 
     Attributes:
         size: columns, rows, frames.
@@ -301,7 +301,7 @@ def pixels_by_pydicom(file: Path) -> Array | None:
                 dataset.file_meta.TransferSyntaxUID = SYNTAX_OF_ENCODING[encoding]
             if dataset.file_meta.TransferSyntaxUID.is_compressed:
                 return None
-            # Pixels of other kinds are no values, but numbers in a table of colours, say.
+            # Pixels of other kinds are not values, but numbers in a table of colours, say.
             kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
             if not kind.startswith(("MONOCHROME", "RGB")):
                 return None
@@ -367,7 +367,7 @@ def _names_in(root: Path, below: bool) -> list[str]:
 
 
 def _or_nothing(path: Path, name: str) -> list[DicomSlice]:
-    """Return a file's slices; none if it is no part of a scan, which finding has reported."""
+    """Return a file's slices; none if it is not part of a scan, which finding has reported."""
     try:
         return file_slices(path, name)
     except (NotAScanError, ScanError):
@@ -391,7 +391,7 @@ def member_slices(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[Dicom
     """Return the slices of a member of an archive.
 
     Raises:
-        NotAScanError: it is no part of a scan.
+        NotAScanError: it is not part of a scan.
         ScanError: ``unreadable``.
     """
     try:

@@ -24,7 +24,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 PAIR_MAGIC, SINGLE_MAGIC = b"ni1\0", b"n+1\0"
 """What a NIfTI-1 header ends with: its voxels are in another file, or behind it."""
 POINTERS = (b"version https://git-lfs", b"/annex/objects/", b"../.git/annex/", b".git/annex/")
-"""How the text files begin that stand for images which were not downloaded."""
+"""First bytes of text files that replace images which were not downloaded."""
 COMPLEX_DATATYPES = (32, 1792, 2048)
 FLOAT_DATATYPES = {16: "f4", 64: "f8"}
 BITS_OF_DATATYPE = {
@@ -166,7 +166,7 @@ def _check_uncompressed(head: bytes) -> None:
     """Let an image pass that is called .gz and is not compressed; SimpleITK reads it.
 
     Raises:
-        ScanError: ``unreadable``: it is no image either.
+        ScanError: ``unreadable``: it is not an image either.
     """
     if head.startswith(POINTERS):
         raise ScanError(
@@ -190,7 +190,8 @@ def _opened(path: Path, compressed: bool) -> IO[bytes]:
 def _read_piece(stream: IO[bytes], size: int) -> bytes:
     """Return up to ``size`` bytes; fewer at the end of the image only.
 
-    What follows a gzip stream and is no gzip is passed over, as zlib and with it every reader does.
+    What follows a gzip stream and is not gzip is passed over, as zlib and with it every reader
+    does.
     """
     pieces: list[bytes] = []
     wanted = size
@@ -302,7 +303,7 @@ def _check_header(header: NiftiHeader) -> None:
     if not header.dims or min(header.dims) < 1:
         raise ScanError("unreadable", f"the NIfTI header gives impossible dimensions {header.dims}")
     if header.datatype in COMPLEX_DATATYPES:
-        raise ScanError("complex", "complex voxels; store the magnitude as an image of its own")
+        raise ScanError("complex", "complex voxels; store the magnitude as a separate image")
     used = header.pixdim[: min(len(header.dims), 3)]
     if not all(math.isfinite(s) and s > 0 for s in used):
         raise ScanError(

@@ -12,7 +12,7 @@ from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
 
 # Directions are in DICOM's LPS, so x has to run against L and y against P.
 TOWARDS_LPS = (-1.0, -1.0, 1.0)
-# Of axes at 45 degrees the stored order stays, whatever the last digits say.
+# Of axes at 45 degrees the stored order stays, regardless of rounding.
 CLEARLY = 1e-3
 
 Turn = tuple[tuple[int, int, int], tuple[bool, bool, bool]]

@@ -50,7 +50,7 @@ def parse_part(text: str) -> ScanPart:
         if name not in known or (name in ("stack", "t") and not value.isdecimal()):
             raise ScanError(
                 "unreadable",
-                f"'{name}' names no part of a file; remove scans.csv to have it written anew",
+                f"'{name}' names no part of a file; remove scans.csv so that it is written again",
             )
         values[name] = unquote(value)
     return ScanPart(**values)

@@ -1,4 +1,4 @@
-"""What one DICOM file contributes: its slices with their geometry, or the reason why it is no part
+"""What one DICOM file contributes: its slices with their geometry, or the reason why it is not part
 of a scan.
 """
 
@@ -127,7 +127,7 @@ PARTS = {
 
 
 class NotAScanError(Exception):
-    """A file that is no part of a scan.
+    """A file that is not part of a scan.
 
     Attributes:
         status, reason: as in scans.csv.
@@ -216,7 +216,7 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
     """Return the slices of one file of ``num_bytes`` bytes.
 
     Raises:
-        NotAScanError: it is no part of a scan.
+        NotAScanError: it is not part of a scan.
         ScanError: ``unreadable``: it names no series.
     """
     modality = _modality(header)
@@ -430,7 +430,7 @@ def _problem_of_geometry(frame: DicomHeader, shape: tuple[int, int]) -> tuple[st
 def _order(frame: DicomHeader, index: int) -> tuple[float, ...]:
     """Return the values that ``ORDER_NAMES`` names, and the instance number."""
     time = frame.number("TemporalPositionIdentifier", frame.number("TemporalPositionIndex", 0.0))
-    # What is missing in a header is replaced by the next best that tells the same.
+    # What is missing in a header is replaced by the next best field with the same information.
     echo_number = frame.number("EchoNumbers", 0.0)
     echo = frame.number("EchoTime", frame.number("EffectiveEchoTime", echo_number))
 

@@ -82,7 +82,7 @@ class Stack:
 def stacks_of(slices: Sequence[DicomSlice]) -> list[Stack]:
     """Return the stacks of one series, the largest first.
 
-    They are the same for the same slices, in whatever order these come.
+    They are the same for the same slices, in any order.
     """
     kept = without_copies(originals(slices))
     ordered = sorted(kept, key=lambda s: (s.order[-1], s.position, s.order, s.file, s.frame))
@@ -265,7 +265,7 @@ def _overlap(stacks: Sequence[Stack]) -> bool:
 
 
 def _stacks_of_studies(group: Sequence[DicomSlice]) -> list[Stack]:
-    """Return one stack for each study; nothing where there is one study, or a stack fails."""
+    """Return one stack for each study; nothing if there is one study, or a stack fails."""
     slices_of: dict[str, list[DicomSlice]] = defaultdict(list)
     for one in group:
         slices_of[one.study].append(one)
@@ -277,7 +277,7 @@ def _stacks_of_studies(group: Sequence[DicomSlice]) -> list[Stack]:
 
 
 def without_copies(slices: Sequence[DicomSlice]) -> list[DicomSlice]:
-    """Return each instance once: a file that is there twice is no second slice."""
+    """Return each instance once: a file that is there twice is not a second slice."""
     kept: dict[tuple[object, ...], DicomSlice] = {}
     for one in sorted(slices, key=lambda s: (s.file, s.frame)):
         kept.setdefault(one.identity, one)
@@ -385,7 +385,7 @@ def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
             values.append(sorted({one.order[index] for one in level}))
         if any(len(of_level) != num_volumes for of_level in values):
             continue
-        # These go on from slice to slice; the others are the same for a whole volume.
+        # These continue from slice to slice; the others are the same for a whole volume.
         goes_on = name in PACKAGE_NAMES
         if goes_on or all(np.allclose(of_level, values[0], rtol=1e-3) for of_level in values):
             return index, name
@@ -445,7 +445,7 @@ def _rounding(slices: Sequence[DicomSlice], direction: npt.NDArray[Any]) -> floa
 
 
 def _is_even_within_rounding(levels: list[float], rounding: float) -> bool:
-    """Return whether rounding alone can make the gaps of even slices differ as they do."""
+    """Return whether rounding can make the gaps of even slices differ as they do."""
     gaps = np.diff(levels)
     step = (levels[-1] - levels[0]) / (len(levels) - 1)
     tolerance = rounding * 1.01
@@ -510,7 +510,7 @@ def _tilt(slices: list[DicomSlice], direction: npt.NDArray[Any]) -> tuple[str, s
 def by_series(slices: Sequence[DicomSlice]) -> dict[tuple[str, str], list[DicomSlice]]:
     """Return slices by (series, instance of a multi-frame file or "").
 
-    A multi-frame file is a series of its own.
+    A multi-frame file is a separate series.
     """
     groups: dict[tuple[str, str], list[DicomSlice]] = defaultdict(list)
     for one in slices:

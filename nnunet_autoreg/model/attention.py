@@ -229,7 +229,7 @@ def with_starts(
     """Return the order, the prefix and the valid tokens with start tokens in front.
 
     The start tokens are one more block, the first of the order, that is always given. A prefix of 0
-    blocks is therefore possible: the start alone is given. Without start tokens nothing changes.
+    blocks is therefore possible: only the start is given. Without start tokens nothing changes.
     """
     if num_starts == 0:
         return order_index_BT, prefix_B, valid_BT

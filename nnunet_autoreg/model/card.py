@@ -17,7 +17,8 @@ CARD_NAME = "encoder.json"
 WEIGHTS_NAME = "encoder.safetensors"
 CARD_VERSION = 1
 MAX_CARD_BYTES, MAX_LEVELS, MAX_VALUES, MAX_NUMBER, MAX_PARAMETERS = 2**24, 20, 10_000, 100_000, 2e9
-"""A card comes from anywhere: what lies beyond these is no encoder, and would take all memory."""
+"""A card comes from anywhere: what lies beyond these is not an encoder, and would take all
+memory."""
 IMPORTED = "imported"
 """Key of ``EncoderCard.extra`` that says where imported weights come from."""
 DECODER_PREFIXES = ("decoder.stages.", "decoder.transpconvs.")
@@ -36,9 +37,9 @@ class Adaptation:
         key_to_encoder: prefix of the encoder.
         key_to_stem: prefix of the part that reads the image.
         keys_to_in_proj: every convolution that reads the image.
-        key_to_lpe: the learned positions; None where there are none.
+        key_to_lpe: the learned positions; None if there are none.
         keys_to_decoder: prefixes of a pretrained decoder, ``DECODER_PREFIXES``; empty where the
-            weights hold the encoder alone.
+            weights contain only the encoder.
     """
 
     key_to_encoder: str
@@ -61,7 +62,7 @@ class Verdict:
         reason: the figures that decided, for the user.
         errors: validation error "error", and that of each trivial prediction by its name. Empty
             without validation scans.
-        probe: balanced accuracy of telling labels apart from "features", from raw "voxels", and by
+        probe: balanced accuracy of predicting labels from "features", from raw "voxels", and by
             "chance". Empty without labels.
         num_validation_scans: scans that were kept out of training.
         min_scans: encoders of fewer scans are used by name only.

@@ -1,8 +1,8 @@
 """How the device runs the network: precision, compiled layers, and the check of compiled layers.
 
-On a GPU layers are compiled; elsewhere everything runs as it stands. What is compiled is the
-repeated layer alone (``model.trunk.FastPath``), so that the first step comes soon and a mask is
-always made outside of compiled code. Modules and the keys of their state stay as they are.
+On a GPU layers are compiled; elsewhere everything runs uncompiled. Only the repeated layer is
+compiled (``model.trunk.FastPath``), so that the first step comes soon and masks are always made
+outside of compiled code. Modules and the keys of their state stay as they are.
 
 Kernels and compilers have bugs that show on some devices only, and nothing else would notice: a
 network that attends to the wrong tokens trains all the same. So the dry step notes which layers
@@ -123,7 +123,7 @@ def _compiled(function: Layer, backend: str) -> Layer:
 
 
 def run_by(path: FastPath | None, loss: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
-    """Return the loss with its layers run by ``path``; the loss itself where there is none."""
+    """Return the loss with its layers run by ``path``; the loss itself if there is none."""
     if path is None:
         return loss
 
@@ -276,8 +276,7 @@ def self_check(
     """Compare the fast path with eager float32 and a dense mask.
 
     Nothing that training uses is changed: layers are copied, and random numbers come from a
-    generator of their own. Nothing is compiled either: the dry step has compiled these
-    graphs already.
+    separate generator. Nothing is compiled either: the dry step has compiled these graphs already.
 
     Args:
         calls: the kind of sequence and the call, for all kinds of layers and sequences.
@@ -304,7 +303,7 @@ def compare_layer(
     """Return what disagrees in one layer.
 
     Args:
-        is_attention_alone: the parts beside attention give 0, so that its errors stand out.
+        is_attention_alone: the parts beside attention give 0, so that its errors are visible.
     """
     generator = torch.Generator(device).manual_seed(SEED)
     layer = copy_with_strong_attention(call.layer, is_attention_alone, generator)
@@ -362,7 +361,7 @@ def copy_with_strong_attention(
     """Return a copy whose attention is not hidden by the rest, as it is where weights are small.
 
     Random matrices keep the size of what they multiply, and scales of whole branches are 1. A layer
-    that leaves out features at random is copied for evaluation, which takes a graph of its own.
+    that leaves out features at random is copied for evaluation, which needs a separate graph.
     """
     copy = deepcopy(layer)
     with torch.no_grad():

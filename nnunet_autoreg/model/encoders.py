@@ -53,8 +53,8 @@ def build_network(
             ``network.decoder.deep_supervision`` is on; CNNs only.
 
     Raises:
-        PlanError: the class is unknown or cannot be imported, the shape is no multiple of the token
-            size, arguments are missing, or the family cannot do what is asked.
+        PlanError: the class is unknown or cannot be imported, the shape is not a multiple of the
+            token size, arguments are missing, or the family cannot do what is asked.
     """
     family = family_of(class_path)
     missing = missing_arguments(class_path, arguments)
@@ -166,7 +166,7 @@ def located(class_path: str) -> type:
 def _imported_layers(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the classes that a CNN's arguments name.
 
-    Only layers of torch are accepted, since a plan or card may come from a stranger.
+    Only layers of torch are accepted, since a plan or card may come from an untrusted source.
 
     Raises:
         PlanError: a name is that of anything else.
@@ -182,7 +182,8 @@ def _imported_layers(arguments: Mapping[str, Any]) -> dict[str, Any]:
         layer = pydoc.locate(name) if isinstance(name, str) and LAYER_NAME.fullmatch(name) else None
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise PlanError(
-                f"encoder.arguments.{key}='{name}' is no layer of torch.nn", code="plan-not-a-layer"
+                f"encoder.arguments.{key}='{name}' is not a layer of torch.nn",
+                code="plan-not-a-layer",
             )
         layers[key] = layer
     return layers

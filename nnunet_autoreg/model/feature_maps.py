@@ -105,7 +105,7 @@ class FeatureEncoder(nn.Module):
         return [tokenized, *maps, last]
 
     def deepest(self, volume_BCZYX: Tensor) -> Tensor:
-        """Return the last feature map alone, (B, V, z, y, x).
+        """Return only the last feature map, (B, V, z, y, x).
 
         Raises:
             UsageError: as ``forward``.
@@ -154,7 +154,7 @@ class FeatureEncoder(nn.Module):
 def on_grid(tokens_BTV: Tensor, grid: Size) -> Tensor:
     """Return the tokens of the image as a map (B, V, z, y, x).
 
-    START and register tokens stand in front of those of the image, and are left out.
+    START and register tokens come before those of the image, and are left out.
     """
     num_tokens = volume(grid)
     tokens_BNV = tokens_BTV[:, -num_tokens:]

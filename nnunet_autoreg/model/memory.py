@@ -1,10 +1,9 @@
 """How much memory a training step needs, computed without a GPU.
 
-A forward pass on the meta device counts what autograd keeps. Shapes alone decide what is kept, so
-the count costs milliseconds and no memory. On a CPU in single
-precision it agrees with the bytes really kept (a test holds it to 10 %); the half-precision rules
-and the overheads follow CUDA autocast's published lists and have not been compared with a GPU's
-peak yet.
+A forward pass on the meta device counts what autograd keeps. What is kept depends only on shapes,
+so the count costs milliseconds and no memory. On a CPU in single precision it agrees with the bytes
+really kept (a test holds it to 10 %); the half-precision rules and the overheads follow CUDA
+autocast's published lists and have not been compared with a GPU's peak yet.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -245,7 +244,8 @@ def _line(network: nn.Module, one: int, two: int, extra_bytes: int = 0) -> Train
     """Return the straight line through the bytes kept for one sample and for two."""
     num_parameters = sum(p.numel() for p in network.parameters())
     sample_bytes = two - one
-    # What is kept once, whatever the batch: copies of the weights in half precision, for instance.
+    # What is kept once, regardless of the batch: copies of the weights in half precision, for
+    # instance.
     kept_once = max(0, one - sample_bytes)
     fixed_bytes = num_parameters * BYTES_PER_PARAMETER + extra_bytes + kept_once
 

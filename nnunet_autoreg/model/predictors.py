@@ -141,7 +141,7 @@ class TokenPositions:
 
     Attributes:
         rope: rotary table of the tokens; None without.
-        positions, members: (B, T) int64 each; None where member 0 alone fills the grid in order.
+        positions, members: (B, T) int64 each; None if only member 0 fills the grid, in order.
     """
 
     rope: Tensor | None

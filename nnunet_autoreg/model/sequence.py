@@ -134,7 +134,7 @@ class SequenceEncoder(nn.Module):
         B, M, C, Z, Y, X = voxels_BMCZYX.shape
         crops = voxels_BMCZYX.reshape(B * M, C, Z, Y, X)
 
-        # A linear tokenizer sees one token at a time, whatever the size of a block.
+        # A linear tokenizer sees one token at a time, regardless of the size of a block.
         projection = self.linear_projection
         if projection is not None:
             cubes = to_blocks(crops, self.token_size).flatten(2)  # (B * M, N, P)

@@ -98,7 +98,7 @@ def _primus(family: str, size: str) -> EncoderSize:
         "scale_attn_inner": True,
     }
     if family == PRIMUS_V3:
-        # Only V3's tokenizer has levels of its own and skips between them.
+        # Only V3's tokenizer has several levels and skips between them.
         arguments |= {
             "depth_per_level": [1, 1, 1],
             "ch_per_level": [16, 32, 64, 128] if is_tiny else [32, 64, 256, 1024],

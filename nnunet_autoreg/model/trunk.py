@@ -64,7 +64,7 @@ class FastPath:
     Attributes:
         is_given_up: layers run eagerly after all, because they could not be compiled.
         recorder: is called with every call of a layer (function, layer, inputs), for the
-            self-check; None for nobody.
+            self-check; None for no check.
         rules: while there is a recorder, the rule behind each mask that is in use, and its number
             of heads.
     """

@@ -19,11 +19,12 @@ ENCODER_PREFIX = "encoder."
 
 
 class PretrainingUNet(nn.Module):
-    """A ``ResidualEncoderUNet`` that is told which voxels it cannot see.
+    """A ``ResidualEncoderUNet`` that is given a mask of the voxels it cannot see.
 
-    Unknown voxels are set to 0 in the input. Zero alone is ambiguous: padding, masked background
-    and mean tissue are 0 too. With ``learned_mark`` a vector that is learned in pretraining is
-    added to the features of unknown voxels after the stem. The vector is not transferred.
+    Unknown voxels are set to 0 in the input. The value zero is ambiguous: padding, masked
+    background and mean tissue are 0 too. With ``learned_mark`` a vector that is learned in
+    pretraining is added to the features of unknown voxels after the stem. The vector is not
+    transferred.
 
     Args:
         network: with one output channel and without deep supervision.

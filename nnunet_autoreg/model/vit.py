@@ -9,7 +9,7 @@ thirds of a position belong to x, y and z in that order.
 Shape suffixes: B samples, C channels, Z Y X voxels, N tokens in raster order (z, y, x), T = N + 1
     tokens with START in front, V width, H heads, D head width, Q queries, S keys.
 
-Source: AR-SSL4M (github.com/serena9525/AR-SSL4M), written anew from its description; UNETR (arXiv
+Source: AR-SSL4M (github.com/serena9525/AR-SSL4M), reimplemented from its description; UNETR (arXiv
     2103.10504) for the decoder.
 """
 
@@ -50,12 +50,12 @@ def sincos_positions(grid: Size, width: int) -> Tensor:
     indices.
 
     Raises:
-        PlanError: the width is no multiple of 6.
+        PlanError: the width is not a multiple of 6.
     """
     if width % 6:
         raise PlanError(
-            f"width {width} is no multiple of 6, so sine and cosine of three axes do not fill it; "
-            f"use {width // 6 * 6}",
+            f"width {width} is not a multiple of 6, so sine and cosine of three axes do not fill "
+            f"it; use {width // 6 * 6}",
             code="plan-width",
         )
 
@@ -330,7 +330,7 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
 
         if embed_dim % eva_numheads:
             raise PlanError(
-                f"width {embed_dim} is no multiple of {eva_numheads} heads", code="plan-width"
+                f"width {embed_dim} is not a multiple of {eva_numheads} heads", code="plan-width"
             )
 
         # The attributes under which nnU-Net's networks name the parts that are transferred.

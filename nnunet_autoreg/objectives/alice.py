@@ -176,7 +176,7 @@ class Alice(Objective):
         is_figure = self.settings.casa == "figure"
         shown = replace(crops, voxels=self._shown(batch, crops))
 
-        # The student sees the visible blocks alone, corrupted if the plan says so.
+        # The student sees only the visible blocks, corrupted if the plan says so.
         encoded = student.backbone.encode_visible(shown)
         decoded_NTW, voxels_NTP = student.backbone.decode(encoded, shown, all_visible=False)
         student_classes_NO = student.class_scores(encoded.tokens, crops.is_visible & crops.valid)
@@ -414,7 +414,7 @@ class Alice(Objective):
         return to_tokens(voxels_N1CZYX, self.token_size).float()
 
     def _real(self, batch: Batch) -> Tensor:
-        """Return which voxels of every token are no padding, (N, T, P)."""
+        """Return which voxels of every token are not padding, (N, T, P)."""
         valid_N11ZYX = batch.valid_mask.flatten(0, 1)[:, None, None]
         return to_tokens(valid_N11ZYX, self.token_size)
 

@@ -87,7 +87,7 @@ class TransformerBackbone(nn.Module):
         )
         self.width = self.decoder_width = self.encoder.width
         num_positions = volume(grid_of(sequence.crop_size_vox, token))
-        # Stands for every hidden token in the decoder, which knows it by its position alone.
+        # Stands for every hidden token in the decoder, which knows it only by its position.
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         self.position = nn.Parameter(torch.empty(num_positions, self.width))
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -106,18 +106,18 @@ class TransformerBackbone(nn.Module):
     def encode_all(self, crops: Crops) -> Encoded:
         """Return features of all tokens, which attend to each other."""
         rule = self._rule(crops.valid)
-        # (N, starts + T, V); start tokens are no part of the image.
+        # (N, starts + T, V); start tokens are not part of the image.
         features = self.encoder(crops.voxels[:, None], rule, crops.positions)
         return Encoded(features[:, self.encoder.num_starts :])
 
     def encode_visible(self, crops: Crops) -> Encoded:
-        """Return features of the visible tokens, which attend to each other alone."""
+        """Return features of the visible tokens, which attend only to each other."""
         # Hidden blocks are dropped here: nothing of them can reach the encoder.
         blocks_NKCzyx = to_blocks(crops.voxels, self.block_size)
         rows_N1 = torch.arange(len(blocks_NKCzyx), device=crops.voxels.device)[:, None]
         visible_NKCzyx = blocks_NKCzyx[rows_N1, crops.visible_blocks]
 
-        # Padding is no key, also within visible blocks.
+        # Padding is not a key, also within visible blocks.
         rule = self._rule(crops.valid.gather(1, crops.visible))
         positions_NS = crops.positions.gather(1, crops.visible)
         features_NSV = self.encoder(visible_NKCzyx, rule, positions_NS)
@@ -189,7 +189,7 @@ class CnnBackbone(nn.Module):
         return self._encoded(self.unet.encode(crops.voxels))
 
     def encode_visible(self, crops: Crops) -> Encoded:
-        """Return features that depend on visible voxels alone, and are 0 at hidden places."""
+        """Return features that depend only on visible voxels, and are 0 at hidden places."""
         size = as_size(crops.voxels.shape[2:])
         grid = grid_of(size, self.token_size)
         visible_N1zyx = crops.is_visible.reshape(-1, 1, *grid).to(crops.voxels.dtype)
@@ -248,7 +248,7 @@ def _enlarged(mask_N1zyx: Tensor, size: Size) -> Tensor:
 class ProjectionHead(nn.Module):
     """Scores of the prototypes, D -> O: an MLP, a normalised vector, and directions to compare it.
 
-    Tokens and whole volumes share the MLP and have directions of their own.
+    Tokens and whole volumes share the MLP and have their own directions.
     """
 
     def __init__(self, settings: AlicePlan):

@@ -43,9 +43,9 @@ class AlicePlan(ObjectivePlan):
         reconstruction_weight: weight of the squared error of the voxels.
         all_voxels: whether visible voxels count in the squared error too, as in the released code.
         casa: "figure": the attention of the paper's figure, where the teacher's tokens come from
-            its encoder and the teacher's side has weights of its own. "released": that of the
-            released code, where one block serves both sides, tokens are the scores of the
-            prototypes, and the teacher's come from its decoder.
+            its encoder and the teacher's side has its own weights. "released": that of the released
+            code, where one block serves both sides, tokens are the scores of the prototypes, and
+            the teacher's come from its decoder.
         width: features of a token in the attention.
         hidden: hidden features of the projection heads.
         num_prototypes: outputs of the projection heads.

@@ -58,7 +58,7 @@ def supervised_tokens(
     """
     if from_start:
         return valid_BT & (order_index_BT >= prefix_B[:, None])
-    # A sample of padding alone gets a number that no block reaches: nothing of it is predicted.
+    # A sample of padding only gets a number that no block reaches: nothing of it is predicted.
     first_B = torch.where(valid_BT, order_index_BT, order_index_BT.max() + 1).min(dim=1).values
     return valid_BT & (order_index_BT >= prefix_B[:, None]) & (order_index_BT > first_B[:, None])
 
@@ -99,7 +99,7 @@ class AutoregressiveModel(nn.Module):
         if sequence.predictor == "next":
             self.head = NextHead(self.encoder.width, outputs, settings.head)
         else:
-            # The decoder is told where to predict, so that blocks may come in any order.
+            # The decoder is given the positions to predict, so that blocks may come in any order.
             num_positions = volume(grid_of(sequence.crop_size_vox, token))
             heads, depth = self.encoder.num_heads, settings.query_depth
             together = self.block_num_tokens if settings.query_attention else 1
@@ -115,7 +115,7 @@ class AutoregressiveModel(nn.Module):
                 settings.head,
             )
 
-        # One image needs no embedding that tells images apart.
+        # With one image, no embedding is needed that distinguishes images.
         self.member = (
             MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
         )
@@ -123,7 +123,7 @@ class AutoregressiveModel(nn.Module):
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
         """Predictions (B, T, P), entry t for token t.
 
-        With ``next``, the first block is predicted from START alone. Without START its entries are
+        With ``next``, the first block is predicted only from START. Without START its entries are
         0.
         """
         member_BTV = (
@@ -326,8 +326,8 @@ class Autoregressive(Objective):
         return given & asked.valid_mask
 
     def describe(self, batch: Batch) -> TokenFeatures:
-        """Features as fine-tuning gets them: every real token may attend to every other, and no
-        member is told from another.
+        """Return features as fine-tuning gets them: all valid tokens attend to each other, and
+        members are not distinguished.
         """
         voxels_BTP = to_tokens(batch.voxels, self.token_size)
         valid_BT = to_tokens(batch.valid_mask[:, :, None], self.token_size).any(dim=-1)
@@ -337,7 +337,7 @@ class Autoregressive(Objective):
         rule = self.model.rule(one_block_BT, torch.ones_like(batch.prefix), valid_BT)
         features_BTV = self.model.encoder.describe(batch.voxels, rule, batch.positions)
 
-        # Without positions of their own, tokens are numbered in raster order.
+        # Without given positions, tokens are numbered in raster order.
         in_order = torch.arange(
             batch.order_index.shape[1], device=batch.order_index.device
         ).expand_as(batch.order_index)

@@ -104,7 +104,7 @@ class Reconstruction:
             truth.
         given: bool, what the model was shown from the start.
         loss_mask: bool, what it was asked for.
-        valid_mask: bool, False where there is padding.
+        valid_mask: bool, False in padding.
     """
 
     truth: Tensor
@@ -136,7 +136,7 @@ class Objective:
     """A pretraining task: how samples are drawn, what is computed on them, what transfers.
 
     Methods that raise NotImplementedError have to be defined. The others have a default that suits
-    objectives without state of their own.
+    objectives without their own state.
 
     Attributes:
         plan: plan of the run.
@@ -232,7 +232,7 @@ class Objective:
         """
 
     def extra_state(self) -> dict[str, Any]:
-        """Return the state beside the module that training goes on from."""
+        """Return the state beside the module that training continues from."""
         return dict(self.extra.state_dict())
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -244,7 +244,7 @@ class Objective:
         self.extra.load_state_dict(dict(state))
 
     def health(self, statistics: Mapping[str, Tensor]) -> dict[str, tuple[float, str]]:
-        """Return what else tells whether training is healthy: name -> (value, unit).
+        """Return further values that show whether training is healthy: name -> (value, unit).
 
         Args:
             statistics: statistics of the loss, added up over all validation samples.

@@ -8,7 +8,7 @@ A crop is cut into slabs along z. Every slab, and every 2D image, is encoded by 
 - "hidden": the attention predicts the embeddings of hidden slabs from those of the others.
 
 Clusters are prototypes that are learnt. The targets are balanced over a bank of embeddings, so that
-all clusters stay equally large (``clusters``). In the first part of a run, slabs and images alone
+all clusters stay equally large (``clusters``). In the first part of a run, only slabs and images
 are clustered.
 
 Shape suffixes: as in ``joint_networks``; M = 2 views, N = B * M * R slabs, K clusters, S slabs of a
@@ -155,7 +155,7 @@ class Joint(Objective):
         self.volume_share = 1.0
 
     def begin(self) -> None:
-        """Have slabs and images alone be clustered at first."""
+        """Cluster only slabs and images at first."""
         self._set_volume_share(volume_share(0.0, self.settings.slabs_first))
 
     def _set_volume_share(self, share: float) -> None:
@@ -351,7 +351,7 @@ class Joint(Objective):
 
     @torch.no_grad()
     def after_step(self, step: int, processes: Processes, statistics: Mapping[str, Tensor]) -> None:
-        """Write the step's embeddings into the banks, and balance the clusters anew."""
+        """Write the step's embeddings into the banks, and rebalance the clusters."""
         # Every process writes the same rows, so that the banks stay equal.
         rows = {name: processes.add(value.clone()) for name, value in statistics.items()}
         state, settings = self.state, self.settings
@@ -524,7 +524,7 @@ class Joint(Objective):
 
         masks = batch.valid_mask.flatten(0, 1)[:, None, None]
         valid_NT = to_tokens(masks, self.token_size).any(dim=2)
-        # A view of padding alone still needs a key to attend to.
+        # A view of padding only still needs a key to attend to.
         attended_NT = valid_NT | ~valid_NT.any(dim=1, keepdim=True)
         features_NTV = self.trained.backbone(batch.voxels.flatten(0, 1), attended_NT, positions_NT)
         return TokenFeatures(

@@ -136,7 +136,7 @@ class SlabAttention(nn.Module):
         """Return what every slab gathers from the others, (B, R, D).
 
         Args:
-            valid_BR: False where a slab holds padding only; such slabs are no keys.
+            valid_BR: False where a slab holds padding only; such slabs are not keys.
         """
         # Padding is 0 before it is projected, so that its neighbours gather nothing of it.
         slabs_BRD = slabs_BRD * valid_BR[:, :, None].to(slabs_BRD.dtype)
@@ -162,9 +162,9 @@ class SlabAttention(nn.Module):
 
             scale = 1 / math.sqrt(query_BHRE.shape[-1])
             scores_BHRJ = query_BHRE.float() @ key_BHJE.transpose(2, 3) * scale
-            # The order of slabs is known by distances alone.
+            # The order of slabs is known only by distances.
             scores_BHRJ = scores_BHRJ + self.bias(place_BHJ, slabs_BRD.shape[1])
-            # A key between a slab and padding counts as far as it is no padding.
+            # A key between a slab and padding counts as far as it is not padding.
             scores_BHRJ = scores_BHRJ + valid_BHJ1.squeeze(3).clamp(min=1e-6).log()[:, :, None]
             gathered_BHRE = scores_BHRJ.softmax(dim=-1) @ value_BHJE
 

@@ -30,7 +30,7 @@ MOST_BANK_CASES = 2**16
 BANK_SLABS = 4
 """Slabs of one case that the bank holds."""
 IMAGE_WEIGHT = 0.5
-"""Steps on 2D images for each step on volumes, where there are images."""
+"""Steps on 2D images for each step on volumes, if there are images."""
 
 REASON = "what joint clustering is (--objective joint)"
 
@@ -41,7 +41,7 @@ class JointPlan(ViewPlan):
 
     Attributes:
         name: "joint".
-        corruption: stays 0, because each view has intensities of its own (``intensity_share``).
+        corruption: stays 0, because each view has its own intensities (``intensity_share``).
         slab_vox: slices of a slab, a multiple of the token's depth. A 2D image is repeated to as
             many slices.
         slab_step_vox: slices from the start of one slab to that of the next.
@@ -57,11 +57,11 @@ class JointPlan(ViewPlan):
         max_offset: how far, in slabs, a key may move from its place.
         hidden_share: share of a volume's slabs that are hidden.
         num_slab_clusters, num_volume_clusters: prototypes of slabs (with images) and of volumes.
-        bank_cases: cases whose newest embeddings the bank holds. Where there are more cases,
-            several share a place.
+        bank_cases: cases whose newest embeddings the bank holds. If there are more cases, several
+            share a place.
         temperature: softmax temperature of the scores that are learnt.
         sharpness: softmax temperature of the targets, before they are balanced.
-        slabs_first: share of the run in which slabs and images alone are clustered. Over another
+        slabs_first: share of the run in which only slabs and images are clustered. Over another
             part of this length the other two losses come in.
     """
 
@@ -170,7 +170,7 @@ def clusters_for(num_rows: int) -> int:
 
 
 NOTES = {
-    "slabs": "Cross-entropy of the cluster of a slab in one view and what is said of it in the "
+    "slabs": "Cross-entropy of the cluster of a slab in one view and its prediction from the "
     "other.",
     "volumes": "The same of whole volumes.",
     "hidden": "How well the representations of hidden slabs are predicted from the visible ones.",
@@ -235,7 +235,7 @@ def check_joint(plan: Plan) -> None:
         )
     if settings.corruption > 0:
         raise PlanError(
-            f"objective.corruption={settings.corruption}: views have intensities of their own; use "
+            f"objective.corruption={settings.corruption}: views have their own intensities; use "
             "objective.intensity_share instead",
             code="plan-ill-posed",
         )

@@ -3,8 +3,8 @@ ones.
 
 The given blocks of a random order are the visible ones. Only they enter the encoder: their voxels
 are cut out before anything is computed, so that hidden voxels can reach nothing and cost nothing. A
-decoder that is told where the hidden tokens lie then predicts them from the visible ones. Targets,
-head, padding, pictures and what transfers are those of ``objectives.autoregressive``.
+decoder that is given the positions of the hidden tokens then predicts them from the visible ones.
+Targets, head, padding, pictures and what transfers are those of ``objectives.autoregressive``.
 
 Shape suffixes: as there, and S visible tokens, Q hidden tokens.
 
@@ -28,7 +28,7 @@ from nnunet_autoreg.sampling.sample import Batch
 
 
 class MaskedModel(AutoregressiveModel):
-    """The same modules as of autoregression; the encoder reads the visible blocks alone."""
+    """The same modules as of autoregression; the encoder reads only the visible blocks."""
 
     def __init__(self, plan: Plan, num_channels: int = 1):
         super().__init__(plan, num_channels)
@@ -54,7 +54,7 @@ class MaskedModel(AutoregressiveModel):
         starts_BS = with_starts(visible_BS, batch.prefix, valid_BS, self.encoder.num_starts)[2]
 
         # The voxels of the visible blocks in their order, (B, K, C, z, y, x). Every visible block
-        # is a small crop of its own: one member of the sequence.
+        # is a small separate crop: one member of the sequence.
         B, M, C, Z, Y, X = batch.voxels.shape
         grid = grid_of((Z, Y, X), self.token_size)
         rank_BKJ = to_blocks(batch.order_index.reshape(B * M, 1, *grid), self.block_grid).reshape(

@@ -173,7 +173,7 @@ def check_settings(plan: Plan) -> None:
             code="plan-cnn-target",
         )
 
-    # Only some networks predict segments, and one segment alone teaches nothing.
+    # Only some networks predict segments, and a single segment teaches nothing.
     num_segments = settings.num_segments
     if num_segments and plan.sequence.predictor != "network":
         raise PlanError(

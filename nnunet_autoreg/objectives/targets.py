@@ -30,11 +30,11 @@ def num_outputs(settings: PredictionPlan, token_voxels: int) -> int:
 
 
 def target_of(settings: PredictionPlan, voxels_BTP: Tensor, real_BTP: Tensor) -> Tensor:
-    """Return what a head has to predict of each token, (B, T, O); 0 where there is padding.
+    """Return what a head has to predict of each token, (B, T, O); 0 in padding.
 
     Args:
         voxels_BTP: in the intensities that nnU-Net's normalisation gives.
-        real_BTP: bool, False where there is padding.
+        real_BTP: bool, False in padding.
     """
     if settings.target == "voxels":
         return voxels_BTP.float() * real_BTP.float()
@@ -115,9 +115,9 @@ def smoothed(voxels_BTP: Tensor, real_BTP: Tensor, token_size: Size, sigma_vox: 
     """Every token under a Gaussian low-pass that ends at its border and at padding: a weighted mean
     over its own real voxels.
 
-    Inside the token alone, so that its target depends on nothing else: neighbours would bring
-    voxels of other blocks, and in strided sequences of other slices. A constant token stays as it
-    is. Padding becomes 0; sigma 0 changes nothing.
+    Only inside the token, so that its target depends on nothing else: neighbours would bring voxels
+    of other blocks, and in strided sequences of other slices. A constant token stays as it is.
+    Padding becomes 0; sigma 0 changes nothing.
 
     Args:
         token_size: voxels (z, y, x); P is a multiple of their number.

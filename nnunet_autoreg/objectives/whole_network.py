@@ -73,7 +73,7 @@ class Targets:
         values: the intensities, normalised per token if the plan says so.
         mean, deviation: what turns ``values`` back into intensities, (B, T, 1).
         known: bool, voxels that the network is shown. Padding counts as known.
-        valid_mask: bool, False where there is padding.
+        valid_mask: bool, False in padding.
         eligible: bool, voxels that carry loss wherever they are unknown.
         loss_mask: bool, voxels that carry loss.
     """

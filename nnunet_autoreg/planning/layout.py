@@ -66,7 +66,7 @@ def plan_crop(
 def with_variety(crop: Size, side: Size, median_shape_vox: Sequence[float]) -> Size:
     """Return a crop that leaves a part of the scan out.
 
-    Otherwise ``crop`` would hold all of it, and crops would differ by flips alone.
+    Otherwise ``crop`` would hold all of it, and crops would differ only by flips.
 
     A crop holds the whole scan if it covers more than 0.8 of every axis. It is then shortened block
     by block, always along the axis that it covers most, to 0.5 - 0.8 of the scan. An axis keeps its

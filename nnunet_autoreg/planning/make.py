@@ -166,7 +166,7 @@ def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
         groups.append(SpacingGroup(group.modality, group.native_mm, group.spacing_mm))
         text = f"{group.num_scans} {group.modality} to {times(group.spacing_mm)} mm"
         text += f" ({group.reason})"
-        # All crops have one size in voxels, whatever the spacing.
+        # All crops have one size in voxels, regardless of the spacing.
         real = real_share(crop, group.median_shape_vox)
         if real < MOSTLY_PADDING:
             text += (

@@ -1,10 +1,10 @@
-"""What a run starts from, goes on from, and leaves.
+"""What a run starts from, continues from, and leaves.
 
 File 11 of 11 in reading order.
 
 It starts from the weights that ``--init`` names, if any: those of a finished run, or of another
 project. The latter are imported into the run's own folder first, like ``autoreg_weights import``
-does. It goes on from a checkpoint, and leaves the encoder with the card that describes it.
+does. It continues from a checkpoint, and leaves the encoder with the card that describes it.
 
 Some things need no state: the learning rate is a function of the step, samples are functions of
 (seed, step, number), and bf16 needs no loss scaler.
@@ -156,7 +156,7 @@ def load_initial_weights(network: nn.Module, plan: Plan, folder: Path) -> None:
 
 @dataclass
 class Progress:
-    """Where training stands.
+    """The progress of a training.
 
     Attributes:
         step: steps done.
@@ -179,7 +179,7 @@ def snapshot(
     progress: Progress,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Return everything that training goes on from, with full tensors even if they are sharded.
+    """Return everything that training continues from, with full tensors even if they are sharded.
 
     All processes have to call this. What the others get lacks the tensors that are sharded.
     """
@@ -192,7 +192,7 @@ def snapshot(
         "best_error": progress.best_error,
         "rollbacks": progress.rollbacks,
         "collapsed": progress.collapsed,
-        # Every process draws from generators of its own.
+        # Every process has its own generators.
         "generators": world.gather(generator_states()),
     }
 
@@ -230,7 +230,7 @@ def restore(
     guard: LossSpikeGuard,
     world: World = ALONE,
 ) -> Progress:
-    """Restore a snapshot in all processes at once; return where training stands.
+    """Restore a snapshot in all processes at once; return the progress of the training.
 
     A process that did not exist when the snapshot was made keeps its fresh generators.
 
@@ -259,7 +259,7 @@ def restore_weights(
     optimizer: torch.optim.Optimizer,
     world: World = ALONE,
 ) -> None:
-    """Restore weights, the objective's extra state and the optimizer alone, as a roll-back does.
+    """Restore only weights, the objective's extra state and the optimizer, for a roll-back.
 
     Where they are sharded, each process takes its own part.
     """

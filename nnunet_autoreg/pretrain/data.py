@@ -2,7 +2,7 @@
 
 File 9 of 11 in reading order.
 
-Which samples step n sees depends on the seed and n alone, so that resuming needs no loader state.
+Which samples step n sees depends only on the seed and n, so that resuming needs no loader state.
 All rates are timed on the host's clock. Nothing waits for the device.
 """
 
@@ -95,8 +95,8 @@ def training_batches(
         AutoregError: a case cannot be read.
     """
     others = set(multiprocessing.active_children())
-    # The loader draws a seed for its workers. A generator of its own keeps it from moving the
-    # global one, which training may draw from and which is restored on resuming.
+    # The loader draws a seed for its workers. A separate generator keeps it from moving the global
+    # one, which training may draw from and which is restored on resuming.
     loader = iter(
         DataLoader(
             batches,
@@ -158,7 +158,7 @@ def dead_workers_in_one_line() -> Iterator[None]:
         first_line = str(error).splitlines()[0]
         raise AutoregError(
             f"a process that loads data died ({first_line}), most likely for lack of memory; free "
-            "some and type the same line again: training goes on from its last checkpoint",
+            "some and type the same line again: training continues from its last checkpoint",
             code="loader-died",
         ) from error
 

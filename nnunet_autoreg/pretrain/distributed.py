@@ -28,7 +28,7 @@ from nnunet_autoreg.model.trunk import hooked
 T = TypeVar("T")
 
 CONTROL_TIMEOUT = timedelta(hours=2)
-"""How long processes wait for the main one, which alone validates and writes.
+"""How long processes wait for the main one, which validates and writes.
 
 A process that died is noticed at once.
 """
@@ -84,7 +84,7 @@ class World:
     """This process among those that train together. If it is alone, every method does nothing.
 
     Attributes:
-        rank: 0 is the main process, which alone writes.
+        rank: 0 is the main process, the only one that writes.
         control: the group for what the machines exchange. It runs on gloo, so that no device waits
             for it.
     """
@@ -301,7 +301,7 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 def gradient_sync(module: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
     """Return the context of forward and backward of one part of a batch.
 
-    Gradients are exchanged between the processes in the last part alone.
+    Gradients are exchanged between the processes only in the last part.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return nullcontext() if is_last else module.no_sync()

@@ -177,7 +177,7 @@ def memory_errors_in_one_line() -> Iterator[None]:
         what = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the memory"
         raise AutoregError(
             f"{reason}. Something else may be using {what}: free it and type the same line again; "
-            "training goes on from its last checkpoint",
+            "training continues from its last checkpoint",
             code="out-of-memory",
         ) from error
 
@@ -345,7 +345,7 @@ def _find_disagreement(
         refuse_interruption(error)
         why = f"{type(error).__name__}: {first_line(error)}"
         log.warning(
-            "attention could not be checked on this device (%s): training goes on unchecked", why
+            "attention could not be checked on this device (%s): training continues unchecked", why
         )
         return None
 
@@ -475,7 +475,7 @@ def smaller(plan: Plan) -> tuple[Plan, str]:
 def smaller_crop(plan: Plan) -> Plan | None:
     """Return the plan with a crop of at most three quarters of the voxels; None if there is none.
 
-    The crop keeps about its proportions: to cut the longest axis alone would show the network
+    The crop keeps about its proportions: cutting only the longest axis would show the network
     another part of the anatomy than the crop that suited the scans.
     """
     s = plan.sequence

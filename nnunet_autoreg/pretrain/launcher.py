@@ -64,12 +64,12 @@ LOOK_EVERY_S, WAIT_EVERY_S = 0.1, 1.0
 LOST_PEER_GRACE_S = 5.0
 """How long a process that has lost another one waits to learn why, or to be ended."""
 
-AGAIN = "the last checkpoint is kept: type the same line again to go on"
+AGAIN = "the last checkpoint is kept: type the same line again to continue"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among all. Rank 0 is the main process, which alone reads inputs and writes.
+    """This process among all. Only rank 0, the main process, reads inputs and writes.
 
     Attributes:
         local_rank, local_size: among the processes of this machine.
@@ -134,7 +134,7 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
     """Run a command in ``size`` processes of this machine, and return its exit code.
 
     This process only waits for them. If one fails, torch ends the others by SIGTERM, and after 30 s
-    by SIGKILL. A stop is passed on to process 0, which decides for all. The single line that tells
+    by SIGKILL. A stop is passed on to process 0, which decides for all. The single line that says
     the user why everything ended is printed here, wherever it happened.
 
     Args:

@@ -1,8 +1,8 @@
 """One pretraining from the request to the encoder: index, plan, preprocess, train, export.
 
-File 1 of 11 in reading order. It tells the whole story, and the other files follow it step by
-step. Every step may be interrupted and repeated, because what a step has finished is written to
-the run's folder or to the store of preprocessed cases.
+File 1 of 11 in reading order. It shows the whole process. The other files follow its steps. Every
+step may be interrupted and repeated, because what a step has finished is written to the run's
+folder or to the store of preprocessed cases.
 """
 
 import logging

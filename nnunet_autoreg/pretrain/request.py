@@ -531,7 +531,7 @@ def is_planned_anew(folder: Path, request: Request) -> bool:
 def _changed_settings(folder: Path, plan: Plan, request: Request) -> list[str]:
     """Return how a request differs from the one that the plan was made for.
 
-    A larger number of steps is no difference.
+    A larger number of steps is not a difference.
     """
     before = from_jsonable(Request, plan.request, f"{folder / PLAN_NAME}: request")
     # The same datasets may be given by name or by number.
@@ -604,7 +604,7 @@ def is_finished(folder: Path, plan: Plan) -> bool:
 def logged_to(folder: Path, name: str = "training_log") -> Iterator[None]:
     """Write everything that is logged inside to ``<name>_*.txt`` in the folder as well."""
     path = folder / f"{name}_{datetime.now():%Y_%m_%d_%H_%M_%S}.txt"
-    # A call that logs nothing leaves no file. Names of files may be no text.
+    # A call that logs nothing leaves no file. Names of files may not be valid text.
     handler = logging.FileHandler(path, encoding="utf-8", delay=True, errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 

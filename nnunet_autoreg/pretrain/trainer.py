@@ -2,8 +2,8 @@
 
 File 7 of 11 in reading order.
 
-It knows objectives by their interface only. At the end of the file stands what a process needs to
-build a trainer.
+It knows objectives by their interface only. The end of the file has what a process needs to build a
+trainer.
 """
 
 import logging
@@ -271,9 +271,9 @@ class Trainer:
         """
         if self.world.is_main and folder_identity(self.folder) != self.identity:
             raise AutoregError(
-                f"{self.folder} was removed, renamed or replaced while it was trained in, so that "
-                "nothing can be saved; training stops here. Put the folder back to go on from its "
-                "last checkpoint, or type the same line again to start over",
+                f"{self.folder} was removed, renamed or replaced during training, so nothing can "
+                "be saved; training stops here. Put the folder back to continue from its last "
+                "checkpoint, or type the same line again to start over",
                 code="training-folder-gone",
             )
 
@@ -377,8 +377,8 @@ class Trainer:
     def _roll_back(self, step: int, metrics: MetricsFile) -> None:
         """Restore weights and optimizer of the last regular checkpoint.
 
-        Step and data go on, so that other data follow. Only regular checkpoints are used, because
-        an interruption must not change where a run goes back to.
+        Step and data continue, so that other data follow. Only regular checkpoints are used,
+        because an interruption must not change where a run goes back to.
 
         Raises:
             AutoregError: there is no such checkpoint, or the run went back too often.
@@ -409,7 +409,7 @@ class Trainer:
         self.progress.rollbacks += 1
         log.warning(
             "the last %d steps until step %d were all bad. Rolled back to the checkpoint of step "
-            "%s; training goes on with other data (roll-back %d of at most %d). If this repeats, "
+            "%s; training continues with other data (roll-back %d of at most %d). If this repeats, "
             "%s",
             num_bad,
             step + 1,
@@ -525,7 +525,7 @@ class Trainer:
             checkpoint.save_checkpoint(self.folder / name, content, previous)
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one.
+        """Continue from the newest checkpoint, if there is one.
 
         Raises:
             CheckpointError: it belongs to another plan.
@@ -568,7 +568,8 @@ def is_finite(module: torch.nn.Module) -> bool:
 def validation_batch_size(plan: Plan) -> int:
     """Return a power of two.
 
-    The same samples are then used for validation, whatever the memory and the number of processes.
+    The same samples are then used for validation, regardless of the memory and the number of
+    processes.
     """
     micro_batch_size = plan.optim.micro_batch_size or plan.optim.batch_size
     size = min(micro_batch_size, plan.optim.batch_size, NUM_VALIDATION_SAMPLES)

@@ -202,7 +202,7 @@ class TrainingStep:
                 raise
             path.is_given_up = True
             log.warning(
-                "a layer could not be compiled (%s): training goes on uncompiled, slower",
+                "a layer could not be compiled (%s): training continues uncompiled, slower",
                 first_line(error),
             )
 
@@ -452,7 +452,7 @@ def measure_throughput(
     except (RuntimeError, NotImplementedError) as error:
         log.warning("the share of the device's peak was not measured (%s)", first_line(error))
         return Throughput(device, num_tokens)
-    # The matrices of the measurement are no part of the training.
+    # The matrices of the measurement are not part of the training.
     torch.cuda.reset_peak_memory_stats(device)
     return Throughput(device, num_tokens, flops, peak)
 
@@ -461,7 +461,7 @@ def step_flops(objective: Objective, batch: Batch) -> float:
     """Return multiplications and additions of forward and backward on a batch.
 
     Attention is counted dense. No parameter is stepped and no random number is drawn, and gradients
-    are cleared afterwards, so that training goes on as if this had not been.
+    are cleared afterwards, so that training continues as if this had not been.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -498,7 +498,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def postfix(error: float, values: dict[str, tuple[float, str]]) -> str:
-    """Return what stands behind the progress bar, which shows the step and the time left itself."""
+    """Return the text behind the progress bar, which shows the step and the time left itself."""
     tokens_per_second, _ = values["tokens_per_second"]
     memory_gib, _ = values["peak_memory"]
     parts = [f"error {error:.3f}", f"{amount(tokens_per_second)} tokens/s"]

@@ -36,9 +36,9 @@ class Health:
             name.
         token_variance, effective_rank: as the functions of these names return them; None where
             there are no features.
-        probe: balanced accuracy of telling labels from "features" and from raw "voxels", and of
+        probe: balanced accuracy of predicting labels from "features" and from raw "voxels", and of
             "chance"; None without labels.
-        kinds: "error" by kind of sequences; empty where there is one kind.
+        kinds: "error" by kind of sequences; empty if there is one kind.
         parts: the means of the terms of the loss; empty where it is one term.
         figure: what the error is, and its texts.
         own: what the objective itself says about its health, name -> (value, unit).
@@ -344,7 +344,7 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
         )
     if health.probe is not None and health.probe["features"] <= health.probe["voxels"]:
         warnings.append(
-            "the features tell labels apart no better than raw voxels do "
+            "the features predict labels no better than raw voxels "
             f"({health.probe['features']:.3f} against {health.probe['voxels']:.3f} balanced "
             "accuracy): train longer"
         )
@@ -369,9 +369,9 @@ def verdict_of(
 ) -> Verdict:
     """Return whether a finished run has learnt something, with the figures.
 
-    A run has not learnt if its error is not below that of every trivial prediction. If it is, but
-    a classifier on the features is no better than one on raw voxels, the outcome is unknown. Where
-    the objective has no trivial prediction and ranks by the probe, the probe alone decides.
+    A run has not learnt if its error is not below that of every trivial prediction. If it is, but a
+    classifier on the features is no better than one on raw voxels, the outcome is unknown. Where
+    the objective has no trivial prediction and ranks by the probe, only the probe decides.
 
     Args:
         health: after the last step; None without validation scans.

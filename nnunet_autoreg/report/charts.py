@@ -88,7 +88,7 @@ class Chart:
     num_steps: int = 0
 
 
-# Metrics that have a chart of their own, in the order of the page.
+# Metrics that have their own chart, in the order of the page.
 LEARNING_CHARTS = {
     "lr": Chart("Learning rate", ""),
     "gradient_norm": Chart("Gradient norm", "before clipping", is_logarithmic=True),
@@ -191,7 +191,7 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
     does_copy = references.get("copy", "copying the previous block")
 
     curves = _curves(ERROR_CURVES, series)
-    # Trivial predictors that this objective alone has.
+    # Trivial predictors that only this objective has.
     own = {name: what for name, what in references.items() if name not in ("mean", "copy")}
     curves += _curves({f"heldout_{name}": (name, "base2", True) for name in own}, series)
     copy = next((curve for curve in curves if curve.label == "copy"), None)
@@ -224,7 +224,7 @@ def health_charts(
 
     Args:
         plan: sets the length of the step axis, and below which values features are collapsed.
-        units: units of the metrics that an objective alone measures.
+        units: units of the metrics that only an objective measures.
     """
     probe = Chart(
         "Frozen probe on labels",
@@ -323,7 +323,7 @@ def draw(axis: Any, chart: Chart) -> int:
     """Draw the chart's curves, grid and legend into a matplotlib axis.
 
     Returns:
-        the rows of the legend, which stands directly above the curves.
+        the rows of the legend, which is directly above the curves.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -375,7 +375,7 @@ def draw(axis: Any, chart: Chart) -> int:
     axis.grid(axis="y", color=palette.GRID, clip_on=False)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labelcolor=palette.SOFT, labelsize=FONT_SIZE)
-    # The first numbers of both axes stand at one corner.
+    # The first numbers of both axes are at one corner.
     axis.tick_params(axis="x", pad=8)
     # Above the axis and its highest number, where no curve can lie behind it. Four names with their
     # values need two rows.

@@ -279,7 +279,7 @@ def _draw_groups(axis: Any, fingerprint: Fingerprint) -> None:
 def _make_logarithmic(
     axis: Any, x_limits: tuple[float, float], y_limits: tuple[float, float]
 ) -> None:
-    """Give both axes a logarithmic scale with plain numbers, and a grid; a legend stands below."""
+    """Give both axes a logarithmic scale with plain numbers, a grid, and a legend below."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.set_xscale("log")

@@ -1,9 +1,9 @@
 """The colours, dashes and markers of every picture.
 
-The colours are those of Okabe and Ito (2008), which most people tell apart whatever their colour
-vision. Colour is never the only difference: whatever has a colour of its own also has a dash, a
-marker or a word of its own. Two pairs are close for people who cannot see green (orange and
-yellow, orange and vermillion), and no picture relies on one of them.
+The colours are those of Okabe and Ito (2008), which most people tell apart regardless of their
+colour vision. Colour is never the only difference: everything with its own colour also has its
+own dash, marker or word. Two pairs are close for people who cannot see green (orange and yellow,
+orange and vermillion), and no picture relies on one of them.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ SERIES = (
     Style(SKY_BLUE, (0, (3, 1, 1, 1)), "X"),
     Style(YELLOW, (0, (8, 2)), "*"),
 )
-"""Things without a meaning of their own, such as modalities, in the order in which they come."""
+"""Things without a fixed meaning, such as modalities, in the order in which they come."""
 
 CURVES = {
     "main": Style(VERMILLION, "-", "o", 2.4),

@@ -314,7 +314,7 @@ def draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path, 
     num_predicted = int(sample.order_index.max()) + 1 - sample.prefix
     title = TITLES[origin.kind]
     if origin.subject.startswith(ALIKE):
-        # Such a structure has a number alone.
+        # Such a structure has only a number.
         title, source = "Regions that look alike in several patients", ""
     panel.suptitle(
         f"{title}{source}   ({num_given} blocks are seen, {num_predicted} predicted)",

@@ -124,7 +124,7 @@ class Reporter:
             write_text(path, report(self.folder, self.plan, self.setting, *page_parts))
         except Exception as error:
             log.warning(
-                "%s could not be written (%s: %s); training goes on",
+                "%s could not be written (%s: %s); training continues",
                 path,
                 type(error).__name__,
                 error,
@@ -327,7 +327,7 @@ def next_section(plan: Plan, series: Series, setting: RunSetting) -> str:
     # Whoever pretrains on a folder may have no nnU-Net dataset yet.
     number = dataset_number(datasets[0]) if datasets else "ID"
     hint = "" if datasets else " (replace ID by its number)"
-    # nnU-Net trains on a GPU unless it is told otherwise.
+    # nnU-Net trains on a GPU unless an option says otherwise.
     device = "" if setting.device == "cuda" else f" -device {setting.device}"
     lines = [
         f"export autoreg_weights={plan.name}",
@@ -473,7 +473,7 @@ def _plan(plan: Plan) -> str:
 
 
 def command_of(plan: Plan) -> str:
-    """Return the line that started the run. Paths may name patients: each stands as PATH.
+    """Return the line that started the run. Paths may identify patients: each is replaced by PATH.
 
     Options with their default values are left out.
     """

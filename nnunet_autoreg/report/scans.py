@@ -101,8 +101,8 @@ def _examples(rows: Sequence[ScanRow]) -> dict[str, list[str]]:
 def _readable(reason: str, line_of: Mapping[str, int]) -> str:
     """Return a reason in which other scans are referred to by their lines in scans.csv.
 
-    No other word is replaced, even if a folder or a scan is called by it. Indexes of earlier
-    versions hold paths; whatever looks like one is hidden.
+    No other word is replaced, even if a folder or a scan has it as a name. Indexes of earlier
+    versions hold paths; everything that looks like one is hidden.
     """
     for scan, line in line_of.items():
         if scan in reason:

@@ -88,7 +88,7 @@ def _try(opened: list[Sink], what: str, make: Any) -> None:
         opened.append(make())
     except Exception as error:
         log.warning(
-            "%s could not be started (%s); the run goes on without it, metrics.jsonl has every "
+            "%s could not be started (%s); the run continues without it, metrics.jsonl has every "
             "value",
             what,
             _first_line(error),
@@ -127,7 +127,7 @@ class Guarded:
         except Exception as error:
             self.works = False
             log.warning(
-                "%s takes no more metrics (%s); the run goes on without it",
+                "%s takes no more metrics (%s); the run continues without it",
                 self.what,
                 _first_line(error),
             )

@@ -296,7 +296,7 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
 
 
 def plain_panel(plane: Plane) -> str:
-    """Return the image alone as an HTML image, transparent where there is padding."""
+    """Return only the image as an HTML image, transparent in padding."""
     from matplotlib import colormaps
 
     low, high = plane.grey

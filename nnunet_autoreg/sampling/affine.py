@@ -56,7 +56,7 @@ def in_plane_axes(spacing_mm: Sequence[float]) -> tuple[int, ...]:
 def draw_affine(
     plan: Plan, spacing_mm: Sequence[float], generator: np.random.Generator
 ) -> Affine | None:
-    """Draw a rotation and a zoom, each with the plan's probability; None where there is neither.
+    """Draw a rotation and a zoom, each with the plan's probability; None if there is neither.
 
     The rotation is about a random axis, or about the normal of the slices where these are thick.
     The zoom is drawn evenly on a logarithmic scale, so that things become twice as large as often

@@ -123,7 +123,7 @@ def corrupted(
     strength = corruptions.strength[:, :, None, None, None, None, None]  # (B, 3, 1, 1, 1, 1, 1)
     gamma, contrast, noise = strength.unbind(dim=1)
 
-    # Bounds of the known voxels. Where there are none, the deviation is 0 and nothing is changed.
+    # Bounds of the known voxels. If there are none, the deviation is 0 and nothing is changed.
     lowest = torch.where(known, voxels_BMCZYX, math.inf).amin(REDUCED, keepdim=True)
     highest = torch.where(known, voxels_BMCZYX, -math.inf).amax(REDUCED, keepdim=True)
     mean, deviation = _statistics(voxels_BMCZYX, known)
@@ -132,7 +132,7 @@ def corrupted(
     highest = torch.where(changes, highest, 1.0)
 
     # Unknown voxels may lie outside the bounds. They are not used, but a power of a negative number
-    # is no number.
+    # is not a number.
     scaled = ((voxels_BMCZYX - lowest) / (highest - lowest)).clamp(0, 1) ** gamma
     new_mean, new_deviation = _statistics(scaled, known)
     standardised = (scaled - new_mean) / new_deviation.clamp(min=1e-6)
@@ -147,7 +147,7 @@ def corrupted(
 def _statistics(values_BMCZYX: Tensor, known_BMCZYX: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation over the known voxels, each (B, M, C, 1, 1, 1).
 
-    Both are 0 where there are no known voxels.
+    Both are 0 if there are no known voxels.
     """
     count = known_BMCZYX.sum(REDUCED, keepdim=True).clamp(min=1)
     mean = torch.where(known_BMCZYX, values_BMCZYX, 0.0).sum(REDUCED, keepdim=True) / count

@@ -72,7 +72,7 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
     """Refuse a plan that asks for sequences that the training scans cannot give.
 
     Raises:
-        AutoregError: with the way out.
+        AutoregError: the training scans lack what a kind of sequence needs.
     """
     s = plan.sequence
     needed = {

@@ -42,9 +42,9 @@ class AvailableKinds:
 def plan_weights(available: AvailableKinds) -> tuple[dict[str, float], str]:
     """Return the weights of the kinds, and the reason.
 
-    One dataset alone is trained on spatial sequences, as measured. A pool of several adds contrast
+    A single dataset is trained on spatial sequences, as measured. A pool of several adds contrast
     sequences where subjects have several contrasts, and semantic ones where places are known.
-    Places by likeness alone are never taken unasked.
+    Positions by similarity only are never used by default.
     """
     weights = {"spatial": 1.0}
     if available.num_inputs < 2:

@@ -106,7 +106,7 @@ def draw_semantic(
     generator: np.random.Generator,
     affine_generator: np.random.Generator | None = None,
 ) -> MembersDraw:
-    """Draw crops with the structure near their middle, each with a shift of its own.
+    """Draw crops with the structure near their middle, each with its own shift.
 
     Args:
         affine_generator: as in ``spatial.draw``.

@@ -48,7 +48,7 @@ def noise_pool(plan: Plan) -> SamplingPool:
     """Return a sampling pool for every kind of sequence, in scans of twice the crop's extent."""
     depth, height, width = (2 * extent for extent in plan.sequence.crop_size_vox)
     spacing_mm = plan.data.spacing_mm
-    # Noise stands in for stored cases: it has their shape, their spacing and their one method.
+    # Noise replaces stored cases: it has their shape, their spacing and their one method.
     case: Any = NoiseCase((depth, height, width), spacing_mm)
     image: Any = NoiseCase((1, height, width), spacing_mm)
 

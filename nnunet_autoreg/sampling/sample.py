@@ -20,16 +20,16 @@ class Sample:
     """One sequence of M members, which share a grid; tokens go member by member in raster order.
 
     Attributes:
-        voxels: (M, C, Z, Y, X) float32, 0 where there is padding.
-        valid_mask: (M, Z, Y, X) bool, False where there is padding.
+        voxels: (M, C, Z, Y, X) float32, 0 in padding.
+        valid_mask: (M, Z, Y, X) bool, False in padding.
         order_index: (T,) int64, position in the order of every token's block, 0..K-1.
         prefix: number of given blocks.
         positions: (T,) int64, raster index of every token in the plan's grid; None where one member
             fills it in order.
         members: (T,) int64, the member code of every token (``kinds.member_codes``); None where all
             are 0.
-        loss_mask: (M, Z, Y, X) bool, False where a voxel carries no loss although it is no padding;
-            None where all voxels carry loss.
+        loss_mask: (M, Z, Y, X) bool, False where a voxel carries no loss although it is not
+            padding; None where all voxels carry loss.
         flip_transpose: mirroring and transposing that ``voxels`` and ``valid_mask`` still need. All
             other fields describe the sample afterwards.
         sources: per member, what its crop still has to be resampled from, before it is mirrored;
@@ -90,7 +90,7 @@ class Batch:
 
     Attributes:
         flip_transposes: per sample, the mirroring and transposing that ``to`` still has to do; ()
-            where there is none. The host knows it, so that it need not wait for the device.
+            if there is none. The host knows it, so that it need not wait for the device.
         sources: per sample, what ``to`` still has to resample its crops from; () for samples
             without.
         corruption: corruption of the network's input, for ``corruption.corrupted``; ``to`` draws

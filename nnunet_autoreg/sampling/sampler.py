@@ -69,10 +69,10 @@ class SequenceSampler:
     def draw(self, cases: "SamplingPool | Sequence[StoredCase]", purpose: str, *ids: int) -> Sample:
         """Draw one sequence.
 
-        Everything random comes from (run seed, purpose, ids), its kind from the first id alone.
-        Training samples alone are rotated, zoomed and corrupted. Validation samples take fixed
-        prefixes, so that their errors compare from one time to the next and, unless the plan fixes
-        its own, from one plan to the other.
+        Everything random comes from (run seed, purpose, ids), its kind only from the first id. Only
+        training samples are rotated, zoomed and corrupted. Validation samples take fixed prefixes,
+        so that their errors compare from one time to the next and, unless the plan fixes its own,
+        from one plan to the other.
         """
         plan, pool = self.plan, as_pool(cases)
         seed = plan.run.seed
@@ -80,8 +80,8 @@ class SequenceSampler:
         generator = rng.generator(seed, purpose, *ids)
 
         if purpose == TRAINING:
-            # Rotation, zoom and corruption have generators of their own, so that they change
-            # nothing else that is drawn.
+            # Rotation, zoom and corruption have their own generators, so that they change nothing
+            # else that is drawn.
             affine_generator = rng.generator(seed, f"{purpose}: rotation and zoom", *ids)
             sample, _ = self.draw_kind(kind, pool, generator, affine_generator)
             if plan.objective.corruption > 0:

@@ -4,8 +4,8 @@ Both views show the same slices of a scan, each rotated, zoomed, mirrored, shift
 its intensities by its own. All this happens in the plane of the slices, so that slab k of one view
 shows what slab k of the other shows. A 2D image is repeated to the depth of one slab.
 
-All random choices are drawn first. They depend on the seed, the step and the sample alone: a scan
-is seen differently each time, whatever process reads it.
+All random choices are drawn first. They depend only on the seed, the step and the sample: a scan is
+seen differently each time, in every process.
 """
 
 import math
@@ -77,7 +77,7 @@ class ViewsDraw:
     Attributes:
         views: one after the other.
         window: first layer of tokens, in the plan's grid, of the positions that slabs take. It is
-            the same for all slabs of a sample, so that it tells nothing about a slab.
+            the same for all slabs of a sample, so that it says nothing about a slab.
         order: the slabs in random order, (n,); the first ones are hidden from the attention.
     """
 

@@ -60,7 +60,7 @@ class StoredCase:
     It holds no open file, so it can be pickled and used in any process.
 
     What a process reads for the first time is checked against ``seal``. A damaged case is taken out
-    of the store, so that the next run makes it anew.
+    of the store, so that the next run makes it again.
     """
 
     path: Path
@@ -179,12 +179,14 @@ def _damaged(path: Path, what: str) -> StoreError:
     _handles.pop((os.getpid(), path), None)
     _checked.pop(path, None)
 
-    # A case without a record is no case: the next run makes it again.
+    # A case without a record is not a case: the next run makes it again.
     try:
         path.with_suffix(".json").rename(mark_of(path))
-        remedy = "run the same line again to have it made anew"
+        remedy = "run the same line again so that it is made again"
     except FileNotFoundError:
-        remedy = "another process has found that too: run the same line again to have it made anew"
+        remedy = (
+            "another process has found that too: run the same line again so that it is made again"
+        )
     except OSError as error:
         remedy = (
             f"it cannot be taken out of the store ({error.strerror}): delete it and run the same "
@@ -240,7 +242,7 @@ def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
         write_json(path.with_suffix(".json"), written)
         mark_of(path).unlink(missing_ok=True)
     except OSError as error:
-        what = f"{error.strerror}; mend it"
+        what = f"{error.strerror}; solve this"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what = "the disk or your quota is full; finished cases are kept: free space"
         raise StoreError(

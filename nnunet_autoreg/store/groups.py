@@ -4,7 +4,7 @@ resampled as all the others of it.
 Channels of an nnU-Net case lie on one grid already; they are cropped to the box around all of them,
 as nnU-Net does. Images of a session are first resampled onto the member with most voxels, by world
 coordinates, and cropped to what all of them cover. The key of a member holds the content of the
-whole group, so that a group that changes is made anew.
+whole group, so that a group that changes is made again.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def ensure_groups(
     for name, problem in made:
         if problem:
             lost[name] = ScanError(*problem)
-            # A group is called after folders; the id of a scan names nobody.
+            # A group is called after folders; the id of a scan does not identify a person.
             log.warning(
                 "the contrasts of scan %s and others make no sequence (%s): %s",
                 first_scan[name],
@@ -129,7 +129,8 @@ def plan_group(
     reference = sizes.index(max(sizes))
     spacing = as_spacing(spacing_of(group.rows[reference]))
 
-    # A member is made as its scan alone would be, but its key depends on the whole group.
+    # A member is made as its scan would be without the group, but its key depends on the whole
+    # group.
     alone = [plan_task(row, spacing, ct_window) for row in group.rows]
     whole = [[row.content_hash for row in group.rows], reference, group.channels]
     keys = []

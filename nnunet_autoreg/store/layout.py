@@ -1,8 +1,8 @@
 """How a case is cut into blosc2 blocks, the unit of decompression, and chunks, the unit of storage
 and checksum.
 
-The layout follows from the case's shape alone: whoever makes a case, for whatever crop, makes the
-same bytes.
+The layout depends only on the case's shape: whoever makes a case, for any crop, makes the same
+bytes.
 """
 
 import itertools

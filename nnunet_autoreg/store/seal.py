@@ -18,7 +18,7 @@ HEADER_LENGTH, CHUNKS_LENGTH = slice(11, 15), slice(39, 47)
 
 @dataclass(frozen=True)
 class Seal:
-    """What tells a whole file from a torn or altered one.
+    """The checksums by which a torn or altered file is recognised.
 
     Attributes:
         num_bytes: the file's size.

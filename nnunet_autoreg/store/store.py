@@ -197,7 +197,7 @@ class Store:
         )
         are_whole = list(parallel_map(is_whole, paths, num_workers, "checking the store"))
         num_more = are_whole.count(False)
-        log.info("store: %d more are damaged; all are made anew", num_more)
+        log.info("store: %d more are damaged; all are made again", num_more)
         return self._missing(tasks)
 
     def open(self, key: str) -> StoredCase:
@@ -220,7 +220,7 @@ class Store:
         if record is None:
             raise StoreError(
                 f"{self._path(key)} is missing or damaged; run the same line again to have it made "
-                "anew",
+                "again",
                 code="case-missing",
             )
         return record
@@ -238,7 +238,7 @@ class Store:
             free = shutil.disk_usage(self.root).free
         except OSError as error:
             raise StoreError(
-                f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed anew",
+                f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed again",
                 code="store-not-writable",
             ) from error
 
@@ -265,7 +265,7 @@ class Store:
         if needed > free:
             log.warning(
                 "store: the disk may be full before the end; finished cases are kept, and the same "
-                "line goes on later"
+                "command continues later"
             )
 
 

@@ -103,7 +103,7 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_is_continued(home, ba
 
     assert longer.returncode == 0, longer.stderr
     assert (
-        "checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 3"
+        "checkpoint_latest.pth.damaged; continuing from checkpoint_previous.pth, step 3"
         in longer.stderr
     )
     assert "continuing after step 3 of 5" in longer.stderr

@@ -141,7 +141,7 @@ def test_a_flipped_bit_in_a_checkpoint_falls_back_to_the_one_before(place, whole
     told = [line for line in place.output("flipped").splitlines() if "its checksum differs" in line]
     assert len(told) == 1
     assert told[0].endswith(
-        "is now checkpoint_latest.pth.damaged; going on from checkpoint_previous.pth, step 6"
+        "is now checkpoint_latest.pth.damaged; continuing from checkpoint_previous.pth, step 6"
     )
     assert (place.folder("flipped") / "encoder.safetensors").read_bytes() == (
         whole / "encoder.safetensors"

@@ -257,7 +257,7 @@ def test_under_torchrun_a_killed_process_stops_the_run(place, whole):
     assert own == [
         "autoreg_pretrain: one of 2 processes is gone, or cannot be reached any more; torchrun "
         "says which; the last checkpoint "
-        "is kept: type the same line again to go on"
+        "is kept: type the same line again to continue"
     ]
     assert damage_of(place.folder("lost") / LATEST_NAME) == ""
 

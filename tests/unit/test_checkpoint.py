@@ -83,7 +83,7 @@ def test_a_damaged_newest_one_is_set_aside_once_with_one_line(tmp_path, caplog):
     assert len(caplog.messages) == 1
     assert (
         "its checksum differs" in caplog.messages[0]
-        and "going on from checkpoint_previous.pth, step 1" in caplog.messages[0]
+        and "continuing from checkpoint_previous.pth, step 1" in caplog.messages[0]
     )
     assert (tmp_path / f"{LATEST_NAME}.damaged").read_bytes() == flipped
 

@@ -244,7 +244,8 @@ def test_configurations_of_a_cnn_are_checked_with_their_strides() -> None:
 
     assert list(kept) == ["flat"]
     assert any(
-        "'odd'" in line and "axis y is no multiple of the token size 8" in line for line in dropped
+        "'odd'" in line and "axis y is not a multiple of the token size 8" in line
+        for line in dropped
     )
     assert any("'primus'" in line and "network" in line for line in dropped)
 

@@ -49,7 +49,7 @@ def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
     """Return ``plan`` with AR-SSL4M's settings, as far as an encoder has them.
 
     One crop as four overlapping sub-volumes in interleaved order without augmentation, single
-    tokens, predictor ``next``; START predicts the first of them where there is a START token
+    tokens, predictor ``next``; START predicts the first of them if there is a START token
     (``vit_b16``), else at least one block is given. Target with 1e-6 added under the root, AdamW
     1e-4 with decay 0.01 on everything, no warm-up, no clipping, half a cosine, batch 288. Not
     theirs, and the same for every run of ours, are resampling, nnU-Net's normalisation instead of

@@ -27,7 +27,7 @@ def check(plan: Plan) -> None:
 
 
 def build_for_transformer(plan: Plan) -> "Objective":
-    """Return the objective whose encoder reads the visible blocks alone."""
+    """Return the objective whose encoder reads only the visible blocks."""
     from nnunet_autoreg.objectives.masked import Masked
 
     return Masked(plan)
