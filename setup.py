@@ -2,8 +2,8 @@
 ``nnunet_autoreg.planners``.
 
 The wheel also carries the start-up bridge's ``.pth`` line at its root, where ``pip`` installs and
-uninstalls it whole. The description of the package is README.md without its pictures, whose
-relative addresses lead nowhere outside the repository.
+uninstalls it whole. The description of the package is README.md without its pictures and links,
+whose relative addresses lead nowhere outside the repository.
 """
 
 import re
@@ -17,6 +17,8 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 PICTURE = re.compile(r"^!\[[^\]]*\]\([^)]*\)\n\n(?:\*.*?\*\n\n)?", re.MULTILINE | re.DOTALL)
 """A picture, and the caption in italics below it."""
+LINK = re.compile(r"\[([^\]]+)\]\((?!https?://)[^)\s]+\)")
+"""A link to another file of the repository. Its text is kept."""
 BRIDGE = runpy.run_path(str(HERE / "nnunet_autoreg" / "bridge.py"))
 
 
@@ -39,8 +41,10 @@ class BuildWithBridge(build_py):
         return Path(self.build_lib) / BRIDGE["PTH_NAME"]
 
 
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
 setup(
-    long_description=PICTURE.sub("", (HERE / "README.md").read_text(encoding="utf-8")),
+    long_description=LINK.sub(r"\1", PICTURE.sub("", README)),
     long_description_content_type="text/markdown",
     packages=[
         *find_packages(include=["nnunet_autoreg", "nnunet_autoreg.*"]),

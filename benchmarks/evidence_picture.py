@@ -20,7 +20,7 @@ from evidence_table import with_transfer_named
 from measured import REPOSITORY, lines_of
 
 from nnunet_autoreg.benchmark.picture import widen
-from nnunet_autoreg.report.palette import FROM_BASELINE, FROM_PRETRAINED, FROM_RANDOM, GRID
+from nnunet_autoreg.report.palette import FROM_BASELINE, FROM_PRETRAINED, FROM_RANDOM, GRID, SOFT
 
 DATA, ENCODER = "ixi", "resenc_tiny"
 PICTURE = REPOSITORY / "docs" / "explanation" / "evidence.png"
@@ -51,12 +51,10 @@ class Column:
 
 
 COLUMNS = (
-    Column("random", "scratch"),
-    Column("masked:\nencoder,\ndecoder", "masked", ["transfer_decoder=true"]),
-    Column("autoregr.:\nencoder,\ndecoder", "ar", ["transfer_decoder=true"]),
-    Column("masked:\nencoder", "masked", ["transfer_decoder=false"]),
-    Column("autoregr.:\nencoder", "ar", ["transfer_decoder=false"]),
+    Column("random weights", "scratch"),
+    Column("pretrained encoder", "ar", ["transfer_decoder=false"]),
 )
+"""The start without pretraining and the planned one. The page of measurements has tables of all."""
 
 
 def finetunings(lines: Sequence[Line], column: Column) -> dict[tuple[int, Any], float]:
@@ -74,32 +72,41 @@ def finetunings(lines: Sequence[Line], column: Column) -> dict[tuple[int, Any], 
 
 
 def draw_dice(axes: Any, lines: Sequence[Line]) -> None:
-    """Draw one column of points for each start, and a line for each draw."""
+    """Draw one column of points for each start, and a line for each pretrained fine-tuning."""
     scores = [finetunings(lines, column) for column in COLUMNS]
     # Means of different draws cannot be compared, so that only those of all columns are shown.
     draws = sorted(set.intersection(*({draw for draw, _ in runs} for runs in scores)))
 
-    for draw in draws:
-        heights = []
-        for runs in scores:
-            heights.append(np.mean([dice for (number, _), dice in runs.items() if number == draw]))
-        axes.plot(range(len(COLUMNS)), heights, color=GRID, linewidth=1, zorder=1)
+    from_random, from_pretraining = scores
+    twins = {draw: dice for (draw, _), dice in from_random.items()}
+    for (draw, _), dice in from_pretraining.items():
+        if draw in draws:
+            axes.plot((0, 1), (twins[draw], dice), color=SOFT, linewidth=0.8, zorder=1)
 
     for position, (column, runs) in enumerate(zip(COLUMNS, scores, strict=True)):
         values = [dice for (draw, _), dice in runs.items() if draw in draws]
         style = STYLES[column.arm]
         at = [position] * len(values)
         axes.scatter(at, values, color=style.colour, marker=style.marker, s=34, zorder=2)
+
+        # The means stand outside, where no line crosses them.
         mean = float(np.mean(values))
-        axes.hlines(mean, position - 0.25, position + 0.25, color=style.colour, linewidth=3)
-        axes.annotate(f"{mean:.3f}", (position + 0.28, mean), va="center", fontsize=10)
-    axes.set_xticks(range(len(COLUMNS)), [column.label for column in COLUMNS], fontsize=9)
-    axes.set_xlim(-0.5, len(COLUMNS) - 0.2)
-    axes.set_xlabel("what starts from pretraining", fontsize=10)
+        side = -1 if position == 0 else 1
+        ends = sorted((position + 0.06 * side, position + 0.26 * side))
+        axes.hlines(mean, *ends, color=style.colour, linewidth=3)
+        axes.annotate(
+            f"mean {mean:.3f}",
+            (position + 0.3 * side, mean),
+            va="center",
+            ha="right" if position == 0 else "left",
+            fontsize=11,
+        )
+    axes.set_xticks(range(len(COLUMNS)), [column.label for column in COLUMNS], fontsize=11)
+    axes.set_xlim(-0.9, len(COLUMNS) - 0.1)
     axes.set_ylabel("Dice of 12 structures")
     axes.set_title(
-        f"After fine-tuning on 5 labelled patients\n"
-        f"(n = {NUM_SCORED} patients scored, {len(draws)} draws)",
+        f"Fine-tuned on 5 labelled patients\n"
+        f"(n = {NUM_SCORED} patients scored, {len(draws)} choices of the 5)",
         fontsize=11,
     )
 
@@ -138,10 +145,13 @@ def draw_probe(axes: Any, lines: Sequence[Line]) -> None:
     axes.set_xlabel("steps of pretraining (0 = random weights)")
     axes.set_ylabel("Dice of a linear classifier")
     axes.set_title(
-        f"Frozen features of the encoder\n(n = {NUM_SCORED} patients, means over draws)",
+        f"Frozen features of the encoder\n(n = {NUM_SCORED} patients scored)",
         fontsize=11,
     )
-    axes.legend(frameon=False)
+    # At the left, each curve has room above itself.
+    axes.legend(
+        frameon=False, loc="upper left", title="pretraining", alignment="left", handlelength=2.6
+    )
 
 
 def main() -> None:

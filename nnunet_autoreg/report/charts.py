@@ -33,14 +33,16 @@ NUM_MARKED = 12
 FAR_ABOVE = 2.0
 """A baseline this many times above all other curves would flatten them, and is not drawn."""
 
-# Inches. At matplotlib's 72 points an inch this is 460 x 260 units, about the pixels on the page,
-# so that a font size in points is one in pixels.
-CHART_SIZE = (6.39, 3.61)
+# Inches. At matplotlib's 72 points an inch this is 360 x 230 units, about the pixels that a chart
+# has on the page, so that a font size in points is one in pixels.
+CHART_SIZE = (5.0, 3.2)
 # On both sides there is room for half a number of the step axis.
-AXES_BOX = (0.115, 0.16, 0.825, 0.7)
+AXES_BOX = (0.145, 0.18, 0.78, 0.65)
 FONT_SIZE = 12
-LEGEND_LENGTH, ENTRY_LENGTH, LETTER_LENGTH = 440.0, 36.0, 7.0
+LEGEND_LENGTH, ENTRY_LENGTH, LETTER_LENGTH = 340.0, 36.0, 7.0
 """Pixels of a row of the legend, of the line and space of an entry, and of a letter of the page."""
+LEFT_OF_AXES = -0.12
+"""Where legends and titles begin, in widths of the axes: above the numbers of the value axis."""
 DECIMALS = re.compile(r"-?\d+\.\d+")
 
 # The colours of the light page. The style sheet of page.html names them --main, --second, ... and
@@ -92,6 +94,8 @@ class Chart:
 LEARNING_CHARTS = {
     "lr": Chart("Learning rate", ""),
     "gradient_norm": Chart("Gradient norm", "before clipping", is_logarithmic=True),
+}
+COST_CHARTS = {
     "step_time": Chart("Time per step", "s"),
     "tokens_per_second": Chart("Speed", "tokens per second"),
     "data_wait": Chart("Waiting for data", "share of time", highest=1.0),
@@ -154,7 +158,7 @@ def read_units(metrics: Path) -> dict[str, str]:
 
 
 def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
-    """Return the charts of the error, the learning rate, and the speed.
+    """Return the charts of the error, the learning rate and the gradients.
 
     Args:
         plan: sets the length of the step axis.
@@ -172,6 +176,15 @@ def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
         *_single_charts(LEARNING_CHARTS, series, plan),
     ]
     return _drawable(charts, plan)
+
+
+def cost_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
+    """Return the charts of the time of a step, the speed, and the waiting for data.
+
+    Args:
+        plan: sets the length of the step axis.
+    """
+    return _drawable(_single_charts(COST_CHARTS, series, plan), plan)
 
 
 def error_chart(series: Series, plan: Plan | None = None) -> Chart:
@@ -228,10 +241,10 @@ def health_charts(
     """
     probe = Chart(
         "Frozen probe on labels",
-        "balanced accuracy, other patients",
+        "balanced accuracy",
         _curves(PROBE_CURVES, series),
-        "A linear classifier on the frozen features, compared with the same classifier on raw "
-        "voxels.",
+        "A linear classifier on the frozen features, scored on other patients, compared with the "
+        "same classifier on raw voxels.",
         highest=1.0,
     )
     own = _own_charts(series, plan, units or {})
@@ -241,7 +254,14 @@ def health_charts(
 
 def _own_charts(series: Series, plan: Plan | None, units: Mapping[str, str]) -> list[Chart]:
     """Return a chart for every metric that has no other, and one for each term of the loss."""
-    known = {*LEARNING_CHARTS, *HEALTH_CHARTS, *ERROR_CURVES, *PROBE_CURVES, *NOT_DRAWN}
+    known = {
+        *LEARNING_CHARTS,
+        *COST_CHARTS,
+        *HEALTH_CHARTS,
+        *ERROR_CURVES,
+        *PROBE_CURVES,
+        *NOT_DRAWN,
+    }
     notes: Mapping[str, str] = {}
     if plan is not None:
         figure = figure_of_merit(plan)
@@ -255,7 +275,7 @@ def _own_charts(series: Series, plan: Plan | None, units: Mapping[str, str]) -> 
         phase, _, rest = name.partition("_")
         is_term = phase in TERM_CURVES and bool(rest)
         title = (rest if is_term else name).replace("_", " ").capitalize()
-        label, look = TERM_CURVES[phase] if is_term else ("now", "second")
+        label, look = TERM_CURVES[phase] if is_term else ("last", "second")
         earlier = charts.get(title)
         curves = [*(earlier.curves if earlier else ()), Curve(label, series[name], look)]
         unit = "" if units.get(name) == "1" else units.get(name, f"{name} in metrics.jsonl")
@@ -269,7 +289,7 @@ def _single_charts(charts: Mapping[str, Chart], series: Series, plan: Plan | Non
     filled = []
     for name, chart in charts.items():
         points = series.get(name, ())
-        curves = [Curve("now", points, "second")]
+        curves = [Curve("last", points, "second")]
         if points and plan is not None and name in COLLAPSE_LIMITS:
             limit = getattr(plan.run, COLLAPSE_LIMITS[name])
             curves.append(Curve("collapsed below", [(0.0, limit)], "base", is_level=True))
@@ -384,7 +404,7 @@ def draw(axis: Any, chart: Chart) -> int:
     is_short = length <= LEGEND_LENGTH
     legend = axis.legend(
         loc="lower left",
-        bbox_to_anchor=(-0.1, 1.05 if is_short else 1.02),
+        bbox_to_anchor=(LEFT_OF_AXES, 1.05 if is_short else 1.02),
         ncols=4 if is_short else 2,
         frameon=False,
         fontsize=FONT_SIZE,
@@ -521,7 +541,11 @@ def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> Non
     from matplotlib.figure import Figure
 
     series = read_series(metrics)
-    charts = [*learning_charts(series, plan), *health_charts(series, plan, read_units(metrics))]
+    charts = [
+        *learning_charts(series, plan),
+        *health_charts(series, plan, read_units(metrics)),
+        *cost_charts(series, plan),
+    ]
     num_rows = max(1, -(-len(charts) // 2))
     width, height = CHART_SIZE
     figure = Figure(figsize=(2 * width, 1.15 * height * num_rows), layout="constrained")
@@ -531,9 +555,12 @@ def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> Non
         num_legend_rows = draw(axis, chart)
         # The title comes above the legend.
         unit = f" ({chart.unit})" if chart.unit else ""
-        axis.set_title(f"{chart.title}{unit}", loc="left", pad=18 + 14 * num_legend_rows)
-        note = textwrap.fill(chart.note, 78)
+        title_pad = 18 + 14 * num_legend_rows
+        axis.set_title(
+            f"{chart.title}{unit}", loc="left", x=LEFT_OF_AXES, pad=title_pad, fontsize=11
+        )
+        note = textwrap.fill(chart.note, 60)
         axis.set_xlabel(f"step\n{note}" if note else "step", color=palette.SOFT)
 
     with atomic_path(picture) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
+        figure.savefig(temporary, format="png", dpi=100)

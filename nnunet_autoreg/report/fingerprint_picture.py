@@ -10,7 +10,6 @@ from typing import Any
 
 from nnunet_autoreg.corpus.fingerprint import (
     Fingerprint,
-    ModalityPrint,
     row_spacing,
     transposed_geometry,
 )
@@ -53,8 +52,8 @@ def draw_fingerprint(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.7, 12.4), layout="constrained")
-    heights = (4.6, 3.6, 0.9 + 0.32 * min(len(fingerprint.groups), MAX_GROUPS))
+    heights = (4.6, 3.6, 0.7 + 0.32 * min(len(fingerprint.groups), MAX_GROUPS))
+    figure = Figure(figsize=(11.7, 1.3 * sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=heights)
     top, middle, bottom = parts
 
@@ -74,14 +73,15 @@ def draw_fingerprint(
 
     window = "; dashed: the CT window" if fingerprint.ct_window else ""
     middle.suptitle(
-        f"Each line is a scan: thin 0.5 to 99.5 %, thick 5 to 95 %, dot the median{window}",
+        "Each line is a scan. It spans 0.5 to 99.5 % of its intensities, the thick part 5 to 95 %; "
+        f"the dot is the median{window}",
         fontsize=10,
     )
-    shown = list(fingerprint.modalities.items())[:MAX_PANELS]
+    shown = list(fingerprint.modalities)[:MAX_PANELS]
     axes = middle.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (name, numbers) in zip(axes, shown, strict=True):
+    for axis, name in zip(axes, shown, strict=True):
         of_modality = [row for row in rows if row.modality == name]
-        _draw_intensities(axis, name, numbers, of_modality, fingerprint, styles[name].colour)
+        _draw_intensities(axis, name, of_modality, fingerprint, styles[name].colour)
 
     _draw_groups(bottom.subplots(), fingerprint)
 
@@ -200,7 +200,6 @@ def _draw_sizes(axis: Any, rows: Sequence[ScanRow], plan: Plan, styles: dict[str
 def _draw_intensities(
     axis: Any,
     name: str,
-    numbers: ModalityPrint,
     rows: Sequence[ScanRow],
     fingerprint: Fingerprint,
     colour: str,
@@ -232,16 +231,12 @@ def _draw_intensities(
         if is_positive and max(highest_values) > LOGARITHMIC_FROM * min(highest_values):
             axis.set_yscale("log")
 
-    anisotropy = numbers.anisotropy
     axis.set(
         xlabel=f"{len(lines)} of {len(rows)} scans, sorted by their median",
         ylabel="HU" if name == "CT" else "raw values",
         xticks=[],
-        title=f"{name}: intensities inside the body\ncoarsest by finest spacing: median "
-        f"{anisotropy.median[0]:.3g}, 10 to 90 %: {anisotropy.p10[0]:.3g} to "
-        f"{anisotropy.p90[0]:.3g}",
+        title=f"{name}: intensities inside the body",
     )
-    axis.title.set_fontsize(10)
     axis.grid(alpha=0.3, axis="y")
 
 

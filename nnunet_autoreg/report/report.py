@@ -29,6 +29,7 @@ from nnunet_autoreg.report.charts import (
     COLOURS,
     Points,
     Series,
+    cost_charts,
     figure_of,
     health_charts,
     learning_charts,
@@ -400,7 +401,7 @@ def _side_by_side(picture: Picture) -> str:
 
 
 def _cost(plan: Plan, setting: RunSetting, series: Series) -> str:
-    """Return the table of time and memory."""
+    """Return the table of time and memory, and their charts."""
     tokens = volume(grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
     seconds = _typical(series.get("step_time", ()))
     num_left = plan.optim.num_steps - steps_done(series)
@@ -436,7 +437,11 @@ def _cost(plan: Plan, setting: RunSetting, series: Series) -> str:
         remark = "of a large bf16 matrix product; attention counted dense"
         rows.append(("share of the device's peak", f"{100 * share:.0f} %", remark))
 
-    return page.table("Time and memory", ("what", "value", "remark"), rows, ("", "n", "wide"))
+    charts = "\n".join(figure_of(chart) for chart in cost_charts(series, plan))
+    if charts:
+        charts = f'\n<div class="charts">\n{charts}\n</div>'
+    table = page.table("Time and memory", ("what", "value", "remark"), rows, ("", "n", "wide"))
+    return table + charts
 
 
 def _plan(plan: Plan) -> str:

@@ -160,8 +160,9 @@ def test_the_wheel_holds_the_pth_line_both_mapped_folders_and_no_tests(wheel: Pa
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         description = archive.read(metadata).decode()
 
-    # Relative addresses of pictures lead nowhere outside the repository.
+    # Relative addresses of pictures and links lead nowhere outside the repository.
     assert "## Run it" in description and "![" not in description
+    assert "The tutorial shows" in " ".join(description.split()) and "](" not in description
     assert {
         "nnunet_autoreg/trainers/__init__.py",
         "nnunet_autoreg/planners/__init__.py",
