@@ -37,7 +37,7 @@ FAR_ABOVE = 2.0
 # has on the page, so that a font size in points is one in pixels.
 CHART_SIZE = (5.0, 3.2)
 # On both sides there is room for half a number of the step axis.
-AXES_BOX = (0.145, 0.18, 0.78, 0.65)
+AXES_BOX = (0.145, 0.18, 0.78, 0.62)
 FONT_SIZE = 12
 LEGEND_LENGTH, ENTRY_LENGTH, LETTER_LENGTH = 340.0, 36.0, 7.0
 """Pixels of a row of the legend, of the line and space of an entry, and of a letter of the page."""
@@ -240,7 +240,7 @@ def health_charts(
         units: units of the metrics that only an objective measures.
     """
     probe = Chart(
-        "Frozen probe on labels",
+        "Probe on labels",
         "balanced accuracy",
         _curves(PROBE_CURVES, series),
         "A linear classifier on the frozen features, scored on other patients, compared with the "
@@ -404,7 +404,7 @@ def draw(axis: Any, chart: Chart) -> int:
     is_short = length <= LEGEND_LENGTH
     legend = axis.legend(
         loc="lower left",
-        bbox_to_anchor=(LEFT_OF_AXES, 1.05 if is_short else 1.02),
+        bbox_to_anchor=(LEFT_OF_AXES, 1.07 if is_short else 1.06),
         ncols=4 if is_short else 2,
         frameon=False,
         fontsize=FONT_SIZE,

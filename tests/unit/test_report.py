@@ -720,7 +720,7 @@ def test_every_metric_is_drawn_once():
         "Error",
         "Validation error by kind of sequences",
         "Learning rate",
-        "Frozen probe on labels",
+        "Probe on labels",
         "Something new",
     ]
 
