@@ -1,5 +1,7 @@
 """Numbers, counts and durations as people write them."""
 
+import math
+
 VOWELS = "aeiou"
 
 
@@ -40,3 +42,11 @@ def duration(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.2g} h"
     return f"{seconds / 86400:.2g} days"
+
+
+def storage(num_bytes: float) -> str:
+    """Return a size on disk or in memory: "3 MiB", "850 MiB", "2.5 GiB", "31 GiB"."""
+    mebibytes = num_bytes / 2**20
+    if mebibytes < 999.5:
+        return f"{math.ceil(mebibytes)} MiB"
+    return f"{float(f'{mebibytes / 1024:.2g}'):,g} GiB"

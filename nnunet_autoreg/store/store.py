@@ -39,7 +39,7 @@ from nnunet_autoreg.store.case import (
     read_record,
     write_case,
 )
-from nnunet_autoreg.wording import counted
+from nnunet_autoreg.wording import counted, storage
 
 log = logging.getLogger(__name__)
 
@@ -254,13 +254,12 @@ class Store:
 
         needed = num_voxels * BYTES_PER_VOXEL + len(missing) * BYTES_PER_CASE
         log.info(
-            "store: %d of %s missing; preprocessing them needs at most about %.2f GiB in %s (%.2f "
-            "GiB free)",
+            "store: %d of %s missing; preprocessing them needs at most about %s in %s (%s free)",
             len(missing),
             counted(num_all, "case"),
-            needed / 2**30,
+            storage(needed),
             self.root,
-            free / 2**30,
+            storage(free),
         )
         if needed > free:
             log.warning(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nnunet_autoreg.wording import amount, counted, duration
+from nnunet_autoreg.wording import amount, counted, duration, storage
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,17 @@ def test_a_large_number_has_two_digits_and_a_word(number, text):
 )
 def test_a_duration_has_its_natural_unit(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (1, "1 MiB"),
+        (850 * 2**20, "850 MiB"),
+        (1000 * 2**20, "0.98 GiB"),
+        (2.54 * 2**30, "2.5 GiB"),
+        (1500 * 2**30, "1,500 GiB"),
+    ],
+)
+def test_a_size_is_never_nought(num_bytes, text):
+    assert storage(num_bytes) == text
