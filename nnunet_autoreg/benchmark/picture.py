@@ -297,7 +297,7 @@ def _draw_differences(
         xticks=range(len(labels)),
         xticklabels=labels,
         xlabel="labelled patients",
-        ylabel=f"{kind} minus {to}, 95 %",
+        ylabel=f"{kind} minus {to} (bars: 95 %)",
     )
     axis.set_xlim(-0.5, len(labels) - 0.5)
     if not pairs:

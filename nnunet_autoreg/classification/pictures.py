@@ -60,7 +60,8 @@ def _draw_roc(axis: Any, name: str, scores: Mapping[str, Any]) -> None:
         aspect="equal",
     )
     axis.grid(alpha=0.3)
-    axis.set_title(f"{name}\nROC, {what}", fontsize=10)
+    num_scans = f"n = {scores['cases']}, patients: {scores['patients']}"
+    axis.set_title(f"{name} ({num_scans})\nROC curve, {what}", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
 
 
@@ -83,7 +84,7 @@ def _draw_confusion(axis: Any, scores: Mapping[str, Any]) -> None:
     axis.set_xticklabels(classes, rotation=rotation)
     axis.set_yticklabels(classes)
     accuracy = scores["balanced_accuracy"]["value"]
-    axis.set_title(f"confusion\nbalanced accuracy {accuracy:.2f}", fontsize=10)
+    axis.set_title(f"confusion matrix\nbalanced accuracy {accuracy:.2f}", fontsize=10)
 
 
 def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
@@ -107,7 +108,7 @@ def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
     # The area of a point shows how many cases it stands for.
     sizes = [12 + 160 * row["cases"] / scores["cases"] for row in bins]
     # A line between the points would make much of tenths with a case or two.
-    axis.scatter(x, y, s=sizes, color=VERMILLION, zorder=3, label="a tenth (area: cases)")
+    axis.scatter(x, y, s=sizes, color=VERMILLION, zorder=3, label="bin (area: cases)")
     is_binary = len(scores["classes"]) == 2
     kind = scores["classes"][1] if is_binary else "the predicted class"
     error = scores["calibration_error"]["value"]
@@ -120,6 +121,6 @@ def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
     )
     axis.grid(alpha=0.3)
     # The error is always that of the predicted class, also where the points show one class.
-    axis.set_title(f"calibration\nexpected error of the prediction {error:.2f}", fontsize=10)
+    axis.set_title(f"calibration\nexpected calibration error {error:.2f}", fontsize=10)
     # Points may lie anywhere, so the legend is below the axes.
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)

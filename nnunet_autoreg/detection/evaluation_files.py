@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg.detection.evaluate import EvaluationSettings, largest_sides_mm
 from nnunet_autoreg.detection.geometry import Frame
 from nnunet_autoreg.detection.instances import ObjectClass
-from nnunet_autoreg.detection.matching import ScanBoxes, match_scan, overlaps
+from nnunet_autoreg.detection.matching import ScanBoxes, match_scan, overlaps, parse_hit_rule
 from nnunet_autoreg.records import atomic_path, to_cell
 from nnunet_autoreg.report.palette import BLACK, BOXES, SERIES, SOFT, WHITE, Style
 
@@ -202,7 +202,7 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
         xlabel=f"false positives per scan ({results['scans']['number']} scans, "
         f"{results['scans']['empty']} of them empty)",
         ylabel="sensitivity",
-        title=f"FROC, hit rule {froc['hit']}",
+        title=f"FROC: {parse_hit_rule(froc['hit']).meaning()}",
     )
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
@@ -252,8 +252,8 @@ def draw_scans(
             _draw_slice(axis, scan, on, z, classes, settings, least_scores)
 
     figure.suptitle(
-        f"Detections with class and score, hit rule {settings.hit}; scores below the threshold of "
-        "about 1 false detection per scan are left out",
+        f"Detections with class and score; {settings.hit.meaning()}.\n"
+        "Scores below the threshold of about 1 false detection per scan are left out.",
         fontsize=11,
     )
     lines = []
@@ -426,10 +426,16 @@ def _draw_labels(
             (0, moved + (-3 if label.is_below else 3)),
             textcoords="offset points",
             va="top" if label.is_below else "bottom",
-            color=label.style.colour,
+            # Letters in the colour of the box would be too dark for some of the colours.
+            color=WHITE,
             fontsize=LABEL_SIZE,
             annotation_clip=True,
-            bbox={"color": BLACK, "alpha": 0.8, "pad": 0.8},
+            bbox={
+                "facecolor": (0, 0, 0, 0.7),
+                "edgecolor": label.style.colour,
+                "linestyle": label.style.dash,
+                "pad": 0.8,
+            },
         )
 
 

@@ -44,6 +44,16 @@ class HitRule:
     def __str__(self) -> str:
         return f"{self.kind}:{self.value:g}" if self.value else self.kind
 
+    def meaning(self) -> str:
+        """Return the rule for people: "an object is found from a box IoU of 0.1"."""
+        if self.kind == "centre":
+            return "an object is found if the centre of a detection lies in it"
+        if self.kind == "radius":
+            far = f"{self.value:g} mm" if self.value else "half its size"
+            return f"an object is found if the centre of a detection is within {far}"
+        what = "mask" if self.kind == "mask" else "box"
+        return f"an object is found from a {what} IoU of {self.value:g}"
+
 
 def parse_hit_rule(text: str) -> HitRule:
     """Return the rule of ``iou:0.1``, ``mask:0.2``, ``centre``, ``radius`` or ``radius:5`` (mm).

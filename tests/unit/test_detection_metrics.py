@@ -442,3 +442,17 @@ def test_the_results_are_plain_json():
         isinstance(value, (np.generic, torch.Tensor))
         for value in results["ap"]["0.1"]["per_class"].values()
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("iou:0.1", "box IoU of 0.1"),
+        ("mask:0.2", "mask IoU of 0.2"),
+        ("centre", "centre"),
+        ("radius", "half its size"),
+        ("radius:5", "5 mm"),
+    ],
+)
+def test_pictures_state_the_hit_rule_in_words(text, part):
+    assert part in parse_hit_rule(text).meaning()
