@@ -34,11 +34,17 @@ def evaluate_folders(
         predictions: ``classes.csv``, or the folder that holds it.
 
     Raises:
-        ClassesError: a table is wrong, or no scan or no task is in both (codes
-            "classes-no-common-case", "classes-no-common-task"), or a true class is none of the
-            model's (code "classes-unknown-class").
+        ClassesError: a table is missing (code "classes-no-predictions") or wrong, or no scan or no
+            task is in both (codes "classes-no-common-case", "classes-no-common-task"), or a true
+            class is none of the model's (code "classes-unknown-class").
     """
     file = predictions / NAME if predictions.is_dir() else predictions
+    if not file.is_file():
+        raise ClassesError(
+            f"-p {predictions}: there is no {file}; give the folder that autoreg_classify wrote, "
+            "or the folder validation of a trained fold",
+            code="classes-no-predictions",
+        )
     predicted = read_predictions(file)
     rows = {row[CASE_COLUMN]: row for row in read_rows(truth)}
     common, without_truth, without_prediction = _matched(file, predicted, truth, rows)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.classification.net import Classifier
 from nnunet_autoreg.classification.plan import ClassificationPlan, read_plan
+from nnunet_autoreg.classification.predictions import are_probabilities
+from nnunet_autoreg.classification.table import ClassificationTask
 from nnunet_autoreg.downstream.model import TrainedModel
 from nnunet_autoreg.downstream.scans import Scan, ready
 from nnunet_autoreg.errors import ClassesError, WeightsError
@@ -129,6 +131,24 @@ def probabilities_of(
             )
         found.append(probabilities_K)
     return found
+
+
+def check_tasks(file: Path, found: ScanClasses, tasks: Sequence[ClassificationTask]) -> None:
+    """Check that an earlier result has the probabilities of all classes of a model's tasks.
+
+    Raises:
+        ClassesError: it has not; the file was edited (code "classes-scan-file").
+    """
+    for task in tasks:
+        of_classes = found.probabilities.get(task.name, {})
+        has_all = list(of_classes) == list(task.classes)
+        if not has_all or not are_probabilities(np.array(list(of_classes.values()))):
+            raise ClassesError(
+                f"{file} does not hold a probability from 0 to 1 for every class of {task.name} "
+                f"({', '.join(task.classes)}), with the sum 1; remove that file to have the scan "
+                "classified again",
+                code="classes-scan-file",
+            )
 
 
 def write_scan_classes(file: Path, found: ScanClasses) -> None:

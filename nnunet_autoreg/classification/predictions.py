@@ -93,6 +93,13 @@ def read_predictions(file: Path) -> ClassPredictions:
     return ClassPredictions(tuple(tasks), probabilities)
 
 
+def are_probabilities(values_K: NDArray[np.float64]) -> bool:
+    """Return whether numbers are not negative and have the sum 1, but for rounding."""
+    # Six decimals of up to MOST_CLASSES values are written.
+    rounding = 1e-6 * max(MOST_CLASSES, len(values_K))
+    return bool((values_K >= 0).all() and abs(values_K.sum() - 1) <= rounding)
+
+
 def _probabilities(
     file: Path, case: str, task: ClassificationTask, cells: Sequence[str]
 ) -> NDArray[np.float64]:
@@ -100,8 +107,7 @@ def _probabilities(
         values = np.array([float(cell) for cell in cells])
     except ValueError:
         values = np.full(len(cells), np.nan)
-    # Six decimals of up to MOST_CLASSES values are written.
-    if not (values >= 0).all() or abs(values.sum() - 1) > 1e-6 * max(MOST_CLASSES, len(cells)):
+    if not are_probabilities(values):
         raise ClassesError(
             f"{file}: the probabilities of {task.name} for {case} ({', '.join(cells)}) are not "
             "numbers from 0 to 1 with the sum 1; classify that scan again",

@@ -137,9 +137,9 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
     Raises:
         ClassesError: there is no such file (code "classes-no-file"), it is not a table (code
-            "classes-unreadable"), it has no column ``case`` (code "classes-no-case-column"), two
-            columns of one name (code "classes-duplicate-column"), or two rows for one case (code
-            "classes-duplicate-row").
+            "classes-unreadable"), it has no column ``case`` (code "classes-no-case-column"), no
+            row (code "classes-no-row"), two columns of one name (code "classes-duplicate-column"),
+            or two rows for one case (code "classes-duplicate-row").
     """
     if not file.is_file():
         raise ClassesError(
@@ -177,12 +177,15 @@ def read_rows(file: Path) -> list[dict[str, str]]:
                 code="classes-unreadable",
             )
         rows.append({_text_of(name): _text_of(value) for name, value in cells.items()})
-    if not rows or CASE_COLUMN not in rows[0]:
-        found = ", ".join(rows[0]) if rows else "no row"
+    if CASE_COLUMN not in columns:
         raise ClassesError(
-            f"{file} has no column '{CASE_COLUMN}' (found: {found}); its first line has to name "
-            "the columns",
+            f"{file} has no column '{CASE_COLUMN}' (found: {', '.join(columns) or 'nothing'}); its "
+            "first line has to name the columns",
             code="classes-no-case-column",
+        )
+    if not rows:
+        raise ClassesError(
+            f"{file} has no row below its first line; add a row per case", code="classes-no-row"
         )
 
     seen: dict[str, int] = {}

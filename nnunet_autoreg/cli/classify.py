@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     configure_logging()
     from nnunet_autoreg.classification.predict import (
         ClassifierModel,
+        check_tasks,
         classify,
         read_scan_classes,
         small_scans_line,
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         present = {"model": old.model, "settings": old.settings, "inputs": old.inputs}
         inputs = by_name[name].inputs()
         check_same_run(file, present, {"model": model.describe(), "settings": {}, "inputs": inputs})
+        check_tasks(file, old, model.plan.tasks)
         results[name] = old
     if results:
         print(f"{len(results)} of {len(scans)} scans were done before")

@@ -202,7 +202,7 @@ def _failed(main: Main, error: Exception) -> int:
             message += f"; {in_one_line(violations)}" if violations else ""
         return _complain(main, message, error.exit_code)
 
-    if isinstance(error, MemoryError):
+    if _is_lack_of_memory(error):
         message = "the memory is not enough; what was written before is kept"
         return _complain(main, f"{message}: close other programs, or give less data", 1)
     if isinstance(error, BrokenPipeError):
@@ -231,6 +231,15 @@ def _failed(main: Main, error: Exception) -> int:
     what = f"{type(error).__name__}: {error} ({location})"
     advice = "fix this first; if the error remains, it is then shown in full"
     return _complain(main, f"{what}; {in_one_line(violations)}; {advice}", 1)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Return whether Python or torch got too little memory, of the machine or of the GPU."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from nnunet_autoreg.model.compilation import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def warn_of_violations() -> None:

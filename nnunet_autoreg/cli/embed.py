@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,11 +191,24 @@ def _check_output(request: EmbedRequest) -> None:
         raise UsageError(
             "--dense: a table has no room for grids; give -o features.npz", code="embed-dense-table"
         )
+    if request.output.is_dir():
+        raise UsageError(
+            f"-o {request.output} is a folder; give a file in it, e.g. "
+            f"{request.output / 'features.npz'}",
+            code="embed-output-is-folder",
+        )
     if not request.output.parent.is_dir():
         raise UsageError(
             f"-o {request.output}: the folder {request.output.parent} does not exist; make it "
             "first",
             code="embed-no-folder",
+        )
+    # Before the work of hours, and not after it.
+    if not os.access(request.output.parent, os.W_OK):
+        raise UsageError(
+            f"-o {request.output}: the folder {request.output.parent} cannot be written; give "
+            "another",
+            code="embed-folder-read-only",
         )
 
 

@@ -13,7 +13,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import add_seed, local_path
+from nnunet_autoreg.cli.options import add_seed, local_path, num_resamples
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.records import write_json
 
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "--bootstrap",
         dest="num_resamples",
         metavar="N",
-        type=int,
+        type=num_resamples,
         default=1000,
         help="resamples of the patients for 95 %% intervals; 0 for no intervals (default: "
         "%(default)s)",
@@ -93,11 +93,6 @@ def main(argv: list[str] | None = None) -> int:
             f"-o {request.output} is a folder; give a file in it, e.g. "
             f"{request.output / 'metrics.json'}",
             code="evaluation-output-is-folder",
-        )
-    if request.num_resamples < 0:
-        raise UsageError(
-            f"--bootstrap {request.num_resamples}: 0 or more resamples are needed",
-            code="evaluation-resamples",
         )
     from nnunet_autoreg.classification.evaluate import evaluate_folders, lines_of
     from nnunet_autoreg.classification.pictures import draw_tasks

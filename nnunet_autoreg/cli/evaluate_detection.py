@@ -16,7 +16,7 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import Group, add_seed, local_path
+from nnunet_autoreg.cli.options import Group, add_seed, local_path, num_resamples
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import write_json
 
@@ -202,7 +202,7 @@ def _add_figure_options(group: Group) -> None:
         "--bootstrap",
         dest="num_resamples",
         metavar="N",
-        type=int,
+        type=num_resamples,
         default=1000,
         help="resamples of the scans for 95 %% intervals; 0 for no intervals (default: "
         "%(default)s)",

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.io.addresses import advice_for, is_address
-from nnunet_autoreg.machine import problem_of_name
+from nnunet_autoreg.machine import is_whole_number, problem_of_name
 
 # argparse has no public name for the groups of a parser.
 Group = argparse._ArgumentGroup
 Options = argparse._ActionsContainer
 """A parser, or a group of one."""
+
+MOST_RESAMPLES = 100_000
+"""Of a bootstrap; more would take gigabytes, and change no digit that is printed."""
 
 
 def local_path(text: str) -> Path:
@@ -35,6 +38,32 @@ def local_path_text(text: str) -> str:
         UsageError: as ``local_path``.
     """
     return str(local_path(text))
+
+
+def seed_number(text: str) -> int:
+    """Return the seed that the user typed.
+
+    Raises:
+        UsageError: it is not a whole number of 0 or more, as numpy needs it (code "usage-seed").
+    """
+    if not is_whole_number(text):
+        raise UsageError(f"--seed {text}: give a whole number of 0 or more", code="usage-seed")
+    return int(text)
+
+
+def num_resamples(text: str) -> int:
+    """Return the number of resamples that the user typed.
+
+    Raises:
+        UsageError: it is not a whole number, or more than ``MOST_RESAMPLES`` (code
+            "evaluation-resamples").
+    """
+    if not is_whole_number(text) or int(text) > MOST_RESAMPLES:
+        raise UsageError(
+            f"--bootstrap {text}: give a whole number from 0 to {MOST_RESAMPLES}; 1000 are usual",
+            code="evaluation-resamples",
+        )
+    return int(text)
 
 
 def add_labelled_dataset(group: Group) -> None:
@@ -98,7 +127,7 @@ def add_seed(options: Options, purpose: str = "") -> None:
     options.add_argument(
         "--seed",
         metavar="N",
-        type=int,
+        type=seed_number,
         default=0,
         help=f"random seed{purpose} (default: %(default)s)",
     )

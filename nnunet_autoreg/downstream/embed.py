@@ -13,13 +13,14 @@ from torch import Tensor
 
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.private import without_names
+from nnunet_autoreg.corpus.read import information
 from nnunet_autoreg.downstream.encoder import PretrainedEncoder
-from nnunet_autoreg.downstream.scans import Scan, ready
+from nnunet_autoreg.downstream.scans import Scan, check_image, ready
 from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
 from nnunet_autoreg.errors import AutoregError, PlanError, ScanError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, size_text
 from nnunet_autoreg.io.files import quiet_readers
-from nnunet_autoreg.nnunet_api import read_scan
+from nnunet_autoreg.nnunet_api import RawScan, read_scan
 from nnunet_autoreg.records import atomic_path, write_json
 
 DEEPEST = -1
@@ -78,7 +79,7 @@ class LabelRegion:
         file = self.folder / f"{name}{LABEL_ENDING}"
         if not file.is_file():
             raise ScanError("label", f"there is no label map {file.name} in --labels {self.folder}")
-        labels_ZYX = read_scan(file).array_CZYX[0]
+        labels_ZYX = _read_file(str(file)).array_CZYX[0]
         if labels_ZYX.shape != image_CZYX.shape[1:]:
             raise ScanError(
                 "geometry",
@@ -151,6 +152,7 @@ def embed_scan(
     """
     feature_map = map_chooser(encoder, layer)
     image_CZYX, spacing_mm = _read(scan)
+    check_image(image_CZYX, encoder.num_channels)
     try:
         prepared = encoder.preprocess(image_CZYX, spacing_mm)
     except PlanError as error:
@@ -175,21 +177,39 @@ def embed_scan(
 def _read(scan: Scan) -> tuple[NDArray[np.float32], Spacing]:
     """Return the channels (C, Z, Y, X) of a scan and its spacing."""
     with ready(scan) as files:
-        channels = []
-        for file in files:
-            try:
-                with quiet_readers():
-                    channels.append(read_scan(Path(file)))
-            except Exception as error:
-                # The reader raises errors of any kind; paths may hold the names of patients.
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                reason = without_names(lines[-1].strip(), files)
-                raise ScanError("unreadable", f"nnU-Net cannot read it ({reason})") from error
+        channels = [_read_file(file) for file in files]
     shapes = {channel.array_CZYX.shape for channel in channels}
     if len(shapes) > 1:
         raise ScanError("geometry", f"its channels differ in size: {sorted(shapes)}")
     stacked = np.concatenate([channel.array_CZYX for channel in channels])
     return stacked, channels[0].spacing_mm
+
+
+def _read_file(file: str) -> RawScan:
+    """Read one file with nnU-Net's reader.
+
+    Raises:
+        ScanError: it cannot be read, or is no 3D image.
+    """
+    path = Path(file)
+    # nnU-Net gives a 2D image slices of 999 mm, which would become hundreds of equal slices.
+    reader = information(path)
+    if reader.GetDimension() != 3:
+        raise ScanError(
+            "not3d", f"{path.name} has {reader.GetDimension()} dimensions; store it as a 3D image"
+        )
+    if reader.GetNumberOfComponents() != 1:
+        raise ScanError(
+            "rgb", f"{path.name} has {reader.GetNumberOfComponents()} values per voxel; split it"
+        )
+    try:
+        with quiet_readers():
+            return read_scan(path)
+    except Exception as error:
+        # The reader raises errors of any kind; paths may hold the names of patients.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = without_names(lines[-1].strip(), [file])
+        raise ScanError("unreadable", f"nnU-Net cannot read {path.name} ({reason})") from error
 
 
 def write_features(

@@ -40,11 +40,13 @@ class PretrainedEncoder(FeatureEncoder):
 
     Attributes:
         card: what the encoder is and what it was pretrained on (``encoder.json``).
+        num_channels: of the images that it reads.
     """
 
-    def __init__(self, network: nn.Module, card: EncoderCard, input_shape: Size):
+    def __init__(self, network: nn.Module, card: EncoderCard, input_shape: Size, num_channels: int):
         super().__init__(network, card.class_path, card.arguments, input_shape)
         self.card = card
+        self.num_channels = num_channels
 
     def preprocess(self, image_CZYX: NDArray[np.floating], spacing_mm: Sequence[float]) -> Tensor:
         """Return a scan as the encoder saw scans in pretraining, (C, Z, Y, X) in float32.
@@ -123,13 +125,18 @@ def load_encoder(
     check_class(card.class_path, CARD_NAME)
     check_arguments(card.arguments, CARD_NAME)
 
-    shape = as_size(input_shape) if input_shape is not None else card.crop_size_vox
-    if any(size % token for size, token in zip(shape, card.token_size_vox, strict=True)):
+    token = card.token_size_vox
+    asked = tuple(card.crop_size_vox if input_shape is None else input_shape)
+    sizes = tuple(size for size in asked if size > 0)
+    if len(sizes) != len(token) or any(
+        size % step for size, step in zip(sizes, token, strict=True)
+    ):
         raise UsageError(
-            f"input_shape={shape} is not a multiple of the token size {card.token_size_vox} of "
-            f"'{card.name}'",
+            f"input_shape={asked} is not a multiple of the token size {token} of '{card.name}'; give "
+            "three positive numbers of voxels (z, y, x)",
             code="encoder-input-shape",
         )
+    shape = as_size(asked)
     names = tuple(channel_names or ())
     num_channels = len(names) or card.num_input_channels
 
@@ -137,7 +144,7 @@ def load_encoder(
         network = build_network(card.class_path, card.arguments, shape, num_channels, num_classes=1)
     target = load.Target(num_channels, shape, names)
     load.load_encoder(network, file, card, target, EXPECTED_SHARE, with_decoder=False)
-    return PretrainedEncoder(network, card, shape).eval()
+    return PretrainedEncoder(network, card, shape, num_channels).eval()
 
 
 def _mostly_zero(image_CZYX: NDArray[np.float32]) -> bool:

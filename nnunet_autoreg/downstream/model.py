@@ -21,6 +21,7 @@ from torch import nn
 
 from nnunet_autoreg.corpus.private import without_names
 from nnunet_autoreg.downstream.results import public_model
+from nnunet_autoreg.downstream.scans import check_image
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
 from nnunet_autoreg.geometry import Size, as_size, size_text
 from nnunet_autoreg.io.files import quiet_readers
@@ -228,12 +229,7 @@ class TrainedModel(Generic[Plan]):
             text = " ".join(printed.getvalue().split())
             log.warning("%s: %s", name, without_names(text, files))
 
-        if len(data) != self.num_channels:
-            raise ScanError(
-                "channels",
-                f"its files hold {len(data)} channels and the model needs {self.num_channels}; is "
-                "one of them 4D or in colour?",
-            )
+        check_image(data, self.num_channels)
         num_dimensions = len(properties.get("sitk_stuff", {}).get("spacing", (1, 1, 1)))
         if num_dimensions != 3:
             raise ScanError("not3d", f"it has {num_dimensions} dimensions; store it as a 3D image")
@@ -345,4 +341,5 @@ def finished_folds(
             f"{folder} has no finished fold but all; add -f all to use that",
             code="model-fold-all-only",
         )
-    return tuple(dict.fromkeys(wanted)) or tuple(usual)
+    # In one order, so that -f 1 0 goes on with the results of -f 0 1.
+    return tuple(fold for fold in finished if fold in wanted) or tuple(usual)

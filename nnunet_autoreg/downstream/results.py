@@ -77,7 +77,10 @@ def check_same_run(
         UsageError: they differ (code "results-of-another-run"); the message says in what.
     """
     # Files of earlier versions name the folders of their models.
-    present = {**present, "model": public_model(present.get("model", {}))}
+    model = present.get("model")
+    # What was edited may be of any kind, and is then no result of this model.
+    known = public_model(model) if isinstance(model, Mapping) else {}
+    present = {**present, "model": known}
     changes = [change for change in differences(present, wanted) if not is_minor(change)]
     if not changes:
         return

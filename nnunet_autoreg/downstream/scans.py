@@ -17,6 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nnunet_autoreg.corpus.find import Candidate, find_scans
 from nnunet_autoreg.corpus.private import without_names
 from nnunet_autoreg.errors import ScanError, UsageError
@@ -216,6 +219,25 @@ def _check_names(scans: Sequence[Scan], folder: Path) -> None:
                 "one overwrite the other; rename one, or run the command for each with its own -o",
                 code="scans-same-name",
             )
+
+
+def check_image(image_CZYX: NDArray[np.float32], num_channels: int) -> None:
+    """Check what was read of a scan.
+
+    Raises:
+        ScanError: it has another number of channels than the model, or all its voxels are equal, so
+            that it shows nothing.
+    """
+    if len(image_CZYX) != num_channels:
+        raise ScanError(
+            "channels",
+            f"its files hold {len(image_CZYX)} channels and the model needs {num_channels}; is "
+            "one of them 4D or in colour?",
+        )
+    # NaN is equal to nothing, and is reported elsewhere.
+    first = image_CZYX.flat[0]
+    if bool((image_CZYX == first).all()):
+        raise ScanError("constant", f"every voxel has the value {first:g}; it shows nothing")
 
 
 @contextmanager

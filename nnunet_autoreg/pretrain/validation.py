@@ -22,6 +22,7 @@ from nnunet_autoreg.objectives.base import LossTerms, Objective, TokenFeatures
 from nnunet_autoreg.plan import RunPlan
 from nnunet_autoreg.pretrain.training_step import StepStatistics
 from nnunet_autoreg.sampling.sample import Batch
+from nnunet_autoreg.wording import counted
 
 PLAIN_FIGURE = FigureOfMerit("error", "squared error", "Lower is better.", {})
 """Of measurements without an objective."""
@@ -374,13 +375,18 @@ def verdict_of(
     the objective has no trivial prediction and ranks by the probe, only the probe decides.
 
     Args:
-        health: after the last step; None without validation scans.
+        health: after the last step; None where the validation scans give no sequence.
         num_scans: number of scans of the run, including validation scans.
         min_scans: ``data.min_scans`` of the plan.
     """
     if health is None:
-        reason = f"no 3D scan was left for validation; {num_scans} scans"
-        return Verdict(UNKNOWN, reason, min_scans=min_scans)
+        reason = "no scan was left for validation"
+        if num_validation_scans:
+            reason = (
+                f"no sequence can be made of the {counted(num_validation_scans, 'scan')} left for "
+                "validation (2D images alone, or too few patients)"
+            )
+        return Verdict(UNKNOWN, f"{reason}; {num_scans} scans", min_scans=min_scans)
 
     beaten, not_beaten = compared(health)
     probe = health.probe

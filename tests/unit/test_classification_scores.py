@@ -18,10 +18,17 @@ from nnunet_autoreg.classification.baselines import (
     score_baselines,
     size_features,
 )
+from nnunet_autoreg.classification.predict import (
+    ScanClasses,
+    check_tasks,
+    read_scan_classes,
+    write_scan_classes,
+)
 from nnunet_autoreg.classification.predictions import read_predictions, write_predictions
 from nnunet_autoreg.classification.table import ClassificationTask, ClassTable
 from nnunet_autoreg.cli.evaluate_classification import main
-from nnunet_autoreg.errors import ClassesError
+from nnunet_autoreg.downstream.results import check_same_run
+from nnunet_autoreg.errors import ClassesError, UsageError
 
 TWO = ClassificationTask("sex", ("F", "M"))
 THREE = ClassificationTask("grade", ("1", "2", "3"), ordinal=True)
@@ -289,7 +296,11 @@ def test_predictions_that_cannot_be_scored_are_refused(predictions: Path, tmp_pa
     wrong = write_table(tmp_path / "classes.csv", ["c0,F,0.7,0.7"], "case,sex,sex:F,sex:M")
     with refused(ClassesError, "classes-probability", "c0", "0.7"):
         main.__wrapped__(["-p", str(wrong), "-g", true, "-o", output])
+    with refused(ClassesError, "classes-no-predictions", tmp_path / "classes", "autoreg_classify"):
+        main.__wrapped__(["-p", str(tmp_path / "classes"), "-g", true, "-o", output])
     assert main(["-p", out, "-g", true, "-o", output, "--bootstrap", "-1"]) == 2
+    assert main(["-p", out, "-g", true, "-o", output, "--bootstrap", "9" * 9]) == 2
+    assert main(["-p", out, "-g", true, "-o", output, "--seed", "-1"]) == 2
     assert main(["-p", out, "-g", true, "-o", str(tmp_path)]) == 2
 
 
@@ -303,3 +314,36 @@ def test_a_task_without_a_known_class_is_named_and_left_out(
 
     assert list(json.loads((tmp_path / "m.json").read_text())["tasks"]) == ["sex"]
     assert logged(caplog, "grade")
+
+
+EDITS: list[dict[str, dict[str, float]]] = [
+    {},
+    {"sex": {"F": 0.3, "M": 0.7}},
+    {"sex": {"F": 0.3, "M": 0.7}, "grade": {"1": 0.5, "3": 0.5}},
+    {"sex": {"F": 0.3, "M": 0.7}, "grade": {"a": 0.2, "b": 0.3, "c": 0.5}},
+    {"sex": {"F": 0.3, "M": 0.7}, "grade": {"1": 0.2, "2": 0.3, "3": 7.0}},
+    {"sex": {"F": 0.3, "M": float("nan")}, "grade": {"1": 0.2, "2": 0.3, "3": 0.5}},
+]
+
+
+@pytest.mark.parametrize("edited", EDITS)
+def test_an_edited_result_of_a_scan_never_reaches_the_table(
+    tmp_path: Path, edited: dict[str, dict[str, float]]
+) -> None:
+    file = tmp_path / "a.json"
+    whole = {"sex": {"F": 0.3, "M": 0.7}, "grade": {"1": 0.2, "2": 0.3, "3": 0.5}}
+
+    write_scan_classes(file, ScanClasses("a", {}, {}, (), whole))
+    check_tasks(file, read_scan_classes(file), (TWO, THREE))
+
+    write_scan_classes(file, ScanClasses("a", {}, {}, (), edited))
+    with refused(ClassesError, "classes-scan-file", file):
+        check_tasks(file, read_scan_classes(file), (TWO, THREE))
+
+
+@pytest.mark.parametrize("model", ["x", 5, ["x"], None])
+def test_an_edited_model_in_a_result_is_another_model(tmp_path: Path, model: object) -> None:
+    wanted = {"model": {"dataset": "Dataset004"}, "settings": {}, "inputs": ()}
+
+    with refused(UsageError, "results-of-another-run", tmp_path / "a.json"):
+        check_same_run(tmp_path / "a.json", {**wanted, "model": model}, wanted)

@@ -102,7 +102,7 @@ def test_patients_come_from_the_table_or_from_the_names(tmp_path: Path) -> None:
         ([row[:-1] for row in ROWS], "classes-all-missing", "diagnosis"),
         ([*ROWS[:3], "c1,C,x", ROWS[4]], "classes-one-fold", "'y'"),
         ([*ROWS[:4], "d1,D"], "classes-unreadable", "line 6"),
-        ([], "classes-no-case-column", "no row"),
+        ([], "classes-no-row", "below its first line"),
     ],
 )
 def test_a_wrong_table_is_refused_with_file_and_value(

@@ -337,10 +337,18 @@ def test_shared_memory_that_cannot_be_written_is_named(
     assert str(tmp_path) in error and "--shm-size" in error
 
 
-def test_too_little_memory_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+)
+def test_too_little_memory_ends_in_one_line(
+    capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    import torch  # noqa: F401
+
     @common.command
     def main(argv: list[str] | None = None) -> int:
-        raise MemoryError
+        raise error
 
     assert main([]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "how-to" / "features.md"
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def write_scan(file: Path, shape: tuple[int, int, int], seed: int = 0) -> None:
+def write_scan(file: Path, shape: tuple[int, ...], seed: int = 0) -> None:
     import SimpleITK
 
     voxels = np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32)
@@ -109,6 +109,10 @@ def test_wrong_sizes_and_names_are_refused_with_a_remedy(tmp_path: Path) -> None
         load_encoder("brain")(torch.zeros(1, 1, 30, 32, 32))
     with refused(UsageError, "encoder-input-shape", "(32, 41, 32)"):
         load_encoder("tokens", input_shape=(32, 41, 32))
+    with refused(UsageError, "encoder-input-shape", "(0, 32, 32)"):
+        load_encoder("tokens", input_shape=(0, 32, 32))
+    with refused(UsageError, "encoder-input-shape", "(32, 32)"):
+        load_encoder("tokens", input_shape=(32, 32))
     with refused(WeightsError, "weights-not-found", "brian", "'brain'"):
         load_encoder("brian")
     with refused(WeightsError, "weights-unfinished", tmp_path):
@@ -171,6 +175,43 @@ def test_the_command_writes_a_vector_and_a_grid_for_every_scan(
     assert "c is left out (unreadable)" in capsys.readouterr().err
 
 
+def test_scans_that_show_nothing_or_do_not_fit_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import SimpleITK
+
+    folder = tmp_path / "scans"
+    write_scan(folder / "good_0000.nii.gz", (16, 16, 16))
+    write_scan(folder / "flat_0000.nii.gz", (16, 16))
+    volume = SimpleITK.ReadImage(str(folder / "good_0000.nii.gz"))
+    SimpleITK.WriteImage(SimpleITK.JoinSeries(volume, volume), str(folder / "four_0000.nii.gz"))
+    SimpleITK.WriteImage(SimpleITK.Compose(volume, volume), str(folder / "two_0000.nii.gz"))
+    equal = SimpleITK.GetImageFromArray(np.full((16, 16, 16), 7, np.int16))
+    SimpleITK.WriteImage(equal, str(folder / "equal_0000.nii.gz"))
+    empty = SimpleITK.GetImageFromArray(np.zeros((16, 16, 16), np.int16))
+    SimpleITK.WriteImage(empty, str(folder / "empty_0000.nii.gz"))
+    output = tmp_path / "features.npz"
+
+    code = main(["-w", "brain", "-i", str(folder), "-o", str(output)])
+
+    warnings = capsys.readouterr().err
+    reasons = {"empty": "constant", "equal": "constant", "flat": "not3d", "four": "not3d"}
+    reasons["two"] = "rgb"
+    assert code == 1
+    assert np.load(output)["ids"].tolist() == ["good"]
+    assert [n for n, why in reasons.items() if f"{n} is left out ({why})" not in warnings] == []
+
+
+def test_too_little_memory_for_tiles_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scan(tmp_path / "scans" / "a_0000.nii.gz", (16, 16, 16))
+    line = ["-w", "tokens", "-i", str(tmp_path / "scans"), "-o", str(tmp_path / "f.npz")]
+
+    assert main([*line, "--tile", "800000", "800000", "800000"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_finer_layer_can_be_chosen(tmp_path: Path) -> None:
     write_scan(tmp_path / "scans" / "a_0000.nii.gz", (16, 16, 16))
     output = tmp_path / "features.npz"
@@ -181,6 +222,8 @@ def test_a_finer_layer_can_be_chosen(tmp_path: Path) -> None:
     assert np.load(output)["features"].shape == (1, 16)
     assert main([*line, "--layer", "7"]) == 2
     assert main([*line, "--tile", "16", "16", "30"]) == 2
+    assert main([*line, "--tile", "0", "0", "0"]) == 2
+    assert main([*line, "--tile", "-16", "-16", "-16"]) == 2
 
 
 def test_the_size_of_tiles_can_be_chosen(tmp_path: Path) -> None:
@@ -210,12 +253,13 @@ def test_the_mean_can_be_taken_over_the_box_around_a_label(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = (32, 32, 32)
-    for name in ("a", "b", "c", "d"):
+    for name in ("a", "b", "c", "d", "e"):
         write_scan(tmp_path / "scans" / f"{name}_0000.nii.gz", shape)
     labels = tmp_path / "labels"
     write_label(labels / "a.nii.gz", shape, np.s_[16:24, 8:16, 0:8])
     write_label(labels / "b.nii.gz", shape, np.s_[0:0, 0:0, 0:0])
     write_label(labels / "c.nii.gz", (16, 16, 16), np.s_[0:8, 0:8, 0:8])
+    (labels / "e.nii.gz").write_bytes((labels / "a.nii.gz").read_bytes()[:60])
     output = tmp_path / "features.npz"
     line = ["-w", "brain", "-i", str(tmp_path / "scans"), "-o", str(output)]
 
@@ -233,6 +277,7 @@ def test_the_mean_can_be_taken_over_the_box_around_a_label(
     assert "b is left out (label)" in warnings
     assert "c is left out (geometry)" in warnings
     assert "d is left out (label)" in warnings
+    assert "e is left out (unreadable)" in warnings
 
 
 def test_a_box_is_found_in_a_scan_that_was_cut_turned_and_resampled(tmp_path: Path) -> None:
@@ -258,11 +303,19 @@ def test_a_box_is_found_in_a_scan_that_was_cut_turned_and_resampled(tmp_path: Pa
         (["-o", "features.csv"], ".npz"),
         (["-o", "features.parquet", "--dense"], "--dense"),
         (["-o", "nowhere/features.npz"], "nowhere"),
+        (["-o", "folder.npz"], "folder.npz"),
     ],
 )
 def test_wrong_options_of_the_command_end_with_2(
-    more: list[str], named: str, capsys: pytest.CaptureFixture[str]
+    more: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    monkeypatch.chdir(tmp_path)
+
     assert main(["-w", "brain", "-i", ".", *more]) == 2
     assert named in capsys.readouterr().err
 

@@ -138,6 +138,14 @@ def judged(health: Health | None, by_probe: bool = False) -> Verdict:
     return verdict_of(health, num_scans=20, num_validation_scans=2, min_scans=10)
 
 
+@pytest.mark.parametrize(("left", "named"), [(0, "no scan was left"), (1, "1 scan left")])
+def test_a_run_without_a_validation_error_says_which_scans_lacked(left, named):
+    verdict = verdict_of(None, num_scans=20, num_validation_scans=left, min_scans=10)
+
+    assert verdict.outcome == UNKNOWN
+    assert named in verdict.message and "20 scans" in verdict.message
+
+
 def test_a_run_has_learnt_if_it_beats_all_references_and_raw_voxels():
     verdict = judged(GOOD)
 
