@@ -132,8 +132,8 @@ def load_encoder(
         size % step for size, step in zip(sizes, token, strict=True)
     ):
         raise UsageError(
-            f"input_shape={asked} is not a multiple of the token size {token} of '{card.name}'; give "
-            "three positive numbers of voxels (z, y, x)",
+            f"input_shape={asked} is not a multiple of the token size {token} of '{card.name}'; "
+            "give three positive numbers of voxels (z, y, x)",
             code="encoder-input-shape",
         )
     shape = as_size(asked)
