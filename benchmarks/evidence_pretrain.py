@@ -50,7 +50,7 @@ from nnunet_autoreg.pretrain.dry_run import step_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep, step_flops
 from nnunet_autoreg.records import differences, from_jsonable, read_json, write_json
 from nnunet_autoreg.sampling.gather import gather
-from nnunet_autoreg.sampling.kinds import member_crop, wanted
+from nnunet_autoreg.sampling.kinds import member_crop, planned_kinds
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Batch
@@ -244,7 +244,7 @@ def sampling_pool(plan: Plan, data: ResidentSet) -> SamplingPool:
     # Cases in memory have what the samplers ask of stored ones.
     cases = cast(Any, data.pool_cases())
     places: list[StructureLocation] = []
-    if "semantic" in wanted(plan):
+    if "semantic" in planned_kinds(plan):
         rows = [replace(row, subject=data.subject_of[row.case]) for row in data.pool_rows()]
         places = places_alike(
             rows, cases, member_crop(plan, "semantic"), plan.sequence.semantic_members

@@ -19,7 +19,7 @@ from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.planning.make import make_plan
-from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool, times
+from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool, dimensions
 from nnunet_autoreg.pretrain.dry_run import step_memory
 from nnunet_autoreg.store.store import BYTES_PER_VOXEL
 
@@ -73,7 +73,7 @@ def row_of(pool: Pool, gpu_gib: int) -> list[str]:
     return [
         f"{gpu_gib} GiB",
         f"`{encoder}`",
-        times(crop),
+        dimensions(crop),
         f"{micro} of {plan.optim.batch_size}",
         f"{(fixed + micro * each) / GIB:.1f} GiB",
         f"{plan.optim.num_steps:,}",

@@ -1,4 +1,4 @@
-"""The exceptions a user can meet. Every message says what, which value, where, and what to do next.
+"""The exceptions that users see. Messages say what is wrong, which value, where, and what to do.
 
 Commands turn an ``AutoregError`` into one line on stderr and its ``exit_code``; anything else is a
 bug and keeps its traceback.
@@ -95,7 +95,7 @@ class LostProcessError(AutoregError):
 
 
 class InterruptedRunError(KeyboardInterrupt):
-    """The user or the cluster asked a command to stop; what was done is kept.
+    """The user or the cluster stopped the command; finished work is kept.
 
     No ``Exception``, as Python's own KeyboardInterrupt: code that continues after any error, such
     as torch's compiler, must not take this for one.

@@ -28,8 +28,8 @@ def problem_of_name(path: str | Path) -> str:
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8" and not str(path).isascii():
         return (
-            f"Python reads names as {encoding} here, and the name has other letters than English "
-            "ones; run again after: export PYTHONUTF8=1"
+            f"Python reads names as {encoding} here, and the name has non-English letters; run "
+            "again after: export PYTHONUTF8=1"
         )
     return ""
 

@@ -53,7 +53,7 @@ ending = threading.Event()
 
 @contextmanager
 def phase(doing: str) -> Iterator[Phase]:
-    """Declare what is done inside, e.g. ``with phase("reading labels of 40 scans")``.
+    """Name the work of a block, e.g. ``with phase("reading labels of 40 scans")``.
 
     Phases may be nested; the innermost counts.
     """

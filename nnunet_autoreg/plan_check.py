@@ -141,9 +141,9 @@ def _check_names(plan: Plan) -> None:
             )
     if s.order == "random" and s.predictor == "next":
         raise PlanError(
-            "sequence.order=random with sequence.predictor=next is ill-posed: position alone no "
-            "longer says which block "
-            "follows; use sequence.predictor=query, or sequence.order=raster",
+            "sequence.order=random with sequence.predictor=next is ill-posed: the position no "
+            "longer determines which block follows; use sequence.predictor=query, or "
+            "sequence.order=raster",
             code="plan-ill-posed",
         )
 
@@ -317,16 +317,16 @@ def _check_convolutions(plan: Plan) -> None:
         side = [n * t for n, t in zip(least, plan.encoder.token_size_vox, strict=True)]
         raise PlanError(
             f"sequence.block_tokens={list(s.block_tokens)}: {plan.encoder.name} convolves and "
-            "normalises each block by itself, which over "
-            f"less than {side} voxels erases intensities; use at least {list(least)}",
+            "normalises each block separately, which removes intensities in blocks of less than "
+            f"{side} voxels; use at least {list(least)}",
             code="plan-small-blocks",
         )
     norm = plan.encoder.arguments.get("norm_op")
     if "BatchNorm" in str(norm):
         raise PlanError(
-            f"encoder.arguments.norm_op={norm}: its statistics are taken over all blocks of a "
-            "batch, so that each would know of the blocks "
-            "to predict; use torch.nn.modules.instancenorm.InstanceNorm3d",
+            f"encoder.arguments.norm_op={norm}: its statistics cover all blocks of a batch, so "
+            "they would reveal the blocks to predict; use "
+            "torch.nn.modules.instancenorm.InstanceNorm3d",
             code="plan-norm",
         )
     for kernel in plan.encoder.arguments.get("kernel_sizes", []):
@@ -340,7 +340,7 @@ def _check_convolutions(plan: Plan) -> None:
 
 
 def _check_whole_network(plan: Plan) -> None:
-    """Refuse what the predictor "network" cannot do, and any other predictor for a CNN."""
+    """Refuse values that the predictor "network" cannot use, and other predictors for a CNN."""
     s, name = plan.sequence, plan.encoder.name
     is_cnn = not has_transformer(family_of(plan.encoder.class_path))
     if is_cnn != (s.predictor == "network"):

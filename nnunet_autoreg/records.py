@@ -113,7 +113,7 @@ def shown(data: Any) -> str:
     try:
         text = printable(repr(data))
     except (RecursionError, ValueError):
-        return "a value of too many levels or digits"
+        return "a value with too many levels or digits"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
@@ -288,7 +288,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise JsonDepthError("too many levels, one inside the other") from error
+        raise JsonDepthError("it is nested too deeply") from error
 
 
 def read_object(path: Path, keys: Sequence[str] = (), advice: str = MEND_OURS) -> dict[str, Any]:

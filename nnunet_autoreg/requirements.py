@@ -105,7 +105,7 @@ def in_one_line(violations: tuple[Violation, ...]) -> str:
 def _requirements_of(
     name: str, extras: frozenset[str], visited: set[tuple[str, frozenset[str]]]
 ) -> Iterator[tuple[str, Requirement]]:
-    """Yield the requirements of a distribution, each with the name of who requires it.
+    """Yield the requirements of a distribution, each with the name of the package that has it.
 
     The requirements of extras that it asks for are included.
 
@@ -163,7 +163,8 @@ def _installed_version(name: str) -> str | None:
 
 
 def _is_met(requirement: Requirement, installed: str | None) -> bool:
-    """Return whether a version meets a requirement; what cannot be compared counts as met."""
+    """Return whether a version meets a requirement; versions that cannot be compared count as
+    met."""
     if installed is None:
         return False
     try:

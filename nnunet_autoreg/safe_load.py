@@ -96,7 +96,7 @@ def plain_loading(where: Path) -> Iterator[None]:
 
 
 def _numbers_of_numpy() -> list[Any]:
-    """Return what makes a single number of numpy; none of it runs code."""
+    """Return the functions that make a single number of numpy; none of them runs code."""
     import numpy as np
 
     scalar = np.float64(0).__reduce__()[0]
@@ -112,13 +112,12 @@ def _why_refused(where: Path, message: str) -> str:
     named = re.search(r"GLOBAL (\S+)", message)
     if named is None:
         return (
-            f"{where} cannot be read as tensors and plain values (it is damaged, or asks to run "
-            "code); nothing of it was run"
+            f"{where} cannot be read as tensors and plain values (it is damaged, or contains "
+            "code); no code was run"
         )
     # A file can name anything here, line breaks and control characters included.
     function = ascii(named[1])[1:-1][:80]
     return (
-        f"{where} asks to run '{function}' when it is read; nothing of it was run: only tensors "
-        "and plain values "
-        "are read. Ask its author for a safetensors file or a plain state dict"
+        f"{where} would run '{function}' when it is loaded. It was not run, because only tensors "
+        "and plain values are read. Ask its author for a safetensors file or a plain state dict"
     )

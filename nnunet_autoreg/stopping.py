@@ -90,7 +90,7 @@ def stop_requested() -> bool:
 
 
 def raise_if_stopped() -> None:
-    """Raise again what a signal handler raised, in case that other people's code caught it.
+    """Raise the interruption of a signal handler again, in case other code caught it.
 
     Raises:
         InterruptedRunError: SIGTERM or Ctrl-C has come, and it is not just noted (``stops_noted``).
@@ -100,7 +100,7 @@ def raise_if_stopped() -> None:
 
 
 def _line() -> str:
-    """Return what ends the command, what it was doing, and what to do."""
+    """Return one line: why the command ends, in which phase it was, and what to do."""
     if _stop.line:
         return _stop.line
     phase = current_phase()
@@ -111,7 +111,7 @@ def _line() -> str:
 
 @contextmanager
 def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end what is inside, as described above.
+    """Let SIGTERM and Ctrl-C end the block, as described above.
 
     Inside another one, and outside the main thread, nothing changes.
 
@@ -176,7 +176,7 @@ def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool
 
 @contextmanager
 def stops_raised() -> Iterator[None]:
-    """Let signals end what is inside at once, within a block where they are only noted.
+    """Let signals end this block immediately, inside of a block where they are only noted.
 
     It is for work that takes long while there is nothing to save.
 
@@ -353,7 +353,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def refuse_interruption(error: BaseException) -> None:
-    """Raise the interruption that an exception of other people's code stands for, if there is one.
+    """Raise the interruption that is hidden in an exception of other code, if there is one.
 
     torch's compiler wraps whatever is raised inside it; what it wrapped is then no fault of the
     code that was compiled.

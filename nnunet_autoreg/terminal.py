@@ -103,7 +103,7 @@ class ProgressBar(tqdm):  # type: ignore[misc]
 
     @property
     def format_dict(self) -> MutableMapping[str, Any]:
-        """Return what ``bar_format`` refers to, with the time left in words."""
+        """Return the fields of ``bar_format``, with the time left in words."""
         facts = super().format_dict
         num_done, elapsed = self.n - self.initial, facts["elapsed"]
         rate = facts["rate"] or (num_done / elapsed if num_done and elapsed > 0 else None)

@@ -201,7 +201,7 @@ class AutoregClassificationTrainer(TaskTrainer):
     def _frozen_features(
         self, network: Classifier, stock: Any, patch: Size
     ) -> dict[str, dict[str, NDArray[Any]]]:
-        """Return what the baselines read of every case: baseline -> case -> values."""
+        """Return the inputs of the baselines: baseline -> case -> values."""
         # The values of the foreground; regions are made of them.
         label_values: set[int] = set()
         for value in self.dataset_json["labels"].values():

@@ -61,7 +61,7 @@ class _AutoregTrainer(nnUNetTrainer):
     transfers_decoder = True
     """False for networks that use only the encoder of the weights, regardless of the plan."""
     length: int | None = None
-    """Number of epochs; None for that of the plan."""
+    """Number of epochs; None to use the plan's."""
     my_init_kwargs: dict[str, Any]
 
     def __init__(

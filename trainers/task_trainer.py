@@ -28,7 +28,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
 
     transfers_decoder = False
     task: ClassVar[str]
-    """Name of the task, which is also that of its room in the package."""
+    """Name of the task, and of its folder in the package."""
     task_block: ClassVar[str]
     """Name of the block in the plans file."""
 
@@ -60,7 +60,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
         super().initialize()
 
     def prepare_task(self) -> None:
-        """Read what the task is about from the preprocessed dataset."""
+        """Read the facts about the task from the preprocessed dataset."""
         raise NotImplementedError
 
     def make_task_plan(self) -> tuple[Any, str]:
@@ -76,7 +76,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
         raise NotImplementedError
 
     def use_plan(self) -> None:
-        """Set what the plan decides about the training."""
+        """Set the values of the training that the plan decides."""
         raise NotImplementedError
 
     @classmethod
@@ -94,7 +94,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
 
     @contextmanager
     def _main_process_first(self) -> Iterator[None]:
-        """Let the main process write files first; the others then read what it wrote."""
+        """Let the main process write files first; the others then read them."""
         if self.is_ddp and self.local_rank > 0:
             distributed.barrier()
         yield

@@ -37,7 +37,7 @@ def pretraining_cost(folder: Path) -> Cost | None:
         flops = flops_per_sample(plan) * samples
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log.warning("the arithmetic of '%s' could not be counted (%s)", folder.name, reason)
+        log.warning("the FLOPs of '%s' could not be counted (%s)", folder.name, reason)
 
     # The mean step time that was logged, times the steps.
     times = []

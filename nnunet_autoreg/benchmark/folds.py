@@ -46,7 +46,7 @@ def unfinished_folds(lines: Sequence[Line]) -> str:
     if not num_runs:
         return ""
     return (
-        f"{counted(num_runs, 'run')} of a cross-validation left out, as folds of it are not "
+        f"{counted(num_runs, 'run')} of a cross-validation left out, because some folds are not "
         "finished."
     )
 
@@ -62,7 +62,8 @@ def _folds_by_run(lines: Sequence[Line]) -> dict[tuple[Any, ...], dict[int, Line
 
 
 def _run_of(line: Line) -> tuple[Any, ...] | None:
-    """Return what the folds of a run have in common, last their number; None if it has none."""
+    """Return the properties that the folds of a run share, last their number; None without
+    folds."""
     fold = fold_of_split(line["split"])
     if fold is None:
         return None

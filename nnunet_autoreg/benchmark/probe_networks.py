@@ -187,7 +187,7 @@ class FrozenNetwork:
 
 
 def _outputs_of(modules: Sequence[nn.Module], run: Any) -> list[Tensor]:
-    """Return what each module puts out while ``run`` runs the network once."""
+    """Return the output of each module while ``run`` runs the network once."""
     # Hooks read features out of a network that returns its last layer only.
     outputs: dict[int, Tensor] = {}
 

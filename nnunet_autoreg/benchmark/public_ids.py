@@ -27,11 +27,11 @@ class PublicIds:
     patients: Mapping[str, str]
 
     def of_case(self, name: str) -> str:
-        """Return what a case is called in results."""
+        """Return the name of a case in results."""
         return self.cases.get(name, name)
 
     def of_patient(self, name: str) -> str:
-        """Return what a patient is called in results."""
+        """Return the name of a patient in results."""
         return self.patients.get(name, name)
 
 

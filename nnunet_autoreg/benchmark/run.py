@@ -243,7 +243,7 @@ def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float
     # The difference between both is what other work on the machine, or waiting for data, costs.
     pace = float(result["seconds_per_step"])
     log.info(
-        "  %.3g s a step, of which %.3g s on a processor",
+        "  %.3g s per step (%.3g s of processor time)",
         pace,
         result["processor_s_per_step"] or pace,
     )
@@ -428,7 +428,7 @@ def cost_of(bench: Bench, name: str, sha256: str) -> Cost | None:
         if sha256 not in known:
             from nnunet_autoreg.benchmark.cost import pretraining_cost
 
-            log.info("counting the arithmetic of the pretraining '%s'", name)
+            log.info("counting the FLOPs of the pretraining '%s'", name)
             known[sha256] = to_jsonable(pretraining_cost(bench.layout.pretraining(name)))
             write_json(file, known)
     found = known[sha256]

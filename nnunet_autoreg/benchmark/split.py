@@ -29,7 +29,7 @@ CASES_NAME = "cases.csv"
 
 @dataclass(frozen=True)
 class Division:
-    """Names of cases by what they are for.
+    """Names of cases by their part of the split.
 
     Attributes:
         pool: patients to label and to pretrain on.

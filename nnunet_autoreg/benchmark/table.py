@@ -182,12 +182,12 @@ Length = tuple[str, int, int]
 
 
 def length_of(key: RunKey) -> Length:
-    """Return what runs that may be compared have in common."""
+    """Return the properties that runs must share to be compared."""
     return key.split, key.steps, key.batch
 
 
 def summary(lines: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()) -> str:
-    """Return what the runs show, in words and in tables of at most 80 columns.
+    """Return the results of the runs in words and in tables of at most 80 columns.
 
     ``table.md`` has all runs.
 

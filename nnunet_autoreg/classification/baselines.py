@@ -26,7 +26,7 @@ Floats = NDArray[np.floating[Any]]
 def size_features(
     labels_ZYX: NDArray[np.integer], spacing_mm: Spacing, values: Sequence[int]
 ) -> NDArray[np.float64]:
-    """Return the sizes of what is labelled, as logarithms.
+    """Return the sizes of the labelled structures, as logarithms.
 
     They are the volume of every label in mm^3, that of all together, and the sides of the box
     around all of them in mm, the shortest first. A voxel is added, so that 0 is finite.

@@ -94,7 +94,7 @@ class Classifier(FeatureEncoder):
         # nnU-Net's predictor would take the logits for a segmentation.
         if not (self.training or self.gives_classes):
             raise PlanError(
-                "this model classifies scans and segments nothing; use autoreg_classify instead "
+                "this model classifies scans and does not segment; use autoreg_classify instead "
                 "of nnUNetv2_predict",
                 code="classification-no-segmentation",
             )

@@ -28,7 +28,7 @@ VALIDATED_SHARE = 4
 
 @dataclass(frozen=True)
 class ClassificationPlan:
-    """Hold what a classifier is, and how it is trained where that differs from segmentation.
+    """Hold the values of a classifier, and of its training if they differ from segmentation.
 
     Every value may be edited in the plans file.
 

@@ -95,8 +95,8 @@ def small_scans_line(names: Sequence[str], num_scans: int, patch_size: Size) -> 
     """Return the line about scans that are smaller than the patch along some axis."""
     return (
         f"{len(names)} of {num_scans} scans are smaller than the patch of {size_text(patch_size)} "
-        f"voxels along an axis ({names_text(names)}); they are filled up with zeros, in training "
-        "as in prediction"
+        f"voxels along an axis ({names_text(names)}); they are padded with zeros, in training and "
+        "in prediction"
     )
 
 
@@ -125,7 +125,7 @@ def probabilities_of(
         probabilities_K = torch.softmax(values_1K[0].double(), 0).cpu().numpy()
         if not np.isfinite(probabilities_K).all():
             raise WeightsError(
-                "the network gives numbers that are not finite; its training went wrong: use "
+                "the network's outputs are not finite, so its training failed: use "
                 "another checkpoint, or train again",
                 code="classification-not-finite",
             )

@@ -82,8 +82,8 @@ def _add_comparison_options(group: Group) -> None:
         type=int,
         default=[],
         metavar="K",
-        help="numbers of labelled patients (default: 5 10 20, as far as the pool has so many; else "
-        "all patients of the pool)",
+        help="numbers of labelled patients (default: those of 5, 10 and 20 that the pool has; if "
+        "it has fewer than 5, all of its patients)",
     )
     group.add_argument(
         "--seeds",
@@ -91,8 +91,7 @@ def _add_comparison_options(group: Group) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="number of seeds. Each seed labels other patients, chosen at random (default: "
-        "%(default)s)",
+        help="number of seeds. Each seed labels different random patients (default: %(default)s)",
     )
     group.add_argument(
         "--arms",
@@ -346,7 +345,7 @@ def announce(request: "BenchmarkRequest", num_jobs: int) -> None:
 
 
 def announce_pretraining(bench: "Bench", num_jobs: int) -> None:
-    """Print how long the missing pretrainings take, and what that makes with the trainings."""
+    """Print the time of the missing pretrainings, and the total time with the trainings."""
     from nnunet_autoreg.benchmark.prepare import expected_pretrainings
 
     expected = expected_pretrainings(bench)

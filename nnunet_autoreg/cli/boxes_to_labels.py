@@ -17,7 +17,7 @@ from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number
 
 @dataclass(frozen=True)
 class BoxLabelsRequest:
-    """Hold what was typed, under the names of the parser below."""
+    """The options of the command, under the names of the parser below."""
 
     dataset: str
 

@@ -1,4 +1,4 @@
-"""Hold what every command shares: how errors end it, where its log goes, and its last line."""
+"""The parts that all commands share: errors, the log, and the last line."""
 
 import argparse
 import dataclasses
@@ -169,7 +169,7 @@ def command(main: Main) -> Command:
 
 
 def _print_any_name() -> None:
-    """Print as escapes what the terminal's encoding has no character for.
+    """Print characters that the terminal's encoding lacks as escapes.
 
     Names of files may not be valid text, and an ASCII terminal has no umlauts.
     """
@@ -203,7 +203,7 @@ def _failed(main: Main, error: Exception) -> int:
         return _complain(main, message, error.exit_code)
 
     if _is_lack_of_memory(error):
-        message = "the memory is not enough; what was written before is kept"
+        message = "out of memory; files that were written before are kept"
         return _complain(main, f"{message}: close other programs, or give less data", 1)
     if isinstance(error, BrokenPipeError):
         # Flushing the closed pipe at exit would print another error.
@@ -219,7 +219,7 @@ def _failed(main: Main, error: Exception) -> int:
                 f" ({SHARED_MEMORY}, where processes share memory, cannot be written: make it "
                 "writable, in Docker by --ipc=host or --shm-size=8g)"
             )
-        message = f"{error.strerror or error}{where}; what was written before is kept"
+        message = f"{error.strerror or error}{where}; files that were written before are kept"
         return _complain(main, message, 1)
 
     violations = find_violations()
@@ -270,7 +270,7 @@ def prepare_torch() -> None:
 
 
 def print_next(line: str) -> None:
-    """Print a command's last line: what to type next."""
+    """Print a command's last line: the next command to type."""
     print(f"next: {printable(line)}", flush=True)
 
 

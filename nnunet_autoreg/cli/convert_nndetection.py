@@ -20,7 +20,7 @@ from nnunet_autoreg.nnunet_api import raw_folder
 
 @dataclass(frozen=True)
 class ConvertTaskRequest:
-    """Hold what was typed, under the names of the parser below."""
+    """The options of the command, under the names of the parser below."""
 
     task: Path
     number: int

@@ -136,7 +136,7 @@ class Demo:
             )
 
     def remaining(self) -> str:
-        """Return the files and folders that were made, and what they hold, as one line."""
+        """Return one line about the files and folders that were made, with their content."""
         found = []
         for name, content in CONTENTS.items():
             if (self.folder / name).exists():

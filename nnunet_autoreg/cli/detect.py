@@ -59,7 +59,7 @@ OF_A_MODEL = {
 
 @dataclass(frozen=True)
 class DetectRequest:
-    """Hold what was typed, under the names of the parser below."""
+    """The options of the command, under the names of the parser below."""
 
     dataset: str | None
     scans: Path | None
@@ -132,8 +132,8 @@ def _add_input_options(group: Group) -> None:
         "--from-seg",
         metavar="FOLDER",
         type=local_path,
-        help="instead of -d and -i: what nnUNetv2_predict --save_probabilities wrote; every "
-        "component of its segmentations becomes a detection, scored by its highest probability",
+        help="instead of -d and -i: folder that nnUNetv2_predict --save_probabilities wrote; every "
+        "connected component becomes a detection, scored by its highest probability",
     )
     add_split_4d(group)
 
@@ -150,8 +150,8 @@ def _add_box_options(group: Group) -> None:
         "--fppi",
         type=float,
         metavar="N",
-        help="instead of --min-score: the scores that gave N false positives per scan in "
-        "validation, class by class",
+        help="instead of --min-score: use for each class the score that gave N false positives per "
+        "scan in validation",
     )
     group.add_argument(
         "--nms-iou",

@@ -31,8 +31,8 @@ PROBE_LIMIT_S = 300
 ANSWER = "autoreg_doctor:"
 NOT_CHECKED = "not checked"
 TOO_SLOW = (
-    f"a fresh interpreter took longer than {PROBE_LIMIT_S} s to import torch and nnunetv2, so the "
-    "bridge, torch, torchvision, timm, networks and device were not checked; they may be in order"
+    f"a new Python process took longer than {PROBE_LIMIT_S} s to import torch and nnunetv2, so the "
+    "bridge, torch, torchvision, timm, networks and device were not checked; they may work"
 )
 TRY_LATER = "run autoreg_doctor again when the computer and its file system are less busy"
 
@@ -279,7 +279,7 @@ def check_folder(variable: str, get: Callable[[], Path]) -> Check:
 
 
 def probe() -> dict[str, Any]:
-    """Return what a fresh interpreter finds, started like nnU-Net's own commands.
+    """Return what a new Python process finds, started like nnU-Net's own commands.
 
     The key ``error`` is set if the interpreter failed, and "not checked" if it took too long.
     """
@@ -526,7 +526,7 @@ def _link(folder: Path) -> int:
     # A file in a folder that Python does not read as site-packages has no effect.
     if not _live_in_fresh_interpreter():
         raise AutoregError(
-            f"{target} was written, but a fresh interpreter does not read it, or does not find "
+            f"{target} was written, but a new Python process does not read it, or does not find "
             f"nnunet_autoreg; add {Path(bridge.__file__).parents[1]} to PYTHONPATH, or install "
             "nnunet-autoreg with pip",
             code="doctor-link-without-effect",

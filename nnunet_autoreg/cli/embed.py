@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """Hold what was typed, under the names of the parser below."""
+    """The options of the command, under the names of the parser below."""
 
     weights: str
     scans: Path
@@ -100,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
         "--region",
         choices=["scan", "label"],
         default="scan",
-        help="what the mean is taken over: the whole scan, or the box around what the scan's label "
-        "map outlines, such as a nodule (default: %(default)s)",
+        help="region of the mean: the whole scan, or the bounding box of the structure in the "
+        "scan's label map, such as a nodule (default: %(default)s)",
     )
     add(
         "--labels",
@@ -114,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="MM",
-        help="enlarge the box of --region label by so many mm on every side (default: %(default)s)",
+        help="enlarge the box of --region label by this many mm on every side (default: "
+        "%(default)s)",
     )
     add_device(p, "where to compute the features")
     add_split_4d(p)
@@ -189,7 +190,7 @@ def _check_output(request: EmbedRequest) -> None:
         )
     if request.dense and request.output.suffix == ".parquet":
         raise UsageError(
-            "--dense: a table has no room for grids; give -o features.npz", code="embed-dense-table"
+            "--dense: a table cannot hold grids; give -o features.npz", code="embed-dense-table"
         )
     if request.output.is_dir():
         raise UsageError(

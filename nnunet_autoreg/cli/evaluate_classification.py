@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassEvaluationRequest:
-    """Hold what was typed, under the names of the parser below."""
+    """The options of the command, under the names of the parser below."""
 
     predictions: Path
     truth: Path

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Hold what was typed, under the names of the parser below."""
+    """The options of the command, under the names of the parser below."""
 
     predictions: Path
     truth: Path
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         nargs="+",
         default=[],
-        help="score these only (default: all)",
+        help="score only these classes (default: all)",
     )
     group.add_argument(
         "--min-voxels",
@@ -112,7 +112,7 @@ def _add_input_options(group: Group) -> None:
         metavar="GT",
         type=local_path,
         required=True,
-        help="folder of the truth, with file names as in PRED: label maps (each connected "
+        help="folder of the true objects, with file names as in PRED: label maps (each connected "
         "component is an object), instance maps with <scan>.json "
         '{"instances": {id: label}}, or <scan>.json with {"boxes": [{"box_zyx", "label"}]}',
     )
@@ -154,10 +154,10 @@ def _add_figure_options(group: Group) -> None:
         "--hit",
         metavar="RULE",
         default="iou:0.1",
-        help="when a detection has found an object, for FROC, sizes, CSV and pictures: iou:T, "
-        "mask:T (IoU of voxels in NAME_instances; RibFrac's rule with 0.2), centre (its centre "
-        "lies in the object), radius (within half the object's largest side, as LUNA16), or "
-        "radius:MM (default: %(default)s)",
+        help="rule for a hit, for FROC, sizes, CSV and pictures. iou:T: IoU of the boxes; mask:T: "
+        "IoU of voxels in NAME_instances (RibFrac uses 0.2); centre: the centre of the detection "
+        "is in the object; radius: it is within half the object's largest side (LUNA16); "
+        "radius:MM: it is within MM (default: %(default)s)",
     )
     group.add_argument(
         "--box-convention",
@@ -170,15 +170,16 @@ def _add_figure_options(group: Group) -> None:
         "--duplicates",
         choices=["false", "ignored"],
         default="false",
-        help="what a second detection of one object is: a false positive, or ignored as LUNA16 "
-        "does (default: %(default)s)",
+        help="how a second detection of one object counts. false: as a false positive; ignored: "
+        "not at all, as in LUNA16 (default: %(default)s)",
     )
     group.add_argument(
         "--max-detections",
         metavar="N",
         type=int,
         default=100,
-        help="per scan and class, the highest scores (default: %(default)s)",
+        help="use at most N detections per scan and class, those with the highest scores (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--fp-per-scan",
@@ -195,8 +196,8 @@ def _add_figure_options(group: Group) -> None:
         metavar="MM",
         type=float,
         nargs="*",
-        help="borders between strata of the objects' largest side (default: thirds of the objects; "
-        "without a value: no strata)",
+        help="limits between size groups, by the largest side of an object (default: three groups "
+        "of equal number; without a value: no groups)",
     )
     group.add_argument(
         "--bootstrap",
@@ -268,8 +269,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     if len(results["absent_classes"]) == len(truth.classes):
         log.warning(
-            "no scan holds an object that counts, so there is nothing to find and no figure; look "
-            "at -g, --min-voxels and --classes"
+            "no scan has an object that counts, so no score can be computed; check -g, "
+            "--min-voxels and --classes"
         )
 
     # Write the figures first, because drawing the pictures may fail.

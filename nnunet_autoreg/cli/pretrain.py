@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="train on N GPUs of this machine, which share every batch. With --device cpu: in N "
-        "processes. A run can be continued with another number. For several machines start the "
-        "command by torchrun, without this option (default: 1)",
+        "processes. A run can be continued with another number. For several machines, start the "
+        "command with torchrun and without this option (default: 1)",
     )
 
     _add_output_options(p.add_argument_group("steps and output"))
@@ -89,8 +89,8 @@ def _add_input_options(group: Group) -> None:
         default=[],
         metavar="ID",
         help="nnU-Net raw datasets, by number or name (4 or Dataset004_Name). Every channel is a "
-        "scan of its own. Labels are never trained on: they only show where structures are, and "
-        "serve the probe (default: none; give -d, -i or both)",
+        "separate scan. Labels are never trained on: they only locate structures, and serve the "
+        "probe (default: none; give -d, -i or both)",
     )
     group.add_argument(
         "-i",
@@ -244,7 +244,7 @@ def _add_output_options(group: Group) -> None:
     group.add_argument(
         "--part",
         metavar="K/N",
-        help="preprocess the K-th of N parts of the scans, then stop. Made for job arrays: first "
+        help="preprocess the K-th of N parts of the scans, then stop. For job arrays: first "
         "plan with --dry-run, then run all parts, then train with the same command without --part "
         "(default: preprocess all scans, then train)",
     )
@@ -362,7 +362,7 @@ def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> i
 
 
 def next_step(card: EncoderCard, fine_tuning: str) -> str:
-    """Return what to do after a run: fine-tune, by name if need be, or train longer.
+    """Return the next step after a run: fine-tune, by name if necessary, or train longer.
 
     Args:
         fine_tuning: the first command of fine-tuning.
@@ -376,7 +376,7 @@ def next_step(card: EncoderCard, fine_tuning: str) -> str:
     if verdict.outcome == NOT_LEARNT:
         return (
             f"train longer: type the same line with more --steps than {card.num_steps}, or with a "
-            f"new --name and another rate (to fine-tune all the same: {by_name})"
+            f"new --name and another rate (to fine-tune anyway: {by_name})"
         )
     return f"{by_name} (by name, because it was {reason_against})"
 
@@ -387,13 +387,13 @@ def fine_tuning(dataset: str) -> str:
     nnU-Net plans only datasets with label maps, so a dataset that has only boxes needs one more
     step.
     """
-    from nnunet_autoreg.detection.objects import has_boxes_alone
+    from nnunet_autoreg.detection.objects import has_only_boxes
 
     number = dataset_number(dataset)
-    if has_boxes_alone(dataset_folder(dataset)):
+    if has_only_boxes(dataset_folder(dataset)):
         return (
-            f"autoreg_boxes_to_labels -d {number} (nnU-Net plans no dataset without label maps, "
-            "and this one has only boxes)"
+            f"autoreg_boxes_to_labels -d {number} (nnU-Net cannot plan without label maps, and "
+            "this dataset has only boxes)"
         )
     return f"nnUNetv2_plan_and_preprocess -d {number} -pl AutoregPlanner"
 

@@ -60,8 +60,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a finished pretraining run, its folder or its encoder.safetensors; or the name of an "
         "encoder, such as resenc_tiny, to probe random weights only. Random weights of the same "
-        "networks are always added; the word random may stand for them. The option may be given "
-        "several times, and at least once (default: none)",
+        "networks are always scored as well. The option may be given several times (required)",
     )
     group.add_argument(
         "--random-seeds",

@@ -134,7 +134,7 @@ def _add_action(actions: Any, name: str, what: str) -> argparse.ArgumentParser:
 
 
 def _add_statements(p: argparse.ArgumentParser) -> None:
-    """Add the options by which the user states what a file does not, or corrects it."""
+    """Add the options that supply or correct the information in a file."""
     axes = ("Z", "Y", "X")
     p.add_argument(
         "--adaptation-plan",

@@ -84,7 +84,7 @@ MASK_RESAMPLING = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z":
 
 @dataclass(frozen=True)
 class Exported:
-    """Hold what was written, and what the format could not express."""
+    """Hold the files written, and the limits of the format."""
 
     files: tuple[Path, ...]
     card: EncoderCard
@@ -430,7 +430,7 @@ def _pretrain_plan(card: EncoderCard) -> dict[str, Any]:
 
 
 def _citations(card: EncoderCard) -> list[dict[str, Any]]:
-    """Return what the user of the file has to cite: this pretraining, then its own sources."""
+    """Return the works that users of the file have to cite: this pretraining, then its sources."""
     stated = [f"{name}: {text or NONE_STATED}" for name, text in card.licences.items()]
     licences = "; ".join(stated) or NONE_STATED
     text = (
@@ -450,7 +450,7 @@ def _citations(card: EncoderCard) -> list[dict[str, Any]]:
 
 
 def _own(card: EncoderCard, token_order: str = OURS) -> dict[str, Any]:
-    """Return what only this package reads: the whole card."""
+    """Return the part that only this package reads: the whole card."""
     # A card's text begins with the objective's name; see ``ObjectiveKind.summary``. Convolutions of
     # a CNN look in all directions, regardless of the objective.
     objective_name = card.objective.partition(" ")[0]

@@ -59,7 +59,7 @@ def local_weights(given: str) -> Path:
             code="weights-no-hub",
         ) from error
 
-    log.info("%s: looking in the cache, and for news on Hugging Face", given)
+    log.info("%s: checking the cache, and Hugging Face for updates", given)
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=list(NEEDED_FILES))
     except Exception as error:  # its errors have no common class, and differ between versions

@@ -25,7 +25,7 @@ MODEL_TYPE = "nnunet_autoreg"
 def huggingface_contents(
     card: EncoderCard, weights: Path, own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what each file of the folder holds, by name.
+    """Return the content of each file of the folder, by name.
 
     Args:
         weights: ``encoder.safetensors`` of the run, which is copied.
@@ -108,7 +108,7 @@ def _card_of(source: WeightsFile) -> EncoderCard:
 
 
 def _origin(card: EncoderCard, source: WeightsFile) -> dict[str, Any]:
-    """Return what ``encoder.json`` records about the folder."""
+    """Return the entry of ``encoder.json`` about the folder."""
     origin: dict[str, Any] = {
         "format": "Hugging Face",
         "file": source.file.name,

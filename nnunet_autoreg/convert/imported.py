@@ -34,14 +34,14 @@ from nnunet_autoreg.records import sha256_of
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Hold what the user states about a file; None means that the file itself is asked.
+    """Hold the user's statements about a file; None means that the file itself decides.
 
     Attributes:
         token_order: "permute" corrects nnssl's order of tokens, "keep" loads them uncorrected.
         num_heads: number of attention heads.
         patch_size_vox: (z, y, x) voxels of a crop of pretraining.
         spacing_mm: (z, y, x) voxel size of pretraining.
-        modalities: for example ("CT", "MR"); empty means that the file is asked.
+        modalities: for example ("CT", "MR"); empty means that the file decides.
         licence: licence of the weights.
     """
 

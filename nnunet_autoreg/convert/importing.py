@@ -68,7 +68,7 @@ def converted(source: WeightsFile, options: ImportOptions) -> Imported:
         return import_trained(source, options)
 
     raise WeightsError(
-        f"{source.file} is of no known kind ({source.kind}); trained nnU-Net models and "
+        f"{source.file} is of an unknown kind ({source.kind}); trained nnU-Net models and "
         "checkpoints of AR-SSL4M can be imported, and those of nnssl with their adaptation plan "
         "(--adaptation-plan FILE)",
         code="weights-not-importable",

@@ -181,7 +181,7 @@ def _foreign_facts(
 
 
 def _unknown_facts(source: WeightsFile, head: Facts) -> tuple[Facts, str]:
-    """Describe a file that cannot be used as it is, and return what would help."""
+    """Describe a file that cannot be used as it is, and return a remedy."""
     if source.kind == NO_PLAN:
         what = (
             "a checkpoint of nnU-Net or nnssl without an adaptation plan, so its encoder is not "
@@ -192,7 +192,7 @@ def _unknown_facts(source: WeightsFile, head: Facts) -> tuple[Facts, str]:
             "--adaptation-plan FILE"
         )
     else:
-        what = "of no known kind: neither ours, nor AR-SSL4M's, nor nnssl's"
+        what = "unknown: neither ours, nor AR-SSL4M's, nor nnssl's"
         following = (
             "look at the keys; nnssl's formats need their adaptation plan (--adaptation-plan FILE)"
         )

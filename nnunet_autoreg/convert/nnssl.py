@@ -530,9 +530,9 @@ def _in_our_order(
     # The user's word counts most. Files of others have nnssl's order.
     order = options.token_order or (KEEP if stated == OURS else PERMUTE)
     if order == KEEP:
-        reason = "as --token-order says: the weights are loaded uncorrected"
+        reason = "not corrected, because of --token-order"
         if stated == OURS:
-            reason = "because the file states that it is nnU-Net's already"
+            reason = "because the file states that it has nnU-Net's order"
         return tensors, [f"token order kept, {reason}"]
 
     swapped = swap_plane_axes(tensors, grid, int(encoder.arguments["eva_numheads"]))

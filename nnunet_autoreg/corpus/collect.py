@@ -1,5 +1,4 @@
-"""DICOM files met while searching, gathered into one row per series: a scan, or what was left out
-and why.
+"""Collect the DICOM files that were found into one row per series, used or left out.
 
 No name of a file or folder, and no free text of a header, gets into an id or a reason; a series is
 named by a salted hash.
@@ -97,7 +96,7 @@ class DicomCollector:
         return True
 
     def rows(self) -> Iterator[DicomRow]:
-        """Yield scans first, then what was left out."""
+        """Yield scans first, then rows that are left out."""
         groups = list(self._series())
         original = {_kind(group[0]) for _, group in groups if not originals(group)[0].derived}
 
@@ -210,7 +209,7 @@ class DicomCollector:
 
 
 def _kind(one: DicomSlice) -> tuple[str, str, str]:
-    """Return what an original must share with a derived image to be the better one."""
+    """Return the values that an original and an image derived from it share."""
     return one.subject, one.study, one.modality
 
 

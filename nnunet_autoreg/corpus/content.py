@@ -95,7 +95,7 @@ def near_integers(scan: RawScan) -> bool:
 
 
 def _rounding_keeps_spread(scan: RawScan) -> bool:
-    """Return whether what rounding takes away is small beside the scan's own variation."""
+    """Return whether the rounding error is small compared with the scan's variation."""
     lost = spread = 0.0
     first = float(np.rint(scan.array_CZYX.flat[0]))
     for plane in _planes(scan):
@@ -165,7 +165,7 @@ def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None
         if len(members) > 1:
             # Scans of one shape are copies if their signatures agree within the tolerance.
             points_of_members = [signatures[n] for n in members]
-            how = "voxels, but for rounding or scale (64 compared), as"
+            how = "voxels, except for rounding or scale (64 compared), as"
             pairs = []
             for a, b in _close_pairs(np.array(points_of_members)):
                 first, second = members[a], members[b]

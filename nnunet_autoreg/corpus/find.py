@@ -132,7 +132,7 @@ def find_scans(
         finder.add_given(folder)
     finder.leave_out_listed_labels()
     if finder.num_repeated:
-        log.info("%d files were reached twice and are counted once", finder.num_repeated)
+        log.info("%d files were found twice and are counted once", finder.num_repeated)
     return finder.found
 
 
@@ -213,7 +213,7 @@ class _Finder:
             read_dataset_json(folder)
         except UsageError as error:
             log.warning(
-                "a dataset.json is not nnU-Net's; its folder is searched as any other",
+                "a dataset.json is not nnU-Net's; its folder is searched like any other",
                 extra=terminal_only(f" ({error})"),
             )
             return False
@@ -283,7 +283,8 @@ class _Finder:
         if described.reader:
             log.warning(
                 "%s: nnU-Net reads these images by %s (overwrite_image_reader_writer in "
-                "dataset.json), and this command by SimpleITK; make sure that voxel values agree",
+                "dataset.json), but this command reads them by SimpleITK; make sure that the "
+                "voxel values agree",
                 folder.name,
                 shown(described.reader),
             )
@@ -345,7 +346,7 @@ class _Finder:
                     )
                     if unset:
                         reason = (
-                            f"dataset.json lists it below {unset[0]}, and that environment "
+                            f"dataset.json lists it below {unset[0]}, but this environment "
                             "variable is not set; export it"
                         )
                     self.leave_out(path, folder.name, name, "unreadable", reason)
@@ -404,7 +405,7 @@ class _Finder:
         real = os.path.realpath(folder)
         if real in self.folders:
             # A link may lead back to a folder above itself.
-            reason = "leads to a folder that is searched already"
+            reason = "it leads to a folder that is searched anyway"
             self.leave_out(folder, root.name, where, "link", reason)
             return []
         self.folders.add(real)
@@ -420,7 +421,7 @@ class _Finder:
         for path in entries:
             if path.name.startswith("."):
                 if _is_image(path.name) or path.is_dir():
-                    reason = "its name begins with a dot; rename it if it is wanted"
+                    reason = "its name begins with a dot; rename it to use it"
                     self.leave_out(path, root.name, _below(path, root), "hidden", reason)
                 else:
                     others["hidden"] += 1
@@ -582,12 +583,12 @@ def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, in
 
 
 def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:
-    """Return what an nnU-Net dataset says about an image."""
+    """Return the facts that an nnU-Net dataset states about an image."""
     return {"channel": channel, "subject": f"{folder.name}/{case}", "contrast": channel}
 
 
 def _of_name(scope: str, inside: str) -> dict[str, str]:
-    """Return what a BIDS name says.
+    """Return the facts in a BIDS name.
 
     Subjects of different datasets are different people, so ``scope`` goes with them.
     """
@@ -639,7 +640,7 @@ def _is_dicomdir(name: str) -> bool:
 
 
 def _ending(name: str) -> str:
-    """Return the ending of a file that is not a scan, if it is a usual one; else what to call it.
+    """Return the ending of a file that is not a scan, if it is a usual one; else a general word.
 
     What follows the last dot may be a part of a name or a UID.
     """

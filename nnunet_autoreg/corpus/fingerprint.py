@@ -1,6 +1,4 @@
-"""The pool in numbers: what planning, and a person looking at ``fingerprint.json``, needs to know
-of the scans.
-"""
+"""The usable scans in numbers, for planning and for readers of ``fingerprint.json``."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -172,13 +170,13 @@ def relative_size(row: ScanRow) -> float:
 
 
 def scan_geometry(row: ScanRow) -> ScanGeometry:
-    """Return what grouping needs to know of a usable scan."""
+    """Return the properties of a usable scan by which scans are grouped."""
     shape, spacing = transposed_geometry(row)
     return ScanGeometry(row.modality, spacing, shape)
 
 
 def row_spacing(row: ScanRow, data: DataPlan) -> Spacing:
-    """Return what the plan resamples a usable scan to; a 2D image is only reduced."""
+    """Return the target spacing of a usable scan; a 2D image is only reduced."""
     if row.is_image:
         (_, *sides), (z_mm, y_mm, x_mm) = transposed_geometry(row)
         factor = max(1.0, min(sides) / IMAGE_SIDE_VOX)
@@ -204,7 +202,7 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
         )
     if not rows:
         raise UsageError(
-            f"none of the {len(index.rows)} files and folders met is a usable scan{_why(index)}",
+            f"none of the {len(index.rows)} files and folders found is a usable scan{_why(index)}",
             code="no-usable-scan",
         )
 
@@ -296,7 +294,7 @@ def _whole(values: Sequence[float]) -> Size:
 
 
 def _why(index: Index) -> str:
-    """Return what a message adds about an index without usable scans."""
+    """Return an addition to a message about an index without usable scans."""
     if not index.rows:
         return "; give other datasets (-d) or folders (-i)"
     counts = Counter(row.status for row in index.rows).most_common()

@@ -90,7 +90,7 @@ def read_label_map(path: Path) -> tuple[npt.NDArray[np.int64], Grid]:
             "unreadable", "it cannot be read as a label map; repair it, or move it away"
         ) from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ScanError("unreadable", "it is no 3D label map; repair it, or move it away")
+        raise ScanError("unreadable", "it is not a 3D label map; repair it, or move it away")
 
     # Label maps may be stored as floating-point numbers.
     labels_ZYX = np.rint(SimpleITK.GetArrayFromImage(image)).astype(np.int64)
@@ -130,7 +130,7 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
     if not wanted.series and (part or not path.is_file()):
         raise ScanError(
             "geometry",
-            "where it lies in the patient is not known, because it is a part of a file; give it as "
+            "its position in the patient is unknown, because it is a part of a file; give it as "
             "a file or DICOM folder",
         )
 
@@ -145,7 +145,7 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
         # The message of SimpleITK holds the path.
         raise ScanError(
             "geometry",
-            "where it lies in the patient is not known, because SimpleITK cannot use its header; "
+            "its position in the patient is unknown, because SimpleITK cannot use its header; "
             "copy the file again",
         ) from error
     return image, _turn(image)

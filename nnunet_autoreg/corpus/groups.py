@@ -1,6 +1,4 @@
-"""Which scans show one subject in one session in several contrasts: what contrast sequences are
-made of. Pure.
-"""
+"""Group scans of one subject and session in several contrasts, for contrast sequences. Pure."""
 
 import re
 from collections import Counter
@@ -72,7 +70,7 @@ class ContrastGroup:
 
 
 def contrast_word(row: ScanRow) -> str:
-    """Return one word for what a scan shows; "" if unknown.
+    """Return one word for the contrast of a scan; "" if unknown.
 
     "T1post" of a dataset.json and "T1w-ce" of a DICOM series have the same word.
 

@@ -57,8 +57,7 @@ def load_salt(folder: Path) -> str:
         why = (isinstance(error, OSError) and error.strerror) or "it is not text"
         raise UsageError(
             f"{path} cannot be made or read ({why}); it belongs to the first user of this "
-            "nnUNet_preprocessed: "
-            "ask them, or set nnUNet_preprocessed to a folder of your own",
+            "nnUNet_preprocessed: ask this user, or set nnUNet_preprocessed to your own folder",
             code="salt-unreadable",
         ) from error
     if len(salt) != 2 * NUM_SALT_BYTES:

@@ -72,7 +72,7 @@ def load_scan_or_image(path: Path, part: str = "") -> RawScan:
 
 
 def header_of_scan_or_image(path: Path, part: str = "") -> ScanHeader:
-    """Check what the header of a scan or a 2D image says, without reading voxels.
+    """Check the header of a scan or a 2D image, without reading voxels.
 
     Raises:
         ScanError: as ``read_header``.

@@ -1,5 +1,6 @@
-"""Examine every candidate: first all headers, then all voxels; one row per scan, exclusions and
-copies sorted out.
+"""Read and check every scan that was found: first all headers, then all voxels.
+
+The index has one row per scan. Excluded scans and copies keep their row with a reason.
 """
 
 import base64
@@ -35,10 +36,10 @@ log = logging.getLogger(__name__)
 MAX_SAMPLES, MAX_SAMPLES_PER_SCAN, MIN_SAMPLES_PER_SCAN = 1_000_000, 10_000, 10
 HEADERS_PER_CHUNK = 64
 EXCLUDED = "excluded"
-# Not kept in the journal: memory may be free, or the file readable, the next time.
-PASSING = ("huge", "unreadable")
-# Of these a header says all there is to say. With any other complaint the whole file is looked at,
-# for the better reason.
+# Not kept in the journal: at the next call, memory may be free or the file readable.
+TRANSIENT = ("huge", "unreadable")
+# For these statuses the header is enough. In all other cases the whole file is read, which gives a
+# better reason.
 SETTLED_BY_HEADER = ("4d", "not3d", "tiny", "huge", "rgb", "complex")
 OTHER_NAMES = {"PT": "PET", "MRI": "MR", "MRT": "MR"}
 TOO_LARGE = "the scan does not fit into memory; crop or downsample it, or free some memory"
@@ -68,7 +69,7 @@ class IndexTask:
     """One scan to read.
 
     Attributes:
-        modality, rule: set where the user or the file names the modality, and where.
+        modality, rule: the modality that the user or the file gives, and which of them; "" if none.
         num_samples: Hounsfield values to draw from a CT.
         images: 2D images are read too.
     """
@@ -112,8 +113,8 @@ def index_scans(
 
     Headers come first, then voxels, with one scan in memory per worker.
 
-    Excluded scans are read too: a copy of one under another name is recognised by content and
-        excluded as well.
+    Excluded scans are read too, so that copies of them are recognised by their content and excluded
+    as well.
 
     Args:
         exclude: paths of files or folders, scan ids, case ids, ``dataset/case``, or subjects.
@@ -121,10 +122,10 @@ def index_scans(
         modality_override: counts for every scan, regardless of its file or dataset, but not against
             the manifest.
         salt: salt of the hashes of subjects and sessions; without one these are left out.
-        manifest: what the user says of some scans.
+        manifest: the user's descriptions of scans.
         journal: file in which to keep what was read, so that a killed call continues; the caller
             removes it once the index is written.
-        images: read 2D images too; without, they are left out with the reason.
+        images: read 2D images too; otherwise they are left out with a reason.
 
     Raises:
         AutoregError: a worker process died.
@@ -159,14 +160,13 @@ def index_scans(
 
 
 def warn_of_one_subject(rows: Sequence[ScanRow]) -> None:
-    """Warn where all scans name one patient in several studies, as some anonymisers make it."""
+    """Warn if all scans name one patient in several studies, as after some anonymisers."""
     usable = [row for row in rows if row.status == OK]
     subjects, sessions = {row.subject for row in usable}, {row.session for row in usable}
     if len(subjects) == 1 and "" not in subjects and len(sessions) > 1:
         log.warning(
-            "all %d scans name one patient in %d studies, so none can be held out to validate on; "
-            "if they are of several "
-            "patients, say whose each is with --manifest (columns path and subject)",
+            "all %d scans name one patient in %d studies, so none can be kept for validation; if "
+            "they are of several patients, name these in --manifest (columns path and subject)",
             len(usable),
             len(sessions),
         )
@@ -178,17 +178,17 @@ def tasks_of(
     modality_override: str | None,
     images: bool = False,
 ) -> list[IndexTask]:
-    """Return what is to be read of each candidate.
+    """Return the task of reading each candidate.
 
     The modality comes from the manifest, --modality, or the file itself, in this order.
     """
-    # A power of two, so that a file more or less leaves the number, and with it what the journal
-    # knows, as it was.
+    # A power of two: one file more or less then does not change the number, so that the journal
+    # stays valid.
     share = MAX_SAMPLES >> max(0, len(candidates) - 1).bit_length()
     num_samples = max(MIN_SAMPLES_PER_SCAN, min(MAX_SAMPLES_PER_SCAN, share))
     tasks = []
     for candidate in candidates:
-        # The strongest claim comes last, so that it is the one that stays.
+        # The strongest claim comes last and overrides the others.
         claims = (
             (candidate.modality, "the file says so"),
             (modality_override or "", "--modality"),
@@ -213,9 +213,9 @@ def tasks_of(
 
 
 def first_row(candidate: Candidate, excluded: str, salt: str, entry: ManifestEntry) -> ScanRow:
-    """Return all that is known of a candidate before it is read.
+    """Return the row of a candidate before it is read.
 
-    From here on its subject and session are hashes.
+    Its subject and session are replaced by hashes.
     """
     status, reason = candidate.status, candidate.reason
     if excluded and not candidate.status:
@@ -249,9 +249,9 @@ def first_row(candidate: Candidate, excluded: str, salt: str, entry: ManifestEnt
 def read_headers(
     rows: list[ScanRow], tasks: Sequence[IndexTask], num_workers: int
 ) -> list[str | None]:
-    """Put into ``rows`` what the headers say.
+    """Fill ``rows`` from the headers; return stamps of the scans whose voxels have to be read.
 
-    Returns stamps of the scans that are worth reading whole, None for the others.
+    The stamp of other scans is None.
 
     Raises:
         AutoregError: a worker process died.
@@ -273,7 +273,7 @@ def read_headers(
             rows[n] = replace(rows[n], shape_vox=header.shape_vox, spacing_mm=header.spacing_mm)
             num_vox += volume(header.shape_vox)
     log.info(
-        "%s read; next come %s voxels of %s",
+        "%s read; now reading %s voxels of %s",
         counted(len(numbers), "header"),
         amount(num_vox),
         counted(len(stamps) - stamps.count(None), "scan"),
@@ -299,9 +299,9 @@ def _read_voxels(
     journal: Path | None,
     num_workers: int,
 ) -> tuple[list[Signature | None], dict[int, Array]]:
-    """Put into ``rows`` what the voxels say.
+    """Fill ``rows`` from the voxels.
 
-    Returns signatures, and Hounsfield samples by the number of the row.
+    Return signatures, and Hounsfield samples by the number of the row.
     """
     signatures: list[Signature | None] = [None] * len(rows)
     samples: dict[int, Array] = {}
@@ -319,7 +319,7 @@ def _read_voxels(
                 task.modality,
                 task.rule,
                 task.num_samples,
-                # Nothing more without images, so that journals of earlier versions are known.
+                # No further entry without images, so that journals of earlier versions stay valid.
                 *(["images"] if task.images else []),
             )
 
@@ -342,7 +342,7 @@ def _all_facts(
 ) -> Iterator[tuple[int, ScanFacts]]:
     """Yield facts by the number of the row.
 
-    Those that the journal knows come first, then the others as they are read.
+    Facts from the journal come first, then the others as they are read.
 
     Args:
         sizes: voxels of every scan, by its header.
@@ -359,13 +359,13 @@ def _all_facts(
     num_fitting = workers_for(num_workers, voxels)
     found = parallel_map(facts_of, to_read, num_fitting, "checking scans", apart=is_large(voxels))
     for n, facts in zip(unread, found, strict=True):
-        if facts.status not in PASSING:
+        if facts.status not in TRANSIENT:
             journal.add(keys[n], facts)
         yield n, facts
 
 
 def _with_facts(row: ScanRow, facts: ScanFacts) -> ScanRow:
-    """Return a row with what its voxels say; a scan that was excluded stays excluded."""
+    """Return a row with the facts from its voxels; an excluded scan stays excluded."""
     if facts.status:
         return row if row.status else replace(row, status=facts.status, reason=facts.reason)
     return replace(
@@ -382,7 +382,7 @@ def _with_facts(row: ScanRow, facts: ScanFacts) -> ScanRow:
 
 
 def facts_of(task: IndexTask) -> ScanFacts:
-    """Read one scan and find out all that the index needs of its voxels."""
+    """Read one scan; return what the index needs of its voxels."""
     try:
         load = load_scan_or_image if task.images else load_scan
         scan = load(task.path, task.part)
@@ -428,5 +428,5 @@ def encoded(values: npt.NDArray[Any] | None, kind: str) -> str:
 
 
 def decoded(text: str, kind: str) -> Any:
-    """Return what ``encoded`` was given."""
+    """Return the numbers that ``encoded`` has encoded."""
     return np.frombuffer(base64.b64decode(text), kind)

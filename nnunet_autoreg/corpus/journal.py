@@ -1,6 +1,4 @@
-"""What was found out about each scan while indexing, kept as it comes, so that a killed indexing
-continues where it stopped.
-"""
+"""Results of indexing, written scan by scan. With them a killed indexing continues."""
 
 import hashlib
 import json
@@ -98,7 +96,7 @@ class Journal:
         return whole
 
     def add(self, key: str, facts: ScanFacts) -> None:
-        """Write down what was found; at once, so that a kill loses no scan that was finished."""
+        """Write the result of a scan immediately, so that a kill does not lose it."""
         if self._handle is not None and key:
             self._handle.write(json.dumps([key, vars(facts)]) + "\n")
             self._handle.flush()

@@ -46,7 +46,7 @@ def _stated(file: Path) -> str:
 
 
 def write_licences(folder: Path, rows: Iterable[ScanRow]) -> None:
-    """Write what the datasets of a run state into its folder, while its scans are indexed."""
+    """Write the licences of a run's datasets into its folder, while its scans are indexed."""
     stated = stated_licences(rows)
     write_json(
         folder / LICENCES_NAME, {public_dataset(name): text for name, text in stated.items()}
@@ -54,7 +54,7 @@ def write_licences(folder: Path, rows: Iterable[ScanRow]) -> None:
 
 
 def read_licences(folder: Path) -> dict[str, str]:
-    """Return what ``write_licences`` wrote; nothing where the file is missing or damaged."""
+    """Return the licences that ``write_licences`` wrote; none if the file is missing or damaged."""
     file = folder / LICENCES_NAME
     try:
         content: Any = read_json(file) if file.is_file() else {}

@@ -1,6 +1,4 @@
-"""A table in which the user says what the files cannot: whose scan it is, from which session, its
-contrast and its class.
-"""
+"""A table in which the user describes scans: patient, session, contrast, class and modality."""
 
 import csv
 import io
@@ -89,7 +87,7 @@ def read_manifest(file: Path) -> Manifest:
             rows.append({_plain_name(name): cell for name, cell in row.items()})
     except csv.Error as error:
         raise UsageError(
-            f"--manifest {file} is no CSV file ({error}); check its quotes",
+            f"--manifest {file} is not a CSV file ({error}); check its quotes",
             code="manifest-unreadable",
         ) from error
     return _gather(file, rows)
@@ -114,8 +112,8 @@ def _check_columns(file: Path, names: list[str]) -> None:
             )
     if "path" not in names:
         raise UsageError(
-            f"--manifest {file}: the column 'path' is missing; the first line names the columns, "
-            f"of {_listed()}",
+            f"--manifest {file}: the column 'path' is missing; the first line must name the "
+            f"columns, from {_listed()}",
             code="manifest-missing-column",
         )
 

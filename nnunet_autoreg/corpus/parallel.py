@@ -158,8 +158,7 @@ def parallel_map(
             raise_if_stopped()
             raise AutoregError(
                 f"{title}: a worker process died after {num_done} of {len(items)} scans, most "
-                "likely for want of memory; free some and run "
-                "the same line again",
+                "likely for lack of memory; free some and run the same line again",
                 code="worker-died",
             ) from error
         finally:

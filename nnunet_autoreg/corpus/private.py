@@ -25,7 +25,7 @@ file."""
 HIDDEN_NAME = "[name]"
 NUMBERED_DATASET = re.compile(r"(Dataset\d{3,}|folder-[0-9a-f]{3})(?:_\S+)?")
 TERMINAL_ONLY = "terminal_only"
-"""Attribute of a log record: what a terminal shows after the message, and no file holds."""
+"""Attribute of a log record: text after the message that is shown on a terminal only."""
 CHANNEL_WORDS = frozenset(
     """
     adc angio arterial art asl attn axial b b0 b1000 blood bold c cbct cbf cbv ce contrast cor
@@ -60,7 +60,7 @@ def public_channel(name: str, number: int) -> str:
 
 
 def public_dataset(name: str) -> str:
-    """Return what a dataset is called in outputs.
+    """Return the name of a dataset in outputs.
 
     It is nnU-Net's number, or three digits that tell folders apart.
     """
@@ -190,8 +190,8 @@ def read_private(folder: Path) -> Iterator[dict[str, str]]:
                 yield {name: from_cell(cell) for name, cell in cells.items()}
     except FileNotFoundError as error:
         raise UsageError(
-            f"{path} is missing, so that the names and files of the scans are not known; put it "
-            "back, or start again under another name",
+            f"{path} is missing, so the names and files of the scans are unknown; put it back, or "
+            "start again under another name",
             code="private-file-missing",
         ) from error
     except (OSError, ValueError, csv.Error) as error:

@@ -121,7 +121,7 @@ def check_stack(stack: Stack, part: str) -> None:
 
 
 def read_header(path: Path, part: str = "") -> ScanHeader:
-    """Check what the header says, without reading voxels.
+    """Check the header, without reading voxels.
 
     Shape and spacing are those of the array that ``load_scan`` gives.
 
@@ -150,7 +150,7 @@ def num_volumes(path: Path) -> int:
 
 
 def information(path: Path) -> Any:
-    """Return a reader that knows what the header says."""
+    """Return a reader that has read the header."""
     import SimpleITK
 
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
@@ -182,7 +182,7 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
     if part.t and len(size) == 4:
         if int(part.t) >= size[3]:
             raise ScanError(
-                "unreadable", f"has {size[3]} volumes, number {part.t} is not among them; run again"
+                "unreadable", f"has {size[3]} volumes, so there is no number {part.t}; run again"
             )
         size.pop()
     # A 4D file of one volume is a 3D scan.
@@ -411,7 +411,7 @@ TRANSLATIONS = (
 
 
 def reading_failed(error: Exception, captured: str) -> ScanError:
-    """Return what kept a file from being read, by what SimpleITK says."""
+    """Return the reason why a file cannot be read, from SimpleITK's message."""
     text = f"{type(error).__name__} {error} {captured}"
     for signs, status, reason in TRANSLATIONS:
         if any(sign in text for sign in signs):

@@ -27,7 +27,7 @@ OK = "ok"
 MAX_SIZE = 10**6
 """Voxels along an axis, or mm of a voxel: far more than any scan has."""
 COPY_OF = "the excluded "
-"""Comes before the path of an excluded scan in a reason; what follows is private."""
+"""Text before the path of an excluded scan in a reason; the path is private."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _names(row: ScanRow) -> set[str]:
 
 
 def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
-    """Read what ``write_index`` wrote, now or in an earlier version (with fewer columns).
+    """Read an index that ``write_index`` wrote, now or in an earlier version (with fewer columns).
 
     Args:
         is_private: read paths and names from the private file beside it.

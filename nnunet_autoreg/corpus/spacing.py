@@ -153,7 +153,7 @@ def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]
 
 
 def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -> Spacing:
-    """Return what the plan resamples a scan to.
+    """Return the target spacing of a scan.
 
     It is the target of its modality's nearest group, else ``data.spacing_mm``.
 

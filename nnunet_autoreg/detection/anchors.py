@@ -113,8 +113,7 @@ def plan_anchors(
         if share > 0:
             log.warning(
                 "%.1f %% of the objects of class '%s' are too small or too thin for every anchor "
-                "(IoU below %g, finest stride %s), so that they can hardly be learned; use a finer "
-                "spacing",
+                "(IoU below %g, finest stride %s) and can hardly be learned; use a finer spacing",
                 100 * share,
                 name,
                 REACHABLE_IOU,

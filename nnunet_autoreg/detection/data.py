@@ -126,7 +126,7 @@ class IdMapMaker:
     resample_seg: Any
 
     def stamp(self, case: str, shape_vox: Size) -> str:
-        """Return a description of what a case's objects depend on, apart from the rules."""
+        """Return a description of the inputs of a case's objects, apart from the rules."""
         files = []
         try:
             for file in self.source.files(case):
@@ -222,7 +222,7 @@ def prepare_instances(
 
     wanted = [case for case in cases if case not in kept]
     if wanted:
-        log.info("finding the objects of %d cases in their labels; this is done once", len(wanted))
+        log.info("finding the objects of %d cases (only once)", len(wanted))
     # In the order of ``cases``, whichever were kept.
     results = in_parallel(partial(_make, maker), wanted, num_processes)
     made = dict(zip(wanted, results, strict=True))
@@ -258,8 +258,8 @@ def _log_numbers(index: InstanceIndex) -> None:
     )
     if num_vanished:
         log.warning(
-            "%d objects vanish at the target spacing or lie outside the image's content, and "
-            "cannot be learned; use a finer spacing",
+            "%d objects vanish at the target spacing or lie outside the non-zero part of the "
+            "image, and cannot be learned; use a finer spacing",
             num_vanished,
         )
 
@@ -388,7 +388,7 @@ def patch_start(
 def objects_of_patch(
     ids_ZYX: NDArray[Any], known: Mapping[int, Instance], min_voxels: int
 ) -> dict[str, NDArray[Any]]:
-    """Return the boxes of what is left of each object in a patch.
+    """Return the boxes of the parts of objects that are in a patch.
 
     Remains of fewer than ``min_voxels`` are ignored.
     """

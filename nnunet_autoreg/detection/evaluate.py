@@ -36,7 +36,7 @@ FORMAT, VERSION = "nnunet_autoreg.detection_evaluation", 1
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Define what counts in an evaluation.
+    """The rules of an evaluation.
 
     Attributes:
         ious: IoUs of the average precisions; the mean over 0.1 to 0.5 is always added.
@@ -93,7 +93,7 @@ def check_settings(settings: EvaluationSettings) -> None:
     if any(e <= 0 for e in edges) or list(edges) != sorted(set(edges)):
         listed = ", ".join(f"{e:g}" for e in edges)
         raise UsageError(
-            f"borders of sizes {listed} mm: each must be greater than 0 and than the one before it",
+            f"borders of sizes {listed} mm: each must be greater than 0 and than the previous one",
             code="evaluation-sizes",
         )
 
@@ -303,7 +303,7 @@ def _froc(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
 def _operating_point(
     matchings: _Matchings, pooled: Pooled, curve: Froc, point: float
 ) -> dict[str, Any]:
-    """Return what the threshold of so many false positives per scan gives.
+    """Return the results at the threshold for a number of false positives per scan.
 
     False positives are listed separately for scans with and without any object.
     """

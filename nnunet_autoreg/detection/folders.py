@@ -181,7 +181,7 @@ def read_classes(
     min_voxels: int | None = None,
     connectivity: int | None = None,
 ) -> Truth:
-    """Return what is scored, by a dataset.json.
+    """Return the classes to score, from a dataset.json.
 
     It is the given one, or the one in or beside the folder of the truth. Without one, the
     detector's classes are scored.
@@ -307,7 +307,7 @@ def gather(
         if with_undetected:
             what = "counted as scans without a detection"
         log.warning(
-            "%d scans have true objects and no file of detections (%s): %s",
+            "%d scans have true objects but no file of detections (%s): %s",
             len(undetected),
             names_text(undetected),
             what,
@@ -315,7 +315,7 @@ def gather(
 
     if unknown:
         log.warning(
-            "%d scans have detections and no truth (%s): left out",
+            "%d scans have detections but no true objects (%s): left out",
             len(unknown),
             names_text(unknown),
         )
@@ -478,8 +478,8 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Fram
             # An image could be turned, but boxes in a file are left as they are.
             if same_voxels(file, own_frame, frame) != AS_STORED:
                 raise ObjectsError(
-                    f"{file}: the axes of its image run otherwise than those of the detections' "
-                    "image; give boxes of that one",
+                    f"{file}: the axes of its image differ from those of the detections' image; "
+                    "give boxes for that image",
                     code="truth-other-axes",
                 )
         return boxes

@@ -112,7 +112,7 @@ class Segmentations:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return what results say about the model."""
+        """Return the description of the model for results."""
         return public_model(
             {
                 "dataset": self.manager.dataset_name,
@@ -208,7 +208,7 @@ class Segmentations:
                     outermost.append(i)
             if not outermost:
                 raise PlanError(
-                    f"class '{kind.name}' is not a union of what the segmentation predicts; change "
+                    f"class '{kind.name}' is not a union of predicted labels; change "
                     "autoreg_detection in dataset.json",
                     code="from-seg-class",
                 )

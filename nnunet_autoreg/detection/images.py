@@ -128,9 +128,9 @@ def same_voxels(file: Path, frame: Frame, onto: Frame) -> Turn:
     # Not ">": the shift is NaN for an image without volume.
     if not most_shift_vox <= MOST_SHIFT_VOX:
         raise ObjectsError(
-            f"{file} lies elsewhere than the image of the detections. Here {_location(frame)}, "
-            f"there {_location(onto)}. Give labels of that very image; if they are, and only lack "
-            "its location, copy it into them (SimpleITK's CopyInformation)",
+            f"{file} has another position than the image of the detections. Here "
+            f"{_location(frame)}, there {_location(onto)}. Give labels of the same image. If only "
+            "their position is wrong, copy it from the image (SimpleITK's CopyInformation)",
             code="objects-other-location",
         )
     return turn

@@ -327,9 +327,9 @@ def _check_finite(output: Output) -> None:
     has_deltas = bool(torch.isfinite(output.deltas_BA6).all())
     if not (has_scores and has_deltas):
         raise WeightsError(
-            "the network gives scores or boxes that are not finite (NaN or infinite): its training "
-            "diverged, or half precision is too narrow for it; look at training_log_*.txt, or "
-            "detect with checkpoint_best.pth, or on a CPU",
+            "the network's scores or boxes are NaN or infinite: its training diverged, or half "
+            "precision is not enough; look at training_log_*.txt, or detect with "
+            "checkpoint_best.pth, or on a CPU",
             code="detection-not-finite",
         )
 

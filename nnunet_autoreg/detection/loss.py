@@ -205,7 +205,7 @@ def segmentation_loss(ignore_label: int | None = None, distributed: bool = False
 def _targets(
     objects: PatchObjects, grid: AnchorGrid, centre_inside: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what each anchor of one image has to learn.
+    """Return the training targets of the anchors of one image.
 
     Returns:
         State (A,) as in ``sample_hard_negatives``, and class (A,) and box (A, 6) of the object.

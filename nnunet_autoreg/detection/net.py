@@ -38,7 +38,7 @@ GROUP = 16
 
 
 class Output(NamedTuple):
-    """Hold what the network returns for a batch.
+    """The output of the network for a batch.
 
     Attributes:
         logits_BCZYX: segmentation.

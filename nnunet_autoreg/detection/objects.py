@@ -296,7 +296,7 @@ def labelled_cases(labels: Path, file_ending: str) -> list[str]:
     return sorted(cases)
 
 
-def has_boxes_alone(dataset: Path) -> bool:
+def has_only_boxes(dataset: Path) -> bool:
     """Return whether a raw dataset has boxes, and no label maps."""
     return (dataset / BOXES).is_dir() and not (dataset / LABELS).is_dir()
 

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DetectionPlan:
-    """Hold what a detector is, and how it is trained where that differs from segmentation.
+    """Hold the values of a detector, and of its training if they differ from segmentation.
 
     Every value may be edited in the plans file.
 
@@ -165,8 +165,8 @@ def make_plan(
 
     if num_too_large:
         log.warning(
-            "%d of %d objects are larger than the patch of %s voxels and are never seen whole; "
-            "plan with more memory, or a coarser spacing",
+            "%d of %d objects are larger than the patch of %s voxels and are never seen "
+            "completely; plan with more memory, or a coarser spacing",
             num_too_large,
             len(every_size),
             size_text(patch_size),

@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """Define how to detect and what to write.
+    """The settings of a detection, and the files to write.
 
     Attributes:
         mirror: also along every axis, which costs eight times the time.
@@ -171,7 +171,7 @@ def detect(model: DetectorModel, scan: Scan, options: DetectionOptions) -> Detec
 def _merged(
     model: DetectorModel, image_CZYX: torch.Tensor, options: DetectionOptions
 ) -> tuple[MergedBoxes, torch.Tensor | None]:
-    """Return what all folds and mirrorings find together, in the preprocessed image.
+    """Return the merged boxes of all folds and mirrorings, in the preprocessed image.
 
     Also return the mean of their segmentation logits (C, Z, Y, X).
     """

@@ -250,7 +250,10 @@ def write_summary(
         return tried[iou][f"map_{MAP_NAME}"], iou == DEFAULT_NMS.member_iou
 
     best = max(tried, key=quality)
-    note = "chosen on the cases it is scored on, so too good; the figures above use voter_iou 0.1"
+    note = (
+        "chosen on the same cases that it is scored on, so too optimistic; the figures above use "
+        "voter_iou 0.1"
+    )
     sweep = {
         "note": note,
         IOU_KEY: best,
@@ -297,8 +300,8 @@ def score_thresholds(
     """
     if FOLD_ALL in folds:
         raise UsageError(
-            "--fppi cannot be used with fold all: it was validated on the cases it was trained on, "
-            "which says nothing about new ones; give --min-score",
+            "--fppi cannot be used with fold all: it was validated on its training cases, which "
+            "says nothing about new ones; give --min-score",
             code="fppi-fold-all",
         )
 
@@ -316,8 +319,8 @@ def score_thresholds(
             validated_with = summary["model"].get("mirrorings", num_mirrorings)
             if validated_with != num_mirrorings:
                 log.warning(
-                    "--fppi: fold %s was validated with %d mirrorings, here there are %d, so its "
-                    "scores differ somewhat; choose with --tta and --no-tta",
+                    "--fppi: fold %s was validated with %d mirrorings, this prediction uses %d, "
+                    "so its scores differ somewhat; choose with --tta and --no-tta",
                     fold,
                     validated_with,
                     num_mirrorings,

@@ -53,7 +53,7 @@ class EmbeddedScan:
 
 @dataclass(frozen=True)
 class LabelRegion:
-    """Say that only the box around what is labelled counts.
+    """A region of interest: the bounding box of the labelled voxels.
 
     Attributes:
         folder: folder of label maps named like the scans, such as ``case.nii.gz``.

@@ -116,7 +116,7 @@ class TrainedModel(Generic[Plan]):
         return str(self.stock.dataset_json["file_ending"])
 
     def describe(self) -> dict[str, Any]:
-        """Return what results say about the model.
+        """Return the description of the model for results.
 
         ``sha256`` is that of every fold's weights and plans; a new training changes it.
         """

@@ -214,7 +214,8 @@ def labelled_crops(
     dataset = public_dataset(chosen[0].dataset)
     if not Probe(crops).works:
         log.warning(
-            "probe: left out, as the labels of %s show fewer than two classes to fit or to test on",
+            "probe: left out, because the labels of %s have fewer than two classes to fit or to "
+            "test on",
             dataset,
         )
         return []

@@ -22,7 +22,7 @@ NUM_HEX = 16
 
 
 def public_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what results say about a model, without the name of a folder.
+    """Return the description of a model for results, without the name of a folder.
 
     A dataset is named by its number, and a folder of segmentations by a digest, by which it is
     recognised again. What is public already stays as it is.

@@ -136,7 +136,7 @@ def find(
 def _found_scans(
     folder: Path, file_ending: str, num_channels: int, split_4d: bool, output: Path | None
 ) -> list[Scan]:
-    """Return whatever pretraining would find, for models of one channel."""
+    """Return all scans that pretraining would find, for models of one channel."""
     if num_channels > 1:
         raise UsageError(
             f"-i {folder} holds no files named like case_0000{file_ending}, and the model needs "

@@ -1,4 +1,4 @@
-"""A scan of any size as tiles of one size, and what an encoder makes of them together.
+"""A scan of any size as tiles of one size, and the features of an encoder for all of them.
 
 Shape suffixes: C channels, Z Y X voxels, V features, z y x positions of a feature map.
 """
@@ -92,7 +92,7 @@ class TiledScan:
 
 @dataclass(frozen=True)
 class ScanFeatures:
-    """Hold what an encoder says about a scan.
+    """Hold the features of a scan.
 
     Attributes:
         mean_V: mean over all positions, each by the share of its voxels that count.

@@ -62,8 +62,10 @@ def rate_reason(encoder: EncoderPlan) -> str:
     if not is_cnn(encoder):
         return f"the usual rates of {encoder.name}"
     if encoder.name in ENCODERS and ENCODERS[encoder.name].is_tiny:
-        return "that of random weights, which was better than a tenth of it in the one comparison"
-    return "a tenth of that of random weights, as published for large CNNs; not measured here"
+        return (
+            "the rate for random weights, which was better than a tenth of it in the one comparison"
+        )
+    return "a tenth of the rate for random weights, as published for large CNNs; not measured here"
 
 
 def decoder_first(

@@ -36,7 +36,7 @@ from nnunet_autoreg.records import atomic_path, differences, regular
 
 @dataclass(frozen=True)
 class Target:
-    """Hold what the network needs of the weights.
+    """Hold the network's side of a transfer of weights.
 
     Attributes:
         num_image_channels: without the one-hot channels of a cascade, which come after them.
@@ -72,8 +72,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         check_kind(file, key, tensor)
         if not bool(torch.isfinite(tensor).all()):
             raise WeightsError(
-                f"{file}: '{key}' holds NaN or infinity; the pretraining went wrong: use other "
-                "weights",
+                f"{file}: '{key}' holds NaN or infinity; the pretraining failed: use other weights",
                 code="weights-not-finite",
             )
     return {key: tensor.float() for key, tensor in tensors.items()}

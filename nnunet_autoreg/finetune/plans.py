@@ -56,7 +56,7 @@ SPATIAL_AXES = 3
 
 @dataclass(frozen=True)
 class SegmentationTask:
-    """Hold what planning needs to know about a labelled dataset.
+    """Hold the facts about a labelled dataset that planning needs.
 
     Attributes:
         num_cases: number of labelled cases.
@@ -104,9 +104,9 @@ def make_block(
     card, file = choice.card, choice.file
     if card is not None:
         encoder = EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)
-        encoder_reason = f"that of the weights '{card.name}'"
+        encoder_reason = f"the encoder of the weights '{card.name}'"
     else:
-        # The same rules as in pretraining choose, for a GPU of the memory that is planned for.
+        # The rules of pretraining choose, for a GPU with the memory of the budget.
         shape = as_size([round(v) for v in task.median_shape_vox])
         pool = Pool(
             num_scans=task.num_cases,
@@ -121,7 +121,7 @@ def make_block(
         encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
 
     num_epochs = EPOCHS_FEW if task.num_cases <= FEW_CASES else EPOCHS_MANY
-    # Why each value was chosen is written beside it, for whoever edits the plan.
+    # The plans file has a reason for each value, for users who edit it.
     reasons = {
         "weights": choice.reason,
         "encoder": encoder_reason,
@@ -267,7 +267,7 @@ def with_fits(
         num_cases: number of labelled cases.
         channel_names: channel names of the dataset, in order.
     """
-    # One recipe serves all configurations, so that one of them has to decide.
+    # All configurations share one recipe, so one of them has to decide.
     arguments = block.encoder.arguments
     for fit in fits.values():
         if fit.arguments is not None:
@@ -314,7 +314,9 @@ def kept_configurations(
         if isinstance(configuration, dict):
             custom[name] = configuration
         else:
-            left_out.append(f"configuration '{name}' was left out of the new plans: no object")
+            left_out.append(
+                f"configuration '{name}' was left out of the new plans: it is not an object"
+            )
 
     # Others may inherit from a configuration that is left out, so check again until all are valid.
     while True:

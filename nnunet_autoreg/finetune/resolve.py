@@ -36,7 +36,7 @@ MAX_SPACING_RATIO = 2.0
 
 @dataclass(frozen=True)
 class DatasetTraits:
-    """Hold what the choice of weights depends on.
+    """Hold the facts about a dataset on which the choice of weights depends.
 
     Attributes:
         name: name of the dataset.
@@ -200,7 +200,7 @@ def ignored_setting(results: Path, planned: PlannedWeights, setting: str | None)
             return None
     return (
         f"{VARIABLE}={setting} is ignored: the plan decides, and it uses '{planned.name}'; plan "
-        "again to change that"
+        "again to change this"
     )
 
 
@@ -331,7 +331,7 @@ def _objection_by_name_only(card: EncoderCard) -> str | None:
     reason_against = objection_to_verdict(card)
     if reason_against is None:
         return None
-    return f"{reason_against}; to use it all the same: export {VARIABLE}={card.name}"
+    return f"{reason_against}; to use it anyway: export {VARIABLE}={card.name}"
 
 
 def _objection_to_network(card: EncoderCard) -> str | None:

@@ -1,4 +1,4 @@
-"""Scans inside .zip exports: what is needed is unpacked into a temporary folder while it is read.
+"""Scans inside .zip archives, which are unpacked into a temporary folder while they are read.
 
 Nothing is written under a name that an archive gives, so no member can leave that folder; sizes are
 checked before unpacking.

@@ -138,7 +138,7 @@ def pick_volume(stack: Stack, part: ScanPart) -> tuple[DicomSlice, ...]:
         if int(part.t) >= len(stack.volumes):
             raise ScanError(
                 "unreadable",
-                f"has {len(stack.volumes)} volumes, number {part.t} is not among them; run again",
+                f"has {len(stack.volumes)} volumes, so there is no number {part.t}; run again",
             )
         return stack.volumes[int(part.t)]
     if len(stack.volumes) > 1:
@@ -147,14 +147,14 @@ def pick_volume(stack: Stack, part: ScanPart) -> tuple[DicomSlice, ...]:
 
 
 def series_of_volumes(stack: Stack) -> str:
-    """Return what a 4D series is, and the flag that splits it."""
+    """Return an error about a 4D series, with the option that splits it."""
     z, y, x = stack.shape_vox
     what = (
         f"a series of {len(stack.volumes)} volumes of {x} x {y} x {z} voxels over "
         f"{stack.repeated_over}"
     )
     if z == 1:
-        return f"{what}; a volume of one slice is no 3D scan"
+        return f"{what}; a volume of one slice is not a 3D scan"
     return f"{what}; --split-4d takes each as a scan"
 
 
@@ -241,7 +241,7 @@ def _pixels(file: Path, shape: tuple[int, ...] | None) -> Array:
 
 @dataclass(frozen=True)
 class DicomImage:
-    """What the header of a DICOM file says of its pixels, regardless of what the file shows.
+    """The pixel format in the header of a DICOM file.
 
     Attributes:
         size: columns, rows, frames.

@@ -44,7 +44,7 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def quiet_readers() -> Iterator[Any]:
-    """Keep what C++ libraries print off the terminal.
+    """Keep the output of C++ libraries off the terminal.
 
     Yields a function that returns what was written so far.
 

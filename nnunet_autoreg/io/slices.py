@@ -189,7 +189,7 @@ class DicomSlice:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Return what two copies of one slice share.
+        """Return the values that two copies of one slice share.
 
         The SOP instance is not enough: some anonymisers give all files the same.
         """

@@ -96,8 +96,8 @@ def stacks_of(slices: Sequence[DicomSlice]) -> list[Stack]:
     num_subjects = len({one.subject for one in ordered})
     if num_subjects > 1:
         reason = (
-            f"its slices name {num_subjects} different patients under one series; export the "
-            "patients apart"
+            f"its slices name {num_subjects} different patients under one series; export each "
+            "patient separately"
         )
         return [_broken(ordered, ("slices", reason))]
 
@@ -344,7 +344,7 @@ def _direction(one: DicomSlice) -> tuple[npt.NDArray[Any], bool]:
 def _volumes(
     levels: list[Level], level_mm: list[float]
 ) -> tuple[tuple[tuple[DicomSlice, ...], ...], str, tuple[str, str]]:
-    """Return (volumes, what tells them apart, problem) of the slices at each level."""
+    """Return (volumes, the distinguishing value, problem) of the slices at each level."""
     counts = [len(level) for level in levels]
     most = max(counts)
     if most == 1:

@@ -69,7 +69,8 @@ HALF_FACTOR = 4.0
 """In bf16 so many times the error of plain attention in bf16 is allowed on top."""
 
 SMALL = 2.0**-7
-"""Size of the random tokens. Layers normalise them first: what attention adds is much larger."""
+"""Size of the random tokens. Layers normalise them first: the output of attention is much
+larger."""
 
 BESIDE_ATTENTION = ("mlp", "block")
 """Parts of a layer that add to the tokens without the mask and would hide errors of attention."""
@@ -300,7 +301,7 @@ def self_check(
 def compare_layer(
     path: FastPath, kind: str, call: Call, is_attention_alone: bool, device: torch.device
 ) -> list[Disagreement]:
-    """Return what disagrees in one layer.
+    """Return the differences found in one layer.
 
     Args:
         is_attention_alone: the parts beside attention give 0, so that its errors are visible.

@@ -120,7 +120,7 @@ class FeatureEncoder(nn.Module):
         if shape != wanted:
             raise UsageError(
                 f"the encoder cannot read {size_text(shape)} voxels, because its total stride is "
-                f"{size_text(self.token_size)}; fill the image up to {size_text(wanted)}",
+                f"{size_text(self.token_size)}; pad the image to {size_text(wanted)}",
                 code="encoder-input-shape",
             )
         stages: list[Tensor] = self.encoder(volume_BCZYX)
@@ -132,7 +132,7 @@ class FeatureEncoder(nn.Module):
         if shape != self.built_for:
             raise UsageError(
                 f"the encoder was built for {size_text(self.built_for)} voxels, because a "
-                f"transformer knows its positions, and cannot read {size_text(shape)}; load it "
+                f"transformer has fixed positions, and cannot read {size_text(shape)}; load it "
                 f"with input_shape=({', '.join(map(str, shape))})",
                 code="encoder-input-shape",
             )

@@ -60,7 +60,7 @@ class BlockAttention(nn.Module):
         self.project = nn.Linear(width, width)
 
     def forward(self, query_BQV: Tensor, rope: Tensor | None) -> Tensor:
-        """Return what to add to the queries, (B, Q, V)."""
+        """Return the change of the queries, (B, Q, V)."""
         B, Q, V = query_BQV.shape
         heads, width = self.num_heads, V // self.num_heads
 

@@ -216,7 +216,8 @@ class SequenceEncoder(nn.Module):
         return features[:, self.num_starts :]
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """Return what fine-tuning loads, under the downstream keys (``weights_under``)."""
+        """Return the weights that fine-tuning loads, under the downstream keys
+        (``weights_under``)."""
         return weights_under(self.network, self.transfers)
 
     def adaptation(self) -> Adaptation:

@@ -107,7 +107,7 @@ class PretrainingUNet(nn.Module):
         return features
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """Return what fine-tuning loads, under the keys of the downstream network."""
+        """Return the weights that fine-tuning loads, under the keys of the downstream network."""
         return weights_under(self.network, (ENCODER_PREFIX, *DECODER_PREFIXES))
 
     def adaptation(self) -> Adaptation:

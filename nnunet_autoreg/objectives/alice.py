@@ -91,7 +91,8 @@ class Outputs:
 
 
 class Alice(Objective):
-    """The objective: losses, teacher, and what transfers. See ``objectives.base.Objective``."""
+    """The objective: the losses, the teacher, and the weights that transfer. See
+    ``objectives.base.Objective``."""
 
     counts_ahead = True
     follows_steps = True
@@ -171,7 +172,8 @@ class Alice(Objective):
         return LossTerms(terms, {"mean": trivial}, statistics)
 
     def outputs(self, batch: Batch, crops: Crops) -> Outputs:
-        """Return what student and teacher say of the crops of a batch. Scores are float32."""
+        """Return the outputs of student and teacher for the crops of a batch. Scores are
+        float32."""
         student, teacher = self.student, self.state.teacher
         is_figure = self.settings.casa == "figure"
         shown = replace(crops, voxels=self._shown(batch, crops))

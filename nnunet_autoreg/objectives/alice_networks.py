@@ -36,7 +36,7 @@ BOTTLENECK = 256
 
 @dataclass(frozen=True)
 class Crops:
-    """Crops of a batch, each by itself, and what the student sees of them.
+    """Crops of a batch, one by one, and the parts that the student sees.
 
     Attributes:
         voxels: (N, C, Z, Y, X).
@@ -156,7 +156,7 @@ class TransformerBackbone(nn.Module):
         return VisibleKeys(padded)
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """Return what fine-tuning loads, under the downstream keys."""
+        """Return the weights that fine-tuning loads, under the downstream keys."""
         return self.encoder.transferable_state()
 
     def adaptation(self) -> Adaptation:

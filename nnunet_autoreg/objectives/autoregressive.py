@@ -190,7 +190,7 @@ class AutoregressiveModel(nn.Module):
         )
 
     def shift(self, out_BTP: Tensor, order_BT: Tensor) -> Tensor:
-        """Move what token j of block b says about its successor to token j of block b + 1."""
+        """Move the prediction of token j of block b for its successor to token j of block b + 1."""
         J = self.block_num_tokens
         # In the order of blocks, so that the successor of a token lies J entries later.
         index_BTP = order_BT[:, :, None].expand_as(out_BTP)
@@ -199,7 +199,7 @@ class AutoregressiveModel(nn.Module):
 
 
 class Autoregressive(Objective):
-    """The objective: loss, and what transfers. See ``objectives.base.Objective``."""
+    """The objective: the loss, and the weights that transfer. See ``objectives.base.Objective``."""
 
     def __init__(self, plan: Plan):
         self.plan = plan

@@ -1,4 +1,4 @@
-"""What the training loop asks of an objective.
+"""The interface between the training loop and an objective.
 
 A new objective is a new file beside this one; the loop does not change.
 """
@@ -19,19 +19,19 @@ from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 OF_LARGEST = "share of the largest possible"
-"""Unit of entropies, so that runs compare."""
+"""Unit of entropies, which makes runs comparable."""
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term of a loss, as a sum and the number of things it sums over.
+    """One term of a loss: a sum, and the number of its summands.
 
-    The mean is then taken once, over the whole batch of all processes.
+    So the mean can be taken once, over the whole batch of all processes.
 
     Attributes:
         total: scalar, carries the gradient.
         count: scalar, number of samples, tokens or voxels in the sum.
-        weight: how much the mean of this term counts in the loss.
+        weight: weight of this term's mean in the loss.
     """
 
     total: Tensor
@@ -45,10 +45,10 @@ class LossTerms:
 
     Attributes:
         terms: the terms by name.
-        references: losses of trivial predictors, name -> sum over the things of the figure of
-            merit's term (no gradient).
-        statistics: other sums over the batch that ``after_step`` or ``health`` need, name ->
-            tensor (no gradient). They are added up over the parts of a batch.
+        references: losses of trivial predictors by name, as sums like those of the term that the
+            figure of merit uses (no gradient).
+        statistics: other sums over the batch, by name, for ``after_step`` or ``health`` (no
+            gradient). They are added up over the parts of a batch.
     """
 
     terms: Mapping[str, LossTerm]
@@ -57,7 +57,7 @@ class LossTerms:
 
     @property
     def total(self) -> Tensor:
-        """Return the weighted sum of all sums. It is the loss if all terms count the same."""
+        """Return the weighted sum of all sums: the loss, if all terms have the same count."""
         first, *others = (
             term.total if term.weight == 1 else term.weight * term.total
             for term in self.terms.values()
@@ -68,7 +68,7 @@ class LossTerms:
 
     @property
     def count(self) -> Tensor:
-        """Return the number of things in the first term."""
+        """Return the count of the first term."""
         return next(iter(self.terms.values())).count
 
 
@@ -80,11 +80,11 @@ def one_term(
 
 
 class Processes(Protocol):
-    """The processes that train together, as far as an objective needs them."""
+    """The processes that train together, as an objective sees them."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Return the number of processes."""
 
     def add(self, values: Tensor) -> Tensor:
         """Return the sum over all processes; ``values`` is changed in place."""
@@ -92,18 +92,17 @@ class Processes(Protocol):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What an objective makes of a batch, back in the place of the voxels, for people to look at.
+    """True and predicted voxels of a batch, for pictures.
 
-    All (B, M, Z, Y, X).
+    All tensors are (B, M, Z, Y, X).
 
     Attributes:
         truth: first channel, in normalised intensities.
-        predicted: the prediction, with what the loss leaves free (a token's mean and deviation)
-            taken from the truth.
-        trivial: the same with a prediction of nothing, so that one sees what was taken from the
-            truth.
-        given: bool, what the model was shown from the start.
-        loss_mask: bool, what it was asked for.
+        predicted: the prediction. What the loss does not determine (mean and deviation of a token)
+            is taken from the truth.
+        trivial: the same for a prediction of zeros. It shows how much comes from the truth.
+        given: bool, the voxels that the model sees from the start.
+        loss_mask: bool, the voxels that it has to predict.
         valid_mask: bool, False in padding.
     """
 
@@ -117,7 +116,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class TokenFeatures:
-    """What the encoder says of every token, attending to all of them as in fine-tuning.
+    """Features of every token, which attends to all others as in fine-tuning.
 
     Attributes:
         features: (B, T, V).
@@ -133,7 +132,7 @@ class TokenFeatures:
 
 
 class Objective:
-    """A pretraining task: how samples are drawn, what is computed on them, what transfers.
+    """A pretraining task: it draws samples, computes the loss, and returns the encoder.
 
     Methods that raise NotImplementedError have to be defined. The others have a default that suits
     objectives without their own state.
@@ -141,16 +140,16 @@ class Objective:
     Attributes:
         plan: plan of the run.
         module: everything that is trained by gradients.
-        network: the part of it that carries the encoder under the downstream keys.
-        sampler: draws its samples, in any process.
-        extra: what training changes without gradients, such as a momentum teacher, centres or
-            memory banks. It belongs to no group of the optimiser. Checkpoints hold it, and every
-            process has all of it.
-        counts_ahead: the terms of the loss are means over different things. ``term_counts`` then
-            has to say how many, because gradients are accumulated before the last part of a batch
-            has been seen.
+        network: the part of the module that contains the encoder under the downstream keys.
+        sampler: draws the samples, in any process.
+        extra: state that training changes without gradients, such as a momentum teacher, centres
+            or memory banks. The optimiser does not see it. Checkpoints contain it, and every
+            process has a full copy.
+        counts_ahead: the terms of the loss have different counts. ``term_counts`` then has to
+            return these, because gradients are accumulated before the last part of a batch has
+            been seen.
         follows_steps: ``after_step`` does something. Only then does the loop wait for the device
-            to know whether a step was accepted.
+            to learn whether a step was accepted.
     """
 
     plan: Plan
@@ -164,7 +163,7 @@ class Objective:
 
     @property
     def figure(self) -> FigureOfMerit:
-        """The number by which states of a run are ranked, and the texts about it."""
+        """Return the number by which states of a run are ranked, with its texts."""
         return figure_of_merit(self.plan)
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
@@ -178,9 +177,9 @@ class Objective:
         raise NotImplementedError
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Return how many things each term of the loss sums over, without computing the loss.
+        """Return the count of each term of the loss, without computing the loss.
 
-        It is asked only if ``counts_ahead`` is set.
+        It is called only if ``counts_ahead`` is set.
         """
         raise NotImplementedError
 
@@ -189,7 +188,7 @@ class Objective:
         return None
 
     def groups(self, batches: Sequence[Batch]) -> list[SliceGroup]:
-        """Return what of some batches the objective puts together; [] if it groups nothing."""
+        """Return groups of slices, for pictures; [] if the objective does not group anything."""
         return []
 
     def describe(self, batch: Batch) -> TokenFeatures:
@@ -213,26 +212,26 @@ class Objective:
     def pool_statistics(self, pool: SamplingPool) -> dict[str, Tensor]:
         """Return buffers of the module that are measured on the pool before the first step.
 
-        Keys are those of the module's state. Checkpoints hold them, so a resumed run does not ask.
+        Keys are those of the module's state. A resumed run reads them from its checkpoint instead.
         """
         return {}
 
     def begin(self) -> None:
         """Set ``extra`` from the module's weights, before the first step of a new run.
 
-        The weights named by ``--init`` are in the module by then.
+        The weights of ``--init`` have been loaded by then.
         """
 
     def after_step(self, step: int, processes: Processes, statistics: Mapping[str, Tensor]) -> None:
-        """Update ``extra`` after an accepted step. Skipped steps do not come here.
+        """Update ``extra`` after an accepted step; it is not called after skipped steps.
 
         Args:
-            processes: all of them make this call.
+            processes: all processes of the training. All of them make this call.
             statistics: statistics of the loss, added up over this process's share of the batch.
         """
 
     def extra_state(self) -> dict[str, Any]:
-        """Return the state beside the module that training continues from."""
+        """Return the state that a resumed training needs beside the module."""
         return dict(self.extra.state_dict())
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -260,5 +259,5 @@ class Objective:
         raise NotImplementedError
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         raise NotImplementedError

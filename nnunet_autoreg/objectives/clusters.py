@@ -20,7 +20,8 @@ ITERATIONS = 30
 
 
 def balance_of(scores_NK: Tensor, sharpness: float, iterations: int = ITERATIONS) -> Tensor:
-    """Return what to add to every cluster's score / sharpness, so that all are equally large, (K,).
+    """Return the balance of every cluster, (K,): added to score / sharpness, it makes clusters
+    equal.
 
     Args:
         scores_NK: cosines of embeddings and prototypes.

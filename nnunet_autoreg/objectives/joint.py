@@ -134,7 +134,8 @@ class Slabs:
 
 
 class Joint(Objective):
-    """The objective: losses, banks, and what transfers. See ``objectives.base.Objective``."""
+    """The objective: the losses, the banks, and the weights that transfer. See
+    ``objectives.base.Objective``."""
 
     counts_ahead = True
     follows_steps = True
@@ -318,7 +319,7 @@ class Joint(Objective):
     def _bank_rows(
         self, batch: Batch, slabs: Slabs, embedded_BMRD: Tensor, volumes_BMD: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return what the banks get from a part of a batch, each at its sample's number.
+        """Return new entries of the banks from a part of a batch, at the numbers of their samples.
 
         All other rows are 0, so that the sum over all parts and processes is the whole batch.
         """

@@ -64,7 +64,7 @@ class SlabTransformer(nn.Module):
         return features[:, starts:]
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """Return what fine-tuning loads, under the downstream keys."""
+        """Return the weights that fine-tuning loads, under the downstream keys."""
         return self.encoder.transferable_state()
 
     def adaptation(self) -> Adaptation:
@@ -133,7 +133,7 @@ class SlabAttention(nn.Module):
         nn.init.trunc_normal_(self.to_bias, std=0.02)
 
     def forward(self, slabs_BRD: Tensor, valid_BR: Tensor) -> Tensor:
-        """Return what every slab gathers from the others, (B, R, D).
+        """Return the output of attention for every slab, (B, R, D).
 
         Args:
             valid_BR: False where a slab holds padding only; such slabs are not keys.

@@ -32,7 +32,7 @@ BANK_SLABS = 4
 IMAGE_WEIGHT = 0.5
 """Steps on 2D images for each step on volumes, if there are images."""
 
-REASON = "what joint clustering is (--objective joint)"
+REASON = "needed for --objective joint"
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,7 @@ def _check_numbers(settings: JointPlan) -> None:
     for key, number in clusters.items():
         if number < 2:
             raise PlanError(
-                f"objective.{key}={number} must be at least 2: with one cluster there is nothing "
-                "to tell apart",
+                f"objective.{key}={number} must be at least 2: one cluster distinguishes nothing",
                 code="plan-out-of-range",
             )
     if settings.width < 1 or settings.width % settings.num_heads:

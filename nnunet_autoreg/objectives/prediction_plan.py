@@ -101,7 +101,7 @@ def settings_of(plan: Plan) -> PredictionPlan:
 
 
 def planned_settings(name: str, encoder: EncoderPlan) -> tuple[PredictionPlan, dict[str, str]]:
-    """Return what is regressed and by which decoder, and the reasons.
+    """Return target and decoder of the regression, and the reasons.
 
     Source: AIM (arXiv 2401.08541) and Pixio found that a deeper decoder and a head of several
         layers keep the encoder from spending its own last layers on voxels; a third of the

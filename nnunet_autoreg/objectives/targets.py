@@ -30,7 +30,7 @@ def num_outputs(settings: PredictionPlan, token_voxels: int) -> int:
 
 
 def target_of(settings: PredictionPlan, voxels_BTP: Tensor, real_BTP: Tensor) -> Tensor:
-    """Return what a head has to predict of each token, (B, T, O); 0 in padding.
+    """Return the targets of a head for each token, (B, T, O); 0 in padding.
 
     Args:
         voxels_BTP: in the intensities that nnU-Net's normalisation gives.
@@ -65,7 +65,7 @@ def output_weight(settings: PredictionPlan, weight_BTP: Tensor) -> Tensor:
 def as_intensities(
     settings: PredictionPlan, predicted_BTO: Tensor, voxels_BTP: Tensor, real_BTP: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return predictions in intensities, and what a head that outputs 0 would give; both (B, T, P).
+    """Return predictions in intensities, and those of a head that outputs 0; both (B, T, P).
 
     Only the target "normalised" leaves each token's mean and deviation open. There they are taken
     from the true voxels.

@@ -101,7 +101,7 @@ class Predictions:
 
 
 class WholeNetwork(Objective):
-    """The objective: loss, and what transfers. See ``objectives.base.Objective``.
+    """The objective: the loss, and the weights that transfer. See ``objectives.base.Objective``.
 
     Both ``autoregressive`` and ``masked`` are this class for CNNs: they differ in the distribution
     of the number of known blocks, which the plan's ``sequence.prefix`` states.
@@ -269,7 +269,7 @@ class WholeNetwork(Objective):
         )
 
     def _predict(self, batch: Batch, known_BTP: Tensor) -> Predictions:
-        """Return what the network predicts from the known voxels."""
+        """Return the prediction of the network from the known voxels."""
         known_BMZYX = self._volume(known_BTP, batch)
         # Targets are taken from the clean voxels; only what is shown is corrupted.
         shown_BMCZYX = corrupted(batch.voxels, known_BMZYX & batch.valid_mask, batch.corruption)

@@ -12,8 +12,8 @@ from nnunet_autoreg.planning.pool import (
     Hardware,
     Pool,
     count_of,
-    real_share,
-    times,
+    dimensions,
+    unpadded_share,
 )
 
 SMALL_IMAGE_TOKENS = 512
@@ -88,9 +88,9 @@ def _doubt(cnn: EncoderSize, pool: Pool) -> str:
     crop = [max(1, round(m / b)) * b for m, b in zip(pool.median_shape_vox, side, strict=True)]
 
     if volume(crop) < MIN_BLOCKS * volume(side):
-        return f"fewer than {MIN_BLOCKS} blocks of {times(side)} voxels, which a CNN needs"
-    if real_share(crop, pool.median_shape_vox) < MOSTLY_PADDING:
-        return f"blocks of {times(side)} voxels, which a CNN needs, would be mostly padding"
+        return f"fewer than {MIN_BLOCKS} blocks of {dimensions(side)} voxels, which a CNN needs"
+    if unpadded_share(crop, pool.median_shape_vox) < MOSTLY_PADDING:
+        return f"blocks of {dimensions(side)} voxels, which a CNN needs, would be mostly padding"
     return ""
 
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from nnunet_autoreg.families import PRIMUS, has_transformer, is_convolutional, smallest_block
 from nnunet_autoreg.geometry import Size, as_size, round_up, volume
 from nnunet_autoreg.model.sizes import EncoderSize
-from nnunet_autoreg.planning.pool import MOSTLY_PADDING, Hardware, MemoryOf, Pool, real_share, times
+from nnunet_autoreg.planning.pool import (
+    MOSTLY_PADDING,
+    Hardware,
+    MemoryOf,
+    Pool,
+    dimensions,
+    unpadded_share,
+)
 
 START_VOX = 256**3
 MAX_PRETRAIN_VOX = 128**3
@@ -127,8 +134,8 @@ def choose_layout(
     why_block = "linear tokens: one of them is a block"
     if volume(block) > 1:
         why_block = (
-            f"linear tokens: {times(block)} of them are a block of "
-            f"{times(side_of(encoder, block))} voxels"
+            f"linear tokens: {dimensions(block)} of them are a block of "
+            f"{dimensions(side_of(encoder, block))} voxels"
         )
     return CropLayout(crop, block, why_crop, why_block)
 
@@ -159,8 +166,8 @@ def _layout_of_convolutional_tokens(
             break
 
     why_block = (
-        f"{times(side)} voxels, on each of which the convolutions run separately (at least "
-        f"{times(side_of(encoder, smallest))}, for their norms): blocks in a crop: {num_blocks}"
+        f"{dimensions(side)} voxels, on each of which the convolutions run separately (at least "
+        f"{dimensions(side_of(encoder, smallest))}, for their norms): {num_blocks} blocks in a crop"
     )
     if num_blocks < MIN_BLOCKS:
         why_block += (
@@ -168,7 +175,7 @@ def _layout_of_convolutional_tokens(
             "better"
         )
 
-    real = real_share(crop, pool.median_shape_vox)
+    real = unpadded_share(crop, pool.median_shape_vox)
     if real < MOSTLY_PADDING:
         why_block += f", only {100 * real:.0f} % of them not padding"
     return CropLayout(crop, block, why_crop, why_block)
@@ -191,7 +198,7 @@ def _layout_of_cnn(
             break
 
     why_block = (
-        f"{times(encoder.token_size)} voxels, the total stride of the network: "
+        f"{dimensions(encoder.token_size)} voxels, the total stride of the network: "
         f"{num_blocks} blocks in a crop"
     )
     if num_blocks < MIN_BLOCKS:
@@ -241,14 +248,14 @@ def choose_crop(
     cause = f"at most {limit} voxels"
     if max_vox != limit:
         cause = f"as large as {hardware.memory_gib:.4g} GiB allow"
-    why = f"median scan of {times(pool.median_shape_vox)} voxels in whole {unit}, {cause}"
+    why = f"median scan of {dimensions(pool.median_shape_vox)} voxels in whole {unit}, {cause}"
     if crop != whole:
         why += (
-            f"; {times(whole)} would hold all of it, so a crop takes {LEAST_EXTENT:g} - "
+            f"; {dimensions(whole)} would hold all of it, so a crop takes {LEAST_EXTENT:g} - "
             f"{MOST_EXTENT:g} of an axis where its {unit} allow: crops of whole images taught far "
             "less (AIM, arXiv 2401.08541)"
         )
-    return crop, f"{why}: {times(extent_mm)} mm, {tokens} tokens"
+    return crop, f"{why}: {dimensions(extent_mm)} mm, {tokens} tokens"
 
 
 def side_of(encoder: EncoderSize, block_tokens: Size) -> Size:

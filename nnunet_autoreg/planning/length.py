@@ -1,4 +1,4 @@
-"""How long a training is, and what follows from it."""
+"""The length of a training, and the values that depend on it."""
 
 from dataclasses import replace
 

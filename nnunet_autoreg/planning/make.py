@@ -1,5 +1,6 @@
-"""The rules together: numbers about the data and the hardware in, plan values with their reasons
-out. Pure, and torch-free.
+"""Make a plan: numbers about scans and hardware in, planned values with their reasons out.
+
+Pure functions, without torch.
 """
 
 import math
@@ -35,188 +36,15 @@ from nnunet_autoreg.planning.pool import (
     MemoryOf,
     Overrides,
     Pool,
-    real_share,
-    real_voxels,
-    times,
+    dimensions,
+    unpadded_share,
+    unpadded_voxels,
 )
 from nnunet_autoreg.planning.tokens import with_tokens
 
 BATCH_GPU, BATCH_ELSEWHERE = 32, 8
 SPATIAL_SHARE, MAX_ROTATION_DEG, ZOOM = 0.2, 30.0, (0.7, 1.4)
 THICK_SLICES = 3.0
-
-
-def choose_batch(hardware: Hardware) -> tuple[int, str]:
-    """Return crops per optimiser step and the reason.
-
-    They are the same for every GPU, so that its memory does not change the result.
-    """
-    if hardware.device != "cuda":
-        return BATCH_ELSEWHERE, f"device {hardware.device}: small steps"
-    return BATCH_GPU, "the same on every GPU; what does not fit at once is accumulated"
-
-
-def choose_checkpointing(
-    encoder: EncoderSize, crop: Size, hardware: Hardware, memory_of: MemoryOf
-) -> tuple[bool, str]:
-    """Return whether activations have to be checkpointed so that one crop fits, and the reason.
-
-    The reason is "" where they need not.
-    """
-    without = sum(memory_of(encoder, crop, False))
-    if without <= hardware.usable_bytes:
-        return False, ""
-
-    # An encoder without repeated layers gains nothing by it.
-    with_it = sum(memory_of(encoder, crop, True))
-    if with_it >= without:
-        return False, ""
-
-    reason = (
-        f"one crop takes about {with_it / GIB:.1f} GiB with it and {without / GIB:.1f} without, "
-        f"more than the {hardware.usable_bytes / GIB:.1f} that may be used; a step takes about a "
-        "third longer"
-    )
-    return True, reason
-
-
-def choose_micro_batch(
-    batch_size: int, hardware: Hardware, fixed_bytes: float, bytes_per_crop: float
-) -> tuple[int, str]:
-    """Return crops on the device at once and the reason.
-
-    As many as fit are taken, in equal parts of the batch.
-
-    Args:
-        fixed_bytes, bytes_per_crop: estimated training memory of the encoder at the planned crop.
-    """
-    room: float = batch_size
-    if bytes_per_crop:
-        room = (hardware.usable_bytes - fixed_bytes) // bytes_per_crop
-
-    num_parts = math.ceil(batch_size / min(max(room, 1), batch_size))
-    micro = math.ceil(batch_size / num_parts)
-    needed = (fixed_bytes + micro * bytes_per_crop) / GIB
-    usable = f"{100 * hardware.usable_share:.0f} % of {hardware.memory_gib:.4g} GiB"
-    if room < 1:
-        return micro, f"about {needed:.1f} GiB, MORE than {usable}: even one crop does not fit"
-
-    parts = "all at once" if num_parts == 1 else f"{num_parts} times a step"
-    each = f"{bytes_per_crop / GIB:.2f} a crop"
-    return micro, f"{parts}; about {needed:.1f} GiB ({each}), within {usable}"
-
-
-def why_varied(spacing_mm: Sequence[float]) -> dict[str, str]:
-    """Return the reasons for rotating and zooming training crops."""
-    where = ""
-    if max(spacing_mm) > THICK_SLICES * min(spacing_mm):
-        where = (
-            f", in the plane of the slices only: one spacing is over {THICK_SLICES:g} times another"
-        )
-    source = "nnU-Net's and nnssl's"
-    return {
-        "sequence.spatial_share": f"{source}: one training crop in five is rotated, and one in "
-        f"five zoomed{where}",
-        "sequence.max_rotation_deg": source,
-        "sequence.zoom": source,
-    }
-
-
-def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
-    """Return the peak rate and the reason.
-
-    It is the encoder's usual one at its usual batch, times the root of the ratio of batches.
-
-    Source: the square-root rule for adaptive optimisers - Malladi et al. 2022, arXiv 2205.10287.
-    """
-    usual = BATCH_ELSEWHERE if encoder.is_tiny else BATCH_GPU
-    rate = encoder.pretrain_rate * math.sqrt(batch_size / usual)
-    reason = (
-        f"the usual {encoder.pretrain_rate:g} of {encoder.name} at batch {usual}, times the root "
-        f"of {batch_size}/{usual}"
-    )
-    # Three digits are enough, and are easier to read in the plan.
-    return float(f"{rate:.3g}"), reason
-
-
-def why_min_scans(min_scans: int, num_scans: int) -> str:
-    """Return the reason for the number of scans below which an encoder is used by name only."""
-    if num_scans < min_scans:
-        return f"{num_scans} scans are fewer, so fine-tuning uses this encoder only if it is named"
-    return "a handful of scans teaches too little for an encoder to be used without being named"
-
-
-def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
-    """Return target spacings and the reasons.
-
-    Groups are written where their targets differ.
-    """
-    targets_mm = {group.spacing_mm for group in pool.groups}
-    if len(targets_mm) < 2:
-        reasons = []
-        for group in pool.groups:
-            suffix = f" ({group.modality})" if group.modality else ""
-            reasons.append(f"{group.reason}{suffix}")
-        reason = " and ".join(reasons) or f"median of {pool.num_scans} scans"
-        data = DataPlan(pool.spacing_mm, pool.ct_window, salt_free=True)
-        return data, {"data.spacing_mm": f"{reason}, coarsest axis first"}
-
-    groups, described = [], []
-    for group in pool.groups:
-        groups.append(SpacingGroup(group.modality, group.native_mm, group.spacing_mm))
-        text = f"{group.num_scans} {group.modality} to {times(group.spacing_mm)} mm"
-        text += f" ({group.reason})"
-        # All crops have one size in voxels, regardless of the spacing.
-        real = real_share(crop, group.median_shape_vox)
-        if real < MOSTLY_PADDING:
-            text += (
-                f", of whose crops only {100 * real:.0f} % is not padding: give these scans a run "
-                "of their own if they matter"
-            )
-        described.append(text)
-
-    largest = pool.groups[0]
-    data = DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=tuple(groups), salt_free=True)
-    return data, {
-        "data.spacing_mm": f"that of the largest of {len(groups)} groups ({largest.modality}, "
-        f"{largest.reason})",
-        "data.spacing_groups": "spacings within about a factor of 2 share a target: "
-        + "; ".join(described),
-    }
-
-
-def plan_encoder(
-    pool: Pool, hardware: Hardware, overrides: Overrides
-) -> tuple[EncoderSize, str, str]:
-    """Return the encoder, with strides or tokens that suit the scans, and why both were chosen."""
-    chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
-    if why_encoder != BY_USER:
-        chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
-
-    encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
-    if overrides.arguments is not None:
-        token_size = token_size_of(encoder.class_path, overrides.arguments)
-        encoder = replace(encoder, arguments=overrides.arguments, token_size=token_size)
-
-    encoder, why_token = with_tokens(
-        encoder, pool.spacing_mm, pool.median_shape_vox, overrides.token_size_vox
-    )
-    if not has_transformer(encoder.family):
-        why_token = "total stride; as nnU-Net plans strides by spacing"
-    return encoder, why_encoder, why_token
-
-
-def plan_length(pool: Pool, step_vox: int, overrides: Overrides) -> tuple[int, str]:
-    """Return the number of steps of ``step_vox`` voxels each, and why."""
-    steps, why_steps = choose_length(pool, step_vox, overrides.num_epochs)
-    if overrides.num_steps is not None:
-        steps, why_steps = overrides.num_steps, BY_USER
-    if overrides.num_hours is not None:
-        why_steps = (
-            "stands in until a step has been measured, before the first; then what "
-            f"{overrides.num_hours:g} h allow"
-        )
-    return steps, why_steps
 
 
 def make_plan(
@@ -232,7 +60,7 @@ def make_plan(
     known: dict[tuple[str, Size, bool], tuple[float, float]] = {}
 
     def memory(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:
-        # To count a large encoder takes seconds, and most combinations are asked for several times.
+        # Counting takes seconds for a large encoder, and most combinations occur several times.
         key = encoder.name, crop, recompute
         if key not in known:
             known[key] = memory_of(encoder, crop, recompute)
@@ -257,7 +85,7 @@ def make_plan(
     rate, why_rate = choose_rate(encoder, batch)
 
     # The length.
-    step_vox = real_voxels(crop, pool.median_shape_vox) * batch
+    step_vox = unpadded_voxels(crop, pool.median_shape_vox) * batch
     steps, why_steps = plan_length(pool, step_vox, overrides)
     compiles, why_compile = choose_compile(steps, overrides.num_hours)
 
@@ -311,3 +139,176 @@ def make_plan(
     )
     # Warm-up, checkpoints and validation follow from the length.
     return with_length(plan, steps, why_steps)
+
+
+def plan_encoder(
+    pool: Pool, hardware: Hardware, overrides: Overrides
+) -> tuple[EncoderSize, str, str]:
+    """Return the encoder, with strides or tokens that suit the scans, and why both were chosen."""
+    chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
+    if why_encoder != BY_USER:
+        chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
+
+    encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
+    if overrides.arguments is not None:
+        token_size = token_size_of(encoder.class_path, overrides.arguments)
+        encoder = replace(encoder, arguments=overrides.arguments, token_size=token_size)
+
+    encoder, why_token = with_tokens(
+        encoder, pool.spacing_mm, pool.median_shape_vox, overrides.token_size_vox
+    )
+    if not has_transformer(encoder.family):
+        why_token = "total stride; as nnU-Net plans strides by spacing"
+    return encoder, why_encoder, why_token
+
+
+def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
+    """Return target spacings and the reasons.
+
+    Groups are written where their targets differ.
+    """
+    targets_mm = {group.spacing_mm for group in pool.groups}
+    if len(targets_mm) < 2:
+        reasons = []
+        for group in pool.groups:
+            suffix = f" ({group.modality})" if group.modality else ""
+            reasons.append(f"{group.reason}{suffix}")
+        reason = " and ".join(reasons) or f"median of {pool.num_scans} scans"
+        data = DataPlan(pool.spacing_mm, pool.ct_window, salt_free=True)
+        return data, {"data.spacing_mm": f"{reason}, coarsest axis first"}
+
+    groups, described = [], []
+    for group in pool.groups:
+        groups.append(SpacingGroup(group.modality, group.native_mm, group.spacing_mm))
+        text = f"{group.num_scans} {group.modality} to {dimensions(group.spacing_mm)} mm"
+        text += f" ({group.reason})"
+        # All crops have one size in voxels, regardless of the spacing.
+        real = unpadded_share(crop, group.median_shape_vox)
+        if real < MOSTLY_PADDING:
+            text += (
+                f", of whose crops only {100 * real:.0f} % is not padding: give these scans a run "
+                "of their own if they matter"
+            )
+        described.append(text)
+
+    largest = pool.groups[0]
+    data = DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=tuple(groups), salt_free=True)
+    return data, {
+        "data.spacing_mm": f"that of the largest of {len(groups)} groups ({largest.modality}, "
+        f"{largest.reason})",
+        "data.spacing_groups": "spacings within about a factor of 2 share a target: "
+        + "; ".join(described),
+    }
+
+
+def choose_batch(hardware: Hardware) -> tuple[int, str]:
+    """Return crops per optimiser step and the reason.
+
+    They are the same for every GPU, so that its memory does not change the result.
+    """
+    if hardware.device != "cuda":
+        return BATCH_ELSEWHERE, f"device {hardware.device}: small steps"
+    return BATCH_GPU, "the same on every GPU; what does not fit at once is accumulated"
+
+
+def choose_checkpointing(
+    encoder: EncoderSize, crop: Size, hardware: Hardware, memory_of: MemoryOf
+) -> tuple[bool, str]:
+    """Return whether activations have to be checkpointed so that one crop fits, and the reason.
+
+    The reason is "" if they need not be.
+    """
+    without = sum(memory_of(encoder, crop, False))
+    if without <= hardware.usable_bytes:
+        return False, ""
+
+    # An encoder without repeated layers gains nothing by it.
+    with_it = sum(memory_of(encoder, crop, True))
+    if with_it >= without:
+        return False, ""
+
+    reason = (
+        f"one crop takes about {with_it / GIB:.1f} GiB with it and {without / GIB:.1f} without, "
+        f"more than the {hardware.usable_bytes / GIB:.1f} that may be used; a step takes about a "
+        "third longer"
+    )
+    return True, reason
+
+
+def choose_micro_batch(
+    batch_size: int, hardware: Hardware, fixed_bytes: float, bytes_per_crop: float
+) -> tuple[int, str]:
+    """Return crops on the device at once and the reason.
+
+    They are as many as fit, in equal parts of the batch.
+
+    Args:
+        fixed_bytes, bytes_per_crop: estimated training memory of the encoder at the planned crop.
+    """
+    room: float = batch_size
+    if bytes_per_crop:
+        room = (hardware.usable_bytes - fixed_bytes) // bytes_per_crop
+
+    num_parts = math.ceil(batch_size / min(max(room, 1), batch_size))
+    micro = math.ceil(batch_size / num_parts)
+    needed = (fixed_bytes + micro * bytes_per_crop) / GIB
+    usable = f"{100 * hardware.usable_share:.0f} % of {hardware.memory_gib:.4g} GiB"
+    if room < 1:
+        return micro, f"about {needed:.1f} GiB, MORE than {usable}: even one crop does not fit"
+
+    parts = "all at once" if num_parts == 1 else f"{num_parts} times a step"
+    each = f"{bytes_per_crop / GIB:.2f} a crop"
+    return micro, f"{parts}; about {needed:.1f} GiB ({each}), within {usable}"
+
+
+def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
+    """Return the peak rate and the reason.
+
+    It is the encoder's usual rate at the usual batch, times the square root of the ratio of
+    batches.
+
+    Source: the square-root rule for adaptive optimisers - Malladi et al. 2022, arXiv 2205.10287.
+    """
+    usual = BATCH_ELSEWHERE if encoder.is_tiny else BATCH_GPU
+    rate = encoder.pretrain_rate * math.sqrt(batch_size / usual)
+    reason = (
+        f"the usual {encoder.pretrain_rate:g} of {encoder.name} at batch {usual}, times the root "
+        f"of {batch_size}/{usual}"
+    )
+    # Three digits are enough, and are easier to read in the plan.
+    return float(f"{rate:.3g}"), reason
+
+
+def plan_length(pool: Pool, step_vox: int, overrides: Overrides) -> tuple[int, str]:
+    """Return the number of steps of ``step_vox`` voxels each, and why."""
+    steps, why_steps = choose_length(pool, step_vox, overrides.num_epochs)
+    if overrides.num_steps is not None:
+        steps, why_steps = overrides.num_steps, BY_USER
+    if overrides.num_hours is not None:
+        why_steps = (
+            f"a placeholder until a step has been timed; then what {overrides.num_hours:g} h allow"
+        )
+    return steps, why_steps
+
+
+def why_varied(spacing_mm: Sequence[float]) -> dict[str, str]:
+    """Return the reasons for rotating and zooming training crops."""
+    where = ""
+    if max(spacing_mm) > THICK_SLICES * min(spacing_mm):
+        where = (
+            f", in the plane of the slices only: one spacing is over {THICK_SLICES:g} times another"
+        )
+    source = "nnU-Net's and nnssl's"
+    return {
+        "sequence.spatial_share": f"{source}: one training crop in five is rotated, and one in "
+        f"five zoomed{where}",
+        "sequence.max_rotation_deg": source,
+        "sequence.zoom": source,
+    }
+
+
+def why_min_scans(min_scans: int, num_scans: int) -> str:
+    """Return the reason for the number of scans below which an encoder is used by name only."""
+    if num_scans < min_scans:
+        return f"{num_scans} scans are fewer, so fine-tuning uses this encoder only if it is named"
+    return "encoders of very few scans are used only if they are named"

@@ -1,4 +1,4 @@
-"""What a plan is made from: the scans in numbers, the hardware, and what the user fixed."""
+"""The inputs of planning: the scans in numbers, the hardware, and the user's values."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,17 +102,17 @@ def pool_of(fingerprint: Fingerprint) -> Pool:
     return Pool(f.num_scans, f.spacing_mm, f.median_shape_vox, f.total_vox, f.ct_window, f.groups)
 
 
-def real_voxels(crop: Sequence[int], shape_vox: Sequence[int]) -> int:
+def unpadded_voxels(crop: Sequence[int], shape_vox: Sequence[int]) -> int:
     """Return how many voxels of a crop a scan of ``shape_vox`` fills; the rest is padding."""
     return volume([min(c, n) for c, n in zip(crop, shape_vox, strict=True)])
 
 
-def real_share(crop: Sequence[int], shape_vox: Sequence[int]) -> float:
+def unpadded_share(crop: Sequence[int], shape_vox: Sequence[int]) -> float:
     """Return the same as a share of the crop."""
-    return real_voxels(crop, shape_vox) / volume(crop)
+    return unpadded_voxels(crop, shape_vox) / volume(crop)
 
 
-def times(values: Sequence[float]) -> str:
+def dimensions(values: Sequence[float]) -> str:
     """Return sizes or spacings as text with four digits: "32 x 48 x 32"."""
     return size_text(values, ".4g")
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from nnunet_autoreg.families import PRIMUS
 from nnunet_autoreg.geometry import Size, Spacing, as_size, volume
 from nnunet_autoreg.model.sizes import EncoderSize
-from nnunet_autoreg.planning.pool import times
+from nnunet_autoreg.planning.pool import dimensions
 
 USUAL_SIDE, SMALL_SIDE = 8, 4
 THICK_SLICES = 3.0
@@ -69,7 +69,7 @@ def with_tokens(
                 side = 2 ** max(0, round(math.log2(USUAL_SIDE / coarseness)))
             sides.append(side)
         sides_mm = [side * spacing for side, spacing in zip(sides, spacing_mm, strict=True)]
-        return _resized(encoder, as_size(sides), single), f"thick slices: {times(sides_mm)} mm"
+        return _resized(encoder, as_size(sides), single), f"thick slices: {dimensions(sides_mm)} mm"
 
     num_tokens = volume([max(1, round(m)) for m in median_shape_vox]) / volume(usual)
     if num_tokens < SMALL_IMAGE_TOKENS:
@@ -101,8 +101,8 @@ def objection_to_flat_tokens(token_size: Size, spacing_mm: Sequence[float]) -> s
     if max(sides_mm) <= MAX_ELONGATION * sides_mm[shortest_axis]:
         return None
     return (
-        f"its tokens of {times(token_size)} voxels were made for thick slices, and would be "
-        f"{times(sides_mm)} mm here: too flat. Pretrain on scans of this spacing"
+        f"its tokens of {dimensions(token_size)} voxels were made for thick slices, and would be "
+        f"{dimensions(sides_mm)} mm here: too flat. Pretrain on scans of this spacing"
     )
 
 

@@ -198,7 +198,7 @@ def snapshot(
 
 
 def measure_pool(objective: Objective, pool: SamplingPool, world: World = ALONE) -> None:
-    """Set what the objective measures on the pool and starts from, before a run's first step.
+    """Set the values that the objective measures on the pool, before a run's first step.
 
     The main process measures them for all. Checkpoints hold them afterwards.
 

@@ -1,4 +1,4 @@
-"""The processes that train together: what they exchange, and how weights are sharded over them.
+"""The processes that train together: their communication, and sharded weights.
 
 File 5 of 11 in reading order.
 
@@ -107,7 +107,7 @@ class World:
         return bool(highest)
 
     def share(self, thing: T) -> T:
-        """Return what the main process passes, in all processes.
+        """Return the main process's value in all processes.
 
         It is pickled as a whole, so that large tensors should be ``deferred``.
         """
@@ -135,7 +135,7 @@ class World:
         return tensor
 
     def gather(self, thing: T) -> list[T]:
-        """Return what every process passes, ordered by rank, in all processes."""
+        """Return the values of all processes, ordered by rank, in all processes."""
         if self.size == 1:
             return [thing]
         things: list[Any] = [None] * self.size

@@ -45,7 +45,7 @@ from nnunet_autoreg.pretrain.distributed import World, is_sharded
 from nnunet_autoreg.pretrain.request import write_plan
 from nnunet_autoreg.pretrain.trainer import Trainer, TrainingJob, build_trainer
 from nnunet_autoreg.pretrain.training_step import peak_memory_gib
-from nnunet_autoreg.sampling.kinds import wanted
+from nnunet_autoreg.sampling.kinds import planned_kinds
 from nnunet_autoreg.sampling.noise import noise_pool
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sampler import TRAINING
@@ -189,7 +189,7 @@ def limit_to_share(plan: Plan, num_processes: int) -> Plan:
     share = ceil(optim.batch_size / num_processes)
     if (optim.micro_batch_size or optim.batch_size) <= share:
         return plan
-    reason = f"all that each of {num_processes} processes gets of a batch of {optim.batch_size}"
+    reason = f"the share of each of {num_processes} processes in a batch of {optim.batch_size}"
     limited = replace(plan, optim=replace(optim, micro_batch_size=share))
     return _with_reason(limited, "optim.micro_batch_size", reason)
 
@@ -294,7 +294,7 @@ def fit_plan(plan: Plan, build: Callable[[Plan], Trainer], device: torch.device)
 
 
 def free_memory() -> None:
-    """Give back what a dry step held: the training's own weights and moments come on top.
+    """Release the memory of a dry step, which the training needs for its weights and moments.
 
     Compiled layers stay: they hold no weights, and the training uses them again.
     """
@@ -334,7 +334,7 @@ def _try_step(build: Callable[[Plan], Trainer], plan: Plan, device: torch.device
 def _find_disagreement(
     path: FastPath, recorder: CallRecorder, device: torch.device
 ) -> Disagreement | None:
-    """Return what the self-check found; a check that cannot be done does not stop a training."""
+    """Return the result of the self-check; a check that cannot be done does not stop a training."""
     calls = [(kind, call) for (kind, _, _), call in recorder.calls.items()]
     try:
         with phase("checking attention on this device"):
@@ -370,7 +370,9 @@ def with_estimated_seconds(folder: Path, plan: Plan, device: str) -> Plan:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        log.info("a step could not be timed, as it does not fit; training will make it smaller")
+        log.info(
+            "a step does not fit into memory and could not be timed; training will make it smaller"
+        )
         return plan
 
     del trainer
@@ -418,7 +420,7 @@ def dry_step(trainer: Trainer, enough_s: float = math.inf) -> float:
 def _one_of_each_kind(trainer: Trainer) -> dict[str, int]:
     """Return the first step of every kind of sequence, by kind, among the first few steps."""
     sampler, cases = trainer.batches.sampler, trainer.batches.cases
-    num_kinds = len(wanted(trainer.plan))
+    num_kinds = len(planned_kinds(trainer.plan))
     first: dict[str, int] = {}
     for number in range(MOST_STEPS):
         first.setdefault(sampler.kind(cases, TRAINING, number), number)
@@ -483,7 +485,7 @@ def smaller_crop(plan: Plan) -> Plan | None:
         token * block
         for token, block in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)
     ]
-    if "strided" in wanted(plan):
+    if "strided" in planned_kinds(plan):
         side[0] *= s.num_subvolumes
 
     crop = list(s.crop_size_vox)
@@ -548,7 +550,7 @@ def without_fast_path(
 
 
 def _with_measurements(plan: Plan, device: torch.device, result: DryStepResult) -> Plan:
-    """Return the plan with what the dry step measured, and log it beside the estimate."""
+    """Return the plan with the measurements of the dry step; log them beside the estimates."""
     optim = plan.optim
     micro = min(optim.micro_batch_size or optim.batch_size, optim.batch_size)
     estimate = plan_memory(plan, has_bf16(device)).total_bytes(micro)

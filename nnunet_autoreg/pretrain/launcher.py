@@ -1,4 +1,4 @@
-"""The processes of one training: who starts them, how they meet, what each does, and how they end.
+"""The processes of one training: how they start, connect, work and end.
 
 File 4 of 11 in reading order.
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GO, FAILED = "autoreg/go", "autoreg/failed"
-"""Keys of the store: what the workers shall do, and the message of a worker that failed."""
+"""Keys of the store: the task of the workers, and the message of a worker that failed."""
 
 OUR_LAUNCHER = "AUTOREG_LAUNCHER"
 """Environment variable of the processes that ``--num-gpus`` has started."""
@@ -99,8 +99,8 @@ def launch_of(num_gpus: int | None, device: str, environ: Mapping[str, str]) -> 
         launch = Launch(size=num_gpus or 1, local_size=num_gpus or 1)
     elif num_gpus is not None and num_gpus != size:
         raise UsageError(
-            f"--num-gpus {num_gpus}: torchrun has started {size} processes already, and they are "
-            "what trains; leave out --num-gpus",
+            f"--num-gpus {num_gpus}: torchrun has started {size} processes already, and these "
+            "train; leave out --num-gpus",
             code="launch-torchrun",
         )
     else:
@@ -305,7 +305,7 @@ class Launcher:
             return exit_reason(0, self.launch.size, 1, self.store.get(FAILED).decode())
         who = "; torchrun says which" if self.launch.launcher == "torchrun" else ""
         return (
-            f"one of {self.launch.size} processes is gone, or cannot be reached any more{who}; "
+            f"one of {self.launch.size} processes has ended, or cannot be reached any more{who}; "
             f"{AGAIN}"
         )
 
@@ -466,7 +466,7 @@ def run_worker(world: "World", local_rank: int) -> None:
 def picture_function(
     trainer: "Trainer", setting: "RunSetting | None" = None
 ) -> Callable[[], list["Picture | SliceGroup"]]:
-    """Return a function that draws validation samples, or what the objective groups of them.
+    """Return a function that draws pictures of validation samples, or of their groups.
 
     Where the weights are sharded, all processes have to call it.
     """

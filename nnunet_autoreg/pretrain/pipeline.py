@@ -78,7 +78,7 @@ from nnunet_autoreg.wording import counted, duration
 log = logging.getLogger(__name__)
 
 WIDTH = 10
-"""Of the first word of a line at the start or at the end."""
+"""Width of the first column of the summaries at the start and at the end."""
 
 
 def pretrain(
@@ -88,14 +88,13 @@ def pretrain(
     show: bool = False,
     launcher: Launcher | None = None,
 ) -> bool:
-    """Do what is left of the run that ``request`` describes; return whether it is finished.
+    """Do the remaining steps of a run; return whether it is finished.
 
     Args:
         device: cpu, cuda or mps.
         dry_run: stop after plan.json and scans.csv are written.
         show: before that, preprocess a few scans and draw ``sequences.png``.
-        launcher: starts the processes that train together; None for this process alone. They are
-            needed for the training only.
+        launcher: starts the processes of the training; None to train in this process.
 
     Raises:
         UsageError: the request is wrong, or differs from the one that the run was made with.
@@ -141,7 +140,7 @@ def pretrain(
 
 
 def continue_run(folder: Path, request: Request) -> tuple[Plan, list[ScanRow]]:
-    """Return the plan and the usable scans that an earlier call has written.
+    """Return the plan and the usable scans of a run that was planned earlier.
 
     Raises:
         UsageError: the request differs from the one that the run was made with.
@@ -163,8 +162,7 @@ def index_inputs(folder: Path, request: Request) -> Index:
 
     Raises:
         UsageError: an input, the exclusions, the manifest or the store's salt cannot be used.
-        AutoregError: there is no usable scan, or a worker process died; what was read is kept for
-            the next call.
+        AutoregError: there is no usable scan, or a worker process died. The next call continues.
     """
     with phase("looking for scans"):
         takes_images = kind_of(request.objective).takes_images
@@ -180,7 +178,7 @@ def index_inputs(folder: Path, request: Request) -> Index:
             images=takes_images,
         )
 
-        # The journal holds what was read so far, in case that reading is interrupted.
+        # An interrupted call continues from the journal.
         journal = folder / JOURNAL_NAME
         index = index_scans(
             candidates,
@@ -193,7 +191,7 @@ def index_inputs(folder: Path, request: Request) -> Index:
             images=takes_images,
         )
         write_licences(folder, index.rows)
-        # Paths may hold names of patients, and a run's folder is passed on.
+        # Paths may contain names of patients, and users share the run's folder.
         _, paths = hide_paths(to_jsonable(request), PATH_FIELDS)
         write_index(folder / INDEX_NAME, index.rows, paths)
         journal.unlink(missing_ok=True)
@@ -223,14 +221,14 @@ def log_counts(rows: Sequence[ScanRow], index_file: Path) -> None:
 def plan_run(
     folder: Path, request: Request, index: Index, device: str, card: EncoderCard | None = None
 ) -> tuple[Plan, list[ScanRow]]:
-    """Return the plan, which is written to ``plan.json``, and the usable scans.
+    """Write ``plan.json``; return the plan and the usable scans.
 
     Args:
-        card: card of the weights that ``--init`` names.
+        card: card of the weights of ``--init``.
 
     Raises:
-        UsageError: the scans cannot give what the user typed.
-        PlanError: a value cannot be carried out.
+        UsageError: an option does not suit the scans.
+        PlanError: a planned value is impossible.
         WeightsError: training cannot start from the weights named by ``--init``.
     """
     from nnunet_autoreg.pretrain.dry_run import (
@@ -251,7 +249,7 @@ def plan_run(
             to_jsonable(request),
             partial(step_memory, half=has_bf16(device)),
         )
-        # Later rules count more: kinds of sequences, then presets, then what --set gives.
+        # Later rules override earlier ones: kinds of sequences, then presets, then --set.
         training, _ = split_as_planned(plan, rows)
         volumes, training_volumes = volumes_of(rows), volumes_of(training)
         plan = plan_with_sequences(
@@ -269,7 +267,7 @@ def plan_run(
         write_json(folder / "fingerprint.json", summary)
         picture = folder / "fingerprint.png"
         draw_fingerprint(picture, summary, volumes, plan, len(rows) - len(volumes))
-        # The plan is written last: a folder that has one is planned completely.
+        # The plan is written last: it marks that planning is complete.
         write_plan(folder, plan)
 
     for key, reason in plan.reasons.items():
@@ -281,7 +279,7 @@ def value_at(plan: Plan, key: str) -> object:
     """Return the value of a dotted key of the plan, such as ``optim.lr``."""
     node: object = plan
     for part in key.split("."):
-        # Arguments of an encoder, and weights of sequences, are keys of a dict.
+        # Some records of the plan are dicts, such as the arguments of an encoder.
         node = node[part] if isinstance(node, dict) else getattr(node, part)
     return node
 
@@ -301,7 +299,7 @@ def preprocess_and_train(
         from nnunet_autoreg.pretrain.trainer import TrainingJob
         from nnunet_autoreg.pretrain.validation import verdict_of
 
-    # A batch that the processes cannot share is refused before hours of preprocessing.
+    # Refuse a batch that the processes cannot share before hours of preprocessing.
     process_share(plan.optim.batch_size, 0, launcher.launch.size)
 
     store = Store()
@@ -313,7 +311,7 @@ def preprocess_and_train(
     log.info("%s to train on, %d for validation", counted(len(training), "scan"), len(validation))
 
     def make_job(plan: Plan) -> TrainingJob:
-        with phase("gathering what sequences are cut from"):
+        with phase("collecting the cases of each kind of sequence"):
             pools = make_sampling_pools(
                 folder, plan, store, cases, training, validation, num_processes()
             )
@@ -322,7 +320,7 @@ def preprocess_and_train(
         is_new = not checkpoint.exists(folder)
         return TrainingJob(folder, plan, device, *pools, probe, is_new, launcher.launch.local_size)
 
-    # A smaller crop changes what the pools hold, so that the job may be made again.
+    # The pools depend on the crop, so a smaller crop needs a new job.
     job = fit_to_device(make_job(plan), make_job, launcher.launch.size)
 
     with launcher.world() as world, memory_errors_in_one_line():
@@ -340,14 +338,14 @@ def preprocess_and_train(
                 len(validation),
                 plan.data.min_scans,
             )
-            # Fine-tuning looks for an encoder of its own modality, which 2D images do not have.
+            # Fine-tuning chooses an encoder by modality, and 2D images have none.
             volumes = volumes_of(rows)
             export_encoder(folder, trainer.plan, trainer.objective, volumes, licences, verdict)
         world.wait()
 
 
 def scans_line(rows: Sequence[ScanRow], index_file: Path) -> str:
-    """Return how many scans are usable, of which modality, and how many are left out."""
+    """Return a line with the numbers of usable scans, by modality, and of those left out."""
     modalities = Counter(row.modality for row in rows if row.status == OK)
     num_usable = modalities.total()
     by_modality = ", ".join(f"{count:,} {name}" for name, count in modalities.most_common())
@@ -367,11 +365,11 @@ def scans_line(rows: Sequence[ScanRow], index_file: Path) -> str:
 def start_lines(
     folder: Path, plan: Plan, rows: Sequence[ScanRow], device: str, is_new: bool
 ) -> list[str]:
-    """Return what is going to be done, in six lines.
+    """Return six lines about what the run will do.
 
     Args:
         rows: the usable scans.
-        is_new: no earlier call has planned the run.
+        is_new: the run was not planned by an earlier call.
     """
     optim, crop = plan.optim, size_text(plan.sequence.crop_size_vox)
     spacing = size_text(plan.data.spacing_mm, ".3g")
@@ -394,7 +392,7 @@ def start_lines(
 
 
 def time_line(folder: Path, plan: Plan, device: str) -> str:
-    """Return how long a run will take, as known before it."""
+    """Return a line with the expected time of a run."""
     if plan.request.get("num_hours") is not None:
         return _line("time", f"{plan.request['num_hours']:g} h as given, after preprocessing")
     if checkpoint.exists(folder):
@@ -418,7 +416,7 @@ def time_line(folder: Path, plan: Plan, device: str) -> str:
 def end_lines(
     folder: Path, plan: Plan, num_scans: int, seconds: float, verdict: Verdict
 ) -> list[str]:
-    """Return what was done, where the results are, and whether it has learnt, in four lines.
+    """Return four lines: what was done, where the results are, and the verdict.
 
     Args:
         seconds: duration of this call.

@@ -1,4 +1,4 @@
-"""From indexed scans to what sequences are cut from.
+"""From indexed scans to the sampling pools of all kinds of sequences.
 
 File 3 of 11 in reading order.
 
@@ -51,7 +51,7 @@ from nnunet_autoreg.sampling.kinds import (
     choose_members,
     member_crop,
     plan_weights,
-    wanted,
+    planned_kinds,
 )
 from nnunet_autoreg.sampling.neighbours import places_alike
 from nnunet_autoreg.sampling.pool import SamplingPool
@@ -229,7 +229,7 @@ def preprocess_part(request: Request, part: StorePart) -> int:
 
 def preprocess_groups(plan: Plan, rows: list[ScanRow], store: Store, part: StorePart) -> None:
     """Preprocess this part's groups of contrasts, where the plan has contrast sequences."""
-    if "contrast" not in wanted(plan):
+    if "contrast" not in planned_kinds(plan):
         return
     training, validation = split_as_planned(plan, rows)
     groups = groups_as_planned(plan, training, validation)
@@ -390,8 +390,8 @@ def refuse_impossible(weights: Mapping[str, float], available: AvailableKinds) -
     """
     if "contrast" in weights and not available.num_groups:
         raise UsageError(
-            "--sequences contrast: no subject of the training scans has two contrasts (channels of "
-            "a case, or images of one subject and session); say whose and what they are with "
+            "--sequences contrast: no subject of the training scans has two contrasts (channels "
+            "of a case, or images of one subject and session); describe the scans with "
             "--manifest, or leave it out",
             code="sequences-no-contrasts",
         )
@@ -418,7 +418,7 @@ def make_sampling_pools(
     validation: Sequence[ScanRow],
     num_workers: int,
 ) -> tuple[SamplingPool, SamplingPool]:
-    """Return what training and validation sequences are cut from.
+    """Return the pools of training and validation sequences.
 
     Groups of contrasts that are missing in the store are preprocessed.
 
@@ -428,7 +428,7 @@ def make_sampling_pools(
     Raises:
         AutoregError: the training scans cannot give a kind of sequence that the plan asks for.
     """
-    kinds = wanted(plan)
+    kinds = planned_kinds(plan)
     groups, places = [], []
     if "contrast" in kinds:
         all_groups = groups_as_planned(plan, training, validation)

@@ -68,7 +68,8 @@ WIDTHS = ("features_per_stage", "n_blocks_per_stage")
 
 @dataclass(frozen=True)
 class Request:
-    """What the user typed, except for what may change when a run is continued (device, dry run).
+    """The options of the user, except those that may change when a run is continued (device, dry
+    run).
 
     Attributes:
         datasets, folders: inputs; folders as absolute paths.
@@ -190,7 +191,7 @@ class Request:
 
 
 def check_inputs(request: Request, card: EncoderCard | None = None) -> None:
-    """Refuse what can be refused before any scan is read.
+    """Refuse wrong inputs before any scan is read.
 
     Args:
         card: card of the weights that ``--init`` names.
@@ -335,7 +336,7 @@ def overrides_of(request: Request, card: EncoderCard | None = None) -> Overrides
 
 
 def plannable_name(card: EncoderCard) -> str:
-    """Return what is typed after ``--encoder`` for a network of this size.
+    """Return the value of ``--encoder`` for a network of this size.
 
     A CNN of other strides, kernels or depth has the name of the encoder of the same widths.
 
@@ -519,8 +520,8 @@ def is_planned_anew(folder: Path, request: Request) -> bool:
 
     shutil.copy(folder / PLAN_NAME, folder / REPLACED_PLAN_NAME)
     log.info(
-        "planning again with other settings, as nothing was trained yet; the earlier plan is kept "
-        "in %s",
+        "planning again with other settings, because nothing was trained yet; the earlier plan is "
+        "kept in %s",
         folder / REPLACED_PLAN_NAME,
         # The settings may be paths, which are kept out of the run's log.
         extra=terminal_only(f" ({'; '.join(changes)})"),

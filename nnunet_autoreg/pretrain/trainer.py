@@ -256,7 +256,7 @@ class Trainer:
             f"after {self.progress.step} steps the run has failed, and no encoder is exported: "
             f"{'; '.join(messages)}. The last good checkpoint is kept. Start a new --name with a "
             f"lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}, or with another "
-            "--seed. Should the features be what you want, lower run.min_token_variance or "
+            "--seed. If you accept such features, lower run.min_token_variance or "
             f"run.min_effective_rank in {self.folder / 'plan.json'}, and type the same line again",
             code="training-failed",
         )
@@ -313,7 +313,7 @@ class Trainer:
             else "there was no checkpoint yet"
         )
         return (
-            f"stopped in step {step + 1}, which takes too long to be waited for; {kept}: type the "
+            f"stopped in step {step + 1}, which takes too long to finish; {kept}: type the "
             "same line again to continue from there"
         )
 
@@ -364,7 +364,8 @@ class Trainer:
             metrics.note(step, "data_wait_warning", warning)
 
     def _check_bad_steps(self, step: int, metrics: MetricsFile) -> None:
-        """Log what was skipped since the last look; after too many bad steps in a row, go back."""
+        """Log the steps skipped since the last call; after too many bad steps in a row, roll
+        back."""
         before, self.statistics = self.statistics, self.guard.statistics()
         message = skipped_message(before, self.statistics, step)
         if message:
@@ -393,12 +394,12 @@ class Trainer:
         found = checkpoint.newest_scheduled(self.folder) if searches else None
         good = self.world.share(None if found is None else shareable(found))
         if good is None:
-            why = "there is no checkpoint to go back to"
+            why = "there is no checkpoint to roll back to"
             if not may_go_back:
-                why = f"it went back {most} times already"
+                why = f"it was rolled back {most} times already"
             raise AutoregError(
                 f"the last {num_bad} steps until step {step + 1} were all bad (infinite, NaN or "
-                f"far off), and {why}; {advice}",
+                f"far too large), and {why}; {advice}",
                 code="training-diverged",
             )
 
@@ -452,12 +453,12 @@ class Trainer:
             else "There was no checkpoint before the collapse"
         )
         raise AutoregError(
-            f"after step {self.progress.step} the features have been collapsed in "
-            f"{self.progress.collapsed} validations in a row, so that training stops and no "
-            f"encoder is exported: {'; '.join(signs)}. {kept}. Start a new --name with a lower "
-            f"rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}, or with another --seed. "
-            "Should the features be what you want, set run.max_collapsed to 0 in "
-            f"{self.folder / 'plan.json'}, and type the same line again",
+            f"after step {self.progress.step} the features were collapsed in "
+            f"{self.progress.collapsed} validations in a row, so training stops and no encoder is "
+            f"exported: {'; '.join(signs)}. {kept}. Start a new --name with a lower rate, e.g. "
+            f"--set optim.lr={self.plan.optim.lr / 3:.1e}, or with another --seed. If you accept "
+            f"such features, set run.max_collapsed to 0 in {self.folder / 'plan.json'}, and type "
+            "the same line again",
             code="training-collapsed",
         )
 

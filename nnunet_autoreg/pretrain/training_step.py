@@ -86,7 +86,7 @@ class BatchLoss(nn.Module):
     def forward(
         self, batch: Batch, ratios: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return what is differentiated, the sums of all terms, and the statistics.
+        """Return the loss to differentiate, the sums of all terms, and the statistics.
 
         Args:
             ratios: by how much the sum of a term counts more than that of the first term because
@@ -381,7 +381,7 @@ def skip_if(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 
 def skipped_message(before: StepStatistics, now: StepStatistics, step: int) -> str:
-    """Return what was skipped between two looks in one line; "" if nothing was."""
+    """Return one line about the steps skipped between two states; "" if there are none."""
     reasons = []
     nonfinite = now.nonfinite - before.nonfinite
     if nonfinite:
@@ -393,8 +393,8 @@ def skipped_message(before: StepStatistics, now: StepStatistics, step: int) -> s
     if not reasons:
         return ""
     return (
-        f"by step {step + 1} these steps were skipped and changed nothing: {' and '.join(reasons)};"
-        f" {now.skipped} since the start"
+        f"up to step {step + 1} these steps were skipped and changed nothing: "
+        f"{' and '.join(reasons)}; {now.skipped} since the start"
     )
 
 
@@ -432,7 +432,7 @@ def measure_throughput(
     sample: Batch | None = None,
     num_devices: int = 1,
 ) -> Throughput:
-    """Return what a step of this run amounts to; on CUDA this takes a second.
+    """Return the amount of computation of a step; on CUDA this takes a second.
 
     Args:
         sample: the arithmetic of a step is counted with its first crop; without it there is no
@@ -489,7 +489,7 @@ def matmul_peak(device: torch.device) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory used so far: that of a CUDA device, else this process's."""
+    """Return the peak memory so far, of a CUDA device, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -199,7 +199,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self) -> Health | None:
-        """Return what was measured, None without validation batches.
+        """Return the measurements; None without validation batches.
 
         The module is left in evaluation mode.
         """
@@ -274,7 +274,7 @@ class Validation:
 
 
 def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:
-    """Return what of the features depends on the image rather than on the position, (N, V).
+    """Return the part of the features that depends on the image, not on the position, (N, V).
 
     It is what is left after subtracting the mean of all tokens at the same position of the grid.
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def galleries_of(
     objective: "Objective", batches: Sequence["Batch"], device: "torch.device"
 ) -> list[SliceGroup]:
-    """Return what an objective groups under its present weights.
+    """Return the groups of slices that an objective makes with its present weights.
 
     Args:
         batches: batches of validation samples.

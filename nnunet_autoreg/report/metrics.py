@@ -41,7 +41,7 @@ class MetricsFile:
         self._append(step, name, text, "text")
 
     def close(self) -> None:
-        """Make the sinks write what they still hold back."""
+        """Make the sinks write the values that are still buffered."""
         for sink in self.sinks:
             sink.close()
 

@@ -29,7 +29,7 @@ from nnunet_autoreg.sampling import members, spatial, strided
 from nnunet_autoreg.sampling.blocks import block_ids
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.gather import gather
-from nnunet_autoreg.sampling.kinds import member_crop, num_blocks, wanted
+from nnunet_autoreg.sampling.kinds import member_crop, num_blocks, planned_kinds
 from nnunet_autoreg.sampling.neighbours import ALIKE, places_alike
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Sample
@@ -82,7 +82,7 @@ def draw_preview(
     Raises:
         AutoregError: none of the scans gives a sequence.
     """
-    kinds = wanted(plan)
+    kinds = planned_kinds(plan)
     path = folder / PLACES_NAME
     places = read_places(path) if path.exists() else []
     chosen = choose_rows(plan, rows, places)
@@ -112,8 +112,8 @@ def draw_preview(
     sequences = draw_sequences(plan, pool)
     if not sequences:
         raise AutoregError(
-            f"--show: none of the {len(chosen)} scans tried gives a sequence; see the lines above, "
-            "or leave out --show",
+            f"--show: none of the {len(chosen)} scans tried allows a sequence; see the lines "
+            "above, or leave out --show",
             code="preview-no-sequence",
         )
     names = {cases[row.id].path: row.id for row in stored}
@@ -130,7 +130,7 @@ def choose_rows(
     They are spread over the datasets, and hold whole groups of contrasts and subjects that share
     structures.
     """
-    kinds = wanted(plan)
+    kinds = planned_kinds(plan)
     chosen: list[ScanRow] = []
     if {"spatial", "strided", *VIEW_KINDS} & set(kinds):
         chosen += spread_over_datasets(rows)
@@ -191,7 +191,7 @@ def draw_sequences(plan: Plan, pool: SamplingPool) -> list[DrawnSequence]:
     """
     sampler = SequenceSampler(plan)
     sequences = []
-    for kind in wanted(plan):
+    for kind in planned_kinds(plan):
         field = {"contrast": "groups", "semantic": "structures"}.get(kind, "cases")
         for number in range(min(PER_KIND[kind], pool.num_sources(kind))):
             source = getattr(pool, field)[number]
@@ -293,7 +293,7 @@ def draw_picture(
 
 
 def use_of_blocks(plan: Plan) -> str:
-    """Return what the network does with the blocks, in two lines of text."""
+    """Return two lines of text that say what the network does with the blocks."""
     kind = kind_of(plan.objective.name)
     if kind.preview:
         return kind.preview

@@ -82,11 +82,11 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class RunSetting:
-    """What the run's folder does not say: where the run trains, and on how many scans.
+    """What is not in the run's folder: where the run trains, and on how many scans.
 
     Attributes:
-        scan_axes: the axis of the scan that each axis of the stored arrays is, see ``slices``;
-            None where scans differ in it.
+        scan_axes: for each axis of the stored arrays, the axis of the scan (see ``slices``); None
+            if scans differ.
     """
 
     device: str
@@ -315,7 +315,7 @@ def _kind_of_memory(setting: RunSetting) -> str:
 
 
 def next_section(plan: Plan, series: Series, setting: RunSetting) -> str:
-    """Return what the user should type next: to continue, or to fine-tune."""
+    """Return the user's next step: to continue, or to fine-tune."""
     done = steps_done(series)
     if done < plan.optim.num_steps:
         text = (
@@ -347,14 +347,14 @@ def next_section(plan: Plan, series: Series, setting: RunSetting) -> str:
             f"Train longer first: type the same line with more --steps than "
             f"{plan.optim.num_steps:,}, or with a new --name and another rate."
         ) + page.commands([command_of(plan)])
-        text = f"To use the encoder all the same: {text[0].lower()}{text[1:]}"
+        text = f"To use the encoder anyway: {text[0].lower()}{text[1:]}"
     return advice + page.paragraph(text) + page.commands(lines)
 
 
 def _pictures_or_galleries(
     plan: Plan, pictures: Sequence[Picture | SliceGroup], setting: RunSetting
 ) -> str:
-    """Return what an objective predicts of validation scans, or what it groups of them."""
+    """Return pictures of predictions for validation scans, or of groups of their slices."""
     galleries = [picture for picture in pictures if isinstance(picture, SliceGroup)]
     if galleries:
         return page.paragraph(figure_of_merit(plan).pictures) + html_of(galleries)
@@ -418,7 +418,7 @@ def _cost(plan: Plan, setting: RunSetting, series: Series) -> str:
             ("seconds per step", f"{seconds:.3g}", "median of the later half"),
             ("steps per second", f"{1 / seconds:.3g}", ""),
             ("tokens per second", f"{speed:,.0f}", ""),
-            ("time in steps so far", so_far, "reading and preprocessing come on top"),
+            ("time in steps so far", so_far, "without reading and preprocessing"),
         ]
         if num_left > 0:
             rows.append(("time left", duration(seconds * num_left), "at this speed"))

@@ -28,10 +28,10 @@ def scans_section(rows: Sequence[ScanRow], num_training: int, num_validation: in
     summary = (
         f"{counted(len(rows), 'entry')} found: {num_used:,} used ({num_training:,} for training, "
         f"{num_validation:,} for validation), {len(rows) - num_used:,} left out. scans.csv in this "
-        "folder lists every one of them."
+        "folder lists all of them."
     )
     privacy = (
-        "File names, paths and identifiers are left out of this page on purpose. Line numbers "
+        "This page contains no file names, paths or identifiers. Line numbers "
         "refer to scans.csv; its header is line 1."
     )
     parts = [

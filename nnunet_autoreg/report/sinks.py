@@ -43,7 +43,7 @@ class Sink(Protocol):
         """Take one value."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write the values that are still buffered."""
 
 
 def open_sinks(folder: Path, name: str, first_step: int) -> list[Sink]:
@@ -116,7 +116,7 @@ class Guarded:
         self._guard(lambda: self._log(step, name, value))
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write the values that are still buffered."""
         self._guard(self._close)
 
     def _guard(self, call: Any) -> None:
@@ -127,7 +127,7 @@ class Guarded:
         except Exception as error:
             self.works = False
             log.warning(
-                "%s takes no more metrics (%s); the run continues without it",
+                "%s does not accept metrics any more (%s); the run continues without it",
                 self.what,
                 _first_line(error),
             )

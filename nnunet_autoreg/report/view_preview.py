@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg import rng
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
-from nnunet_autoreg.sampling.kinds import wanted
+from nnunet_autoreg.sampling.kinds import planned_kinds
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.sampling.sampler import SequenceSampler
@@ -37,7 +37,7 @@ def draw_views(path: Path, plan: Plan, pool: SamplingPool) -> int:
 
     samples: list[tuple[str, Sample]] = []
     sampler = SequenceSampler(plan)
-    for kind in wanted(plan):
+    for kind in planned_kinds(plan):
         for number in range(min(PER_KIND, pool.num_sources(kind))):
             generator = rng.generator(plan.run.seed, f"picture: {kind}", number)
             sample, _ = sampler.draw_kind(kind, pool, generator)

@@ -8,7 +8,7 @@ from nnunet_autoreg.corpus.locations import StructureLocation
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Spacing
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sampling.kinds import wanted
+from nnunet_autoreg.sampling.kinds import planned_kinds
 from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
 from nnunet_autoreg.store.case import StoredCase
 
@@ -22,7 +22,7 @@ def gather(
     places: Sequence[StructureLocation],
     images: Sequence[StoredCase] = (),
 ) -> SamplingPool:
-    """Return what the plan's kinds of sequences may be cut from.
+    """Return the sampling pool for the plan's kinds of sequences.
 
     Args:
         cases: by id of the scan; only their scans are used, also of groups and places.
@@ -30,7 +30,7 @@ def gather(
         places: positions of structures in the scans.
         images: 2D images.
     """
-    kinds, s = wanted(plan), plan.sequence
+    kinds, s = planned_kinds(plan), plan.sequence
 
     stored_groups = []
     if "contrast" in kinds:
@@ -80,7 +80,7 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
         "semantic": f"structure is known in {s.semantic_members} subjects",
         "images": "2D image is left",
     }
-    for kind in wanted(plan):
+    for kind in planned_kinds(plan):
         if not pool.num_sources(kind):
             missing = needed.get(kind, "scan is left")
             raise AutoregError(
@@ -93,8 +93,8 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
 
 def validation_kinds(plan: Plan, pool: SamplingPool) -> tuple[str, ...]:
     """Return the kinds that validation scans can give, and log those that they cannot."""
-    given = tuple(kind for kind in wanted(plan) if pool.num_sources(kind))
-    lacking = [kind for kind in wanted(plan) if kind not in given]
+    given = tuple(kind for kind in planned_kinds(plan) if pool.num_sources(kind))
+    lacking = [kind for kind in planned_kinds(plan) if kind not in given]
     if pool.cases and lacking:
         log.info(
             "the validation scans are too few for %s sequences; their error is not measured",

@@ -91,7 +91,7 @@ def num_members(sequence: SequencePlan, kind: str) -> int:
     return 1
 
 
-def wanted(plan: Plan) -> tuple[str, ...]:
+def planned_kinds(plan: Plan) -> tuple[str, ...]:
     """Return the kinds that are drawn, in the order of ``KINDS`` and ``VIEW_KINDS``."""
     return tuple(kind for kind in (*KINDS, *VIEW_KINDS) if plan.sequence.weights.get(kind, 0) > 0)
 
@@ -103,7 +103,7 @@ def member_codes(plan: Plan) -> dict[str, range]:
     knows. A contrast keeps its code wherever it occurs. The members of a semantic sequence are
     numbered.
     """
-    kinds = wanted(plan)
+    kinds = planned_kinds(plan)
     num_contrasts = len(plan.sequence.contrasts) if "contrast" in kinds else 0
     num_semantic = plan.sequence.semantic_members if "semantic" in kinds else 0
 

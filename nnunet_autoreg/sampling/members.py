@@ -22,7 +22,7 @@ from nnunet_autoreg.sampling.blocks import (
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose, draw_flip_transpose
 from nnunet_autoreg.sampling.kinds import member_codes, member_crop, num_members
 from nnunet_autoreg.sampling.pool import Place, StoredGroup, Structure
-from nnunet_autoreg.sampling.sample import Sample, unread
+from nnunet_autoreg.sampling.sample import Sample, empty_crops
 from nnunet_autoreg.sampling.spatial import draw_start
 from nnunet_autoreg.store.case import StoredCase
 
@@ -157,7 +157,7 @@ def _draw(
 def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw) -> Sample:
     """Read the members' crops, or the parts of the cases that they will be resampled from."""
     size, token = member_crop(plan, kind), plan.encoder.token_size_vox
-    voxels, valid_mask = unread(len(cases), size)
+    voxels, valid_mask = empty_crops(len(cases), size)
     sources: list[CropSource] = []
     crops = []
 

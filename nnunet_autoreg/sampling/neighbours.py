@@ -26,7 +26,7 @@ ALIKE = "alike "
 """How the names of such structures begin."""
 SIDE = 4
 TRIED, KEPT = 24, 6
-"""Places looked at in each scan, and those of them with most contrast that are kept."""
+"""Number of positions tried in each scan, and of those with most contrast that are kept."""
 POSITION_WEIGHT = 2.0
 MAX_PLACES = 20_000
 MOST_ALIKE = 0.5
@@ -89,7 +89,7 @@ def _among(
     """Return the structures of scans that may be compared; the first is named "alike ``first``"."""
     max_scans = MAX_PLACES // KEPT
     if len(rows) > max_scans:
-        log.info("places alike: %d of %d scans are compared", max_scans, len(rows))
+        log.info("similar positions: comparing %d of %d scans", max_scans, len(rows))
         rows = [rows[i] for i in np.linspace(0, len(rows) - 1, max_scans).astype(int)]
 
     # One entry per place: its scan, its centre, its descriptor.

@@ -35,8 +35,7 @@ class Sample:
         sources: per member, what its crop still has to be resampled from, before it is mirrored;
             until then ``voxels`` and ``valid_mask`` are all zeros. () where crops are neither
             rotated nor zoomed.
-        corruption: how the network's input is corrupted, drawn here and carried out by the
-            objective; None where the plan corrupts nothing.
+        corruption: how the objective has to corrupt the network's input; None without corruption.
         case_id: number of the case in its pool, volumes before images; None where no objective
             asks.
         number: index of the sample within its step's batch; None where no objective asks.
@@ -74,8 +73,8 @@ class Sample:
         )
 
 
-def unread(num_members: int, size: Size) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return zeros that stand for crops until these are resampled. They take no memory.
+def empty_crops(num_members: int, size: Size) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return placeholders for crops that are resampled later: zeros that take no memory.
 
     Shapes: (M, 1, Z, Y, X) and (M, Z, Y, X).
     """
@@ -114,8 +113,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``, where crops are rotated, zoomed, mirrored and transposed.
 
-        The copy does not wait where memory is pinned. This batch does not change: what is changed
-        is new, and what is not, and is on the device already, is shared.
+        The copy does not block if memory is pinned. This batch does not change, but tensors that
+        are on the device already may be shared.
         """
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         if self.corruption is not None:
@@ -167,7 +166,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     corruptions = [s.corruption for s in samples if s.corruption is not None]
     assert len(corruptions) in (0, len(samples)), "a batch holds samples of one plan and purpose"
 
-    # Empty where nothing is left to do, so that ``Batch.to`` copies nothing.
+    # Empty if nothing is left to do, so that ``Batch.to`` copies nothing.
     flip_transposes = tuple(s.flip_transpose for s in samples)
     if all(flip_transpose == UNCHANGED for flip_transpose in flip_transposes):
         flip_transposes = ()

@@ -1,6 +1,6 @@
-"""Draws samples for training and for validation.
+"""Draw samples for training and for validation.
 
-Light and picklable, so that loader processes can hold it.
+The sampler is small and picklable, so that every loader process can have one.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from nnunet_autoreg import rng
 from nnunet_autoreg.plan import VIEW_KINDS, Plan
 from nnunet_autoreg.sampling import members, spatial, strided, views
 from nnunet_autoreg.sampling.corruption import draw_corruption
-from nnunet_autoreg.sampling.kinds import num_blocks, wanted
+from nnunet_autoreg.sampling.kinds import num_blocks, planned_kinds
 from nnunet_autoreg.sampling.pool import SamplingPool, as_pool
 from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.store.case import StoredCase
 
 TRAINING, VALIDATION = "training", "held-out"
-"""Purposes of a sample. All random numbers depend on these words, so that they must not change."""
+"""Purposes of a sample. All random numbers depend on these words, so they must not change."""
 
 VALIDATION_PREFIXES = (0.0, 0.25, 0.5, 0.75)
 
@@ -28,7 +28,7 @@ class SampleOrigin:
     """Where a sample came from, for pictures.
 
     Attributes:
-        subject: what the members have in common: name of the group or structure.
+        subject: name of the group or structure that the members share.
         cases, names: per member.
         drawn: the random choices, with the start of every crop.
     """
@@ -53,7 +53,7 @@ class SequenceSampler:
         One kind per step keeps the shapes of a batch equal. The validation scans may allow fewer
         kinds than the training scans.
         """
-        kinds = wanted(self.plan)
+        kinds = planned_kinds(self.plan)
 
         if purpose == VALIDATION:
             kinds = tuple(kind for kind in kinds if pool.num_sources(kind))
@@ -69,10 +69,9 @@ class SequenceSampler:
     def draw(self, cases: "SamplingPool | Sequence[StoredCase]", purpose: str, *ids: int) -> Sample:
         """Draw one sequence.
 
-        Everything random comes from (run seed, purpose, ids), its kind only from the first id. Only
-        training samples are rotated, zoomed and corrupted. Validation samples take fixed prefixes,
-        so that their errors compare from one time to the next and, unless the plan fixes its own,
-        from one plan to the other.
+        All random choices derive from (run seed, purpose, ids); the kind only from the first id.
+        Only training samples are rotated, zoomed and corrupted. Validation samples have fixed
+        prefixes, so that errors can be compared between validations and between plans.
         """
         plan, pool = self.plan, as_pool(cases)
         seed = plan.run.seed
@@ -97,7 +96,7 @@ class SequenceSampler:
             return sample
 
         # Kinds take turns; each kind goes through all prefixes.
-        num_kinds = len([kind for kind in wanted(plan) if pool.num_sources(kind)])
+        num_kinds = len([kind for kind in planned_kinds(plan) if pool.num_sources(kind)])
         share = VALIDATION_PREFIXES[ids[0] // num_kinds % len(VALIDATION_PREFIXES)]
         return replace(sample, prefix=max(1, int(share * num_blocks(plan, kind))))
 

@@ -15,7 +15,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.affine import Affine, draw_affine, read_source
 from nnunet_autoreg.sampling.blocks import draw_order_index, draw_prefix, sequence_ids
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose, draw_flip_transpose
-from nnunet_autoreg.sampling.sample import Sample, unread
+from nnunet_autoreg.sampling.sample import Sample, empty_crops
 from nnunet_autoreg.store.case import StoredCase
 
 
@@ -86,7 +86,7 @@ def apply(plan: Plan, case: StoredCase, drawn: SpatialDraw) -> Sample:
         )
 
     source = read_source(case, drawn.start, size, drawn.affine, plan.sequence.max_source)
-    voxels, valid_mask = unread(1, size)
+    voxels, valid_mask = empty_crops(1, size)
     return Sample(
         voxels,
         valid_mask,

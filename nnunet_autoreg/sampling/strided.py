@@ -45,7 +45,7 @@ def source_slices(plan: Plan) -> NDArray[np.int64]:
 
 
 def stretch(plan: Plan) -> Size:
-    """Return the size of what is read: the crop, shorter along z by what overlaps."""
+    """Return the size of the region that is read: the crop, shorter along z by the overlap."""
     _, y, x = plan.sequence.crop_size_vox
     return (int(source_slices(plan)[-1]) + 1, y, x)
 

@@ -27,7 +27,7 @@ from nnunet_autoreg.sampling.corruption import (
     Corruption,
     draw_corruption,
 )
-from nnunet_autoreg.sampling.sample import Sample, unread
+from nnunet_autoreg.sampling.sample import Sample, empty_crops
 from nnunet_autoreg.sampling.spatial import draw_start
 from nnunet_autoreg.store.case import StoredCase
 
@@ -197,7 +197,7 @@ def apply(plan: Plan, case: StoredCase, drawn: ViewsDraw, case_id: int, is_image
     grid = grid_of(plan.sequence.crop_size_vox, token)
     positions = window_positions(grid, grid_of(slab_size(plan), token), (drawn.window, 0, 0))
 
-    voxels, valid_mask = unread(NUM_VIEWS, size)
+    voxels, valid_mask = empty_crops(NUM_VIEWS, size)
     return Sample(
         voxels,
         valid_mask,

@@ -181,7 +181,7 @@ def _damaged(path: Path, what: str) -> StoreError:
 
     # A case without a record is not a case: the next run makes it again.
     try:
-        path.with_suffix(".json").rename(mark_of(path))
+        path.with_suffix(".json").rename(damage_mark(path))
         remedy = "run the same line again so that it is made again"
     except FileNotFoundError:
         remedy = (
@@ -195,12 +195,12 @@ def _damaged(path: Path, what: str) -> StoreError:
     return StoreError(f"{path} is damaged ({what}); {remedy}", code="case-damaged")
 
 
-def mark_of(path: Path) -> Path:
+def damage_mark(path: Path) -> Path:
     """Return the file beside a case that says it was found damaged."""
     return path.with_suffix(".damaged")
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Return whether all of a case agrees with its checksums.
 
     If not, it is taken out of the store.
@@ -240,7 +240,7 @@ def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
             temporary.write_bytes(frame)
         # The record comes last: a case without one is not in the store.
         write_json(path.with_suffix(".json"), written)
-        mark_of(path).unlink(missing_ok=True)
+        damage_mark(path).unlink(missing_ok=True)
     except OSError as error:
         what = f"{error.strerror}; solve this"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -229,8 +229,8 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
         if grid.shape_vox != shape_read:
             raise ScanError(
                 "geometry",
-                f"where {row.id} lies in the patient is not known ({grid.shape_vox} voxels in "
-                f"space, {shape_read} read)",
+                f"where {row.id} lies in the patient is unknown ({grid.shape_vox} voxels in its "
+                f"header, {shape_read} read)",
             )
         grids.append(grid)
 

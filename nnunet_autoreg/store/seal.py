@@ -1,4 +1,4 @@
-"""Checksums of a blosc2 file: over every compressed chunk, and over what lies before and after the
+"""Checksums of a blosc2 file: over every compressed chunk, and over the bytes before and after the
 chunks.
 
 A chunk is checked when a process first touches it, so that reading stays lazy and the check costs
@@ -22,7 +22,7 @@ class Seal:
 
     Attributes:
         num_bytes: the file's size.
-        head_bytes, tail_bytes: lengths of what lies before and after the chunks.
+        head_bytes, tail_bytes: numbers of bytes before and after the chunks.
         frame_crc32: over head and tail.
         chunk_crc32: 8 hexadecimal digits per chunk, in order.
     """

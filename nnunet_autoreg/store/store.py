@@ -1,5 +1,6 @@
-"""The store of preprocessed cases: found by content, spacing and normalisation, and shared by
-runs.
+"""The store of preprocessed cases, which runs share.
+
+A case is found by its content, spacing and normalisation.
 """
 
 import hashlib
@@ -34,8 +35,8 @@ from nnunet_autoreg.store.case import (
     FORMAT_VERSION,
     CaseRecord,
     StoredCase,
-    is_whole,
-    mark_of,
+    damage_mark,
+    is_intact,
     read_record,
     write_case,
 )
@@ -68,7 +69,7 @@ class StoreTask:
 class StorePart:
     """Share ``number`` (from 1) of ``count``.
 
-    Who takes a case follows from its key, so that parts need no coordinator.
+    The part of a case follows from its key, so parts need no coordinator.
     """
 
     number: int = 1
@@ -88,7 +89,7 @@ def parse_part(text: str) -> StorePart:
     """Return a share given as K/N.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not such a share.
     """
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -118,18 +119,17 @@ class Store:
         num_workers: int,
         part: StorePart = ALL,
     ) -> dict[str, str]:
-        """Preprocess what is missing.
+        """Preprocess all cases that are missing.
 
-        It is safe to kill at any moment, to run again, and to run several times at once.
+        The call may be killed at any moment, repeated, and made by several processes at once.
 
-        A scan that cannot be preprocessed any more (vanished, changed, too large at this spacing)
-        is logged, kept in ``failures`` and absent from the result.
+        A scan that can no longer be preprocessed (vanished, changed, too large at this spacing) is
+        logged, listed in ``failures``, and absent from the result.
 
         Args:
             rows: usable rows of an index.
-            num_workers: most processes; each holds one scan at a time, so that fewer are used where
-                memory is short.
-            part: leave the cases of other parts to others.
+            num_workers: largest number of processes; fewer are used if memory is short.
+            part: preprocess only the cases of this part.
 
         Returns:
             scan id -> key for ``open``, of this part.
@@ -141,7 +141,7 @@ class Store:
         """
         self.failures = {}
         tasks = [task for task in plan_tasks(rows, spacing_mm, ct_window) if part.takes(task.key)]
-        missing = self._checked(tasks, self._missing(tasks), num_workers)
+        missing = self._missing_after_check(tasks, self._missing(tasks), num_workers)
 
         lost: dict[str, ScanError] = {}
         if missing:
@@ -176,14 +176,11 @@ class Store:
         by_key = {task.key: task for task in tasks}
         return [task for key, task in by_key.items() if read_record(self._path(key)) is None]
 
-    def _checked(
+    def _missing_after_check(
         self, tasks: Sequence[StoreTask], missing: list[StoreTask], num_workers: int
     ) -> list[StoreTask]:
-        """Return what is missing.
-
-        If one of the missing was found damaged, every byte of the others is looked at first.
-        """
-        num_damaged = sum(mark_of(self._path(task.key)).exists() for task in missing)
+        """Return the missing cases. If one of them was found damaged, check all others first."""
+        num_damaged = sum(damage_mark(self._path(task.key)).exists() for task in missing)
         missing_paths = {self._path(task.key) for task in missing}
         paths = sorted({self._path(task.key) for task in tasks} - missing_paths)
         if not num_damaged or not paths:
@@ -195,8 +192,8 @@ class Store:
             num_damaged,
             len(paths),
         )
-        are_whole = list(parallel_map(is_whole, paths, num_workers, "checking the store"))
-        num_more = are_whole.count(False)
+        are_intact = list(parallel_map(is_intact, paths, num_workers, "checking the store"))
+        num_more = are_intact.count(False)
         log.info("store: %d more are damaged; all are made again", num_more)
         return self._missing(tasks)
 
@@ -204,23 +201,22 @@ class Store:
         """Return the case of a key that ``ensure`` returned.
 
         Raises:
-            StoreError: there is none, or it is torn.
+            StoreError: there is no such case, or it is damaged.
         """
         record = self.record(key)
         assert record.seal is not None, "read_record returns sealed records only"
         return StoredCase(self._path(key), record.shape_vox, record.spacing_mm, record.seal)
 
     def record(self, key: str) -> CaseRecord:
-        """Return all that is known of a stored case.
+        """Return the record of a stored case.
 
         Raises:
-            StoreError: there is none, or it is torn.
+            StoreError: there is no such case, or it is damaged.
         """
         record = read_record(self._path(key))
         if record is None:
             raise StoreError(
-                f"{self._path(key)} is missing or damaged; run the same line again to have it made "
-                "again",
+                f"{self._path(key)} is missing or damaged; run the same command again to make it",
                 code="case-missing",
             )
         return record
@@ -229,20 +225,17 @@ class Store:
         return case_path(self.root, key)
 
     def _prepare(self, missing: Sequence[StoreTask], num_all: int) -> None:
-        """Make the folder, and remove what a killed run left half-written.
-
-        The log says what will be needed.
-        """
+        """Make the folder, remove unfinished files of killed runs, log the disk space needed."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.root).free
         except OSError as error:
             raise StoreError(
-                f"{self.root} cannot be made: {error.strerror}; set nnUNet_preprocessed again",
+                f"{self.root} cannot be made: {error.strerror}; correct nnUNet_preprocessed",
                 code="store-not-writable",
             ) from error
 
-        # A younger file may be that of another run, which is writing it now.
+        # Another run may be writing a younger file now.
         for stale in self.root.glob("*/.*.tmp"):
             if time.time() - stale.stat().st_mtime > STALE_AFTER_S:
                 stale.unlink(missing_ok=True)
@@ -269,7 +262,7 @@ class Store:
 
 
 def largest_volume(task: StoreTask) -> int:
-    """Return the voxels of a scan's file or of the case that is made of it, whichever are more."""
+    """Return the number of voxels of a scan or of the case made from it, whichever is larger."""
     shape, spacing = transposed_geometry(task.row)
     return max(
         volume(task.row.shape_vox or shape),
@@ -315,7 +308,7 @@ def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | No
     # As in nnU-Net, an image that cropping shrinks by a quarter is normalised by its foreground.
     use_mask = scheme != CT_SCHEME and relative_size(row) < MASK_BELOW
 
-    # All that the stored voxels depend on. Another value is another case.
+    # The stored voxels depend on exactly these values.
     known = [
         FORMAT_VERSION,
         row.content_hash,
@@ -363,9 +356,9 @@ def load_unchanged(row: ScanRow) -> RawScan:
 
 def _make_case(root: Path, task: StoreTask) -> None:
     if read_record(case_path(root, task.key)):
-        return  # Another run or machine made it meanwhile.
+        return  # Another run or machine has made it in the meantime.
 
-    # Refuse what cannot work before any voxel is read.
+    # Refuse impossible cases before any voxel is read.
     shape, spacing = transposed_geometry(task.row)
     new_shape = resampled_shape(shape, spacing, task.spacing_mm)
     if min(new_shape) < 1:

@@ -172,7 +172,7 @@ def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole)
     said = place.log("changing").read_text().split("continuing after step")[1]
     (line,) = (line for line in said.splitlines() if line.startswith("autoreg_pretrain: "))
     # On a busy machine, a step and its checkpoint may take longer than a stop may.
-    assert "the state is saved" in line or "takes too long to be waited for" in line
+    assert "the state is saved" in line or "takes too long to finish" in line
 
     place.run("changing")
     errors = place.errors(whole)

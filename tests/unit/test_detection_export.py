@@ -13,7 +13,7 @@ from refusals import logged, refused
 from nnunet_autoreg.cli.pretrain import fine_tuning
 from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.instances import ObjectClass
-from nnunet_autoreg.detection.objects import has_boxes_alone, labelled_cases, write_box_labels
+from nnunet_autoreg.detection.objects import has_only_boxes, labelled_cases, write_box_labels
 from nnunet_autoreg.detection.scanfile import (
     Detection,
     draw_boxes,
@@ -299,13 +299,13 @@ def boxed(tmp_path: Path) -> Path:
 def test_boxes_become_ellipsoids_of_their_label_in_the_image(boxed: Path) -> None:
     import SimpleITK
 
-    assert has_boxes_alone(boxed)
+    assert has_only_boxes(boxed)
     with refused(UsageError, "boxes-missing", "1 cases", "boxesTr/b.json"):
         write_box_labels(boxed)
 
     (boxed / "boxesTr" / "b.json").write_text('{"boxes": []}')
 
-    assert write_box_labels(boxed) == ["a", "b"] and not has_boxes_alone(boxed)
+    assert write_box_labels(boxed) == ["a", "b"] and not has_only_boxes(boxed)
 
     image = SimpleITK.ReadImage(str(boxed / "labelsTr" / "a.nii.gz"))
     array = SimpleITK.GetArrayFromImage(image)

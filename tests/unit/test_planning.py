@@ -426,7 +426,7 @@ def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> N
         plan.run.seconds_per_step == 0.9
         and "0.9 s a step measured on cpu" in plan.reasons["optim.num_steps"]
     )
-    assert "until a step has been measured" in plan_for(num_hours=2.0).reasons["optim.num_steps"]
+    assert "until a step has been timed" in plan_for(num_hours=2.0).reasons["optim.num_steps"]
     assert with_hours(plan, 1e-9, 0.9, "cpu").optim.num_steps == 1
 
 

@@ -21,7 +21,7 @@ NAME = "alice"
 
 
 def summary(plan: Plan) -> str:
-    """Return what the card says of a run."""
+    """Return the description of a run for the card."""
     return f"{NAME} (pairs of patients, attention as {alice_of(plan).casa})"
 
 
@@ -35,8 +35,8 @@ def build(plan: Plan) -> "Objective":
 register(
     ObjectiveKind(
         name=NAME,
-        help="a student that sees a quarter of two matched crops of two patients learns from a "
-        "momentum teacher that sees them whole, and reconstructs what is hidden",
+        help="two crops show the same anatomy in two patients. A student sees a quarter of each, "
+        "reconstructs the rest, and learns from a momentum teacher that sees all of both",
         plan_type=AlicePlan,
         settings=partial(planned_alice, NAME),
         adapt=with_pairs,
@@ -45,7 +45,7 @@ register(
         figure=alice_figure,
         summary=summary,
         preview="The student sees the blocks with a solid blue frame and reconstructs those with a "
-        "dashed orange frame, all at once.\nThe teacher sees both crops whole, and the student's "
-        "features have to agree with the teacher's.",
+        "dashed orange frame, all at once.\nThe teacher sees both crops completely, and the "
+        "student's features have to agree with the teacher's.",
     )
 )

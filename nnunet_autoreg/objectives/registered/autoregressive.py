@@ -1,6 +1,6 @@
-"""Autoregression: predict each block from the blocks before it. It is registered here.
+"""Register the objective ``autoregressive``: predict each block from the blocks before it.
 
-``--preset faithful`` belongs to it: the settings of AR-SSL4M, as far as an encoder has them.
+It has the preset ``faithful``: the settings of AR-SSL4M, as far as an encoder supports them.
 """
 
 from collections.abc import Container
@@ -46,29 +46,32 @@ def build_for_cnn(plan: Plan) -> "Objective":
 
 
 def faithful(plan: Plan, kept: Container[str] = ()) -> Plan:
-    """Return ``plan`` with AR-SSL4M's settings, as far as an encoder has them.
+    """Return ``plan`` with AR-SSL4M's settings, as far as an encoder supports them.
 
-    One crop as four overlapping sub-volumes in interleaved order without augmentation, single
-    tokens, predictor ``next``; START predicts the first of them if there is a START token
-    (``vit_b16``), else at least one block is given. Target with 1e-6 added under the root, AdamW
-    1e-4 with decay 0.01 on everything, no warm-up, no clipping, half a cosine, batch 288. Not
-    theirs, and the same for every run of ours, are resampling, nnU-Net's normalisation instead of
-    percentiles of each crop, which crops are cut, and the length.
+    - A crop is cut into four overlapping sub-volumes in interleaved order, without augmentation.
+    - Blocks are single tokens, predicted by ``next``. A START token predicts the first one
+      (``vit_b16``); without START, at least one block is given.
+    - The target has 1e-6 added under the root.
+    - AdamW at 1e-4 with weight decay 0.01 on everything, no warm-up, no clipping, half a cosine,
+      batch 288.
+
+    Resampling, normalisation (nnU-Net's, instead of percentiles of each crop), the choice of crops
+    and the length are not AR-SSL4M's, but those of all runs here.
 
     Args:
         kept: "sequence.weights" and "optim.batch_size" where the user chose them.
 
     Raises:
-        PlanError: an encoder that cannot be trained token by token.
+        PlanError: the encoder cannot be trained token by token.
 
     Source: AR-SSL4M's released code (github.com/serena9525/AR-SSL4M).
     """
     family = family_of(plan.encoder.class_path)
     if is_convolutional(family) or not has_transformer(family):
         raise PlanError(
-            f"--preset faithful: {plan.encoder.name} has convolutions that look beyond one token, "
-            "and AR-SSL4M predicts "
-            "token by token; use --encoder vit_b16 (its own) or a primus_* one",
+            f"--preset faithful: {plan.encoder.name} has convolutions that see more than one "
+            "token, but AR-SSL4M predicts token by token; use --encoder vit_b16 (AR-SSL4M's own) "
+            "or a primus_* one",
             code="preset-encoder",
         )
     sequence = replace(

@@ -22,7 +22,7 @@ NAME = "joint"
 
 
 def summary(plan: Plan) -> str:
-    """Return what the card says of a run."""
+    """Return the description of a run for the card."""
     settings = joint_of(plan)
     material = "slabs and 2D images" if "images" in plan.sequence.weights else "slabs"
     return f"{NAME} ({material} in {settings.num_slab_clusters} clusters)"
@@ -38,8 +38,8 @@ def build(plan: Plan) -> "Objective":
 register(
     ObjectiveKind(
         name=NAME,
-        help="slabs of volumes, whole volumes and 2D images (PNG, JPEG, DICOM) are clustered by "
-        "one 3D encoder, and hidden slabs are predicted",
+        help="one 3D encoder clusters slabs of volumes, whole volumes and 2D images (PNG, JPEG, "
+        "DICOM), and predicts hidden slabs",
         plan_type=JointPlan,
         settings=partial(planned_joint, NAME),
         adapt=with_views,
