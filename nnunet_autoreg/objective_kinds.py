@@ -127,8 +127,8 @@ class ObjectiveKind:
         takes_images: it learns from 2D images as well.
         fit: returns the plan with what depends on the numbers of volumes and of 2D images that are
             trained on.
-        preview: what is done with the blocks of ``sequences.png``, in sentences; "" where blocks
-            are predicted from others and nothing else is done.
+        preview: what is done with the blocks of ``sequences.png``, in sentences; "" if blocks are
+            predicted from others and nothing else is done.
     """
 
     name: str

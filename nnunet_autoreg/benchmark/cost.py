@@ -25,7 +25,7 @@ NUM_STEPS_COUNTED = 4
 
 
 def pretraining_cost(folder: Path) -> Cost | None:
-    """Return the cost of a run from its plan and its metrics; None where it left no plan."""
+    """Return the cost of a run from its plan and its metrics; None if it left no plan."""
     file = folder / "plan.json"
     if not file.is_file():
         return None

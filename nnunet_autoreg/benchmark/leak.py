@@ -38,7 +38,7 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
         exclude: a file that names the scored cases for ``autoreg_pretrain --exclude``.
 
     Returns:
-        A warning where it cannot be known; "" where no scored patient was seen.
+        A warning where it cannot be known; "" if no scored patient was seen.
 
     Raises:
         AutoregError: patients are in both.

@@ -311,7 +311,7 @@ class ExpectedPretraining:
     """A pretraining that a benchmark still has to make.
 
     Attributes:
-        seconds: duration of its training; None where no step was timed.
+        seconds: duration of its training; None if no step was timed.
     """
 
     name: str

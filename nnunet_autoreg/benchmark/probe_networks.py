@@ -82,7 +82,7 @@ def find_encoder(results: Path | None, wanted: str, spacing_mm: Spacing) -> Enco
     """Return the encoder that the user names.
 
     Args:
-        results: nnU-Net's folder of results, where finished runs are; None where it is not set.
+        results: nnU-Net's folder of results, where finished runs are; None if it is not set.
         wanted: a finished run, its folder, a weights file, or an encoder's name in ``model.sizes``,
             which stands for random weights.
         spacing_mm: spacing of the scans; the strides of a random CNN follow it.

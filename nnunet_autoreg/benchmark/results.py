@@ -23,7 +23,7 @@ class Cost:
 
     Attributes:
         flops: multiplications and additions of all steps, forward and backward of encoder, decoder
-            and head; None where they could not be counted.
+            and head; None if they could not be counted.
         samples: number of crops that were used.
         seconds: duration of all steps, from the run's metrics; None if there are none.
     """

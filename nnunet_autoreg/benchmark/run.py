@@ -178,7 +178,7 @@ class TimeLeft:
 
 
 def time_left(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> TimeLeft | None:
-    """Return the time that the unfinished runs will take; None where a network has no pace yet.
+    """Return the time that the unfinished runs will take; None if a network has no pace yet.
 
     The time of a step is what was measured beforehand, or what finished runs took. That of
     prediction and scoring is what finished runs took.

@@ -70,7 +70,7 @@ def paired(
     theirs: Mapping[int, Mapping[str, Any]],
     metric: str = DICE,
 ) -> Difference | None:
-    """Return ``ours`` minus ``theirs``, paired by seed and case; None where no seed is shared.
+    """Return ``ours`` minus ``theirs``, paired by seed and case; None if no seed is shared.
 
     Args:
         ours, theirs: lines of runs by seed, of the same cases.
@@ -163,7 +163,7 @@ def interval(
 
 
 def tolerance_of(line: Mapping[str, Any]) -> float | None:
-    """Return the tolerance of a line's surface Dice in mm; None where it has none."""
+    """Return the tolerance of a line's surface Dice in mm; None if it has none."""
     value = line.get("surface_tolerance_mm")
     return float(value) if value is not None and line.get(SURFACE) else None
 

@@ -366,7 +366,7 @@ def announce_pretraining(bench: "Bench", num_jobs: int) -> None:
 
 
 def training_seconds(request: "BenchmarkRequest", num_jobs: int) -> float | None:
-    """Return how long all trainings of a time budget take; None where steps are given."""
+    """Return how long all trainings of a time budget take; None if steps are given."""
     from nnunet_autoreg.benchmark.protocol import runs_of
 
     if not request.budget_min:

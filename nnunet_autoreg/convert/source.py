@@ -54,7 +54,7 @@ class WeightsFile:
         plan: nnssl's adaptation plan that the file holds, or None.
         plan_beside: nnssl's adaptation plan from ``adaptation_plan.json``, or None.
         rest: everything else that the file holds.
-        member: name of the checkpoint inside an archive; "" where ``file`` is the checkpoint.
+        member: name of the checkpoint inside an archive; "" if ``file`` is the checkpoint.
     """
 
     kind: str

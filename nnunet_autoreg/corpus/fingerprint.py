@@ -62,7 +62,7 @@ class ModalityPrint:
 
     Attributes:
         anisotropy: coarsest spacing over finest, per scan.
-        intensity: None where the index holds no intensities.
+        intensity: None if the index holds no intensities.
     """
 
     num_scans: int
@@ -79,7 +79,7 @@ class GroupPrint:
     """Scans that share a target spacing (``corpus.spacing``).
 
     Attributes:
-        modality: "" where the group spans all of them.
+        modality: "" if the group spans all of them.
         native_mm: median of their own spacings.
         spacing_mm: the target, by the rule in ``reason``.
         shape_vox: after cropping and resampling to the target.

@@ -24,8 +24,8 @@ class ScanFacts:
     """What was found by reading one scan; nothing that names anybody.
 
     Attributes:
-        status, reason: as in ``ScanRow``; "" where the scan is good.
-        shape_vox ... percentiles: as in ``ScanRow``.
+        status, reason: as in ``ScanRow``; "" if the scan is good. shape_vox ... percentiles: as in
+        ``ScanRow``.
         signature: base64 of ``content.signature``; "" without one.
         samples: base64 of float32 Hounsfield values drawn inside the body; "" unless the scan is a
             CT.

@@ -21,7 +21,7 @@ MAX_LENGTH = 200
 def stated_licences(rows: Iterable[ScanRow]) -> dict[str, str]:
     """Return dataset name -> licence for the usable scans of nnU-Net datasets.
 
-    It is "" where none is stated.
+    It is "" if none is stated.
 
     Plain folders state no licence: a ``dataset.json`` near them may be anything.
     """

@@ -22,7 +22,7 @@ DELIMITERS = ",;\t"
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """One row of a manifest; "" where it says nothing."""
+    """One row of a manifest; "" if it says nothing."""
 
     subject: str = ""
     session: str = ""

@@ -92,8 +92,7 @@ class ScanBoxes:
             ignored.
         boxes_D6, classes_D, scores_D: detections.
         centre_inside_DG: whether the detection's centre is a voxel of the object.
-        mask_overlap_DG: IoU of the voxels of each detection and object; None where they are not
-            known.
+        mask_overlap_DG: IoU of the voxels of each detection and object; None if they are not known.
     """
 
     name: str

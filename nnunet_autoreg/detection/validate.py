@@ -201,7 +201,7 @@ def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str
         tried: this fold's scores by overlap.
 
     Returns:
-        None where no other fold has been validated.
+        None if no other fold has been validated.
     """
     found: dict[str, dict[float, float]] = {}
     for other in sorted(file.parents[2].glob(f"fold_*/{file.parent.name}/{file.name}")):
@@ -363,7 +363,7 @@ def score_thresholds(
 def _curve(summary: dict[str, Any], name: str) -> Froc | None:
     """Return the curve of a class from a summary.
 
-    It is None where an older summary, which leaves out absent classes, does not have the scores of
+    It is None if an older summary, which leaves out absent classes, does not have the scores of
     their false positives.
     """
     curve = summary["froc"]["curve"].get(name)

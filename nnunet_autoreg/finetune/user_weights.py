@@ -69,7 +69,7 @@ def kept_line(file: Path | None, planned: str | None) -> str:
     """Return the log line about the weights that a training starts from.
 
     Args:
-        file: what ``-pretrained_weights`` named; None where a script loaded the weights.
+        file: what ``-pretrained_weights`` named; None if a script loaded the weights.
         planned: the name of the plan's weights; None for the scratch twin.
     """
     named = f"{OPTION} {file}" if file else "weights that were loaded before training"

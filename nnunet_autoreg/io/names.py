@@ -75,7 +75,7 @@ def strip_ending(name: str) -> str:
 def voxel_file(header: Path) -> Path | None:
     """Return the file beside a header that holds its voxels.
 
-    It is None where no file has its name, and for images that are a single file.
+    It is None if no file has its name, and for images that are a single file.
     """
     for ending in VOXEL_ENDINGS.get(header.suffix.lower(), ()):
         # NAME.HDR belongs to NAME.IMG.

@@ -156,7 +156,7 @@ class EncoderCard:
 
     @property
     def licence_line(self) -> str:
-        """Licences of the weights as one line for the user; "" where none is stated."""
+        """Licences of the weights as one line for the user; "" if none is stated."""
         stated = [f"{name}: {text}" for name, text in self.licences.items() if text]
         return f"licences of the weights: {'; '.join(stated)}" if stated else ""
 

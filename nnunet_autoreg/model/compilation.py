@@ -90,7 +90,7 @@ def is_compiled(plan: Plan, device: torch.device, sharded: bool) -> bool:
 
 
 def fast_path(plan: Plan, device: torch.device, sharded: bool = False) -> FastPath | None:
-    """Return how layers run in training, or None where they run eagerly."""
+    """Return how layers run in training, or None if they run eagerly."""
     if not is_compiled(plan, device, sharded):
         return None
     # FlexAttention has no gradient on a CPU, so that there the dense mask is compiled.

@@ -197,7 +197,7 @@ class SequenceEncoder(nn.Module):
         Args:
             rule: who may attend to whom; None for full attention. It includes the start tokens
                 (``attention.with_starts``).
-            positions_BT: raster index of every token in the grid; None where one member fills it in
+            positions_BT: raster index of every token in the grid; None if one member fills it in
                 order.
             member_BTV: added to the tokens, to distinguish members.
         """

@@ -58,7 +58,7 @@ class PretrainingUNet(nn.Module):
         """Return predicted intensities and, behind them, the segments' scores (B, 1 + K, Z, Y, X).
 
         Args:
-            known_BZYX: bool, True where a voxel may be seen; None where all may be.
+            known_BZYX: bool, True where a voxel may be seen; None if all may be.
         """
         x_BCZYX = self.decode(self.encode(voxels_BCZYX, known_BZYX))[-1]
 

@@ -38,9 +38,9 @@ def with_tokens(
 ) -> tuple[EncoderSize, str]:
     """Return ``encoder`` with tokens that suit the scans, and the reason.
 
-    The reason is "" where its tokens cannot be chosen. Thick slices get tokens that are about as
-    long in mm along every axis. Small images, and those of coarse voxels, get tokens of 4^3 voxels
-    in blocks of 2^3 tokens. All others keep tokens of 8^3 voxels.
+    The reason is "" if its tokens cannot be chosen. Thick slices get tokens that are about as long
+    in mm along every axis. Small images, and those of coarse voxels, get tokens of 4^3 voxels in
+    blocks of 2^3 tokens. All others keep tokens of 8^3 voxels.
 
     Args:
         spacing_mm, median_shape_vox: after resampling, (z, y, x).

@@ -260,7 +260,7 @@ class DataWait:
     Args:
         device_type: device of the training: cpu, cuda or mps.
         num_loaders: processes that load.
-        compute_seconds: duration of a step without any loading; None where it was not measured.
+        compute_seconds: duration of a step without any loading; None if it was not measured.
 
     Attributes:
         waited: seconds since the last call of ``share``.

@@ -220,7 +220,7 @@ def begin_process(
 
 
 def exit_reason(rank: int, size: int, code: int, message: str = "") -> str:
-    """Return why a process has ended before the others; "" where the main one says it itself.
+    """Return why a process has ended before the others; "" if the main one says it itself.
 
     Args:
         code: its exit code; negative for a signal.

@@ -90,7 +90,7 @@ def split(
         salt_free: of the plan: a DICOM series, whose case is a salted hash, is known by its content
             instead.
     """
-    # (dataset, case) -> subject, "" where the subject is not known
+    # (dataset, case) -> subject, "" if the subject is not known
     subjects = {(row.dataset, row.case): row.subject for row in reversed(rows)}
     contents = {}
     if salt_free:

@@ -236,7 +236,7 @@ class Trainer:
             AutoregError: weights or validation error are not finite, the features are collapsed,
                 or no step was good.
         """
-        # It is None where the run was continued after its last step.
+        # It is None if the run was continued after its last step.
         if self.health is None and self.validates:
             with gathered(self.train_step.loss_of), phase("measuring the validation error"):
                 self.health = self.validation.measure()

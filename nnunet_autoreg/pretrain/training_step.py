@@ -404,7 +404,7 @@ class Throughput:
 
     Attributes:
         step_tokens: tokens of an optimiser step, padding included.
-        step_flops: multiplications and additions of a step; None where no peak was measured.
+        step_flops: multiplications and additions of a step; None if no peak was measured.
         peak_flops: multiplications and additions per second that the device reaches in a large
             bf16 matrix product; None on anything but CUDA.
     """

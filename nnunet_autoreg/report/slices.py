@@ -52,7 +52,7 @@ class Plane:
     """One plane of one sample. Every array is (H, W).
 
     Attributes:
-        edges: letters of what lies at the top, bottom, left and right; "" where it is not known.
+        edges: letters of what lies at the top, bottom, left and right; "" if it is not known.
         aspect: height of a pixel divided by its width.
         width_mm: width of the picture.
         grey: the intensities that are drawn black and white.
@@ -114,7 +114,7 @@ def validation_pictures(
 
     Args:
         scan_axes: the axis of the scan (0 towards superior, 1 anterior, 2 right) that each axis of
-            the stored arrays is; None where scans differ in it, so that planes have no names.
+            the stored arrays is; None if scans differ in it, so that planes have no names.
     """
     pictures: list[Picture] = []
     with evaluating(objective.module):
@@ -162,7 +162,7 @@ def upright(
     undone.
 
     Args:
-        augmentation: how the volumes were flipped and transposed; None where they were not.
+        augmentation: how the volumes were flipped and transposed; None if they were not.
         scan_axes: see ``validation_pictures``.
     """
     if augmentation is not None:

@@ -41,7 +41,7 @@ class MembersDraw:
         window: first token, in the plan's grid, of the positions that the crops take.
         prefix: number of given blocks.
         order_index: position in the order of every token's block, (T,), member after member.
-        affine: how the crops are rotated and zoomed, the same for all members; None where they are
+        affine: how the crops are rotated and zoomed, the same for all members; None if they are
             not.
     """
 

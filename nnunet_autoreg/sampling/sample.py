@@ -24,21 +24,20 @@ class Sample:
         valid_mask: (M, Z, Y, X) bool, False in padding.
         order_index: (T,) int64, position in the order of every token's block, 0..K-1.
         prefix: number of given blocks.
-        positions: (T,) int64, raster index of every token in the plan's grid; None where one member
+        positions: (T,) int64, raster index of every token in the plan's grid; None if one member
             fills it in order.
-        members: (T,) int64, the member code of every token (``kinds.member_codes``); None where all
+        members: (T,) int64, the member code of every token (``kinds.member_codes``); None if all
             are 0.
         loss_mask: (M, Z, Y, X) bool, False where a voxel carries no loss although it is not
-            padding; None where all voxels carry loss.
+            padding; None if all voxels carry loss.
         flip_transpose: mirroring and transposing that ``voxels`` and ``valid_mask`` still need. All
             other fields describe the sample afterwards.
         sources: per member, what its crop still has to be resampled from, before it is mirrored;
-            until then ``voxels`` and ``valid_mask`` are all zeros. () where crops are neither
-            rotated nor zoomed.
+            until then ``voxels`` and ``valid_mask`` are all zeros. () if crops are neither rotated
+            nor zoomed.
         corruption: how the objective has to corrupt the network's input; None without corruption.
-        case_id: number of the case in its pool, volumes before images; None where no objective
-            asks.
-        number: index of the sample within its step's batch; None where no objective asks.
+        case_id: number of the case in its pool, volumes before images; None if no objective asks.
+        number: index of the sample within its step's batch; None if no objective asks.
     """
 
     voxels: NDArray[np.float32]

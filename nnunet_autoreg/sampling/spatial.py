@@ -28,7 +28,7 @@ class SpatialDraw:
         flip_transpose: how the crop is mirrored and its axes are reordered.
         prefix: number of given blocks.
         order_index: position in the order of every token's block, (T,).
-        affine: how the crop is rotated and zoomed; None where it is not.
+        affine: how the crop is rotated and zoomed; None if it is not.
     """
 
     start: Size
