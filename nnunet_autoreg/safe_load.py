@@ -113,11 +113,12 @@ def _why_refused(where: Path, message: str) -> str:
     if named is None:
         return (
             f"{where} cannot be read as tensors and plain values (it is damaged, or contains "
-            "code); no code was run"
+            "code); no code in it was run"
         )
     # A file can name anything here, line breaks and control characters included.
     function = ascii(named[1])[1:-1][:80]
     return (
-        f"{where} would run '{function}' when it is loaded. It was not run, because only tensors "
-        "and plain values are read. Ask its author for a safetensors file or a plain state dict"
+        f"{where} would run '{function}' when it is loaded; no code in it was run, because only "
+        "tensors and plain values are read. Ask its author for a safetensors file or a plain state "
+        "dict"
     )
