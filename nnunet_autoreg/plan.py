@@ -26,7 +26,8 @@ class IntensityWindow:
 
     Attributes:
         mean, std, median, min, max: statistics of the intensities of all CT scans.
-        percentile_00_5, percentile_99_5: intensities are clipped to the range between them.
+        percentile_00_5, percentile_99_5: percentiles 0.5 and 99.5. Intensities are clipped to the
+            range between them.
     """
 
     mean: float
@@ -72,11 +73,10 @@ class DataPlan:
         holdout_fraction: share of the cases that are kept out of training for validation.
         spacing_groups: target spacings by modality and original spacing. Empty if all scans have
             the target ``spacing_mm``.
-        min_scans: the planner of fine-tuning uses an encoder of fewer scans only if the user names
-            it.
-        salt_free: what is drawn does not depend on the folder ``nnUNet_preprocessed``: scans and
-            subjects are ordered by content and by index, and not by their salted hashes. False in
-            plans of earlier versions, whose runs continue as they began.
+        min_scans: the fine-tuning planner uses encoders of fewer scans only if the user names them.
+        salt_free: whether scans and subjects are ordered by content and index, not by their salted
+            hashes. Random choices then do not depend on the folder ``nnUNet_preprocessed``. False
+            in plans of earlier versions, whose runs continue unchanged.
     """
 
     spacing_mm: Spacing
@@ -92,7 +92,7 @@ class EncoderPlan:
     """The network class, its arguments and its token size, as in ``model.sizes``.
 
     Attributes:
-        name: what is typed after ``--encoder``.
+        name: value of ``--encoder``.
         class_path: module and class of the network that fine-tuning builds.
         arguments: arguments of that class, without channels, classes and input shape.
         token_size_vox: voxels of a token, (z, y, x).
@@ -111,7 +111,7 @@ class SequencePlan:
     Attributes:
         crop_size_vox: size of a crop, (z, y, x), a multiple of block_tokens x token size.
         block_tokens: tokens of a block along each axis; (1, 1, 1) is a block of one token.
-        order: which block comes when. "raster": image after image, each along x, then y, then z.
+        order: order of the blocks. "raster": image after image, each along x, then y, then z.
             "interleaved": at each position in the plane, along z through all images or sub-volumes,
             as in AR-SSL4M. "random": needs the predictor "query" or "network".
         predictor: how a block is predicted. "next": token j of block b predicts token j of block
@@ -124,15 +124,15 @@ class SequencePlan:
         prefix_share: share of given blocks for the prefix "fixed".
         flip: whether crops are flipped at random along each axis.
         swap_axes: whether axes of equal length and spacing are swapped at random.
-        spatial_share: how often a training crop is rotated, and independently how often it is
-            zoomed (0 to 1). Sequences of kind "strided" never are, because their slices overlap
-            along the axis z of the scan. Where one spacing is over 3 times another, both stay in
-            the plane of the small spacings.
+        spatial_share: probability that a training crop is rotated, and independently that it is
+            zoomed. Sequences of kind "strided" never are, because their slices overlap along the
+            axis z of the scan. If one spacing is over 3 times another, crops are rotated and zoomed
+            only in the plane of the small spacings.
         max_rotation_deg: largest angle of a rotation. Angles are drawn uniformly between minus and
             plus this value, about a random axis.
         zoom: smallest and largest factor of a zoom; above 1, structures become larger.
-        max_source: how far a rotated or zoomed crop may reach along an axis, as a multiple of the
-            crop's size. Voxels from beyond are padding, as are those from beyond the scan.
+        max_source: largest extent, along an axis, of the region from which a rotated or zoomed crop
+            is resampled, as a multiple of the crop's size. Voxels outside of it are padding.
         weights: how often each kind of sequence is drawn, relative to the others. A batch has one
             kind. "spatial": one crop. "strided": sub-volumes of one crop that overlap, one after
             another along z, as in AR-SSL4M. "contrast": one position in several contrasts of a
@@ -141,11 +141,12 @@ class SequencePlan:
         contrasts: contrasts of a contrast sequence, in their fixed order.
         contrast_members: number of images of a contrast sequence. Their crops are smaller, so that
             the number of tokens does not grow.
-        semantic_members: the same for a semantic sequence.
+        semantic_members: number of images of a semantic sequence.
         member_crop_vox: size of the crop of one such image. None: it is planned from
             crop_size_vox and the number of members.
         num_subvolumes: number of sub-volumes of a "strided" sequence, along z.
-        stride_vox: distance between their starts. Below the depth of a sub-volume they overlap.
+        stride_vox: distance between the starts of sub-volumes. They overlap if it is smaller than
+            their depth.
         mask_seen: whether voxels of a "strided" sequence that an earlier sub-volume contains have
             no loss.
     """
@@ -302,9 +303,9 @@ class RunPlan:
             checkpoint. Training continues with the data of the steps that follow.
         max_rollbacks: the run ends if the weights return to a checkpoint more often than this.
         min_token_variance, min_effective_rank: features below either value count as collapsed.
-        max_collapsed: training stops, and nothing is exported, after so many validations in a row
-            that found the features collapsed, counted from when something should have been learnt.
-            0 for never.
+        max_collapsed: training stops without an export if so many validations in a row find the
+            features collapsed. The first tenth of the run and twice its warm-up do not count. 0:
+            never.
         sharding: how parameters, gradients and moments are distributed over processes. "none": each
             holds all (DDP). "full": each holds a part (FSDP2). "auto": "full" if they would leave a
             GPU no room for activations. It changes no loss.

@@ -93,7 +93,7 @@ class EncoderCard:
 
     Attributes:
         name: name of the run.
-        encoder: what is typed after ``--encoder``.
+        encoder: value of ``--encoder``.
         class_path: module and class of the network that fine-tuning builds.
         arguments: arguments of that class, without channels, classes and input shape.
         token_size_vox: size of a token, (z, y, x).

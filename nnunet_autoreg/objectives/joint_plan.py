@@ -42,9 +42,9 @@ class JointPlan(ViewPlan):
     Attributes:
         name: "joint".
         corruption: stays 0, because each view has its own intensities (``intensity_share``).
-        slab_vox: slices of a slab, a multiple of the token's depth. A 2D image is repeated to as
-            many slices.
-        slab_step_vox: slices from the start of one slab to that of the next.
+        slab_vox: slices of a slab, a multiple of the token's depth. A 2D image is repeated to this
+            number of slices.
+        slab_step_vox: distance between the starts of slabs, in slices.
         intensity_share: share of the views that are shown with another gamma and contrast and with
             noise.
         slab_weight: weight of the loss between slabs of both views, and between views of images.
@@ -53,16 +53,16 @@ class JointPlan(ViewPlan):
         width: features of an embedding of a slab or a volume.
         depth: layers of the attention over slabs.
         num_heads: heads of the attention.
-        key_every: the attention has one key for so many slabs.
-        max_offset: how far, in slabs, a key may move from its place.
+        key_every: number of slabs for each key of the attention.
+        max_offset: largest shift of a key from its position, in slabs.
         hidden_share: share of a volume's slabs that are hidden.
         num_slab_clusters, num_volume_clusters: prototypes of slabs (with images) and of volumes.
-        bank_cases: cases whose newest embeddings the bank holds. If there are more cases, several
-            share a place.
+        bank_cases: number of cases whose newest embeddings are in the bank. If there are more
+            cases, several share an entry.
         temperature: softmax temperature of the scores that are learnt.
         sharpness: softmax temperature of the targets, before they are balanced.
-        slabs_first: share of the run in which only slabs and images are clustered. Over another
-            part of this length the other two losses come in.
+        slabs_first: share of the run in which only slabs and images are clustered. After that, the
+            weights of the other two losses rise over a part of the same length.
     """
 
     slab_weight: float = 1.0
