@@ -18,14 +18,14 @@ from nnunet_autoreg.wording import duration
 log = logging.getLogger(__name__)
 
 QUIET_S = 5.0
-"""A sign of life is given after so many seconds without any other output."""
+"""A sign of life is given after this many seconds without any other output."""
 
 QUIET_BESIDE_BAR_S = 60.0
 """The same where a progress bar has moved since the phase began: the user sees that it lives."""
 
 LOOK_EVERY_S = 0.25
 MOST_QUIET_S = 60.0
-"""Signs of life come less and less often, down to one in so many seconds."""
+"""Signs of life come less and less often, down to one in this many seconds."""
 
 
 @dataclass

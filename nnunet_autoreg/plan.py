@@ -303,7 +303,7 @@ class RunPlan:
             checkpoint. Training continues with the data of the steps that follow.
         max_rollbacks: the run ends if the weights return to a checkpoint more often than this.
         min_token_variance, min_effective_rank: features below either value count as collapsed.
-        max_collapsed: training stops without an export if so many validations in a row find the
+        max_collapsed: training stops without an export if this many validations in a row find the
             features collapsed. The first tenth of the run and twice its warm-up do not count. 0:
             never.
         sharding: how parameters, gradients and moments are distributed over processes. "none": each

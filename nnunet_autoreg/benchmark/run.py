@@ -138,7 +138,7 @@ def _measured_paces(bench: Bench, batch: int, runner: Runner) -> dict[str, float
 
 
 def _budget(minutes: float, paces: Mapping[str, float]) -> dict[str, Any]:
-    """Return the steps that the slowest network makes in so many minutes, and all paces.
+    """Return the steps that the slowest network makes in this many minutes, and all paces.
 
     Raises:
         AutoregError: that is less than one step.

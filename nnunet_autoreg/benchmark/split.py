@@ -213,7 +213,7 @@ def labelled(
     seed: int,
     unit: str = PATIENTS,
 ) -> tuple[str, ...]:
-    """Return the cases of the pool that are labelled under a seed: all scans of so many patients.
+    """Return the cases of the pool that are labelled under a seed: all scans of this many patients.
 
     Another seed labels other patients. The smaller sets of one seed are parts of its larger ones.
 

@@ -23,7 +23,7 @@ PRETRAINED_RATE, SCRATCH_RATE, WEIGHT_DECAY, WARMUP = 1e-4, 3e-4, 1e-2, 0.1
 MOST_UNEQUAL = 1.5
 """Up to this ratio of the largest to the smallest class, nothing is balanced."""
 VALIDATED_SHARE = 4
-"""An epoch has a validation batch for every so many training batches."""
+"""An epoch has a validation batch for every this many training batches."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         help="neighbours that make a component (default: dataset.json's, else 26)",
     )
 
-    _add_figure_options(p.add_argument_group("figures"))
+    _add_figure_options(p.add_argument_group("scores"))
     return p
 
 

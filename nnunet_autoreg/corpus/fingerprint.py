@@ -26,8 +26,8 @@ Axes = tuple[int, int, int]
 
 COARSER = 1.05
 IMAGE_SIDE_VOX = 256
-"""Larger 2D images are reduced until their shorter side has so many pixels. Nothing is known of the
-size of what most of them show, so that they have no target in mm."""
+"""Larger 2D images are reduced until their shorter side has this many pixels. Nothing is known of
+the size of what most of them show, so that they have no target in mm."""
 DIGITS = 6
 
 

@@ -139,7 +139,7 @@ def sensitivity_at(curve: Froc, fp_per_scan: Sequence[float]) -> Floats:
 
 
 def threshold_at(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> float:
-    """Return the lowest score threshold with at most so many false positives per scan.
+    """Return the lowest score threshold with at most this many false positives per scan.
 
     It is infinite if even the highest score has more.
 

@@ -97,7 +97,8 @@ class DetectorModel(TrainedModel[DetectionPlan]):
         self.network.detect = True
 
     def thresholds(self, fp_per_scan: float, num_mirrorings: int) -> dict[str, float]:
-        """Return class -> the score threshold with so many false positives per scan in validation.
+        """Return class -> the score threshold with this many false positives per scan in
+        validation.
 
         The validation of all folds counts together.
 

@@ -284,7 +284,7 @@ def score_thresholds(
     fp_per_scan: float,
     num_mirrorings: int,
 ) -> dict[str, float]:
-    """Return class -> the lowest score with at most so many false positives per scan.
+    """Return class -> the lowest score with at most this many false positives per scan.
 
     The false positives are those of the validation of all folds together. Every fold counts with
     all of its scans, also for classes of which it has no object: every detection of those is false.

@@ -66,7 +66,7 @@ TOLERANCE = 1e-2
 """Relative error that is always allowed: a GPU may multiply float32 with the mantissa of TF32."""
 
 HALF_FACTOR = 4.0
-"""In bf16 so many times the error of plain attention in bf16 is allowed on top."""
+"""In bf16 this many times the error of plain attention in bf16 is allowed on top."""
 
 SMALL = 2.0**-7
 """Size of the random tokens. Layers normalise them first: the output of attention is much

@@ -221,7 +221,7 @@ def pretraining_memory(
     Args:
         module: on the meta device.
         extra: what is held beside it without gradients and moments, such as a momentum teacher.
-        loss_of: computes the loss of so many samples on the meta device.
+        loss_of: computes the loss of this many samples on the meta device.
         half: mixed precision, as on a GPU.
     """
     kept_of = {}

@@ -620,7 +620,7 @@ def hidden_loss(predicted_BRD: Tensor, target_BRD: Tensor, hidden_BR: Tensor) ->
 
 
 def evenly_spread(rows_ND: Tensor, most: int) -> Tensor:
-    """Return at most so many rows, evenly spread."""
+    """Return at most this many rows, evenly spread."""
     if len(rows_ND) <= most:
         return rows_ND
     index = torch.arange(most, device=rows_ND.device) * len(rows_ND) // most

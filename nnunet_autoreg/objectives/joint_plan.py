@@ -22,7 +22,7 @@ from nnunet_autoreg.plan import (
 SMALL_ENCODER = 320
 """An encoder with fewer features per token gets a narrow head and few layers of attention."""
 MOST_SLABS = 15
-"""A crop is cut into at most so many slabs. Each is encoded by itself."""
+"""A crop is cut into at most this many slabs. Each is encoded by itself."""
 ROWS_PER_CLUSTER = 8
 """Fewest embeddings in the bank for each cluster."""
 MOST_CLUSTERS, FEWEST_CLUSTERS = 256, 4
@@ -132,7 +132,7 @@ def choose_slab(plan: Plan) -> int:
 
 
 def fit_to_scans(plan: Plan, num_volumes: int, num_images: int) -> Plan:
-    """Return the plan with clusters and bank for so many training scans.
+    """Return the plan with clusters and bank for this many training scans.
 
     Args:
         num_images: 2D images.
@@ -165,7 +165,7 @@ def fit_to_scans(plan: Plan, num_volumes: int, num_images: int) -> Plan:
 
 
 def clusters_for(num_rows: int) -> int:
-    """Return the number of clusters for so many embeddings."""
+    """Return the number of clusters for this many embeddings."""
     return max(FEWEST_CLUSTERS, min(MOST_CLUSTERS, num_rows // ROWS_PER_CLUSTER))
 
 

@@ -69,7 +69,7 @@ def choose_compile(num_steps: int, num_hours: float | None = None) -> tuple[bool
     Args:
         num_hours: the length, where it was given in hours.
     """
-    # The steps of a run of so many hours are not known before one is measured.
+    # The steps of a run of this many hours are not known before one is measured.
     if num_hours is None:
         pays = num_steps >= COMPILE_FROM_STEPS
         length, limit = f"{num_steps} steps", f"{COMPILE_FROM_STEPS} steps"

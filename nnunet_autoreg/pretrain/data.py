@@ -46,7 +46,7 @@ LONG_WAIT_ELSEWHERE = 0.3
 so that a part of their time always goes into it."""
 
 LONG_INTERVALS = 5
-"""A wait is reported when it was long over so many log intervals in a row."""
+"""A wait is reported when it was long over this many log intervals in a row."""
 
 
 class StepBatches(Dataset[Batch | AutoregError]):

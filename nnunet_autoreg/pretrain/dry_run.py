@@ -226,7 +226,7 @@ def fit_to_device(
 
 
 def will_be_sharded(job: TrainingJob, num_processes: int) -> bool:
-    """Return whether the weights will be sharded over so many processes."""
+    """Return whether the weights will be sharded over this many processes."""
     # Without memory for the weights.
     with torch.device("meta"):
         module = build_objective(job.plan).module
@@ -597,7 +597,7 @@ def time_steps(job: TrainingJob, world: World, local_rank: int) -> float:
 
 
 def plan_with_hours(folder: Path, plan: Plan, seconds: float, device: str) -> Plan:
-    """Return the plan with its hours turned into steps of so many seconds.
+    """Return the plan with its hours turned into steps of this many seconds.
 
     It is written once, so that a resumed run is the same run.
     """

@@ -28,7 +28,7 @@ Series = Mapping[str, Points]
 
 MAX_POINTS = 240
 NUM_MARKED = 12
-"""Curves of at most so many points have a marker at each of them, longer ones at the last."""
+"""Curves of at most this many points have a marker at each of them, longer ones at the last."""
 
 FAR_ABOVE = 2.0
 """A baseline this many times above all other curves would flatten them, and is not drawn."""
