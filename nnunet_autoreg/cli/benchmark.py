@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "confidence intervals, a plot, and one line per run. If the command was interrupted, type "
         "it again: it continues where it stopped.",
     )
-    _add_comparison_options(p.add_argument_group("what is compared"))
+    _add_comparison_options(p.add_argument_group("comparison"))
     _add_length_options(p.add_argument_group("length of the trainings"))
     _add_scoring_options(p.add_argument_group("scoring"))
     _add_run_options(p.add_argument_group("compute and output"))

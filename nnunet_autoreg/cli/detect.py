@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         "GPU only)",
     )
 
-    _add_box_options(p.add_argument_group("which boxes are kept"))
+    _add_box_options(p.add_argument_group("selection of boxes"))
     _add_output_options(p.add_argument_group("output"))
     return p
 

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_input_options(p.add_argument_group("input and output"))
 
-    group = p.add_argument_group("what an object is")
+    group = p.add_argument_group("objects")
     group.add_argument(
         "--dataset-json",
         metavar="FILE",
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         help="neighbours that make a component (default: dataset.json's, else 26)",
     )
 
-    _add_figure_options(p.add_argument_group("scores"))
+    _add_score_options(p.add_argument_group("scores"))
     return p
 
 
@@ -139,7 +139,7 @@ def _add_input_options(group: Group) -> None:
     )
 
 
-def _add_figure_options(group: Group) -> None:
+def _add_score_options(group: Group) -> None:
     group.add_argument(
         "--iou",
         dest="ious",

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="name of the run. Results are written to $nnUNet_results/autoreg_pretraining/NAME",
     )
     _add_input_options(p.add_argument_group("input"))
-    _add_training_options(p.add_argument_group("what to train"))
+    _add_training_options(p.add_argument_group("training"))
 
     group = p.add_argument_group("compute")
     add_device(group)

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "are scored for comparison. The command takes minutes and trains no network.",
     )
 
-    group = p.add_argument_group("what is probed")
+    group = p.add_argument_group("encoders")
     add_labelled_dataset(group)
     group.add_argument(
         "--encoder",
