@@ -122,7 +122,7 @@ def test_the_help_of_pretraining_is_in_groups() -> None:
     parser = parser_of("pretrain")
     titles = [group.title for group in parser._action_groups if group._group_actions]
 
-    assert titles[-4:] == ["input", "what to train", "compute", "steps and output"]
+    assert titles[-4:] == ["input", "training", "compute", "steps and output"]
     assert "75 %" in parser.format_help()
 
 
