@@ -1,8 +1,8 @@
-"""What an objective says of itself before any network is built, and where it is registered.
+"""The description and the registry of objectives, without torch.
 
-An objective is registered by one file in ``objectives/registered``. That file is light: it imports
-no torch, so that ``--help`` and planning can read it. The rest of the project finds objectives
-through this file only and never asks for their names.
+An objective is registered by one file in ``objectives/registered``. That file does not import
+torch, so that ``--help`` and planning can read it. The rest of the project uses objectives only
+through this file, and never compares their names.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -36,18 +36,18 @@ class FigureOfMerit:
     """The number by which the states of a run are ranked, and the texts about it.
 
     Attributes:
-        name: what it is called in messages and charts.
+        name: its name in messages and charts.
         unit: unit of the number in ``metrics.jsonl``.
-        explanation: what its values mean, in sentences for the report.
-        references: trivial predictors that are measured beside it, name -> what they do, such as
+        explanation: sentences about the meaning of its values, for the report.
+        references: trivial predictors that are measured beside it, name -> description, such as
             "copying the previous block". A trained encoder has to be better than each of them.
-        hint: what a useless encoder would reach, in a few words; "" if there is nothing to say.
-        term: the term of the loss that it is the mean of; "" for the whole loss.
+        hint: value of a useless encoder, in a few words; "" if it is unknown.
+        term: the term of the loss whose mean it is; "" for the whole loss.
         ranks_by_probe: if there are labels, the frozen probe ranks the states instead, the higher
             the better. With a moving teacher the loss ranks nothing.
         pictures: how to read the pictures of validation samples; "" if there are none.
-        notes: what a term of the loss, or a measure of the objective's own, means: its name -> a
-            sentence below its chart.
+        notes: sentences below charts, by the name of a term of the loss or of a value of the
+            objective.
     """
 
     name: str
@@ -63,16 +63,16 @@ class FigureOfMerit:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of values for one objective, typed after ``--preset``.
+    """A named set of values for one objective: a value of ``--preset``.
 
     Attributes:
         help: one line for the help of the option.
-        reason: what the plan says about its values.
-        apply: returns the plan with the preset's values; the second argument holds the keys whose
-            values the user typed, which stay.
+        reason: the reason of its values in the plan.
+        apply: returns the plan with the preset's values; the second argument has the keys that the
+            user set, which are kept.
         batch_size: planned with the preset, because the length depends on it; None to have it
             planned as usual.
-        single_tokens: blocks have one token, so that some encoders cannot be chosen.
+        single_tokens: blocks have one token, which excludes some encoders.
     """
 
     name: str
@@ -96,10 +96,10 @@ def unchanged(plan: Plan, num_volumes: int, num_images: int) -> Plan:
 
 @dataclass(frozen=True)
 class SliceGroup:
-    """Slices that an objective puts together, for people to look at.
+    """Slices that an objective groups, for pictures.
 
     Attributes:
-        title: what they have in common.
+        title: title of the group.
         slices: caption and intensities (Y, X) of each.
     """
 
@@ -112,23 +112,23 @@ class ObjectiveKind:
     """An objective as the command line, the planner and the reports know it.
 
     Attributes:
-        name: typed after ``--objective``.
+        name: value of ``--objective``.
         help: one line for the help of the option.
         plan_type: the record of the objective's values in the plan.
         settings: returns these values as planned for an encoder, and the reasons for them.
         adapt: returns a planned run with the sequences and other values that the objective needs.
-        check: raises PlanError if a plan cannot be carried out.
+        check: raises PlanError if a plan is impossible.
         builders: network kind -> function that builds the objective (``objectives.base``). Only
             the kinds of networks that it can train are listed.
         figure: returns the figure of merit of a plan.
-        summary: returns what the encoder's card says of the objective.
-        presets: sets of values that go with this objective.
+        summary: returns the description of the objective for the encoder's card.
+        presets: the presets of this objective.
         sequence_kinds: kinds of sequences that it can be trained on.
         takes_images: it learns from 2D images as well.
-        fit: returns the plan with what depends on the numbers of volumes and of 2D images that are
-            trained on.
-        preview: what is done with the blocks of ``sequences.png``, in sentences; "" if blocks are
-            predicted from others and nothing else is done.
+        fit: returns the plan with the values that depend on the numbers of training volumes and 2D
+            images.
+        preview: sentences about the blocks in ``sequences.png``; "" if blocks are predicted from
+            other blocks only.
     """
 
     name: str

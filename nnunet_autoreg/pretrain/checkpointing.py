@@ -1,13 +1,13 @@
-"""What a run starts from, continues from, and leaves.
+"""Initial weights, checkpoints, and the exported encoder of a run.
 
 File 11 of 11 in reading order.
 
-It starts from the weights that ``--init`` names, if any: those of a finished run, or of another
-project. The latter are imported into the run's own folder first, like ``autoreg_weights import``
-does. It continues from a checkpoint, and leaves the encoder with the card that describes it.
+Initial weights (``--init``) come from a finished run or from another project. The latter are first
+imported into the run's folder, as ``autoreg_weights import`` does. A run continues from a
+checkpoint. At its end, the encoder is exported with its card.
 
-Some things need no state: the learning rate is a function of the step, samples are functions of
-(seed, step, number), and bf16 needs no loss scaler.
+A checkpoint need not contain everything: the learning rate is a function of the step, samples are
+functions of (seed, step, number), and bf16 needs no loss scaler.
 """
 
 import logging
@@ -62,7 +62,7 @@ def starting_point(init: str, run: Path) -> Path:
     """Return the ``encoder.safetensors`` that a planned run starts from.
 
     Args:
-        init: what ``--init`` named: a path, or the address of a repository on Hugging Face.
+        init: value of ``--init``: a path, or the address of a repository on Hugging Face.
         run: the run's folder.
     """
     path = Path(init)
@@ -77,7 +77,7 @@ def starting_point(init: str, run: Path) -> Path:
 
 
 def prepare_starting_point(init: str, run: Path) -> EncoderCard:
-    """Return the card of the weights that ``--init`` named; import them first if they need it.
+    """Return the card of the weights of ``--init``; import them first if necessary.
 
     Raises:
         WeightsError: they cannot be downloaded, read or imported.
@@ -103,7 +103,7 @@ def prepare_starting_point(init: str, run: Path) -> EncoderCard:
 
 
 def initial_weights(plan: Plan, folder: Path) -> tuple[Path, EncoderCard] | None:
-    """Return the verified file that ``--init`` named, and its card; None if it named none.
+    """Return the verified file of ``--init`` and its card; None without ``--init``.
 
     Args:
         folder: folder of the run, which holds weights that were imported from another project.
@@ -121,7 +121,7 @@ def initial_weights(plan: Plan, folder: Path) -> tuple[Path, EncoderCard] | None
 
 
 def check_initial_weights(plan: Plan, folder: Path) -> None:
-    """Refuse weights named by ``--init`` that this plan cannot start from.
+    """Refuse weights of ``--init`` that do not fit this plan.
 
     Raises:
         WeightsError: they are missing, damaged, or of another encoder.
@@ -137,7 +137,7 @@ def check_initial_weights(plan: Plan, folder: Path) -> None:
 
 
 def load_initial_weights(network: nn.Module, plan: Plan, folder: Path) -> None:
-    """Load the weights that ``--init`` named into the fresh encoder.
+    """Load the weights of ``--init`` into the new encoder.
 
     Raises:
         WeightsError: they are damaged, or of another encoder.
@@ -179,9 +179,9 @@ def snapshot(
     progress: Progress,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Return everything that training continues from, with full tensors even if they are sharded.
+    """Return the whole state of a training, with full tensors even if they are sharded.
 
-    All processes have to call this. What the others get lacks the tensors that are sharded.
+    All processes have to call this. In the workers, sharded tensors are missing from the result.
     """
     return {
         "network_weights": full_tensors(objective.module.state_dict(), world),
@@ -200,10 +200,10 @@ def snapshot(
 def measure_pool(objective: Objective, pool: SamplingPool, world: World = ALONE) -> None:
     """Set the values that the objective measures on the pool, before a run's first step.
 
-    The main process measures them for all. Checkpoints hold them afterwards.
+    The main process measures them for all processes. Checkpoints contain them.
 
     Raises:
-        AutoregError: the pool cannot be read, or its voxels do not suffice.
+        AutoregError: the pool cannot be read, or has too few voxels.
     """
     found = world.share(objective.pool_statistics(pool) if world.is_main else {})
     unexpected = objective.module.load_state_dict(found, strict=False).unexpected_keys
@@ -212,7 +212,7 @@ def measure_pool(objective: Objective, pool: SamplingPool, world: World = ALONE)
 
 
 def shareable(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a snapshot of the main process as ``World.share`` sends it to the others.
+    """Return a snapshot in the form in which ``World.share`` sends it to the other processes.
 
     Weights and moments are sent later, one by one, as they are restored.
     """
@@ -232,7 +232,7 @@ def restore(
 ) -> Progress:
     """Restore a snapshot in all processes at once; return the progress of the training.
 
-    A process that did not exist when the snapshot was made keeps its fresh generators.
+    A process that did not exist when the snapshot was made keeps its new generators.
 
     Args:
         content: the process's own, or what the main process made ``shareable``.
@@ -261,7 +261,7 @@ def restore_weights(
 ) -> None:
     """Restore only weights, the objective's extra state and the optimizer, for a roll-back.
 
-    Where they are sharded, each process takes its own part.
+    If they are sharded, each process takes its own part.
     """
     module = objective.module
     present = module.state_dict()
@@ -290,7 +290,7 @@ def restore_weights(
 def generator_states() -> dict[str, Any]:
     """Return the state of every global generator of this process as tensors and plain values.
 
-    Of CUDA devices only the one that this process uses is included.
+    Only the CUDA device of this process is included.
     """
     name, keys, position, has_gauss, cached = np.random.get_state()
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
@@ -303,7 +303,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def set_generators(states: Mapping[str, Any]) -> None:
-    """Restore what ``generator_states`` returned; devices that are not here are left alone."""
+    """Restore the states from ``generator_states``; those of missing devices are ignored."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and states["cuda"]:
         torch.cuda.set_rng_state(states["cuda"][0])
@@ -316,7 +316,8 @@ def set_generators(states: Mapping[str, Any]) -> None:
 
 
 def folder_identity(folder: Path) -> tuple[int, int] | None:
-    """Return what distinguishes a folder from another one at the same path; None if there is none.
+    """Return an identity of a folder, which differs for another folder at the same path; None
+    without one.
 
     It is the number of the file system and of the folder on it.
     """
@@ -376,7 +377,7 @@ def export_encoder(
 
 
 def check_exported_keys(keys: Iterable[str], adaptation: Adaptation) -> None:
-    """Check that a file of weights holds what its card lists and nothing else.
+    """Check that a file of weights has exactly the keys that its card lists.
 
     Segmentation heads and second names of the encoder (``decoder.encoder.``) would mislead every
     reader of the file.

@@ -2,8 +2,8 @@
 
 File 9 of 11 in reading order.
 
-Which samples step n sees depends only on the seed and n, so that resuming needs no loader state.
-All rates are timed on the host's clock. Nothing waits for the device.
+The samples of step n depend only on the seed and n, so resuming needs no loader state. All times
+are measured on the host without waiting for the device.
 """
 
 import multiprocessing
@@ -50,13 +50,13 @@ LONG_INTERVALS = 5
 
 
 class StepBatches(Dataset[Batch | AutoregError]):
-    """Item n is the batch of training step n, or the error that kept it from being made.
+    """Item n is the batch of training step n, or the error that was raised while making it.
 
-    An error is returned, because one that is raised in a loader process arrives with the traceback
-    of that process instead of its one line.
+    Errors are returned, because an error raised in a loader process would arrive with a traceback
+    instead of one line.
 
     Args:
-        numbers: which samples of a step's batch: all of them, or one process's share.
+        numbers: indices of the samples of a step's batch: all of them, or one process's share.
     """
 
     def __init__(self, sampler: SequenceSampler, cases: SamplingPool, numbers: range):
@@ -88,8 +88,8 @@ def training_batches(
     """Yield the batches of ``steps`` in order.
 
     Args:
-        num_workers: processes that prepare them ahead; 0 for this one. They end when the generator
-            is closed.
+        num_workers: number of loader processes; 0 to load in this process. They end when the
+            generator is closed.
 
     Raises:
         AutoregError: a case cannot be read.
@@ -144,8 +144,8 @@ def begin_loader_process(_: int) -> None:
 def dead_workers_in_one_line() -> Iterator[None]:
     """Turn torch's error about a dead loader process into one line for the user.
 
-    It has to surround everything that runs while loader processes live, because torch raises its
-    error wherever the main process happens to be.
+    It must surround all code that runs while loader processes live, because torch raises the error
+    anywhere in the main process.
 
     Raises:
         AutoregError: a loader process died.
@@ -166,7 +166,7 @@ def dead_workers_in_one_line() -> Iterator[None]:
 def validation_batches(
     sampler: SequenceSampler, cases: SamplingPool, batch_size: int, num_batches: int
 ) -> dict[str, list[Batch]]:
-    """Return the validation batches by their kind of sequences, the same ones every time.
+    """Return the validation batches by their kind of sequences; they are always the same.
 
     Sequences of one batch have one kind and one shape.
     """
@@ -192,8 +192,8 @@ def seconds_per_crop(
 ) -> float:
     """Return the mean seconds in which this process draws and collates one crop.
 
-    The crops belong to the given steps, but lie beyond their batches: training has not read them
-    before, so that their scans are as likely to be in the file cache as those of other crops.
+    The crops continue the batches of the given steps. So training has not read them before, and
+    their scans are as likely to be in the file cache as those of other crops.
 
     Args:
         steps: one step of every kind of sequence.
@@ -224,9 +224,9 @@ def seconds_per_crop(
 
 
 def choose_loaders(plan: Plan, device: str, num_local: int = 1) -> tuple[int, str]:
-    """Return how many processes load for one that trains, and the reason.
+    """Return the number of loader processes per training process, and the reason.
 
-    The number never changes the data, so that a resumed run may have another one.
+    The number does not affect the data, so a resumed run may use another one.
 
     Args:
         device: cpu, cuda or mps.
@@ -255,11 +255,11 @@ def choose_loaders(plan: Plan, device: str, num_local: int = 1) -> tuple[int, st
 
 
 class DataWait:
-    """Time how long a training loop waits for batches, and report once when that is long.
+    """Measure how long a training loop waits for batches, and report once if it is long.
 
     Args:
         device_type: device of the training: cpu, cuda or mps.
-        num_loaders: processes that load.
+        num_loaders: number of loader processes.
         compute_seconds: duration of a step without any loading; None if it was not measured.
 
     Attributes:
@@ -276,7 +276,7 @@ class DataWait:
         self.is_reported = False
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches, and add up the seconds that each one was waited for."""
+        """Yield the batches, and add up the seconds of waiting for them."""
         while True:
             start = time.monotonic()
             batch = next(batches, None)
@@ -286,15 +286,15 @@ class DataWait:
             yield batch
 
     def share(self, elapsed: float) -> float:
-        """Return which share of ``elapsed`` seconds was spent waiting since the last call."""
+        """Return the share of ``elapsed`` seconds that was spent waiting since the last call."""
         waited, self.waited = self.waited, 0.0
         return min(1.0, waited / elapsed) if elapsed > 0 else 0.0
 
     def report(self, share: float, step_seconds: float) -> str | None:
-        """Return a warning if this log interval is the fifth long wait in a row; None if not.
+        """Return a warning if this is the fifth log interval in a row with a long wait; else None.
 
-        A GPU works on while the host waits for the next batch. A wait therefore only counts as
-        far as the steps take longer than the same step did in the dry step, without loading.
+        A GPU continues to compute while the host waits for the next batch. So only the time by
+        which steps are longer than in the dry step, which has no loading, counts as waiting.
 
         Args:
             share: share of the interval's time, spent waiting.

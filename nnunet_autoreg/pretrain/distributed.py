@@ -2,7 +2,7 @@
 
 File 5 of 11 in reading order.
 
-The engine is torch.distributed. ``rank`` is the number of a process, and process 0 is the main one.
+It uses torch.distributed. ``rank`` is the number of a process; process 0 is the main one.
 """
 
 import os
@@ -54,12 +54,12 @@ LOST_PEER = (
 
 @dataclass(frozen=True)
 class DeferredTensor:
-    """A tensor of the main process that is sent when all processes ask for it (``World.fetch``).
+    """A tensor of the main process that is sent when all processes call ``World.fetch``.
 
     So no machine has to hold all tensors of a checkpoint twice at once.
 
     Attributes:
-        tensor: None in the other processes, and wherever this is pickled.
+        tensor: None in the other processes, and after pickling.
     """
 
     shape: tuple[int, ...]
@@ -81,12 +81,13 @@ def deferred(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together. If it is alone, every method does nothing.
+    """The processes that train together, as one of them sees it. With one process, methods do
+    nothing.
 
     Attributes:
         rank: 0 is the main process, the only one that writes.
-        control: the group for what the machines exchange. It runs on gloo, so that no device waits
-            for it.
+        control: process group for messages between processes. It uses gloo, so no device waits for
+            it.
     """
 
     rank: int = 0
@@ -109,7 +110,7 @@ class World:
     def share(self, thing: T) -> T:
         """Return the main process's value in all processes.
 
-        It is pickled as a whole, so that large tensors should be ``deferred``.
+        It is pickled as a whole, so large tensors should be ``deferred``.
         """
         if self.size == 1:
             return thing
@@ -120,7 +121,7 @@ class World:
     def fetch(self, value: Any) -> Any:
         """Return a deferred tensor, byte for byte; anything else is returned as it is.
 
-        All processes have to ask in the same order.
+        All processes have to make these calls in the same order.
         """
         if not isinstance(value, DeferredTensor):
             return value
@@ -143,7 +144,7 @@ class World:
         return things
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes have made this call."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
@@ -158,7 +159,7 @@ ALONE = World()
 
 
 def join(store: Any, rank: int, size: int, device: torch.device) -> World:
-    """Meet the other processes at ``store`` and form the groups.
+    """Connect to the other processes through ``store`` and form the process groups.
 
     The backend is nccl between CUDA devices and gloo between CPUs.
     """
@@ -183,20 +184,20 @@ def leave() -> None:
 
 
 def device_of(device: str, local_rank: int, world: World = ALONE) -> torch.device:
-    """Return this process's own device; a process alone uses the current one."""
+    """Return the device of this process; a single process uses the current device."""
     if device == "cuda" and world.size > 1:
         return torch.device(device, local_rank)
     return torch.device(device)
 
 
 def share_cores(num_local: int) -> None:
-    """Have this process compute on its share of the cores, unless the user chose a number."""
+    """Limit this process to its share of the cores, unless the user chose a number."""
     if num_local > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cores() // num_local))
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Return whether an exception says that another process is gone.
+    """Return whether an exception means that another process has ended.
 
     Everything else happened in this process.
     """
@@ -213,11 +214,10 @@ def process_share(num: int, rank: int, size: int, sharded: bool = False) -> rang
     Every number is taken once, and the shares differ by at most one.
 
     Args:
-        sharded: weights are sharded, so that all processes have to take equally many passes.
+        sharded: weights are sharded, so all processes have to make equally many passes.
 
     Raises:
-        UsageError: there are fewer numbers than processes, or they cannot be shared evenly where
-            they have to be.
+        UsageError: there are fewer numbers than processes, or sharded weights need equal shares.
     """
     if sharded and num % size:
         raise UsageError(
@@ -240,8 +240,8 @@ def is_sharded(sharding: str, module: nn.Module, device: torch.device, world: Wo
     """Return whether parameters, gradients and moments are sharded over the processes.
 
     Args:
-        sharding: ``run.sharding`` of the plan; "auto" shards what would not leave a device room
-            for activations.
+        sharding: ``run.sharding`` of the plan; "auto" shards if otherwise a device had no room for
+            activations.
     """
     if world.size == 1 or sharding == "none":
         return False
@@ -256,7 +256,7 @@ def is_sharded(sharding: str, module: nn.Module, device: torch.device, world: Wo
 def parallelise(module: nn.Module, device: torch.device, world: World, sharded: bool) -> nn.Module:
     """Return the module for training together.
 
-    A process alone gets it as it is. Otherwise it is sharded in place (FSDP2), or wrapped so that
+    A single process gets it unchanged. Otherwise it is sharded in place (FSDP2), or wrapped so that
     gradients are averaged (DDP). Parameters that a step does not use, of another kind of sequence
     or of the downstream decoder, keep no gradient. Parameters stay float32 throughout, so that both
     ways give the same losses.
@@ -314,7 +314,7 @@ def gradient_sync(module: nn.Module, is_last: bool) -> AbstractContextManager[An
 def gathered(module: nn.Module) -> Iterator[None]:
     """Gather sharded parameters for forward passes that do not begin at the sharded module.
 
-    All processes have to take the same passes inside.
+    All processes have to make the same passes inside.
     """
     if isinstance(module, FSDPModule):
         module.unshard()
@@ -330,7 +330,7 @@ def full_tensors(tree: Any, world: World) -> Any:
     """Return the same tree of dicts and lists with full tensors on the CPU for sharded ones.
 
     All processes have to call this. Only the main process keeps the full tensors; in the others
-    they are None, so that a machine holds them once and not once per process.
+    they are None. So a machine holds them only once.
     """
     if isinstance(tree, Mapping):
         return {key: full_tensors(item, world) for key, item in tree.items()}

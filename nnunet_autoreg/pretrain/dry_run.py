@@ -1,9 +1,9 @@
-"""What is tried before the first step: whether the network can be built, and whether a step fits.
+"""Tests before the first step: can the network be built, and does a step fit into memory?
 
 File 6 of 11 in reading order.
 
 A plan that does not fit the device is made smaller. The result is written once into the plan, so
-that a resumed run is the same run.
+that a resumed run uses the same plan.
 """
 
 import gc
@@ -69,7 +69,7 @@ def check_network(plan: Plan) -> None:
     """Build the network once, without memory for its weights.
 
     Raises:
-        PlanError: its arguments do not go together.
+        PlanError: its arguments do not fit together.
     """
     try:
         with torch.device("meta"):
@@ -128,7 +128,7 @@ def step_memory(
 def plan_memory(plan: Plan, half: bool = True) -> TrainingMemory:
     """Return the estimated memory of a plan's training step on spatial sequences.
 
-    Those of other kinds are as long.
+    Sequences of other kinds have the same length.
     """
     with torch.device("meta"):
         objective = build_objective(plan)
@@ -143,10 +143,10 @@ def plan_memory(plan: Plan, half: bool = True) -> TrainingMemory:
 
 
 def with_fitting_parts(plan: Plan, hardware: Hardware, half: bool) -> Plan:
-    """Return the plan with no more crops at once than its own objective and sequences let fit.
+    """Return the plan with a micro-batch that fits the memory of its objective and sequences.
 
-    Crops at once were planned from sequences of one crop. An objective that learns from pairs of
-    crops, or that has a teacher, keeps more for each of them.
+    The micro-batch was planned for sequences of one crop. Objectives with pairs of crops or a
+    teacher need more memory per sample.
     """
     planned = plan.optim.micro_batch_size
     if planned is None or planned == 1 or plan.reasons.get("optim.micro_batch_size") == BY_USER:
@@ -163,7 +163,7 @@ def with_fitting_parts(plan: Plan, hardware: Hardware, half: bool) -> Plan:
 
 @contextmanager
 def memory_errors_in_one_line() -> Iterator[None]:
-    """Turn a lack of memory in a training that fitted when it was tried into one line.
+    """Turn an out-of-memory error during training into one line.
 
     Raises:
         AutoregError: the training has run out of memory.
@@ -183,7 +183,7 @@ def memory_errors_in_one_line() -> Iterator[None]:
 
 
 def limit_to_share(plan: Plan, num_processes: int) -> Plan:
-    """Return the plan with no more crops at once than one process gets of a batch."""
+    """Return the plan with a micro-batch that is not larger than a process's share of the batch."""
     optim = plan.optim
     # Some processes get one crop more than others; the plan has to fit all.
     share = ceil(optim.batch_size / num_processes)
@@ -197,13 +197,13 @@ def limit_to_share(plan: Plan, num_processes: int) -> Plan:
 def fit_to_device(
     job: TrainingJob, make_job: Callable[[Plan], TrainingJob], num_training: int
 ) -> TrainingJob:
-    """Return the job with a plan that fits this process's device, as a dry step has shown.
+    """Return the job with a plan that fits this process's device, as tested by a dry step.
 
-    The plan is written once, before the first step, so that a resumed run is the same run.
+    The plan is written once, before the first step, so that a resumed run uses the same plan.
 
     Args:
-        make_job: makes the job of a plan whose sequences are different.
-        num_training: processes that will train together.
+        make_job: makes the job again for a plan with other sequences.
+        num_training: number of processes that will train together.
     """
     was_tried = not job.is_new or job.plan.run.peak_memory_gib is not None
     # One process cannot try a step alone if it cannot hold all weights.
@@ -236,14 +236,14 @@ def will_be_sharded(job: TrainingJob, num_processes: int) -> bool:
 
 @dataclass(frozen=True)
 class DryStepResult:
-    """What a dry step has shown.
+    """The result of a dry step.
 
     Attributes:
-        failure: what it failed by, if that was memory or compiling.
+        failure: the error, if memory or compiling failed; else None.
         seconds: duration of a whole step.
         crop_seconds: time in which this process draws and collates one crop.
         peak_gib: peak of memory, before the self-check.
-        disagreement: between the compiled layers and plain attention.
+        disagreement: difference between compiled layers and plain attention, if it is too large.
         is_flex: the compiled layers used FlexAttention.
     """
 
@@ -258,11 +258,11 @@ class DryStepResult:
 def fit_plan(plan: Plan, build: Callable[[Plan], Trainer], device: torch.device) -> Plan:
     """Return ``plan`` with its measured peak, made smaller until a dry step fits.
 
-    What a step takes is logged. Where compiled layers do not compute what plain attention computes,
-    the plan leaves them out.
+    Time and memory of the step are logged. If compiled layers disagree with plain attention, the
+    plan switches them off.
 
     Args:
-        build: makes a trainer alone on its device; it is trained by this and thrown away.
+        build: makes a trainer for one process, which is trained here and then discarded.
 
     Raises:
         AutoregError: not even the smallest step fits.
@@ -296,7 +296,7 @@ def fit_plan(plan: Plan, build: Callable[[Plan], Trainer], device: torch.device)
 def free_memory() -> None:
     """Release the memory of a dry step, which the training needs for its weights and moments.
 
-    Compiled layers stay: they hold no weights, and the training uses them again.
+    Compiled layers are kept: they hold no weights, and the training uses them again.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -304,7 +304,7 @@ def free_memory() -> None:
 
 
 def _try_step(build: Callable[[Plan], Trainer], plan: Plan, device: torch.device) -> DryStepResult:
-    """Run a dry step and, where layers are compiled, the self-check."""
+    """Run a dry step and, if layers are compiled, the self-check."""
     try:
         trainer = build(plan)
         path = trainer.train_step.fast_path
@@ -353,8 +353,8 @@ def _find_disagreement(
 def with_estimated_seconds(folder: Path, plan: Plan, device: str) -> Plan:
     """Return the plan with the time of a step, timed on crops of noise, and write it.
 
-    So the length of a run is known before any scan is preprocessed. The training times a step of
-    its own again. A plan whose step does not fit stays as it is.
+    So the length of a run is known before any scan is preprocessed. The training times a step
+    again. A plan whose step does not fit is returned unchanged.
     """
     # Compiling takes longer than the rest of a dry run.
     tried = replace(plan, run=replace(plan.run, compile=False))
@@ -385,9 +385,9 @@ def with_estimated_seconds(folder: Path, plan: Plan, device: str) -> Plan:
 def dry_step(trainer: Trainer, enough_s: float = math.inf) -> float:
     """Return the seconds of a whole optimiser step, estimated from short ones.
 
-    For every kind of sequence two steps of up to two parts of a batch are made. Two parts, because
-    the second is computed while the gradient of the first is in memory; two steps, because the
-    first compiles.
+    For every kind of sequence, two steps of up to two micro-batches are made: two micro-batches,
+    because the second one is computed while the gradient of the first one is in memory; two steps,
+    because the first one compiles.
 
     Args:
         enough_s: a first step that takes longer is not repeated.
@@ -432,7 +432,7 @@ def _one_of_each_kind(trainer: Trainer) -> dict[str, int]:
 def smaller(plan: Plan) -> tuple[Plan, str]:
     """Return the next smaller plan after one that ran out of memory, and a message.
 
-    What changes no number comes first, the crop last.
+    Changes that do not affect the results come first, the crop last.
 
     Raises:
         AutoregError: there is none.
@@ -526,10 +526,10 @@ def without_fast_path(
 ) -> tuple[Plan, str]:
     """Return the plan without the kernels that are wrong on this device, and a message.
 
-    The message asks the user to report it.
+    The message asks the user to report the fault.
 
     Args:
-        is_flex: they are FlexAttention's, so that compiled layers may still be right with a dense
+        is_flex: the kernels are FlexAttention's; compiled layers may still be right with a dense
             mask.
     """
     if is_flex:
@@ -589,7 +589,7 @@ def _with_reason(plan: Plan, key: str, reason: str) -> Plan:
 
 
 def time_steps(job: TrainingJob, world: World, local_rank: int) -> float:
-    """Return the seconds of a step; all processes train a trainer that is then thrown away."""
+    """Return the seconds of a step; all processes train a trainer that is then discarded."""
     # The training begins with fresh weights, so that its numbers do not depend on the timing.
     seconds = seconds_per_step(build_trainer(job, world, local_rank))
     free_memory()
@@ -599,7 +599,7 @@ def time_steps(job: TrainingJob, world: World, local_rank: int) -> float:
 def plan_with_hours(folder: Path, plan: Plan, seconds: float, device: str) -> Plan:
     """Return the plan with its hours turned into steps of this many seconds.
 
-    It is written once, so that a resumed run is the same run.
+    It is written once, so that a resumed run uses the same plan.
     """
     plan = with_hours(plan, float(plan.request["num_hours"]), seconds, device)
     write_plan(folder, plan)
@@ -613,7 +613,7 @@ def seconds_per_step(trainer: Trainer) -> float:
     After two steps of warm-up, up to 50 steps or about 20 s are measured.
 
     Args:
-        trainer: is trained by this and not to be used afterwards.
+        trainer: it is trained here and must not be used afterwards.
     """
     steps = range(WARM_UP_STEPS + MAX_STEPS)
     pin_memory = trainer.device.type == "cuda"

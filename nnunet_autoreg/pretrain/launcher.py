@@ -2,10 +2,10 @@
 
 File 4 of 11 in reading order.
 
-With ``--num-gpus`` the command only launches: torch.multiprocessing runs the same command once in
-every process, monitors them, and ends all when one fails. torchrun does the same on several
-machines. Either way every process knows its rank from the environment. Process 0 prepares all and
-trains (``run_main``), the others wait for it and then train with it (``run_worker``).
+With ``--num-gpus`` the command only launches processes: torch.multiprocessing runs the same command
+in each of them, and ends all if one fails. torchrun does the same on several machines. Every
+process gets its rank from the environment. Process 0 prepares everything and trains (``run_main``);
+the others wait and then train with it (``run_worker``).
 """
 
 import logging
@@ -69,12 +69,13 @@ AGAIN = "the last checkpoint is kept: type the same line again to continue"
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among all. Only rank 0, the main process, reads inputs and writes.
+    """Rank of this process, and number of processes. Only rank 0, the main process, reads and
+    writes.
 
     Attributes:
         local_rank, local_size: among the processes of this machine.
-        launcher: what has started all of them, "torchrun" or "--num-gpus"; "" if they are still to
-            be started.
+        launcher: "torchrun" or "--num-gpus", which started all processes; "" if they are not
+            started yet.
     """
 
     rank: int = 0
@@ -85,10 +86,10 @@ class Launch:
 
 
 def launch_of(num_gpus: int | None, device: str, environ: Mapping[str, str]) -> Launch:
-    """Return this process's place by ``--num-gpus`` or by the launcher's environment.
+    """Return rank and size from ``--num-gpus`` or from the launcher's environment.
 
     Raises:
-        UsageError: the two contradict each other, or there are not so many GPUs.
+        UsageError: the two contradict each other, or there are too few GPUs.
     """
     if num_gpus is not None and num_gpus < 1:
         raise UsageError(f"--num-gpus {num_gpus}: must be at least 1", code="launch-num-gpus")
@@ -134,8 +135,8 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
     """Run a command in ``size`` processes of this machine, and return its exit code.
 
     This process only waits for them. If one fails, torch ends the others by SIGTERM, and after 30 s
-    by SIGKILL. A stop is passed on to process 0, which decides for all. The single line that says
-    the user why everything ended is printed here, wherever it happened.
+    by SIGKILL. A stop is passed on to process 0, which decides for all. One line that says why
+    everything ended is printed here, even if the reason arose in another process.
 
     Args:
         main: the command, which finds its arguments in ``sys.argv``.
@@ -220,7 +221,7 @@ def begin_process(
 
 
 def exit_reason(rank: int, size: int, code: int, message: str = "") -> str:
-    """Return why a process has ended before the others; "" if the main one says it itself.
+    """Return why a process ended before the others; "" if the main process reports it itself.
 
     Args:
         code: its exit code; negative for a signal.
@@ -238,9 +239,9 @@ def exit_reason(rank: int, size: int, code: int, message: str = "") -> str:
 
 
 class Launcher:
-    """What the main process has the others do: wait, train with it, or end.
+    """Controls the workers of the main process: they wait, train with it, or end.
 
-    It is a context; inside it, ``world`` begins and ends the common training.
+    It is a context manager. Inside, ``world`` begins and ends the common training.
 
     Args:
         device: cpu, cuda or mps, for all processes.
@@ -311,7 +312,7 @@ class Launcher:
 
 
 def open_store(launch: Launch) -> Any:
-    """Return the store at which all processes meet."""
+    """Return the key-value store through which all processes connect."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
@@ -327,9 +328,9 @@ def open_store(launch: Launch) -> Any:
 def wait_and_train(launch: Launch, device: str) -> int:
     """Run a worker: wait until training begins, take part, and return the exit code.
 
-    The main process may take hours to make everything ready. It reports what fails here. After a
-    failure a process with a GPU ends at once, because the device may wait for ever for a process
-    that is gone.
+    The main process may need hours to prepare. It reports failures of workers. After a failure a
+    process with a GPU ends immediately, because the device may wait forever for a process that has
+    ended.
     """
     keep_silent()
     store = open_store(launch)
@@ -391,7 +392,7 @@ def run_main(
 ) -> "Trainer":
     """Train as the main process, and write the report; return the trainer for the export.
 
-    ``run_worker`` makes the same calls that involve all processes, in the same order.
+    ``run_worker`` makes the same collective calls in the same order.
 
     Args:
         setting: where the run trains, for the report.
@@ -468,7 +469,7 @@ def picture_function(
 ) -> Callable[[], list["Picture | SliceGroup"]]:
     """Return a function that draws pictures of validation samples, or of their groups.
 
-    Where the weights are sharded, all processes have to call it.
+    If the weights are sharded, all processes have to call it.
     """
     from nnunet_autoreg.pretrain.distributed import gathered
     from nnunet_autoreg.report.galleries import galleries_of

@@ -3,8 +3,8 @@
 File 3 of 11 in reading order.
 
 Scans are split into training and validation and preprocessed, possibly in parts on several
-machines. Then it is decided which kinds of sequences they allow, how often each kind is drawn, and
-which cases, groups of contrasts and places of structures a sequence is cut from.
+machines. Then the kinds of sequences and their weights are decided, and the cases, groups of
+contrasts and positions of structures from which they are cut.
 """
 
 import hashlib
@@ -83,8 +83,8 @@ def split(
     """Return the training scans and the validation scans.
 
     All scans of a subject, and all channels of a case, go to the same side. A hash of the cases'
-    names decides, so that other cases do not change it. For a subject the lowest hash of its cases
-    counts, because the hash of its own id differs between machines.
+    names decides, so the side of a case does not depend on other cases. For a subject the lowest
+    hash of its cases decides, because the hash of its id differs between machines.
 
     Args:
         salt_free: of the plan: a DICOM series, whose case is a salted hash, is known by its content
@@ -137,10 +137,10 @@ def groups_as_planned(
 def remove_failed(
     folder: Path, rows: list[ScanRow], store: Store, has_begun: bool
 ) -> list[ScanRow]:
-    """Return the scans that are in the store, and note in scans.csv why others are not.
+    """Return the scans that are in the store; write into scans.csv why others are not.
 
     Args:
-        has_begun: training has begun, so that its scans must stay the same.
+        has_begun: training has begun, so its scans must stay the same.
 
     Raises:
         AutoregError: no scan is left, or one is missing from a training that has begun.
@@ -184,15 +184,15 @@ def remove_failed(
 def preprocess_part(request: Request, part: StorePart) -> int:
     """Preprocess one part of a planned run, for job arrays.
 
-    Parts on any machines meet in one store without a coordinator. They only read the run's folder,
-    so that no part waits for another.
+    Parts on several machines write to one store without a coordinator. They only read the run's
+    folder, so no part waits for another.
 
     Returns:
-        how many cases of the run the other parts have not preprocessed yet.
+        the number of cases of the run that other parts have not preprocessed yet.
 
     Raises:
         UsageError: the run is not planned yet, or was planned with other settings.
-        PlanError: its plan was edited into one that cannot be carried out.
+        PlanError: its edited plan is impossible.
         StoreError: the disk is full, or the store cannot be written; finished cases stay.
     """
     folder = run_folder(nnunet_api.results_folder(), request.check().name)
@@ -228,7 +228,7 @@ def preprocess_part(request: Request, part: StorePart) -> int:
 
 
 def preprocess_groups(plan: Plan, rows: list[ScanRow], store: Store, part: StorePart) -> None:
-    """Preprocess this part's groups of contrasts, where the plan has contrast sequences."""
+    """Preprocess this part's groups of contrasts, if the plan has contrast sequences."""
     if "contrast" not in planned_kinds(plan):
         return
     training, validation = split_as_planned(plan, rows)
@@ -275,10 +275,10 @@ def plan_with_sequences(
 
 
 def needs_places(requested: Mapping[str, float], rows: Sequence[ScanRow]) -> bool:
-    """Return whether positions of structures may decide about the plan.
+    """Return whether the plan may depend on positions of structures.
 
-    They do if semantic sequences were requested, and where nothing was requested if there are
-    several inputs.
+    It does if semantic sequences were requested, or if no kind was requested and there are several
+    inputs.
     """
     if requested:
         return "semantic" in requested
@@ -288,7 +288,7 @@ def needs_places(requested: Mapping[str, float], rows: Sequence[ScanRow]) -> boo
 def known_places(
     rows: Sequence[ScanRow], boxes: str | None, num_workers: int
 ) -> tuple[list[StructureLocation], str]:
-    """Return where structures lie, and from which sources that is known.
+    """Return the positions of structures, and their sources.
 
     Args:
         boxes: path of a CSV with boxes around structures.
@@ -383,7 +383,7 @@ def plan_sequences(plan: Plan, requested: Mapping[str, float], available: Availa
 
 
 def refuse_impossible(weights: Mapping[str, float], available: AvailableKinds) -> None:
-    """Refuse kinds of sequences that the training scans cannot give.
+    """Refuse kinds of sequences that the training scans do not allow.
 
     Raises:
         UsageError: a kind is not possible.

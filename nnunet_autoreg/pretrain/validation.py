@@ -30,19 +30,19 @@ PLAIN_FIGURE = FigureOfMerit("error", "squared error", "Lower is better.", {})
 
 @dataclass(frozen=True)
 class Health:
-    """What was measured on validation scans.
+    """The measurements on validation scans.
 
     Attributes:
-        errors: the objective's figure of merit as "error", and that of trivial predictions by
+        errors: the objective's figure of merit as "error", and that of each trivial prediction by
             name.
-        token_variance, effective_rank: as the functions of these names return them; None where
-            there are no features.
+        token_variance, effective_rank: results of the functions of these names; None without
+            features.
         probe: balanced accuracy of predicting labels from "features" and from raw "voxels", and of
             "chance"; None without labels.
         kinds: "error" by kind of sequences; empty if there is one kind.
-        parts: the means of the terms of the loss; empty where it is one term.
-        figure: what the error is, and its texts.
-        own: what the objective itself says about its health, name -> (value, unit).
+        parts: the means of the terms of the loss; empty if there is one term.
+        figure: the figure of merit that the error is, with its texts.
+        own: the objective's own health values, name -> (value, unit).
         own_signs: signs of collapse that the objective found in ``own``.
     """
 
@@ -81,7 +81,7 @@ class Health:
         return {**metrics, **self.own}
 
     def message(self) -> str:
-        """Return all of it in one line for the log."""
+        """Return one line for the log."""
         baselines = ", ".join(
             f"{name} {value:.4f}" for name, value in self.errors.items() if name != "error"
         )
@@ -175,9 +175,9 @@ def added(parts: Sequence[LossSums]) -> LossSums:
 
 
 class Validation:
-    """Measures the same things on the same data every time.
+    """Validate on the same data every time.
 
-    It changes no weight and draws nothing at random.
+    Weights are not changed, and nothing is drawn at random.
 
     Args:
         batches: validation batches on the CPU, by their kind of sequences; may be empty.
@@ -256,7 +256,7 @@ class Validation:
             return self.objective.describe(batch.to(self.device))
 
     def _features(self) -> tuple[Tensor, Tensor]:
-        """Return features of tokens that hold voxels, and their part that depends on the image.
+        """Return features of valid tokens, and their part that depends on the image.
 
         Both are (N, V).
         """
@@ -276,7 +276,7 @@ class Validation:
 def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:
     """Return the part of the features that depends on the image, not on the position, (N, V).
 
-    It is what is left after subtracting the mean of all tokens at the same position of the grid.
+    The mean of all tokens at the same position of the grid is subtracted.
     """
     num_positions = int(position_N.max()) + 1 if len(position_N) else 0
     sums = torch.zeros(
@@ -290,7 +290,7 @@ def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:
 def token_variance(content_NV: Tensor, features_NV: Tensor) -> float:
     """Return the share of the features' mean square that depends on the image, 0 to 1.
 
-    It is 0 where every image looks alike, and where all features are 0 or some are NaN.
+    It is 0 if features do not depend on the image, if all features are 0, or if some are NaN.
     """
     total = features_NV.double().square().sum()
     # NaN fails both comparisons.
@@ -300,7 +300,7 @@ def token_variance(content_NV: Tensor, features_NV: Tensor) -> float:
 
 
 def effective_rank(content_NV: Tensor) -> float:
-    """Return over how many directions the features spread.
+    """Return the effective number of directions over which the features spread.
 
     It is exp of the entropy of the singular values, taken as shares; 0 if all features are 0 or
     some are not finite.
@@ -323,10 +323,10 @@ def effective_rank(content_NV: Tensor) -> float:
 
 
 def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
-    """Return a message for everything that is wrong; none while all is well.
+    """Return a message for each problem of the features; none if there is none.
 
     Args:
-        warm: the warm-up is over, so that something should have been learnt.
+        warm: the warm-up is over; before, nothing need have been learnt.
     """
     warnings = [
         f"collapse: {message}; lower the rate, or start a new --name with another seed"
@@ -353,7 +353,7 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
 
 
 def compared(health: Health) -> tuple[list[str], list[str]]:
-    """Return the trivial predictions that the error is below, and those that it is not below."""
+    """Return the trivial predictions that are worse than the network, and the others."""
     beaten: list[str] = []
     not_beaten: list[str] = []
     for name, value in health.errors.items():
@@ -371,8 +371,8 @@ def verdict_of(
     """Return whether a finished run has learnt something, with the figures.
 
     A run has not learnt if its error is not below that of every trivial prediction. If it is, but a
-    classifier on the features is no better than one on raw voxels, the outcome is unknown. Where
-    the objective has no trivial prediction and ranks by the probe, only the probe decides.
+    classifier on the features is no better than one on raw voxels, the outcome is unknown. If the
+    objective has no trivial prediction and ranks by the probe, only the probe decides.
 
     Args:
         health: after the last step; None where the validation scans give no sequence.

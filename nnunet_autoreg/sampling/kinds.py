@@ -14,18 +14,18 @@ CONTRAST_WEIGHT = SEMANTIC_WEIGHT = 0.5
 
 @dataclass(frozen=True)
 class AvailableKinds:
-    """Which kinds of sequences a pool of scans allows.
+    """The kinds of sequences that a pool of scans allows.
 
     Attributes:
         num_inputs: datasets and folders given.
         num_cases: usable scans.
         contrasts: names of the commonest set of contrasts of one subject, in their fixed order; ()
             if no subject has two.
-        num_groups: subjects and sessions that have them.
-        num_other_groups: those with another set of at least two.
-        structures: name -> subjects in which its place is known (labels, boxes, classes), two or
-            more.
-        semantic_source: where places come from, e.g. "label maps"; "" if none is known.
+        num_groups: number of subjects and sessions that have these contrasts.
+        num_other_groups: number of those with another set of at least two contrasts.
+        structures: name -> number of subjects in which its position is known (labels, boxes,
+            classes), two or more.
+        semantic_source: source of the positions, e.g. "label maps"; "" without positions.
         num_subjects: different patients, as far as that is known.
     """
 
@@ -43,7 +43,7 @@ def plan_weights(available: AvailableKinds) -> tuple[dict[str, float], str]:
     """Return the weights of the kinds, and the reason.
 
     A single dataset is trained on spatial sequences, as measured. A pool of several adds contrast
-    sequences where subjects have several contrasts, and semantic ones where places are known.
+    sequences if subjects have several contrasts, and semantic ones if positions are known.
     Positions by similarity only are never used by default.
     """
     weights = {"spatial": 1.0}
