@@ -93,3 +93,13 @@ def test_optional_packages_can_be_installed_by_name():
     assert extras["tensorboard"] == ["tensorboard"]
     assert extras["wandb"] == ["wandb"]
     assert [re.split("[<>=]", name)[0] for name in extras["hf"]] == ["huggingface_hub"]
+
+
+def test_the_changelog_has_every_heading_once_and_stays_readable():
+    """A merge can bring back lines that were summed up before."""
+    _, _, unreleased = text_of("CHANGELOG.md").partition("## [Unreleased]\n")
+    unreleased = unreleased.partition("\n## [")[0]
+    headings = re.findall(r"^### .*$", unreleased, re.MULTILINE)
+
+    assert headings == ["### Added", "### Changed", "### Fixed"]
+    assert len(unreleased.splitlines()) <= 150
