@@ -187,7 +187,7 @@ TEMPORARY_FILES = ".*.*.tmp"
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which replaces it if the block ends well.
 
-    The file is flushed to disk before it is renamed.
+    The file is flushed to disk before it is renamed. An ``OSError`` of the block names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two machines that share the folder may have the same process number.
@@ -200,6 +200,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
+    except OSError as error:
+        # A full disk names no file, and the temporary name says nothing to the user.
+        if error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -30,6 +30,7 @@ from nnunet_autoreg.detection.scanfile import (
     read_scan_file,
     write_scan_file,
 )
+from nnunet_autoreg.downstream.model import finished_folds
 from nnunet_autoreg.errors import PlanError, UsageError, WeightsError
 
 Run = Callable[..., int]
@@ -212,6 +213,16 @@ def test_a_run_that_is_cut_off_leaves_no_files_of_the_run_before(
         "a_boxes.nii.gz",
         "a.mrk.json",
     }
+
+
+def test_folds_have_one_order(tmp_path: Path) -> None:
+    for fold in ("0", "2", "10"):
+        (tmp_path / f"fold_{fold}").mkdir()
+        (tmp_path / f"fold_{fold}" / "checkpoint_final.pth").touch()
+
+    asked = finished_folds(tmp_path, ["10", "0", "2", "0"], "checkpoint_final.pth")
+
+    assert asked == ("0", "2", "10")
 
 
 def test_folds_and_mirrorings_are_members_of_the_ensemble(run: Run, tmp_path: Path) -> None:

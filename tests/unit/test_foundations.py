@@ -1,5 +1,6 @@
 """Records, plans, geometry, randomness, schedule and planning rules."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -173,6 +174,19 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         raise InterruptedError
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_error_in_writing_names_the_file_that_is_wanted(tmp_path):
+    path, other = tmp_path / "a.json", str(tmp_path / "other")
+
+    named = []
+    for is_temporary in (None, True, False):
+        with pytest.raises(OSError) as caught, atomic_path(path) as temporary:
+            names = {None: (), True: (str(temporary),), False: (other,)}[is_temporary]
+            raise OSError(errno.ENOSPC, "No space left on device", *names)
+        named.append(caught.value.filename)
+
+    assert named == [str(path), str(path), other]
 
 
 def test_lines_are_appended_after_whole_ones_only(tmp_path):
