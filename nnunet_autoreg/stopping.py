@@ -43,6 +43,7 @@ WORKER_GRACE_S = 8.5
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = "what was done is kept: type the same line again to continue"
+START_OVER = "no part of the work is kept: type the same line again to start over"
 SECOND_PRESS_S = 0.3
 """A second Ctrl-C that comes later than this ends the process at once; one that comes earlier is
 the first one, delivered twice.
@@ -60,6 +61,7 @@ class _Stop:
         self.command = ""
         self.line_if_forced: Callable[[], str] | None = None
         self.line = ""
+        self.advice = AGAIN
         self.is_worker = False
         self.report_lock = threading.Lock()
         self.is_reported = False
@@ -72,6 +74,7 @@ class _Stop:
         self.is_active, self.number, self.num_noting = True, 0, 0
         self.command, self.line_if_forced, self.is_reported = command, None, False
         self.line, self.is_worker = "", False
+        self.advice = AGAIN
         ending.clear()
 
     def end(self) -> None:
@@ -99,6 +102,11 @@ def raise_if_stopped() -> None:
         raise InterruptedRunError(_line())
 
 
+def writes_at_the_end() -> None:
+    """Have the line after a stop say that this command keeps no part of its work."""
+    _stop.advice = START_OVER
+
+
 def _line() -> str:
     """Return one line: why the command ends, in which phase it was, and what to do."""
     if _stop.line:
@@ -106,7 +114,7 @@ def _line() -> str:
     phase = current_phase()
     doing = f" while {phase}" if phase is not None else ""
     cause = "interrupted" if _stop.number == signal.SIGINT else "stopped by SIGTERM"
-    return f"{cause}{doing}; {AGAIN}"
+    return f"{cause}{doing}; {_stop.advice}"
 
 
 @contextmanager

@@ -416,6 +416,25 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     return len(failed)
 
 
+def after_division(request: "BenchmarkRequest", dataset: str, exclude: Path) -> str:
+    """Return what to type after a dry run.
+
+    Args:
+        dataset: as the user typed it.
+        exclude: the file that names the cases that are scored.
+    """
+    following = "this command without --dry-run"
+    if request.weights:
+        return following
+    # A cross-validation leaves no labelled scan to pretrain on.
+    is_crossed = request.split == CROSS_VALIDATION
+    scans = "-i FOLDER" if is_crossed else f"-d {shell_quoted(dataset)}"
+    return (
+        f"autoreg_pretrain {scans} --name NAME --exclude {shell_quoted(str(exclude))}   and then "
+        f"{following} and with --weights NAME"
+    )
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
@@ -434,14 +453,7 @@ def main(argv: list[str] | None = None) -> int:
         describe(bench)
         announce(bench.request, args.jobs)
         if args.dry_run:
-            exclude = shell_quoted(str(bench.layout.exclude))
-            # A cross-validation leaves no labelled scan to pretrain on.
-            is_crossed = request.split == CROSS_VALIDATION
-            scans = "-i FOLDER" if is_crossed else f"-d {shell_quoted(args.dataset)}"
-            print_next(
-                f"autoreg_pretrain {scans} --name NAME --exclude {exclude}   and then this command "
-                "without --dry-run and with --weights NAME"
-            )
+            print_next(after_division(request, args.dataset, bench.layout.exclude))
             return 0
         num_failed = run(bench, args.jobs, args.measure)
 

@@ -16,6 +16,7 @@ from nnunet_autoreg.cli.common import (
 )
 from nnunet_autoreg.cli.options import add_device, add_split_4d, local_path
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
+from nnunet_autoreg.stopping import writes_at_the_end
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Write the features. Returns 1 if a scan could not be read, else 0."""
     request = EmbedRequest(**vars(parser().parse_args(argv)))
+    writes_at_the_end()
     prepare_torch()
     configure_logging()
     _check_output(request)

@@ -16,6 +16,7 @@ from nnunet_autoreg.cli.common import (
 from nnunet_autoreg.cli.options import add_seed, local_path, num_resamples
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.records import write_json
+from nnunet_autoreg.stopping import writes_at_the_end
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     """Score, write, and print the main figures. Returns 0."""
     request = ClassEvaluationRequest(**vars(parser().parse_args(argv)))
     configure_logging()
+    writes_at_the_end()
     prepare_torch()
     if request.output.is_dir():
         raise UsageError(

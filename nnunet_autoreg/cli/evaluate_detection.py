@@ -19,6 +19,7 @@ from nnunet_autoreg.cli.common import (
 from nnunet_autoreg.cli.options import Group, add_seed, local_path, num_resamples
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.records import write_json
+from nnunet_autoreg.stopping import writes_at_the_end
 
 if TYPE_CHECKING:
     from nnunet_autoreg.detection.evaluate import EvaluationSettings
@@ -216,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     """Score, write, and print the main figures. Returns 0."""
     request = EvaluationRequest(**vars(parser().parse_args(argv)))
     configure_logging()
+    writes_at_the_end()
     prepare_torch()
     from nnunet_autoreg.detection import evaluation_files as files
     from nnunet_autoreg.detection.evaluate import evaluate

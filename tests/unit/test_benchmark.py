@@ -47,7 +47,13 @@ from nnunet_autoreg.benchmark.run import (
 )
 from nnunet_autoreg.benchmark.split import divide, labelled
 from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
-from nnunet_autoreg.cli.benchmark import announce, announce_pretraining, parser, read_request
+from nnunet_autoreg.cli.benchmark import (
+    after_division,
+    announce,
+    announce_pretraining,
+    parser,
+    read_request,
+)
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.downstream.patients import subjects_by_name
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -472,6 +478,16 @@ def test_a_budget_tells_the_total_time_before_anything_runs(
     budget, steps = capsys.readouterr().out.splitlines()
     assert "80 trainings, 2 at a time" in budget and "13 h" in budget
     assert "8 trainings" in steps and "50 or 200 steps" in steps
+
+
+def test_a_dry_run_with_weights_does_not_advise_to_pretrain(tmp_path):
+    exclude = tmp_path / "exclude.txt"
+
+    without = after_division(request(weights=()), "4", exclude)
+    named = after_division(request(weights=("brain",)), "4", exclude)
+
+    assert f"autoreg_pretrain -d 4 --name NAME --exclude {exclude}" in without
+    assert "autoreg_pretrain" not in named
 
 
 def test_long_trainings_of_given_steps_have_their_pace_measured(bench: Bench) -> None:

@@ -22,11 +22,14 @@ from nnunet_autoreg.errors import InterruptedRunError, UsageError
 from nnunet_autoreg.machine import num_processes
 from nnunet_autoreg.phases import current_phase, phase, signs_of_life, visible_bars
 from nnunet_autoreg.stopping import (
+    AGAIN,
+    START_OVER,
     raise_if_stopped,
     stop_requested,
     stoppable,
     stops_noted,
     stops_raised,
+    writes_at_the_end,
 )
 from nnunet_autoreg.terminal import ProgressBar
 
@@ -148,6 +151,18 @@ def test_noted_stops_end_at_once_what_has_nothing_to_save() -> None:
         press()
         with pytest.raises(InterruptedRunError), stops_raised():
             pytest.fail("the signal was forgotten")
+
+
+def test_a_command_that_writes_at_its_end_does_not_promise_to_continue() -> None:
+    lines = []
+    for begin in (writes_at_the_end, lambda: None):
+        with pytest.raises(InterruptedRunError) as caught, stoppable("x"):
+            begin()
+            press()
+            time.sleep(5)
+        lines.append(str(caught.value))
+
+    assert lines == [f"stopped by SIGTERM; {advice}" for advice in (START_OVER, AGAIN)]
 
 
 def test_the_line_names_the_innermost_phase() -> None:
