@@ -53,17 +53,7 @@ def check(plan: Plan) -> Plan:
     kind_of(plan.objective.name).check(plan)
     _check_whole_network(plan)
     _check_kinds(plan)
-
-    s = plan.sequence
-    if not 0 < s.prefix_share < 1:
-        raise PlanError(
-            f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: some blocks are "
-            "given and some predicted",
-            code="plan-out-of-range",
-        )
-    if s.prefix == "uniform_from_0":
-        _check_start(plan)
-
+    _check_prefix(plan)
     _check_variety(plan)
     _check_finite(to_jsonable(plan), "")
     return plan
@@ -146,6 +136,19 @@ def _check_names(plan: Plan) -> None:
             "sequence.order=raster",
             code="plan-ill-posed",
         )
+
+
+def _check_prefix(plan: Plan) -> None:
+    """Refuse prefixes of all blocks or of none, unless a START token can stand for none."""
+    s = plan.sequence
+    if not 0 < s.prefix_share < 1:
+        raise PlanError(
+            f"sequence.prefix_share={s.prefix_share} must lie between 0 and 1: some blocks are "
+            "given and some predicted",
+            code="plan-out-of-range",
+        )
+    if s.prefix == "uniform_from_0":
+        _check_start(plan)
 
 
 def _check_start(plan: Plan) -> None:
@@ -391,24 +394,7 @@ def _check_kinds(plan: Plan) -> None:
             code="plan-no-kinds",
         )
     if "strided" in wanted:
-        # Crops must be cut into overlapping sub-volumes of whole blocks along z.
-        s = plan.sequence
-        side = plan.encoder.token_size_vox[0] * s.block_tokens[0]
-        if s.num_subvolumes < 1 or s.crop_size_vox[0] % (s.num_subvolumes * side):
-            raise PlanError(
-                f"sequence.crop_size_vox: {s.crop_size_vox[0]} on axis z cannot be cut into "
-                f"sequence.num_subvolumes={s.num_subvolumes} of "
-                f"whole blocks of {side}; use a multiple of {max(s.num_subvolumes, 1) * side}, or "
-                "another number",
-                code="plan-strided",
-            )
-        depth = s.crop_size_vox[0] // s.num_subvolumes
-        if not 1 <= s.stride_vox <= depth:
-            raise PlanError(
-                f"sequence.stride_vox={s.stride_vox} must lie between 1 and the sub-volume's depth "
-                f"of {depth} (no overlap)",
-                code="plan-strided",
-            )
+        _check_strided(plan)
     for kind, members in (("contrast", s.contrast_members), ("semantic", s.semantic_members)):
         if kind in wanted:
             _check_members(plan, kind, members)
@@ -419,6 +405,27 @@ def _check_kinds(plan: Plan) -> None:
             "ill-posed: nothing says which contrast follows; name exactly as many contrasts, or "
             "use sequence.predictor=query",
             code="plan-ill-posed",
+        )
+
+
+def _check_strided(plan: Plan) -> None:
+    """Refuse crops that cannot be cut into overlapping sub-volumes of whole blocks along z."""
+    s = plan.sequence
+    crop = s.crop_size_vox[0]
+    side = plan.encoder.token_size_vox[0] * s.block_tokens[0]
+    if s.num_subvolumes < 1 or crop % (s.num_subvolumes * side):
+        raise PlanError(
+            f"sequence.crop_size_vox: {crop} on axis z cannot be cut into "
+            f"sequence.num_subvolumes={s.num_subvolumes} of whole blocks of {side}; use a multiple "
+            f"of {max(s.num_subvolumes, 1) * side}, or another number",
+            code="plan-strided",
+        )
+    depth = crop // s.num_subvolumes
+    if not 1 <= s.stride_vox <= depth:
+        raise PlanError(
+            f"sequence.stride_vox={s.stride_vox} must lie between 1 and the sub-volume's depth of "
+            f"{depth} (no overlap)",
+            code="plan-strided",
         )
 
 

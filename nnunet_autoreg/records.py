@@ -58,17 +58,7 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         kinds = [arg for arg in args if arg is not type(None)]
         return _convert(kinds[0], data, where)
     if origin is tuple and isinstance(data, (list, tuple)):
-        has_any_length = len(args) == 2 and args[1] is ...
-        kind_of_each = [args[0]] * len(data) if has_any_length else list(args)
-        if len(kind_of_each) != len(data):
-            raise PlanError(
-                f"{where}: {shown(data)} has {len(data)} values, {len(kind_of_each)} are needed",
-                code="plan-wrong-length",
-            )
-        pairs = zip(kind_of_each, data, strict=True)
-        return tuple(
-            _convert(kind, value, f"{where}[{i}]") for i, (kind, value) in enumerate(pairs)
-        )
+        return _convert_tuple(args, data, where)
     if origin is dict and isinstance(data, dict):
         return {str(key): _convert(args[1], value, f"{where}.{key}") for key, value in data.items()}
     if kind is Any:
@@ -91,6 +81,22 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         f"{where}: {shown(data)} is not of type {name}; write {expected}",
         code="plan-wrong-type",
     )
+
+
+def _convert_tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    """Convert a list by the types of a tuple; ``...`` stands for any number of the first."""
+    has_any_length = len(args) == 2 and args[1] is ...
+    kinds = [args[0]] * len(data) if has_any_length else list(args)
+    if len(kinds) != len(data):
+        raise PlanError(
+            f"{where}: {shown(data)} has {len(data)} values, {len(kinds)} are needed",
+            code="plan-wrong-length",
+        )
+
+    values = []
+    for number, (kind, value) in enumerate(zip(kinds, data, strict=True)):
+        values.append(_convert(kind, value, f"{where}[{number}]"))
+    return tuple(values)
 
 
 # What a value of a type looks like in JSON.
@@ -139,16 +145,8 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
             f"{where}: expected an object with the keys of {kind.__name__}, found {shown(data)}",
             code="plan-wrong-type",
         )
-    hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
-
-    known = fields["version"].default if "version" in fields else None
-    found = data.get("version")
-    if isinstance(known, int) and isinstance(found, int) and found > known:
-        raise PlanError(
-            f"{where} is of format {found}, newer than {known}; update nnunet-autoreg",
-            code="plan-newer-format",
-        )
+    _refuse_newer(fields, data, where)
 
     for key in data:
         if key not in fields:
@@ -163,19 +161,36 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
         )
         if name not in data and not has_default:
             raise PlanError(f"{where}: the key '{name}' is missing", code="plan-missing-key")
-    return kind(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in data.items():
+        values[key] = _convert(hints[key], value, f"{where}.{key}")
+    return kind(**values)
+
+
+def _refuse_newer(
+    fields: dict[str, "dataclasses.Field[Any]"], data: dict[str, Any], where: str
+) -> None:
+    """Refuse a record whose version is newer than the one that the dataclass has by default."""
+    known = fields["version"].default if "version" in fields else None
+    found = data.get("version")
+    if isinstance(known, int) and isinstance(found, int) and found > known:
+        raise PlanError(
+            f"{where} is of format {found}, newer than {known}; update nnunet-autoreg",
+            code="plan-newer-format",
+        )
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
     """Return all leaves in which two JSON-able values differ, as ``key: a -> b`` lines."""
     a, b = to_jsonable(a), to_jsonable(b)
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = list(a) + [k for k in b if k not in a]
-        return [
-            d
-            for k in keys
-            for d in differences(a.get(k), b.get(k), f"{where}.{k}" if where else str(k))
-        ]
+        found = []
+        for key in [*a, *(key for key in b if key not in a)]:
+            full_key = f"{where}.{key}" if where else str(key)
+            found += differences(a.get(key), b.get(key), full_key)
+        return found
     return [] if a == b else [f"{where}: {a!r} -> {b!r}"]
 
 
@@ -196,9 +211,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
-        mask = os.umask(0o022)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
         # A full disk names no file, and the temporary name says nothing to the user.
@@ -207,6 +220,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the process's mask of new files, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

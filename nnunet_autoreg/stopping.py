@@ -299,7 +299,8 @@ class _Watchdog(threading.Thread):
 
     def _give_grace(self, number: int) -> None:
         """Wait for the end of the command; hurry it, then end it."""
-        session, began, is_nudged = _stop.session, time.monotonic(), False
+        session, began = _stop.session, time.monotonic()
+        is_nudged = False
         grace_s = WORKER_GRACE_S if _stop.is_worker else GRACE_S
         _stop.number = _stop.number or number
         ending.set()
@@ -307,22 +308,11 @@ class _Watchdog(threading.Thread):
         while _stop.session == session:
             elapsed = time.monotonic() - began
             if elapsed >= grace_s or (elapsed > SECOND_PRESS_S and self._second_press()):
-                # End this process and all below it, with its line.
-                try:
-                    report_stop(
-                        _stop.line_if_forced() if _stop.line_if_forced is not None else "",
-                        is_forced=True,
-                    )
-                    end_children()
-                finally:
-                    os._exit(InterruptedRunError.exit_code)
-            if (
-                elapsed >= NUDGE_S
-                and not is_nudged
-                and not _stop.num_noting
-                and not _stop.is_reported
-                and not _stop.line
-            ):
+                _end_now()
+
+            # Where signals are only noted, or the command is about to end, nothing is raised.
+            may_raise = not (_stop.num_noting or _stop.is_reported or _stop.line)
+            if elapsed >= NUDGE_S and may_raise and not is_nudged:
                 is_nudged = True
                 # As a signal, it also interrupts a system call that waits.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
@@ -331,6 +321,16 @@ class _Watchdog(threading.Thread):
     def _second_press(self) -> bool:
         """Return whether Ctrl-C was pressed again."""
         return signal.SIGINT in self.read()
+
+
+def _end_now() -> None:
+    """End this process and all below it, with its line."""
+    try:
+        line = "" if _stop.line_if_forced is None else _stop.line_if_forced()
+        report_stop(line, is_forced=True)
+        end_children()
+    finally:
+        os._exit(InterruptedRunError.exit_code)
 
 
 def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], object]:

@@ -188,21 +188,25 @@ class _Finder:
 
         is_part = folder.name in DATASET_FOLDERS and is_dataset(folder.parent)
         if folder.is_file():
-            dicom = DicomCollector(self.salt, self.split_4d, self.images)
-            labels: Counter[Path] = Counter()
-            if is_archive(folder.name):
-                self.add_archive(folder, folder.parent, dicom)
-            elif self._is_image(folder.name) or not (
-                may_be_dicom(folder.name) and dicom.add_file(folder, folder)
-            ):
-                # A file of unknown kind is listed as well, so that its row says why it is not used.
-                self.add_file(folder, folder.parent, labels)
-            self._add_dicom(folder.parent, dicom)
-            self._report_labels(folder.parent, labels)
+            self._add_given_file(folder)
         elif is_part and self._is_nnunets(folder.parent):
             self.add_dataset(folder.parent, only=folder.name)
         else:
             self.add_folder(folder)
+
+    def _add_given_file(self, path: Path) -> None:
+        dicom = DicomCollector(self.salt, self.split_4d, self.images)
+        labels: Counter[Path] = Counter()
+        root = path.parent
+        if is_archive(path.name):
+            self.add_archive(path, root, dicom)
+        elif self._is_image(path.name):
+            self.add_file(path, root, labels)
+        elif not (may_be_dicom(path.name) and dicom.add_file(path, path)):
+            # A file of unknown kind is listed as well, so that its row says why it is not used.
+            self.add_file(path, root, labels)
+        self._add_dicom(root, dicom)
+        self._report_labels(root, labels)
 
     def _is_nnunets(self, folder: Path) -> bool:
         """Return whether ``dataset.json`` is nnU-Net's.
@@ -339,17 +343,7 @@ class _Finder:
             for number, path in enumerate(described.listed[case].images):
                 name = f"{case}_{number:04d}"
                 if not path.exists():
-                    unset = unset_variables(path)
-                    reason = (
-                        "dataset.json lists it, but there is no such file; restore it, or correct "
-                        "the list"
-                    )
-                    if unset:
-                        reason = (
-                            f"dataset.json lists it below {unset[0]}, but this environment "
-                            "variable is not set; export it"
-                        )
-                    self.leave_out(path, folder.name, name, "unreadable", reason)
+                    self.leave_out(path, folder.name, name, "unreadable", _why_missing(path))
                     continue
 
                 facts = _of_dataset(folder, case, described.channel_name(number))
@@ -580,6 +574,17 @@ def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, in
     if len(numbers) != num_channels:
         return {number: number for number in numbers}
     return {number: position for position, number in enumerate(numbers)}
+
+
+def _why_missing(path: Path) -> str:
+    """Return why a file that a dataset.json lists is not there, and what to do."""
+    unset = unset_variables(path)
+    if unset:
+        return (
+            f"dataset.json lists it below {unset[0]}, but this environment variable is not set; "
+            "export it"
+        )
+    return "dataset.json lists it, but there is no such file; restore it, or correct the list"
 
 
 def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:

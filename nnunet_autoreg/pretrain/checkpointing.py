@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from nnunet_autoreg import checkpoint
 from nnunet_autoreg.corpus.rows import ScanRow
+from nnunet_autoreg.errors import AutoregError, CheckpointError
 from nnunet_autoreg.io.addresses import is_address
 from nnunet_autoreg.model.card import (
     CARD_NAME,
@@ -35,18 +37,22 @@ from nnunet_autoreg.model.card import (
     read_card,
     verify_weights,
 )
+from nnunet_autoreg.model.compilation import is_out_of_memory
 from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.objectives.base import Objective
+from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.distributed import (
     ALONE,
     World,
     deferred,
     full_tensors,
+    is_lost_peer,
     shard_like,
 )
-from nnunet_autoreg.pretrain.training_step import LossSpikeGuard
-from nnunet_autoreg.records import sha256_of
+from nnunet_autoreg.pretrain.request import public_plan
+from nnunet_autoreg.pretrain.training_step import LossSpikeGuard, StepStatistics
+from nnunet_autoreg.records import sha256_of, to_jsonable
 from nnunet_autoreg.sampling.pool import SamplingPool
 
 log = logging.getLogger(__name__)
@@ -326,6 +332,198 @@ def folder_identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+class Checkpoints:
+    """Saves the state of a run in checkpoints, and restores it from them.
+
+    All processes call the methods together. Only the main process reads and writes files.
+
+    Attributes:
+        progress: progress of the training.
+        statistics: statistics of all steps, as they were last logged.
+        saved_step: the step that the newest checkpoint was made after; 0 if there is none.
+        latest_is_scheduled: the newest checkpoint was due and good, so that a run may go back to
+            it, and the next one must not replace it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        guard: LossSpikeGuard,
+        world: World = ALONE,
+    ):
+        self.plan = plan
+        self.folder = folder
+        self.objective = objective
+        self.optimizer = optimizer
+        self.guard = guard
+        self.world = world
+
+        self.progress = Progress()
+        self.statistics = guard.statistics()
+        self.saved_step = 0
+        self.latest_is_scheduled = False
+        self.identity: tuple[int, int] | None = None
+        """Which folder on which disk ``folder`` was when training began."""
+
+    def resume(self, pool: SamplingPool) -> None:
+        """Continue from the newest checkpoint, or begin with what is measured on the pool.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another plan.
+        """
+        found = checkpoint.load_newest(self.folder) if self.world.is_main else None
+        newest = self.world.share(None if found is None else (found[0], shareable(found[1])))
+        if newest is None:
+            measure_pool(self.objective, pool, self.world)
+            return
+
+        path, content = newest
+        try:
+            self.progress = restore(content, self.objective, self.optimizer, self.guard, self.world)
+            self.statistics = StepStatistics(**content["told"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            # Tensors are sent and moved here: nothing may be wrong with the file.
+            if is_lost_peer(error) or is_out_of_memory(error):
+                raise
+            why = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{path} does not belong to this plan ({why}); move it away to start over",
+                code="checkpoint-other-plan",
+            ) from error
+
+        is_latest = path.name == checkpoint.LATEST_NAME
+        self.latest_is_scheduled = is_latest and bool(content["scheduled"])
+        self.saved_step = self.progress.step
+        log.info("continuing after step %d of %d", self.progress.step, self.plan.optim.num_steps)
+
+    def remember_folder(self) -> None:
+        """Note which folder the run's is, so that ``require_folder`` recognises it."""
+        self.identity = folder_identity(self.folder)
+
+    def require_folder(self) -> None:
+        """Make sure that the folder is there and the same as when training began.
+
+        A folder that was made since belongs to another run.
+
+        Raises:
+            AutoregError: it was removed or replaced.
+        """
+        if self.world.is_main and folder_identity(self.folder) != self.identity:
+            raise AutoregError(
+                f"{self.folder} was removed, renamed or replaced during training, so nothing can "
+                "be saved; training stops here. Put the folder back to continue from its last "
+                "checkpoint, or type the same line again to start over",
+                code="training-folder-gone",
+            )
+
+    def save_newest(self, needed: bool) -> None:
+        """Save the newest state, keeping the one before.
+
+        Args:
+            needed: also in the middle of a row of bad steps, or while the features are collapsed,
+                of which no regular checkpoint is made.
+        """
+        step = self.progress.step
+        is_regular = step % self.plan.run.checkpoint_every == 0
+        is_good = self.guard.statistics().in_row == 0 and self.progress.collapsed == 0
+        # A roll-back to a bad state would help nobody.
+        scheduled = is_regular and is_good
+        if not scheduled and not needed and step < self.plan.optim.num_steps:
+            return
+
+        # The previous checkpoint is replaced by a scheduled one only.
+        previous = self.folder / checkpoint.PREVIOUS_NAME
+        keeps = self.latest_is_scheduled or not previous.exists()
+        with phase("saving a checkpoint"):
+            self._save(checkpoint.LATEST_NAME, scheduled, previous if keeps else None)
+        self.latest_is_scheduled = scheduled
+        self.saved_step = step
+
+    def save_best(self) -> None:
+        """Save the state as the best so far."""
+        self._save(checkpoint.BEST_NAME, scheduled=False)
+
+    def _save(self, name: str, scheduled: bool, previous: Path | None = None) -> None:
+        """Gather the state of all processes, which the main process writes."""
+        state = snapshot(self.objective, self.optimizer, self.guard, self.progress, self.world)
+        if self.world.is_main:
+            self.require_folder()
+            content = {
+                **state,
+                # The name of this key is part of the format of checkpoints.
+                "told": to_jsonable(self.statistics),
+                "scheduled": scheduled,
+                "plan": to_jsonable(public_plan(self.plan)),
+            }
+            checkpoint.save_checkpoint(self.folder / name, content, previous)
+
+    def roll_back(self) -> None:
+        """Restore weights and optimizer of the last regular checkpoint, after a row of bad steps.
+
+        Step and data continue, so that other data follow. Only regular checkpoints are used,
+        because an interruption must not change where a run goes back to.
+
+        Raises:
+            AutoregError: there is no such checkpoint, or the run went back too often.
+        """
+        num_bad, most = self.statistics.in_row, self.plan.run.max_rollbacks
+        may_go_back = self.progress.rollbacks < most
+        lower_rate = f"--set optim.lr={self.plan.optim.lr / 3:.1e}"
+        advice = f"start a new --name with a lower rate, e.g. {lower_rate}"
+
+        # Only the main process reads the folder.
+        searches = self.world.is_main and may_go_back
+        found = checkpoint.newest_scheduled(self.folder) if searches else None
+        good = self.world.share(None if found is None else shareable(found))
+        if good is None:
+            why = "there is no checkpoint to roll back to"
+            if not may_go_back:
+                why = f"it was rolled back {most} times already"
+            raise AutoregError(
+                f"the last {num_bad} steps until step {self.progress.step} were all bad (infinite, "
+                f"NaN or far too large), and {why}; {advice}",
+                code="training-diverged",
+            )
+
+        restore_weights(good, self.objective, self.optimizer, self.world)
+        # The usual loss belongs to weights that are gone.
+        self.guard.reset()
+        self.statistics = self.guard.statistics()
+        self.progress.rollbacks += 1
+        log.warning(
+            "the last %d steps until step %d were all bad. Rolled back to the checkpoint of step "
+            "%s; training continues with other data (roll-back %d of at most %d). If this repeats, "
+            "%s",
+            num_bad,
+            self.progress.step,
+            good["step"],
+            self.progress.rollbacks,
+            most,
+            advice,
+        )
+
+    def line_if_forced(self) -> str:
+        """Return the line that ends the command where a stop does not wait for the step's end."""
+        step = self.progress.step
+        if self.saved_step == step > 0:
+            return (
+                f"stopped after step {step}; the state is saved: type the same line again to "
+                "continue"
+            )
+        kept = (
+            f"the checkpoint of step {self.saved_step} is kept"
+            if self.saved_step
+            else "there was no checkpoint yet"
+        )
+        return (
+            f"stopped in step {step + 1}, which takes too long to finish; {kept}: type the same "
+            "line again to continue from there"
+        )
 
 
 def export_encoder(

@@ -434,7 +434,7 @@ def run_main(
 
     trainer.after_checkpoint = report
     trainer.run()
-    trainer.require_folder()
+    trainer.checkpoints.require_folder()
     with phase("drawing the report"):
         report()
     return trainer

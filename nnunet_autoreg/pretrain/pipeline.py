@@ -330,10 +330,10 @@ def preprocess_and_train(
         setting = RunSetting(device, len(training), len(validation), scan_axes)
         trainer = run_main(job, world, launcher.launch.local_rank, setting)
         with phase("exporting the encoder"):
-            trainer.require_folder()
+            trainer.checkpoints.require_folder()
             licences = read_licences(folder)
             verdict = verdict_of(
-                trainer.health,
+                trainer.health_watch.health,
                 len(rows),
                 len(validation),
                 plan.data.min_scans,

@@ -7,22 +7,32 @@ Features are healthy if they depend on the image and spread over many directions
 Shape suffixes: N tokens, V width.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nnunet_autoreg.downstream.probe import MAX_TOKENS, LabelledCrop, Probe, evenly_spread
+from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.model.card import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
 from nnunet_autoreg.model.compilation import autocast
 from nnunet_autoreg.objective_kinds import FigureOfMerit
 from nnunet_autoreg.objectives.base import LossTerms, Objective, TokenFeatures
-from nnunet_autoreg.plan import RunPlan
-from nnunet_autoreg.pretrain.training_step import StepStatistics
+from nnunet_autoreg.phases import phase
+from nnunet_autoreg.plan import Plan, RunPlan
+from nnunet_autoreg.pretrain.checkpointing import Checkpoints
+from nnunet_autoreg.pretrain.distributed import gathered
+from nnunet_autoreg.pretrain.training_step import StepStatistics, TrainingStep
+from nnunet_autoreg.report.metrics import MetricsFile
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.wording import counted
+
+log = logging.getLogger(__name__)
 
 PLAIN_FIGURE = FigureOfMerit("error", "squared error", "Lower is better.", {})
 """Of measurements without an objective."""
@@ -271,6 +281,152 @@ class Validation:
         content_NV = content_part(features_NV, torch.cat(positions))
         chosen = evenly_spread(len(content_NV), MAX_TOKENS)
         return features_NV[chosen], content_NV[chosen]
+
+
+class HealthWatch:
+    """Validates a run while it trains; keeps its best state, and ends it where it has failed.
+
+    All processes call the methods together. The main process decides for all.
+
+    Args:
+        has_validation: there are validation scans. Processes that do not validate themselves have
+            no batches of them.
+        train_step: what trains the module that is validated.
+
+    Attributes:
+        health: the newest validation of this process; None in processes that do not validate.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        validation: Validation,
+        has_validation: bool,
+        train_step: TrainingStep,
+        checkpoints: Checkpoints,
+    ):
+        self.plan = plan
+        self.validation = validation
+        self.has_validation = has_validation
+        self.train_step = train_step
+        self.checkpoints = checkpoints
+        self.world = checkpoints.world
+        self.health: Health | None = None
+
+    def validate(self, step: int, metrics: MetricsFile) -> None:
+        """Validate after a step, and keep the state if it is the best so far.
+
+        Raises:
+            AutoregError: the features have been collapsed for several validations in a row.
+        """
+        if not self.has_validation:
+            return
+        is_best = False
+        with gathered(self.train_step.loss_of), phase("measuring the validation error"):
+            self.health = self.validation.measure()
+            if self.health is not None and self.world.is_main:
+                is_best = self._log(self.health, step, metrics)
+
+        progress = self.checkpoints.progress
+        progress.best_error = self.world.share(progress.best_error)
+        progress.collapsed = self.world.share(progress.collapsed)
+        if self.world.share(is_best):
+            self.checkpoints.save_best()
+
+        # More steps would only cost time: a collapsed network hardly ever recovers, and its encoder
+        # would be refused at the end. All processes end together. 0 switches this off.
+        if 0 < self.plan.run.max_collapsed <= progress.collapsed:
+            self._end_collapsed_run()
+
+    def _log(self, health: Health, step: int, metrics: MetricsFile) -> bool:
+        """Log a validation; return whether the state is the best so far, by its figure of merit."""
+        self.checkpoints.require_folder()
+        for name, (value, unit) in health.metrics().items():
+            metrics.log(step, name, value, unit)
+        log.info("step %d: %s", step + 1, health.message())
+
+        optim = self.plan.optim
+        # Before a tenth of the run, even good runs have often learnt nothing that can be measured.
+        is_warm = step >= max(2 * optim.warmup_steps, optim.num_steps / 10)
+        for warning in health_warnings(health, self.plan.run, is_warm):
+            log.warning("step %d: %s", step + 1, warning)
+            metrics.note(step, "health_warning", warning)
+
+        progress = self.checkpoints.progress
+        is_collapsed = is_warm and bool(collapse_messages(health, self.plan.run))
+        progress.collapsed = progress.collapsed + 1 if is_collapsed else 0
+
+        is_best = health.merit < progress.best_error and not is_collapsed
+        if is_best:
+            progress.best_error = health.merit
+        return is_best
+
+    def _end_collapsed_run(self) -> NoReturn:
+        """End a run whose features stay collapsed, in all processes.
+
+        Raises:
+            AutoregError: always.
+        """
+        signs = [] if self.health is None else collapse_messages(self.health, self.plan.run)
+        signs = self.world.share(signs)
+        progress, saved_step = self.checkpoints.progress, self.checkpoints.saved_step
+        kept = (
+            f"The checkpoint of step {saved_step}, before the collapse, is kept"
+            if saved_step
+            else "There was no checkpoint before the collapse"
+        )
+        raise AutoregError(
+            f"after step {progress.step} the features were collapsed in {progress.collapsed} "
+            "validations in a row, so training stops and no encoder is exported: "
+            f"{'; '.join(signs)}. {kept}. Start a new --name with a lower rate, e.g. --set "
+            f"optim.lr={self.plan.optim.lr / 3:.1e}, or with another --seed. If you accept such "
+            f"features, set run.max_collapsed to 0 in {self.checkpoints.folder / 'plan.json'}, and "
+            "type the same line again",
+            code="training-collapsed",
+        )
+
+    def refuse_failure(self) -> None:
+        """End a run that did all its steps, but whose encoder must not be used, in all processes.
+
+        Raises:
+            AutoregError: weights or validation error are not finite, the features are collapsed,
+                or no step was good.
+        """
+        # It is None if the run was continued after its last step.
+        if self.health is None and self.validation.batches:
+            with gathered(self.train_step.loss_of), phase("measuring the validation error"):
+                self.health = self.validation.measure()
+
+        objective = self.validation.objective
+        are_finite = is_finite(objective.module) and is_finite(objective.extra)
+        are_all_finite = not self.world.any(not are_finite)
+        statistics = self.train_step.guard.statistics()
+        num_steps = self.checkpoints.progress.step
+        messages = failure_messages(
+            self.health, self.plan.run, are_all_finite, statistics, num_steps
+        )
+        # Only the main process has validated, and what it found counts for all.
+        messages = self.world.share(messages)
+        if not messages:
+            return
+        raise AutoregError(
+            f"after {num_steps} steps the run has failed, and no encoder is exported: "
+            f"{'; '.join(messages)}. The last good checkpoint is kept. Start a new --name with a "
+            f"lower rate, e.g. --set optim.lr={self.plan.optim.lr / 3:.1e}, or with another "
+            "--seed. If you accept such features, lower run.min_token_variance or "
+            f"run.min_effective_rank in {self.checkpoints.folder / 'plan.json'}, and type the same "
+            "line again",
+            code="training-failed",
+        )
+
+
+def is_finite(module: torch.nn.Module) -> bool:
+    """Return whether all weights of this process are finite; of sharded weights, its own part."""
+    for tensor in module.state_dict().values():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            return False
+    return True
 
 
 def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:

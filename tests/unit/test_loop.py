@@ -323,7 +323,7 @@ def test_a_lost_process_while_loading_does_not_blame_the_checkpoint(tmp_path, mo
         raise error
 
     trainer(tmp_path, Linear()).run()
-    monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.restore", fails)
+    monkeypatch.setattr("nnunet_autoreg.pretrain.checkpointing.restore", fails)
     with pytest.raises(RuntimeError) as raised:
         trainer(tmp_path, Linear()).run()
     assert raised.value is error

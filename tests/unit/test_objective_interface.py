@@ -143,10 +143,8 @@ def test_extra_state_is_in_checkpoints_and_a_resumed_run_is_the_same(tmp_path: P
     for number in range(2):
         first.train_step(number, first.batches[number])
     first.progress.step = 2
-    first.identity = None
-    first.world = replace(first.world)
-    first.require_folder = lambda: None  # type: ignore[method-assign]
-    first._checkpoint(needed=True)
+    first.checkpoints.remember_folder()
+    first.checkpoints.save_newest(needed=True)
 
     resumed = Averaged()
     nn.init.constant_(resumed.extra.weight, 77.0)  # type: ignore[arg-type]
@@ -161,34 +159,30 @@ def test_extra_state_is_in_checkpoints_and_a_resumed_run_is_the_same(tmp_path: P
 def test_a_roll_back_restores_the_extra_state(tmp_path: Path) -> None:
     objective = Averaged()
     made = trainer(tmp_path, objective)
-    made.require_folder = lambda: None  # type: ignore[method-assign]
+    made.checkpoints.remember_folder()
     made.train_step(0, made.batches[0])
     made.progress.step = 2
-    made._checkpoint(needed=False)
+    made.checkpoints.save_newest(needed=False)
     saved = objective.extra.weight.clone()  # type: ignore[operator]
     nn.init.constant_(objective.extra.weight, 77.0)  # type: ignore[arg-type]
-    made.statistics = replace(made.statistics, in_row=10)
 
-    class Silent:
-        def log(self, *_: object) -> None: ...
-
-    made._roll_back(3, Silent())  # type: ignore[arg-type]
+    made.checkpoints.roll_back()
 
     assert torch.equal(objective.extra.weight, saved)  # type: ignore[arg-type]
 
 
 def test_checkpoints_without_extra_state_are_still_read(tmp_path: Path) -> None:
     made = trainer(tmp_path, Linear())
-    made.require_folder = lambda: None  # type: ignore[method-assign]
+    made.checkpoints.remember_folder()
     made.progress.step = 2
-    made._checkpoint(needed=False)
+    made.checkpoints.save_newest(needed=False)
     path = tmp_path / checkpoint.LATEST_NAME
     content = checkpoint.load_checkpoint(path)
     older = {key: value for key, value in content.items() if key not in ("extra", "collapsed")}
     checkpoint.save_checkpoint(path, older, None)
 
     resumed = trainer(tmp_path, Linear())
-    resumed._resume()
+    resumed.checkpoints.resume(resumed.batches.cases)
 
     assert (resumed.progress.step, resumed.progress.collapsed) == (2, 0)
 
