@@ -162,24 +162,13 @@ def dense_probe(
     _check_cases(labelled_pool, scored, num_classes)
     draws = labelled_sets(labelled_pool, settings)
 
-    def maps_of(case: ProbeCase) -> list[Tensor]:
-        shape = as_size(case.image.shape[-3:])
-        wanted = input_shape(shape) if input_shape is not None else shape
-        # Zeros at the far end of each axis fill the image up.
-        missing = [extent - own for extent, own in zip(wanted, shape, strict=True)]
-        widths = [(0, 0)] * (case.image.ndim - 3) + [(0, count) for count in missing]
-        filled = np.pad(case.image, widths)
-        with torch.no_grad():
-            maps = network_features(filled)
-        return [features.float() for features in maps]
-
     # Every labelled scan passes through the network once, regardless of the number of draws it is
     # in.
     needed = {case.name: case for cases in draws.values() for case in cases}
     samples: dict[str, VoxelSample] = {}
     sizes: list[int] = []
     for name, case in needed.items():
-        maps = maps_of(case)
+        maps = _maps_of(network_features, case, input_shape)
         sizes = [len(features) for features in maps]
         covered = _shape_covered(case, input_shape)
         samples[name] = sample_voxels(case, maps, covered, num_classes, settings)
@@ -200,7 +189,7 @@ def dense_probe(
     found: dict[tuple[str, int, int], dict[str, list[dict[int, float]]]]
     found = {key: {} for key in classifiers}
     for case in scored:
-        maps = maps_of(case)
+        maps = _maps_of(network_features, case, input_shape)
         covered = _shape_covered(case, input_shape)
         for key, classifier in classifiers.items():
             read = [maps[index] for index in sets[key[0]]]
@@ -215,6 +204,24 @@ def dense_probe(
         dice_of_patient = {name: mean_of_scans(scans) for name, scans in dice_of_scans.items()}
         results.append(ProbeResult(levels, num_labels, draw, names, dice_of_patient))
     return results
+
+
+def _maps_of(
+    network_features: NetworkFeatures,
+    case: ProbeCase,
+    input_shape: Callable[[Size], Size] | None,
+) -> list[Tensor]:
+    """Return the feature maps of an image, filled up to the shape that the network wants."""
+    shape = as_size(case.image.shape[-3:])
+    wanted = input_shape(shape) if input_shape is not None else shape
+    missing = [extent - own for extent, own in zip(wanted, shape, strict=True)]
+
+    # Zeros at the far end of each axis fill the image up.
+    widths = [(0, 0)] * (case.image.ndim - 3) + [(0, count) for count in missing]
+    filled = np.pad(case.image, widths)
+    with torch.no_grad():
+        maps = network_features(filled)
+    return [features.float() for features in maps]
 
 
 def labelled_sets(

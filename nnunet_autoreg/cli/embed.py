@@ -50,15 +50,23 @@ def parser() -> argparse.ArgumentParser:
         "per scan, the mean over all positions. Scans are preprocessed as in pretraining, and "
         "covered by tiles if they are larger than a crop of pretraining.",
     )
-    add = p.add_argument
-    add(
+    _add_files(p)
+    _add_feature_options(p)
+    _add_region_options(p)
+    add_device(p, "where to compute the features")
+    add_split_4d(p)
+    return p
+
+
+def _add_files(p: CommandParser) -> None:
+    p.add_argument(
         "-w",
         dest="weights",
         required=True,
         metavar="RUN_OR_FILE",
         help="a finished pretraining run, its folder, or its encoder.safetensors",
     )
-    add(
+    p.add_argument(
         "-i",
         dest="scans",
         required=True,
@@ -67,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         help="scans: files named as nnU-Net does (case_0000.nii.gz); or, for encoders of one "
         "channel, any folder, file or .zip archive with DICOM, NIfTI, NRRD or MetaImage scans",
     )
-    add(
+    p.add_argument(
         "-o",
         dest="output",
         required=True,
@@ -76,20 +84,23 @@ def parser() -> argparse.ArgumentParser:
         help="the file to write: .npz (arrays ids, features and spacing_mm) or .parquet (a row per "
         "scan; needs pyarrow). A .json file beside it names the encoder",
     )
-    add(
+
+
+def _add_feature_options(p: CommandParser) -> None:
+    p.add_argument(
         "--dense",
         action="store_true",
         help="also write the features of every position, as grid/NAME (features, z, y, x); .npz "
         "only (default: one vector per scan)",
     )
-    add(
+    p.add_argument(
         "--layer",
         type=int,
         default=-1,
         metavar="N",
         help="which feature map: 0 is the finest, -1 the deepest (default: %(default)s)",
     )
-    add(
+    p.add_argument(
         "--tile",
         type=int,
         nargs=3,
@@ -97,20 +108,23 @@ def parser() -> argparse.ArgumentParser:
         help="voxels of a tile at the spacing of pretraining, a multiple of the token size. Larger "
         "tiles see more context and are faster (default: the crop of pretraining)",
     )
-    add(
+
+
+def _add_region_options(p: CommandParser) -> None:
+    p.add_argument(
         "--region",
         choices=["scan", "label"],
         default="scan",
         help="region of the mean: the whole scan, or the bounding box of the structure in the "
         "scan's label map, such as a nodule (default: %(default)s)",
     )
-    add(
+    p.add_argument(
         "--labels",
         type=local_path,
         metavar="FOLDER",
         help="label maps for --region label, named like the scans (case.nii.gz)",
     )
-    add(
+    p.add_argument(
         "--margin",
         type=float,
         default=0.0,
@@ -118,9 +132,6 @@ def parser() -> argparse.ArgumentParser:
         help="enlarge the box of --region label by this many mm on every side (default: "
         "%(default)s)",
     )
-    add_device(p, "where to compute the features")
-    add_split_4d(p)
-    return p
 
 
 @command

@@ -24,7 +24,7 @@ from nnunet_autoreg.stopping import writes_at_the_end
 if TYPE_CHECKING:
     from nnunet_autoreg.detection.evaluate import EvaluationSettings
     from nnunet_autoreg.detection.evaluation_files import Background
-    from nnunet_autoreg.detection.folders import Folders
+    from nnunet_autoreg.detection.folders import Folders, Truth
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,12 @@ def _add_input_options(group: Group) -> None:
 
 
 def _add_score_options(group: Group) -> None:
+    _add_matching_options(group)
+    _add_summary_options(group)
+    add_seed(group, " of the resamples")
+
+
+def _add_matching_options(group: Group) -> None:
     group.add_argument(
         "--iou",
         dest="ious",
@@ -182,6 +188,9 @@ def _add_score_options(group: Group) -> None:
         help="use at most N detections per scan and class, those with the highest scores (default: "
         "%(default)s)",
     )
+
+
+def _add_summary_options(group: Group) -> None:
     group.add_argument(
         "--fp-per-scan",
         metavar="N",
@@ -209,7 +218,6 @@ def _add_score_options(group: Group) -> None:
         help="resamples of the scans for 95 %% intervals; 0 for no intervals (default: "
         "%(default)s)",
     )
-    add_seed(group, " of the resamples")
 
 
 @command
@@ -219,9 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     configure_logging()
     writes_at_the_end()
     prepare_torch()
-    from nnunet_autoreg.detection import evaluation_files as files
     from nnunet_autoreg.detection.evaluate import evaluate
-    from nnunet_autoreg.detection.folders import gather, read_classes, read_found
+    from nnunet_autoreg.detection.evaluation_files import write_rows
     from nnunet_autoreg.downstream.scans import facts_of
 
     settings = _settings(request)
@@ -237,24 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             code="evaluation-no-images",
         )
 
-    found, known = read_found(request.predictions)
-    truth = read_classes(
-        request.truth,
-        request.dataset_json,
-        known,
-        request.classes,
-        request.min_voxels,
-        request.connectivity,
-    )
-
-    # Only this rule counts voxels, and reading them takes long.
-    masks = request.predictions if settings.hit.kind == "mask" else None
-    folders = gather(truth, found, request.all_scans, masks)
-    if request.box_convention == "nndet":
-        # The table and the pictures show the longer boxes too.
-        longer = [scan.a_voxel_longer() for scan in folders.scans]
-        folders = replace(folders, scans=tuple(longer))
-
+    truth, folders = _read(request, settings)
     results = evaluate(folders.scans, truth.classes, settings)
     results["scans"]["without_detections"] = list(folders.undetected)
     results["scans"]["without_truth"] = list(folders.unknown)
@@ -279,28 +269,69 @@ def main(argv: list[str] | None = None) -> int:
     json_file = _beside(request.output, ".json")
     csv_file = _beside(request.output, ".csv")
     write_json(json_file, results)
-    files.write_rows(csv_file, folders.scans, truth.classes, settings)
+    write_rows(csv_file, folders.scans, truth.classes, settings)
     for line in _table(results):
         print(line)
 
-    written = [json_file, csv_file, _beside(request.output, "_froc.png")]
-    files.draw_froc(written[-1], results)
+    pictures = _draw(request, settings, results, truth, folders)
+    log.info("wrote %s", ", ".join(str(path) for path in (json_file, csv_file, *pictures)))
+    print_next(f"look at {pictures[-1]}")
+    return 0
+
+
+def _read(request: EvaluationRequest, settings: "EvaluationSettings") -> "tuple[Truth, Folders]":
+    """Return what is scored, and the scans with their true and found objects.
+
+    Raises:
+        UsageError, PlanError: a folder or file of the two cannot be used.
+    """
+    from nnunet_autoreg.detection.folders import gather, read_classes, read_found
+
+    found, known = read_found(request.predictions)
+    truth = read_classes(
+        request.truth,
+        request.dataset_json,
+        known,
+        request.classes,
+        request.min_voxels,
+        request.connectivity,
+    )
+
+    # Only this rule counts voxels, and reading them takes long.
+    masks = request.predictions if settings.hit.kind == "mask" else None
+    folders = gather(truth, found, request.all_scans, masks)
+    if request.box_convention == "nndet":
+        # The table and the pictures show the longer boxes too.
+        longer = [scan.a_voxel_longer() for scan in folders.scans]
+        folders = replace(folders, scans=tuple(longer))
+    return truth, folders
+
+
+def _draw(
+    request: EvaluationRequest,
+    settings: "EvaluationSettings",
+    results: dict[str, Any],
+    truth: "Truth",
+    folders: "Folders",
+) -> list[Path]:
+    """Draw the FROC curve, and some scans where there is anything to draw on; return the files."""
+    from nnunet_autoreg.detection.evaluation_files import draw_froc, draw_scans, thresholds
+
+    curve = _beside(request.output, "_froc.png")
+    draw_froc(curve, results)
+
     backgrounds = _backgrounds(request, folders)
-    if backgrounds:
-        written.append(_beside(request.output, "_scans.png"))
-        least_scores = files.thresholds(results, truth.classes)
-        files.draw_scans(
-            written[-1], folders.scans, backgrounds, truth.classes, settings, least_scores
-        )
-    else:
+    if not backgrounds:
         log.warning(
             "no picture of scans, because there is neither an image nor a label map to draw on; "
             "give --images FOLDER"
         )
+        return [curve]
 
-    log.info("wrote %s", ", ".join(str(path) for path in written))
-    print_next(f"look at {written[-1]}")
-    return 0
+    picture = _beside(request.output, "_scans.png")
+    least_scores = thresholds(results, truth.classes)
+    draw_scans(picture, folders.scans, backgrounds, truth.classes, settings, least_scores)
+    return [curve, picture]
 
 
 def _settings(request: EvaluationRequest) -> "EvaluationSettings":

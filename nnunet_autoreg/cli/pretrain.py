@@ -136,6 +136,22 @@ def _add_input_options(group: Group) -> None:
 
 
 def _add_training_options(group: Group) -> None:
+    _add_encoder_options(group)
+    _add_length_options(group)
+    _add_sequence_options(group)
+    add_seed(group)
+    group.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values of the plan, e.g. optim.lr=3e-4 (default: none)",
+    )
+
+
+def _add_encoder_options(group: Group) -> None:
     group.add_argument(
         "--encoder",
         default="auto",
@@ -153,6 +169,9 @@ def _add_training_options(group: Group) -> None:
         "nnU-Net model, or a repository on Hugging Face. Their encoder is used "
         "unless --encoder names one (default: random weights)",
     )
+
+
+def _add_length_options(group: Group) -> None:
     group.add_argument(
         "--steps",
         dest="num_steps",
@@ -182,6 +201,9 @@ def _add_training_options(group: Group) -> None:
         metavar="N",
         help="crops per optimiser step (default: 32 on a GPU, else 8)",
     )
+
+
+def _add_sequence_options(group: Group) -> None:
     group.add_argument(
         "--spacing",
         default="median",
@@ -211,16 +233,6 @@ def _add_training_options(group: Group) -> None:
         default="",
         choices=list(presets()),
         help=f"{_list_of(preset for _, preset in presets().values())} (default: our own settings)",
-    )
-    add_seed(group)
-    group.add_argument(
-        "--set",
-        dest="settings",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override values of the plan, e.g. optim.lr=3e-4 (default: none)",
     )
 
 

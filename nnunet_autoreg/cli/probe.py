@@ -30,6 +30,7 @@ from nnunet_autoreg.geometry import size_text
 if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.probe_networks import Encoder
     from nnunet_autoreg.geometry import Spacing
+    from nnunet_autoreg.plan import IntensityWindow
 
 RANDOM_WORD = "random"
 FOLDER = "autoreg_probe"
@@ -132,7 +133,6 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.benchmark.public_ids import assign_ids
     from nnunet_autoreg.benchmark.split import divide, find_patients
     from nnunet_autoreg.geometry import as_spacing
-    from nnunet_autoreg.model.card import read_card
     from nnunet_autoreg.nnunet_api import dataset_folder
     from nnunet_autoreg.records import write_text
 
@@ -158,10 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     encoders = find_encoders(args, spacing_mm)
     refuse_leaks(encoders, dataset.name, patients.patient_of, scored_names, images, root)
 
-    # Raw voxels are clipped to the Hounsfield window of the first encoder that has one.
-    windows = [read_card(encoder.file.parent).ct_window for encoder in encoders if encoder.file]
-    ct_window = next((window for window in windows if window is not None), None)
-
+    ct_window = _first_ct_window(encoders)
     settings = ProbeSettings(tuple(sorted(set(args.labels))), args.draws, seed=args.seed)
     device = torch.device(chosen_device(args.device))
     loading = (images, patients.patient_of, labels, spacing_mm, ct_window)
@@ -181,6 +178,18 @@ def main(argv: list[str] | None = None) -> int:
         "agrees"
     )
     return 0
+
+
+def _first_ct_window(encoders: "list[Encoder]") -> "IntensityWindow | None":
+    """Return the Hounsfield window of the first encoder that has one, for raw voxels."""
+    from nnunet_autoreg.model.card import read_card
+
+    for encoder in encoders:
+        if encoder.file:
+            window = read_card(encoder.file.parent).ct_window
+            if window is not None:
+                return window
+    return None
 
 
 def find_encoders(args: argparse.Namespace, spacing_mm: "Spacing") -> "list[Encoder]":

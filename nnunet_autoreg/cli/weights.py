@@ -59,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
     _add_action(
         actions, "list", "list the finished and imported encoders that AutoregPlanner can use"
     )
+    _add_inspect(actions)
+    _add_import(actions)
+    _add_export(actions)
+    return p
+
+
+def _add_inspect(actions: Any) -> None:
     inspecting = _add_action(
         actions, "inspect", "show what a weights file is, what it needs, its licence and its hash"
     )
@@ -68,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
         help="a weights file, a folder that holds one, a repository on Hugging Face, or the name "
         "of a run",
     )
+    _add_statements(inspecting)
 
+
+def _add_import(actions: Any) -> None:
     importing = _add_action(
         actions,
         "import",
@@ -88,9 +98,10 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="name of the new run, which is written to $nnUNet_results/autoreg_pretraining/NAME",
     )
-    for sub in (inspecting, importing):
-        _add_statements(sub)
+    _add_statements(importing)
 
+
+def _add_export(actions: Any) -> None:
     exporting = _add_action(
         actions,
         "export",
@@ -123,7 +134,6 @@ def parser() -> argparse.ArgumentParser:
         help="order of a transformer's tokens in nnssl's format. nnunet: (w, h, d), for nnU-Net; "
         "nnssl: (h, w, d), for readers that flatten tokens as nnssl does (default: %(default)s)",
     )
-    return p
 
 
 def _add_action(actions: Any, name: str, what: str) -> argparse.ArgumentParser:

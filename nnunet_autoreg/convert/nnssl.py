@@ -36,11 +36,13 @@ from nnunet_autoreg.model.sizes import ENCODERS, PRIMUS_WIDTHS
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import from_jsonable, sha256_of
 
-PRIMUS_PRESETS = {
+PrimusSizes = tuple[int, int, int]
+"""Width, depth and number of heads of a Primus."""
+
+PRIMUS_PRESETS: dict[str, PrimusSizes] = {
     **{f"Primus{size.upper()}": PRIMUS_WIDTHS[size] for size in ("s", "b", "m", "l")},
     "PrimusX": (1056, 40, 16),
 }
-"""Preset -> width, depth, number of heads."""
 CNN_PRESETS = ("ResEncL", "NoSkipResEncL")
 KEYS: dict[str, tuple[str, str]] = {
     RESENC: ("encoder.stages.", "encoder.stem."),
@@ -69,12 +71,8 @@ def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
     plan = source.adaptation_plan
     citations = source.rest.get("citations")
 
-    # A file of our own export carries its whole card.
     own = source.rest.get(OWN_KEY)
-    own_card = None
-    if isinstance(own, Mapping) and "card" in own:
-        content = dict(own["card"]) if isinstance(own["card"], Mapping) else own["card"]
-        own_card = from_jsonable(EncoderCard, content, f"{source.file}: {OWN_KEY}.card")
+    own_card = _own_card(source)
 
     num_channels = plan.get("pretrain_num_input_channels") or 1
     if not isinstance(num_channels, int) or num_channels < 1:
@@ -114,19 +112,31 @@ def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
     )
     if own_card is None:
         return _with_stated_data(imported, source, options)
+    return _with_data_of_card(imported, own_card, options)
 
-    # The card states the data; what the user states comes first.
-    licences = own_card.licences
+
+def _own_card(source: WeightsFile) -> EncoderCard | None:
+    """Return the card that a file of our own export carries, None in files of others."""
+    own = source.rest.get(OWN_KEY)
+    if not isinstance(own, Mapping) or "card" not in own:
+        return None
+    content = dict(own["card"]) if isinstance(own["card"], Mapping) else own["card"]
+    return from_jsonable(EncoderCard, content, f"{source.file}: {OWN_KEY}.card")
+
+
+def _with_data_of_card(imported: Imported, card: EncoderCard, options: ImportOptions) -> Imported:
+    """Add what a card of ours states about the data; what the user states comes first."""
+    licences = card.licences
     if options.licence:
         licences = dict.fromkeys(licences, f"{options.licence} (stated by the user)")
     return replace(
         imported,
-        spacing_mm=options.spacing_mm or own_card.spacing_mm,
-        modalities=options.modalities or own_card.modalities,
+        spacing_mm=options.spacing_mm or card.spacing_mm,
+        modalities=options.modalities or card.modalities,
         licences=licences,
-        normalization=own_card.normalization,
-        objective=own_card.objective,
-        card=own_card,
+        normalization=card.normalization,
+        objective=card.objective,
+        card=card,
     )
 
 
@@ -377,34 +387,9 @@ def _primus_arguments(
 
     width = int(tensors["eva.norm.weight"].shape[0])
     depth = max(numbers) + 1
-
-    # The number of heads does not follow from the shape of any tensor.
     preset = PRIMUS_PRESETS.get(name.replace("V2", "").replace("V3", ""))
-    heads = options.num_heads or stated.get("eva_numheads") or (preset[2] if preset else None)
-    if not isinstance(heads, int) or heads < 1:
-        raise WeightsError(
-            "the adaptation plan does not state the number of attention heads; add --heads N",
-            code="weights-heads",
-        )
-
-    # Arguments come before the preset of that name.
-    planned_width, planned_depth = None, None
-    if stated:
-        planned_width, planned_depth = stated.get("embed_dim"), stated.get("eva_depth")
-    elif preset:
-        planned_width, planned_depth, _ = preset
-
-    for what, planned, found in (
-        ("width", planned_width, width),
-        ("depth", planned_depth, depth),
-    ):
-        if planned is not None and planned != found:
-            raise WeightsError(
-                f"the adaptation plan describes a {name} of {what} {planned}, but the weights have "
-                f"{what} {found}",
-                code="weights-mismatch",
-            )
-
+    heads = _primus_heads(stated, preset, options)
+    _check_planned_sizes(name, width, depth, stated, preset)
     # Each of the three axes takes pairs of channels of every head.
     if width % (6 * heads):
         raise WeightsError(
@@ -437,6 +422,46 @@ def _primus_arguments(
         if stated.get(key) is not None:
             arguments[key] = listed(stated[key])
     return arguments
+
+
+def _primus_heads(
+    stated: Mapping[str, Any], preset: PrimusSizes | None, options: ImportOptions
+) -> int:
+    """Return the number of attention heads, which does not follow from the shape of any tensor.
+
+    Raises:
+        WeightsError: nobody states it.
+    """
+    heads = options.num_heads or stated.get("eva_numheads") or (preset[2] if preset else None)
+    if not isinstance(heads, int) or heads < 1:
+        raise WeightsError(
+            "the adaptation plan does not state the number of attention heads; add --heads N",
+            code="weights-heads",
+        )
+    return heads
+
+
+def _check_planned_sizes(
+    name: str, width: int, depth: int, stated: Mapping[str, Any], preset: PrimusSizes | None
+) -> None:
+    """Refuse weights of another width or depth than the adaptation plan describes."""
+    planned_width, planned_depth = None, None
+    # Arguments come before the preset of that name.
+    if stated:
+        planned_width, planned_depth = stated.get("embed_dim"), stated.get("eva_depth")
+    elif preset:
+        planned_width, planned_depth, _ = preset
+
+    for what, planned, found in (
+        ("width", planned_width, width),
+        ("depth", planned_depth, depth),
+    ):
+        if planned is not None and planned != found:
+            raise WeightsError(
+                f"the adaptation plan describes a {name} of {what} {planned}, but the weights have "
+                f"{what} {found}",
+                code="weights-mismatch",
+            )
 
 
 def _layer_scale(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> float | None:

@@ -190,13 +190,11 @@ def cluster(
         overlap = overlap[is_member]
         overlap = torch.where(members == first, torch.ones_like(overlap), overlap)
         weight = weights[members] * overlap
-        votes = weight * scores[members]
         missing = (expected[members].mean() - len(members)).clamp(min=0)
+        box, score = _weighted_mean(boxes[members], scores[members], weight, missing)
 
-        # Boxes with a score of 0 have no votes, and still need a mean.
-        share = votes if votes.sum() > 0 else weight
-        merged_boxes.append((boxes[members] * share[:, None]).sum(0) / share.sum())
-        merged_scores.append(votes.sum() / (weight.sum() + missing * weight.mean()))
+        merged_boxes.append(box)
+        merged_scores.append(score)
         merged_labels.append(labels_N[first])
         num_votes.append(len(members))
         # Every box belongs to one cluster.
@@ -213,6 +211,18 @@ def cluster(
         torch.stack(merged_labels)[order],
         votes_M[order],
     )
+
+
+def _weighted_mean(
+    boxes_N6: Tensor, scores_N: Tensor, weights_N: Tensor, missing: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the box (6,) and the score of a cluster; missing votes count as 0."""
+    votes_N = weights_N * scores_N
+    # Boxes with a score of 0 have no votes, and still need a mean.
+    share_N = votes_N if votes_N.sum() > 0 else weights_N
+    box_6 = (boxes_N6 * share_N[:, None]).sum(0) / share_N.sum()
+    score = votes_N.sum() / (weights_N.sum() + missing * weights_N.mean())
+    return box_6, score
 
 
 def encode(boxes_N6: Tensor, anchors_N6: Tensor) -> Tensor:

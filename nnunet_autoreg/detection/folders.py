@@ -201,24 +201,7 @@ def read_classes(
             code="truth-no-folder",
         )
 
-    if dataset_file is None:
-        for candidate in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
-            if candidate.is_file():
-                dataset_file = candidate
-                break
-
-    # Folders that have only boxes have no dataset.json.
-    dataset: dict[str, Any] = {"labels": {"background": 0, **found}}
-    if dataset_file is not None:
-        dataset = read_object(dataset_file, ("labels",), MEND_YOURS)
-    where = str(dataset_file) if dataset_file else "the detections"
-    if dataset_file is None:
-        log.info("classes from the detections")
-    else:
-        # The folder's name may be a person's name.
-        folder_line = f" in {dataset_file.parent}"
-        log.info("classes from %s", dataset_file.name, extra=terminal_only(folder_line))
-
+    dataset, where = _describing_dataset(folder, dataset_file, found)
     rules = read_rules(dataset, where)
     rules = replace(
         rules,
@@ -243,6 +226,29 @@ def read_classes(
     for kind in chosen:
         others -= set(kind.values)
     return Truth(folder, chosen, rules, ignored, tuple(sorted(others)))
+
+
+def _describing_dataset(
+    folder: Path, dataset_file: Path | None, found: Mapping[str, int]
+) -> tuple[dict[str, Any], str]:
+    """Return the content of the dataset.json that describes the truth, and where it is from.
+
+    Folders that have only boxes have none; the detector's classes are then used.
+    """
+    if dataset_file is None:
+        for candidate in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
+            if candidate.is_file():
+                dataset_file = candidate
+                break
+    if dataset_file is None:
+        log.info("classes from the detections")
+        return {"labels": {"background": 0, **found}}, "the detections"
+
+    dataset = read_object(dataset_file, ("labels",), MEND_YOURS)
+    # The folder's name may be a person's name.
+    folder_line = f" in {dataset_file.parent}"
+    log.info("classes from %s", dataset_file.name, extra=terminal_only(folder_line))
+    return dataset, str(dataset_file)
 
 
 def _compare_classes(every: Sequence[ObjectClass], found: Mapping[str, int], where: str) -> None:

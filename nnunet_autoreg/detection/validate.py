@@ -316,29 +316,11 @@ def score_thresholds(
             )
         summary = read_json(file)
         try:
-            validated_with = summary["model"].get("mirrorings", num_mirrorings)
-            if validated_with != num_mirrorings:
-                log.warning(
-                    "--fppi: fold %s was validated with %d mirrorings, this prediction uses %d, "
-                    "so its scores differ somewhat; choose with --tta and --no-tta",
-                    fold,
-                    validated_with,
-                    num_mirrorings,
-                )
+            _warn_about_mirrorings(fold, summary, num_mirrorings)
             # A fold weighs as much as it has scans.
             num_scans = int(summary["scans"]["number"])
-            for name in classes:
-                curve = _curve(summary, name)
-                if curve is None:
-                    log.warning(
-                        "--fppi: %s counts false boxes of %s without their scores, because an "
-                        "earlier version wrote it; it is left out for this class. Validate again "
-                        "with --val",
-                        file,
-                        name,
-                    )
-                else:
-                    curves[name].append((curve, num_scans))
+            for name, curve in _curves_of_classes(file, summary, classes).items():
+                curves[name].append((curve, num_scans))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"--fppi: {file} is not the summary of a validation ({error!r}); write it again "
@@ -358,6 +340,38 @@ def score_thresholds(
             )
             thresholds[name] = 0.0
     return thresholds
+
+
+def _warn_about_mirrorings(fold: str, summary: dict[str, Any], num_mirrorings: int) -> None:
+    """Warn if a fold was validated with another number of mirrorings than will be used."""
+    validated_with = summary["model"].get("mirrorings", num_mirrorings)
+    if validated_with != num_mirrorings:
+        log.warning(
+            "--fppi: fold %s was validated with %d mirrorings, this prediction uses %d, so its "
+            "scores differ somewhat; choose with --tta and --no-tta",
+            fold,
+            validated_with,
+            num_mirrorings,
+        )
+
+
+def _curves_of_classes(
+    file: Path, summary: dict[str, Any], classes: Sequence[str]
+) -> dict[str, Froc]:
+    """Return the curves of a summary by class, and warn about classes without a usable one."""
+    curves = {}
+    for name in classes:
+        curve = _curve(summary, name)
+        if curve is not None:
+            curves[name] = curve
+            continue
+        log.warning(
+            "--fppi: %s counts false boxes of %s without their scores, because an earlier version "
+            "wrote it; it is left out for this class. Validate again with --val",
+            file,
+            name,
+        )
+    return curves
 
 
 def _curve(summary: dict[str, Any], name: str) -> Froc | None:

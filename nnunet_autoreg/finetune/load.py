@@ -4,7 +4,7 @@ Everything is checked and adapted on the CPU first, then copied, then described 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -152,16 +152,7 @@ def load_encoder(
         )
 
     # Bring every tensor into the network's shape.
-    ready: dict[str, Tensor] = {}
-    entries = []
-    for key, tensor in live.items():
-        status, note = RANDOM, ""
-        # Whatever the file does not hold keeps its random values.
-        if key in sorted_file.encoder:
-            ready[key], note = _fit((key, sorted_file.encoder[key], tensor), network, card, target)
-            status = ADAPTED if note else LOADED
-        entries.append(TensorEntry(key, tensor.numel(), status, note))
-
+    ready, entries = _fit_encoder(network, live, sorted_file.encoder, card, target)
     decoder: tuple[TensorEntry, ...] = ()
     unused = sorted_file.unused
     if use_decoder:
@@ -178,15 +169,7 @@ def load_encoder(
         unused=unused,
         licences=card.licence_line,
     )
-    if table.encoder_share < expected_share:
-        missing = [entry.key for entry in table.entries if entry.status == RANDOM]
-        raise WeightsError(
-            f"{file} holds {100 * table.encoder_share:.1f} % of the encoder's parameters, but "
-            f"{100 * expected_share:.0f} % are expected (missing: {some(missing)}); plan again "
-            "with weights of this encoder, or lower expected_encoder_share in the recipe of the "
-            "plans file",
-            code="weights-share",
-        )
+    _require_share(table, expected_share, file)
 
     # Nothing was written so far, so that an error leaves the network as it was.
     state = network.state_dict(keep_vars=True)
@@ -194,6 +177,46 @@ def load_encoder(
         for key, value in ready.items():
             state[key].copy_(value)
     return table
+
+
+def _fit_encoder(
+    network: nn.Module,
+    live: Mapping[str, Tensor],
+    in_file: Mapping[str, Tensor],
+    card: EncoderCard,
+    target: Target,
+) -> tuple[dict[str, Tensor], list[TensorEntry]]:
+    """Return the file's tensors in the shapes of the network, and what became of each tensor.
+
+    Whatever the file does not hold keeps its random values.
+
+    Args:
+        live: the tensors of the network's encoder.
+        in_file: those of the file.
+    """
+    ready: dict[str, Tensor] = {}
+    entries = []
+    for key, tensor in live.items():
+        status, note = RANDOM, ""
+        if key in in_file:
+            ready[key], note = _fit((key, in_file[key], tensor), network, card, target)
+            status = ADAPTED if note else LOADED
+        entries.append(TensorEntry(key, tensor.numel(), status, note))
+    return ready, entries
+
+
+def _require_share(table: WeightTable, expected_share: float, file: Path) -> None:
+    """Refuse a file that holds less of the encoder than is expected."""
+    if table.encoder_share >= expected_share:
+        return
+    missing = [entry.key for entry in table.entries if entry.status == RANDOM]
+    raise WeightsError(
+        f"{file} holds {100 * table.encoder_share:.1f} % of the encoder's parameters, but "
+        f"{100 * expected_share:.0f} % are expected (missing: {some(missing)}); plan again "
+        "with weights of this encoder, or lower expected_encoder_share in the recipe of the "
+        "plans file",
+        code="weights-share",
+    )
 
 
 def load_planned_encoder(

@@ -271,7 +271,18 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
         )
     if len(found) == num_frames:
         return found
+    return _without_all_frames(found, num_frames, of_file)
 
+
+def _without_all_frames(
+    found: list[DicomSlice], num_frames: int, of_file: dict[str, Any]
+) -> list[DicomSlice]:
+    """Return slices that say why a file of ``num_frames`` frames cannot be used.
+
+    Args:
+        found: the frames that have a position.
+        of_file: what all slices of the file share.
+    """
     # The file has more frames than positions, so that the volume cannot be put together.
     reason = (
         f"a multi-frame file of {num_frames} frames that gives positions for {len(found)}; "

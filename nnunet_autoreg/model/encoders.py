@@ -57,21 +57,7 @@ def build_network(
             token size, arguments are missing, or the family cannot do what is asked.
     """
     family = family_of(class_path)
-    missing = missing_arguments(class_path, arguments)
-    if missing:
-        raise PlanError(
-            f"encoder.arguments: {', '.join(missing)} missing for {class_path}; take those of an "
-            "encoder in model/sizes.py",
-            code="plan-missing-argument",
-        )
-
-    try:
-        grid_of(as_size(input_shape), token_size_of(class_path, arguments))
-    except ValueError as error:
-        raise PlanError(
-            f"input shape {tuple(input_shape)}: {error}", code="plan-input-shape"
-        ) from error
-
+    _check_arguments(class_path, arguments, input_shape)
     if deep_supervision and not has_deep_supervision(family):
         raise PlanError(
             f"{class_path} predicts at one resolution only; build it without deep supervision",
@@ -102,16 +88,42 @@ def build_network(
         network.apply(network.initialize)  # type: ignore[arg-type]
         network.key_to_lpe = None  # type: ignore[assignment]
     if family in (PRIMUS_V2, PRIMUS_V3):
-        # The network's own list lacks the convolution that bypasses the first block of the stem.
-        state = network.state_dict()
-        readers = []
-        for way in ("conv1", "skip.0"):
-            for alias in ("conv", "all_modules.0"):
-                name = f"down_projection.stem.blocks.0.{way}.{alias}"
-                if f"{name}.weight" in state:
-                    readers.append(name)
-        network.keys_to_in_proj = tuple(readers)  # type: ignore[assignment]
+        network.keys_to_in_proj = _stem_readers(network)  # type: ignore[assignment]
     return network
+
+
+def _check_arguments(
+    class_path: str, arguments: Mapping[str, Any], input_shape: Sequence[int]
+) -> None:
+    """Refuse missing arguments, and a shape that is no multiple of the token size."""
+    missing = missing_arguments(class_path, arguments)
+    if missing:
+        raise PlanError(
+            f"encoder.arguments: {', '.join(missing)} missing for {class_path}; take those of an "
+            "encoder in model/sizes.py",
+            code="plan-missing-argument",
+        )
+    try:
+        grid_of(as_size(input_shape), token_size_of(class_path, arguments))
+    except ValueError as error:
+        raise PlanError(
+            f"input shape {tuple(input_shape)}: {error}", code="plan-input-shape"
+        ) from error
+
+
+def _stem_readers(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of all convolutions of a convolutional tokenizer that read the image.
+
+    The network's own list lacks the convolution that bypasses the first block of the stem.
+    """
+    state = network.state_dict()
+    readers = []
+    for way in ("conv1", "skip.0"):
+        for alias in ("conv", "all_modules.0"):
+            name = f"down_projection.stem.blocks.0.{way}.{alias}"
+            if f"{name}.weight" in state:
+                readers.append(name)
+    return tuple(readers)
 
 
 def build_sequence_encoder(

@@ -57,15 +57,7 @@ def make_plan(
     memory_of: MemoryOf,
 ) -> Plan:
     """Return the plan that fits these scans and this hardware."""
-    known: dict[tuple[str, Size, bool], tuple[float, float]] = {}
-
-    def memory(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:
-        # Counting takes seconds for a large encoder, and most combinations occur several times.
-        key = encoder.name, crop, recompute
-        if key not in known:
-            known[key] = memory_of(encoder, crop, recompute)
-        return known[key]
-
+    memory = _remembering(memory_of)
     encoder, why_encoder, why_token = plan_encoder(pool, hardware, overrides)
 
     # What a sequence is, and what is learned from it.
@@ -75,18 +67,13 @@ def make_plan(
     order, predictor, why_order = choose_order(encoder)
     objective, why_objective = choose_objective(encoder)
 
-    # The batch, and how much of it is on the device at once.
+    # The batch, the length, and how much of a batch is on the device at once.
     batch, why_batch = choose_batch(hardware)
     if overrides.batch_size is not None:
         batch, why_batch = overrides.batch_size, BY_USER
-    recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory)
-    fixed_bytes, bytes_per_crop = memory(encoder, crop, recompute)
-    micro, why_micro = choose_micro_batch(batch, hardware, fixed_bytes, bytes_per_crop)
-    rate, why_rate = choose_rate(encoder, batch)
-
-    # The length.
     step_vox = unpadded_voxels(crop, pool.median_shape_vox) * batch
     steps, why_steps = plan_length(pool, step_vox, overrides)
+    optim, why_optim = plan_optim(encoder, crop, batch, steps, hardware, memory)
     compiles, why_compile = choose_compile(steps, overrides.num_hours)
 
     reasons = {
@@ -103,11 +90,9 @@ def make_plan(
         "sequence.order": why_order,
         **why_varied(pool.spacing_mm),
         "optim.batch_size": why_batch,
-        "optim.micro_batch_size": why_micro,
+        **why_optim,
+        "run.compile": why_compile,
     }
-    if recompute:
-        reasons["optim.checkpoint_activations"] = why_recompute
-    reasons |= {"optim.lr": why_rate, "run.compile": why_compile}
 
     plan = Plan(
         name=name,
@@ -125,20 +110,29 @@ def make_plan(
             zoom=ZOOM,
         ),
         objective=objective,
-        optim=OptimPlan(
-            steps,
-            batch,
-            rate,
-            warmup_steps=1,
-            micro_batch_size=micro,
-            checkpoint_activations=recompute,
-        ),
+        optim=optim,
         run=RunPlan(seed, checkpoint_every=1, validate_every=1, compile=compiles),
         request=request,
         reasons=reasons,
     )
     # Warm-up, checkpoints and validation follow from the length.
     return with_length(plan, steps, why_steps)
+
+
+def _remembering(memory_of: MemoryOf) -> MemoryOf:
+    """Return the same function, but one that counts each combination once.
+
+    Counting takes seconds for a large encoder, and most combinations occur several times.
+    """
+    known: dict[tuple[str, Size, bool], tuple[float, float]] = {}
+
+    def memory(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:
+        key = encoder.name, crop, recompute
+        if key not in known:
+            known[key] = memory_of(encoder, crop, recompute)
+        return known[key]
+
+    return memory
 
 
 def plan_encoder(
@@ -209,6 +203,39 @@ def choose_batch(hardware: Hardware) -> tuple[int, str]:
     if hardware.device != "cuda":
         return BATCH_ELSEWHERE, f"device {hardware.device}: small steps"
     return BATCH_GPU, "the same on every GPU; what does not fit at once is accumulated"
+
+
+def plan_optim(
+    encoder: EncoderSize,
+    crop: Size,
+    batch_size: int,
+    num_steps: int,
+    hardware: Hardware,
+    memory_of: MemoryOf,
+) -> tuple[OptimPlan, dict[str, str]]:
+    """Return how the weights are trained with batches of this size, and the reasons.
+
+    The warm-up is planned later.
+    """
+    recompute, why_recompute = choose_checkpointing(encoder, crop, hardware, memory_of)
+    fixed_bytes, bytes_per_crop = memory_of(encoder, crop, recompute)
+    micro, why_micro = choose_micro_batch(batch_size, hardware, fixed_bytes, bytes_per_crop)
+    rate, why_rate = choose_rate(encoder, batch_size)
+
+    reasons = {"optim.micro_batch_size": why_micro}
+    if recompute:
+        reasons["optim.checkpoint_activations"] = why_recompute
+    reasons["optim.lr"] = why_rate
+
+    optim = OptimPlan(
+        num_steps,
+        batch_size,
+        rate,
+        warmup_steps=1,
+        micro_batch_size=micro,
+        checkpoint_activations=recompute,
+    )
+    return optim, reasons
 
 
 def choose_checkpointing(

@@ -20,7 +20,7 @@ from nnunet_autoreg.downstream.probe import LabelledCrop
 from nnunet_autoreg.errors import InterruptedRunError
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.objectives.registry import build_objective
-from nnunet_autoreg.phases import phase
+from nnunet_autoreg.phases import Phase, phase
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.checkpointing import (
     Checkpoints,
@@ -54,7 +54,7 @@ from nnunet_autoreg.report.metrics import MetricsFile, NoMetrics
 from nnunet_autoreg.report.sinks import open_sinks
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.stopping import stop_requested, stops_noted, stops_raised
-from nnunet_autoreg.terminal import progress_bar
+from nnunet_autoreg.terminal import ProgressBar, progress_bar
 from nnunet_autoreg.wording import duration
 
 log = logging.getLogger(__name__)
@@ -150,11 +150,10 @@ class Trainer:
         num_steps, start = self.plan.optim.num_steps, self.progress.step
         metrics = self._open_metrics(start)
         self.checkpoints.remember_folder()
-
         steps = range(start, num_steps)
         bar = progress_bar(num_steps, self.plan.name, "step", start, self.world.is_main)
-        pin_memory = self.device.type == "cuda"
-        loaded = training_batches(self.batches, steps, self.num_workers, pin_memory)
+        is_on_gpu = self.device.type == "cuda"
+        loaded = training_batches(self.batches, steps, self.num_workers, pin_memory=is_on_gpu)
 
         with (
             stops_noted(self.checkpoints.line_if_forced) as stop,
@@ -175,9 +174,7 @@ class Trainer:
                     error = float(loss)  # waits for the device
                     elapsed = time.monotonic() - clock
                     self._log_step(metrics, step, error, float(norm), elapsed)
-                    seconds = elapsed / self.plan.run.log_every
-                    bar.set_postfix_str(postfix(error, self.throughput.metrics(seconds)))
-                    doing.progress = self._progress_line(error, seconds)
+                    self._show_progress(bar, doing, error, elapsed)
                     clock = time.monotonic()
 
                 # Validation and checkpoints do not count as time of a step.
@@ -241,11 +238,19 @@ class Trainer:
             return NoMetrics(path)
         return MetricsFile(path, start, open_sinks(self.folder, self.plan.name, start))
 
-    def _progress_line(self, error: float, seconds: float) -> str:
-        """Return how far training is; ``seconds`` is what a step takes."""
+    def _show_progress(self, bar: ProgressBar, doing: Phase, error: float, elapsed: float) -> None:
+        """Show how far training is on the bar, and where a command says what it is doing.
+
+        Args:
+            error: loss of this step.
+            elapsed: seconds since the last log entry.
+        """
+        seconds = elapsed / self.plan.run.log_every
+        bar.set_postfix_str(postfix(error, self.throughput.metrics(seconds)))
+
         step, num_steps = self.progress.step, self.plan.optim.num_steps
         left = duration(seconds * (num_steps - step))
-        return f"step {step:,} of {num_steps:,}, error {error:.3f}, about {left} left"
+        doing.progress = f"step {step:,} of {num_steps:,}, error {error:.3f}, about {left} left"
 
     def _log_step(
         self, metrics: MetricsFile, step: int, error: float, norm: float, elapsed: float

@@ -43,6 +43,8 @@ LEGEND_LENGTH, ENTRY_LENGTH, LETTER_LENGTH = 340.0, 36.0, 7.0
 """Pixels of a row of the legend, of the line and space of an entry, and of a letter of the page."""
 LEFT_OF_AXES = -0.12
 """Where legends and titles begin, in widths of the axes: above the numbers of the value axis."""
+ROUND_STEPS = (1, 2, 2.5, 5, 10)
+"""Between two numbers of an axis, times a power of ten."""
 DECIMALS = re.compile(r"-?\d+\.\d+")
 
 # The colours of the light page. The style sheet of page.html names them --main, --second, ... and
@@ -345,13 +347,30 @@ def draw(axis: Any, chart: Chart) -> int:
     Returns:
         the rows of the legend, which is directly above the curves.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    round_steps = (1, 2, 2.5, 5, 10)
     last_step = max(step for curve in chart.curves for step, _ in curve.points)
     last_step = max(last_step, chart.num_steps, 1)
+    _draw_curves(axis, chart.curves, last_step)
+    _scale_heights(axis, chart)
 
-    for curve in chart.curves:
+    # Fractions of a step would only be confusing.
+    axis.set_xlim(0, last_step)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND_STEPS))
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+
+    axis.grid(axis="y", color=palette.GRID, clip_on=False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labelcolor=palette.SOFT, labelsize=FONT_SIZE)
+    # The first numbers of both axes are at one corner.
+    axis.tick_params(axis="x", pad=8)
+    return _draw_legend(axis)
+
+
+def _draw_curves(axis: Any, curves: Sequence[Curve], last_step: int) -> None:
+    """Draw each curve, and each level as a line over the whole width."""
+    for curve in curves:
         style = palette.CURVES[curve.look]
         steps, values = zip(*curve.points, strict=True)
         label = f"{curve.label} {_number(values[-1])}"
@@ -372,6 +391,11 @@ def draw(axis: Any, chart: Chart) -> int:
             **style.line(),
         )
 
+
+def _scale_heights(axis: Any, chart: Chart) -> None:
+    """Set the range and the ticks of the vertical axis."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     heights = [value for curve in chart.curves for _, value in curve.points]
     if chart.is_logarithmic and min(heights) > 0:
         first = math.floor(math.log10(min(heights)))
@@ -384,21 +408,15 @@ def draw(axis: Any, chart: Chart) -> int:
     else:
         # From 0, so that a small change looks small.
         axis.set_ylim(min(0.0, *heights), max(chart.highest, 1.1 * max(heights)) or 1.0)
-        axis.yaxis.set_major_locator(MaxNLocator(5, steps=round_steps))
+        axis.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
 
-    # Fractions of a step would only be confusing.
-    axis.set_xlim(0, last_step)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=round_steps))
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
 
-    axis.grid(axis="y", color=palette.GRID, clip_on=False)
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0, labelcolor=palette.SOFT, labelsize=FONT_SIZE)
-    # The first numbers of both axes are at one corner.
-    axis.tick_params(axis="x", pad=8)
-    # Above the axis and its highest number, where no curve can lie behind it. Four names with their
-    # values need two rows.
+def _draw_legend(axis: Any) -> int:
+    """Draw the legend above the axis and its highest number, where no curve can lie behind it.
+
+    Returns:
+        its rows: four names with their values need two.
+    """
     _, labels = axis.get_legend_handles_labels()
     length = sum(ENTRY_LENGTH + LETTER_LENGTH * len(label) for label in labels)
     is_short = length <= LEGEND_LENGTH
