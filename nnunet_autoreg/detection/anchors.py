@@ -108,17 +108,8 @@ def plan_anchors(
         # The nearest cell's centre is a quarter of a stride away on each axis, on average.
         own_sizes = np.array(of_class, dtype=np.float64).reshape(-1, 3)
         best_iou = _best_iou(own_sizes, shapes, strides, offset=0.25)
-        share = round(float((best_iou < REACHABLE_IOU).mean()), 4)
-        unreachable[name] = share
-        if share > 0:
-            log.warning(
-                "%.1f %% of the objects of class '%s' are too small or too thin for every anchor "
-                "(IoU below %g, finest stride %s) and can hardly be learned; use a finer spacing",
-                100 * share,
-                name,
-                REACHABLE_IOU,
-                "x".join(map(str, strides[0])),
-            )
+        unreachable[name] = round(float((best_iou < REACHABLE_IOU).mean()), 4)
+    _warn_about_unreachable(unreachable, strides[0])
 
     # The plan is a file that people read.
     rounded = [as_spacing([round(float(v), 3) for v in shape]) for shape in shapes]
@@ -317,6 +308,20 @@ def lay_out(
     )
 
 
+def _warn_about_unreachable(shares: Mapping[str, float], finest_stride: Size) -> None:
+    """Warn about every class of which a share of the objects fits no anchor."""
+    for name, share in shares.items():
+        if share > 0:
+            log.warning(
+                "%.1f %% of the objects of class '%s' are too small or too thin for every anchor "
+                "(IoU below %g, finest stride %s) and can hardly be learned; use a finer spacing",
+                100 * share,
+                name,
+                REACHABLE_IOU,
+                "x".join(map(str, finest_stride)),
+            )
+
+
 def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) -> Tensor:
     """Return the object that each anchor has to find, by adaptive training sample selection.
 
@@ -370,17 +375,22 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
     for g in torch.nonzero(~has_anchor)[:, 0].tolist():
         own = candidates[g]  # (C,)
         is_free = matched[own] < 0
-        if not bool(is_free.any()):
-            continue
-
-        ratio = bx.volumes(anchors[own]) / bx.volumes(objects[g]).clamp(min=1e-6)
-        ratio = ratio.log().abs()  # as far off at twice the volume as at half of it
-        distance = (bx.centres(anchors[own]) - bx.centres(objects[g])).square().sum(-1)
-        # Order of importance: overlap, then distance, then similarity of volume.
-        value = overlap[g].double() - 1e-6 * distance.double() - 1e-9 * ratio.double()
-        value = torch.where(is_free, value, torch.full_like(value, -torch.inf))
-        matched[own[value.argmax()]] = g
+        if bool(is_free.any()):
+            value = _fitness(anchors[own], objects[g], overlap[g])  # (C,)
+            value = torch.where(is_free, value, torch.full_like(value, -torch.inf))
+            matched[own[value.argmax()]] = g
     return matched
+
+
+def _fitness(anchors_C6: Tensor, object_6: Tensor, overlap_C: Tensor) -> Tensor:
+    """Return how well anchors fit an object, (C,): by overlap, distance, similarity of volume.
+
+    The later ones decide only where the earlier ones are equal.
+    """
+    ratio_C = bx.volumes(anchors_C6) / bx.volumes(object_6).clamp(min=1e-6)
+    ratio_C = ratio_C.log().abs()  # as far off at twice the volume as at half of it
+    distance_C = (bx.centres(anchors_C6) - bx.centres(object_6)).square().sum(-1)
+    return overlap_C.double() - 1e-6 * distance_C.double() - 1e-9 * ratio_C.double()
 
 
 def _candidates(centres_G3: Tensor, grid: AnchorGrid) -> Tensor:

@@ -334,20 +334,7 @@ def known_instances(
 
     ids = np.ascontiguousarray(ids_ZYX).astype(np.uint16)
     boxes = boxes_of_ids(ids)
-    unlisted = sorted(set(boxes) - set(label_of))
-    unseen = sorted(set(label_of) - set(boxes))
-    if unlisted:
-        raise ObjectsError(
-            f"{where}: the map holds {_listed_ids(unlisted)}, which the JSON does not list; add "
-            "them, or set those voxels to 0",
-            code="objects-unlisted",
-        )
-    if unseen:
-        raise ObjectsError(
-            f"{where}: the JSON lists {_listed_ids(unseen)}, of which the map has no voxel; remove "
-            "them from the JSON",
-            code="objects-without-voxels",
-        )
+    _require_same_ids(set(boxes), set(label_of), where)
 
     class_index_of = class_index_by_value(classes)
     objects = []
@@ -368,6 +355,24 @@ def known_instances(
     if removed:
         ids[np.isin(ids, removed)] = 0
     return Instances(tuple(objects), ids)
+
+
+def _require_same_ids(in_map: set[int], in_json: set[int], where: str) -> None:
+    """Refuse an instance map and a JSON that do not have the same objects."""
+    unlisted = sorted(in_map - in_json)
+    if unlisted:
+        raise ObjectsError(
+            f"{where}: the map holds {_listed_ids(unlisted)}, which the JSON does not list; add "
+            "them, or set those voxels to 0",
+            code="objects-unlisted",
+        )
+    unseen = sorted(in_json - in_map)
+    if unseen:
+        raise ObjectsError(
+            f"{where}: the JSON lists {_listed_ids(unseen)}, of which the map has no voxel; remove "
+            "them from the JSON",
+            code="objects-without-voxels",
+        )
 
 
 def class_index_by_value(classes: Sequence[ObjectClass]) -> dict[int, int]:

@@ -85,12 +85,8 @@ def anchor_losses(
         labels_BA = torch.stack([labels for _, labels, _ in targets])
         wanted_BA6 = torch.stack([wanted for _, _, wanted in targets])
         if uncounted_BZYX is not None:
-            # The voxels that hold the anchors' centres; beyond the patch, the nearest ones.
-            voxel = bx.centres(grid.boxes_A6).floor().long()  # (A, 3)
-            last = torch.tensor(uncounted_BZYX.shape[1:], device=voxel.device) - 1
-            z, y, x = torch.minimum(voxel.clamp(min=0), last).unbind(1)
-            is_uncounted = (state_BA == 0) & uncounted_BZYX[:, z, y, x]
-            state_BA = torch.where(is_uncounted, -1, state_BA)
+            has_unknown_centre = (state_BA == 0) & _at_centres(uncounted_BZYX, grid)
+            state_BA = torch.where(has_unknown_centre, -1, state_BA)
 
         # Background anchors have a target of zeros.
         target_BAC = functional.one_hot(labels_BA, logits_BAC.shape[-1]).float()
@@ -116,6 +112,17 @@ def anchor_losses(
 
     anchors = grid.boxes_A6.float()[None].expand_as(deltas)
     return AnchorLosses(loss, box_loss(deltas, anchors, wanted_BA6, is_used), num_positive)
+
+
+def _at_centres(voxels_BZYX: Tensor, grid: AnchorGrid) -> Tensor:
+    """Return the values (B, A) of the voxels that hold the anchors' centres.
+
+    Beyond the patch, the nearest voxels count.
+    """
+    voxel_A3 = bx.centres(grid.boxes_A6).floor().long()
+    last_3 = torch.tensor(voxels_BZYX.shape[1:], device=voxel_A3.device) - 1
+    z, y, x = torch.minimum(voxel_A3.clamp(min=0), last_3).unbind(1)
+    return voxels_BZYX[:, z, y, x]
 
 
 def box_loss(

@@ -131,31 +131,56 @@ class SequenceSampler:
             return sample, SampleOrigin(kind, "", (case,), ("",), slices)
 
         if kind in VIEW_KINDS:
-            is_image = kind == "images"
-            sources = pool.images if is_image else pool.cases
-            index = int(generator.integers(len(sources)))
-            case = sources[index]
-            both = views.draw(plan, case.shape_vox, case.spacing_mm, generator, is_image)
-            # Volumes and images are numbered through, so that no two share a number.
-            case_id = index + (len(pool.cases) if is_image else 0)
-            sample = views.apply(plan, case, both, case_id, is_image)
-            return sample, SampleOrigin(kind, "", (case,), ("",), both)
-
+            return self._draw_views(kind, pool, generator)
         if kind == "contrast":
-            group = pool.groups[int(generator.integers(len(pool.groups)))]
-            chosen = members.choose_contrasts(plan, group, generator)
-            codes = [code for code, _ in chosen]
-            cases = tuple(case for _, case in chosen)
-            names = tuple(plan.sequence.contrasts[code] for code in codes)
-            # The cases of a group have one shape and one spacing.
-            shape_vox, spacing_mm = cases[0].shape_vox, cases[0].spacing_mm
-            drawn = members.draw_contrast(
-                plan, shape_vox, spacing_mm, codes, generator, affine_generator
-            )
-            sample = members.apply(plan, kind, cases, drawn)
-            return sample, SampleOrigin(kind, group.name, cases, names, drawn)
-
+            return self._draw_contrast(pool, generator, affine_generator)
         assert kind == "semantic", kind
+        return self._draw_semantic(pool, generator, affine_generator)
+
+    def _draw_views(
+        self, kind: str, pool: SamplingPool, generator: np.random.Generator
+    ) -> tuple[Sample, SampleOrigin]:
+        """Draw two views of one volume, or of one 2D image."""
+        is_image = kind == "images"
+        sources = pool.images if is_image else pool.cases
+        index = int(generator.integers(len(sources)))
+        case = sources[index]
+        both = views.draw(self.plan, case.shape_vox, case.spacing_mm, generator, is_image)
+        # Volumes and images are numbered through, so that no two share a number.
+        case_id = index + (len(pool.cases) if is_image else 0)
+        sample = views.apply(self.plan, case, both, case_id, is_image)
+        return sample, SampleOrigin(kind, "", (case,), ("",), both)
+
+    def _draw_contrast(
+        self,
+        pool: SamplingPool,
+        generator: np.random.Generator,
+        affine_generator: np.random.Generator | None,
+    ) -> tuple[Sample, SampleOrigin]:
+        """Draw one region in several contrasts of a patient."""
+        plan = self.plan
+        group = pool.groups[int(generator.integers(len(pool.groups)))]
+        chosen = members.choose_contrasts(plan, group, generator)
+        codes = [code for code, _ in chosen]
+        cases = tuple(case for _, case in chosen)
+        names = tuple(plan.sequence.contrasts[code] for code in codes)
+
+        # The cases of a group have one shape and one spacing.
+        shape_vox, spacing_mm = cases[0].shape_vox, cases[0].spacing_mm
+        drawn = members.draw_contrast(
+            plan, shape_vox, spacing_mm, codes, generator, affine_generator
+        )
+        sample = members.apply(plan, "contrast", cases, drawn)
+        return sample, SampleOrigin("contrast", group.name, cases, names, drawn)
+
+    def _draw_semantic(
+        self,
+        pool: SamplingPool,
+        generator: np.random.Generator,
+        affine_generator: np.random.Generator | None,
+    ) -> tuple[Sample, SampleOrigin]:
+        """Draw one structure in several patients."""
+        plan = self.plan
         structure = pool.structures[int(generator.integers(len(pool.structures)))]
         places = members.choose_places(plan, structure, generator)
         cases = tuple(place.case for place in places)
@@ -163,5 +188,5 @@ class SequenceSampler:
         drawn = members.draw_semantic(
             plan, places, structure.spacing_mm, generator, affine_generator
         )
-        sample = members.apply(plan, kind, cases, drawn)
-        return sample, SampleOrigin(kind, structure.name, cases, names, drawn)
+        sample = members.apply(plan, "semantic", cases, drawn)
+        return sample, SampleOrigin("semantic", structure.name, cases, names, drawn)
