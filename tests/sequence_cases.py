@@ -88,15 +88,11 @@ class Shifted(Ramp):
 
 
 def contrast_material(num_groups=2):
-    groups = [
-        StoredGroup(
-            f"case {g}",
-            tuple(
-                (word, Shifted((30, 40, 30), by=1e5 * (4 * g + i))) for i, word in enumerate(WORDS)
-            ),
-        )
-        for g in range(num_groups)
-    ]
+    groups = []
+    for g in range(num_groups):
+        shifts = [1e5 * (4 * g + i) for i in range(len(WORDS))]
+        cases = [Shifted((30, 40, 30), by=shift) for shift in shifts]
+        groups.append(StoredGroup(f"case {g}", tuple(zip(WORDS, cases, strict=True))))
     return SamplingPool((), tuple(groups))
 
 

@@ -2,7 +2,7 @@
 milliseconds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,24 @@ class Linear(Objective):
         return TokenFeatures(
             tokens, tokens, batch.order_index, torch.ones_like(batch.order_index, dtype=torch.bool)
         )
+
+
+class Collapsing(Linear):
+    """Its features are the same for every token of every image, as soon as ``step`` was trained."""
+
+    follows_steps = True
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step, self.has_collapsed = step, False
+
+    def after_step(self, step, *_):
+        self.has_collapsed = step >= self.step
+
+    def describe(self, batch):
+        tokens = super().describe(batch)
+        same = torch.ones_like(tokens.features)
+        return replace(tokens, features=same) if self.has_collapsed else tokens
 
 
 def trainer(folder, objective, plan=PLAN):

@@ -6,7 +6,6 @@ One small training on real scans; all tests look at what it left, or go on from 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from few_cases import copy_cases
 from fresh_environment import fresh_environment, link_library
 from nnunet_folders import TRAINER_MODULE, plan_and_preprocess, set_folders
+from nnunet_project import PRETRAINED, Project, quick_predictor
 
 from nnunet_autoreg.finetune.stock import needs_line
 
@@ -23,8 +23,7 @@ pytestmark = pytest.mark.contract
 
 DATASET = "Dataset004_Hippocampus"
 NUM_CASES = 5
-CPU = torch.device("cpu")
-PRETRAINED, SCRATCH = "AutoregPretrainedTrainer", "AutoregScratchTrainer"
+SCRATCH = "AutoregScratchTrainer"
 STOCK_NETWORK = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 GUARD = "nnunet_autoreg.finetune.network.PlannedForAutoregTrainers"
 CHOICE = ["-d", "4", "-c", "3d_fullres", "-f", "0", "-tr", PRETRAINED, "-p", "AutoregPlans"]
@@ -42,76 +41,29 @@ PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
 INSTALL = "nnunetv2.model_sharing.entry_points:install_from_zip_entry_point"
 
 
-@dataclass(frozen=True)
-class Project:
-    """nnU-Net's three folders below ``root``, planned for a small CNN."""
+class StockProject(Project):
+    """A project whose models are looked at as stock nnU-Net reads them."""
 
-    root: Path
-
-    @property
-    def plans_file(self) -> Path:
-        return self.root / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json"
-
-    def model(self, trainer: str = PRETRAINED, configuration: str = "3d_fullres") -> Path:
-        name = f"{trainer}__AutoregPlans__{configuration}"
-        return self.root / "nnUNet_results" / DATASET / name
-
-    def plans(self, trainer: str = PRETRAINED) -> dict[str, Any]:
+    def stored_plans(self, trainer: str = PRETRAINED) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.model(trainer) / "plans.json").read_text())
         return found
-
-    def checkpoint(self, trainer: str = PRETRAINED) -> dict[str, Any]:
-        file = self.model(trainer) / "fold_0" / "checkpoint_final.pth"
-        found: dict[str, Any] = torch.load(file, map_location=CPU, weights_only=False)
-        return found
-
-    def train(self, trainer: str = PRETRAINED, **options: Any) -> None:
-        from nnunetv2.run.run_training import run_training
-
-        run_training("4", "3d_fullres", 0, trainer, "AutoregPlans", device=CPU, **options)
-
-    def predict(self, trainer: str = PRETRAINED) -> np.ndarray:
-        """Return the probabilities of the first training image."""
-        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-        predictor = nnUNetPredictor(device=CPU, use_mirroring=False, tile_step_size=1)
-        predictor.initialize_from_trained_model_folder(str(self.model(trainer)), (0,))
-        image = min((self.root / "nnUNet_raw" / DATASET / "imagesTr").glob("*.nii.gz"))
-        ((_, found),) = predictor.predict_from_files_sequential(
-            [[str(image)]], None, save_probabilities=True
-        )
-        return np.asarray(found)
-
-    def set_epochs(self, number: int) -> None:
-        plans = json.loads(self.plans_file.read_text())
-        plans["autoreg"]["recipe"].update(
-            num_epochs=number, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1
-        )
-        self.plans_file.write_text(json.dumps(plans))
 
     def make_older(self, trainer: str) -> None:
         """Write a copy of the pretrained model as earlier releases left it."""
         shutil.copytree(self.model(), self.model(trainer))
-        plans = json.loads(self.plans_file.read_text())
-        (self.model(trainer) / "plans.json").write_text(json.dumps(plans))
+        (self.model(trainer) / "plans.json").write_text(json.dumps(self.plans()))
         saved = self.checkpoint(trainer)
-        saved["init_args"]["plans"] = plans
+        saved["init_args"]["plans"] = self.plans()
         saved["trainer_name"] = trainer
-        torch.save(saved, self.model(trainer) / "fold_0" / "checkpoint_final.pth")
+        torch.save(saved, self.fold(trainer) / "checkpoint_final.pth")
 
 
 @pytest.fixture(scope="module")
 def project(
     shared_data: Path, write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Project]:
+) -> Iterator[StockProject]:
     """A pretrained and a scratch model of one epoch, validated."""
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
     root = tmp_path_factory.mktemp("stock")
-
-    def quick_predictor(**options: Any) -> Any:
-        return nnUNetPredictor(**{**options, "use_mirroring": False, "tile_step_size": 1})
-
     with pytest.MonkeyPatch.context() as patch:
         set_folders(patch, root)
         patch.setattr(f"{TRAINER_MODULE}.nnUNetPredictor", quick_predictor)
@@ -120,8 +72,8 @@ def project(
         )
         write_run(root / "nnUNet_results", "brain", encoder="resenc_tiny")
         plan_and_preprocess(4)
-        made = Project(root)
-        made.set_epochs(1)
+        made = StockProject(root, DATASET)
+        made.shorten()
         for trainer in (PRETRAINED, SCRATCH):
             made.train(trainer, export_validation_probabilities=True)
         yield made
@@ -133,7 +85,7 @@ def networks(plans: dict[str, Any]) -> set[str]:
 
 
 def test_the_zip_predicts_the_same_mask_without_our_plugin(
-    project: Project, tmp_path: Path
+    project: StockProject, tmp_path: Path
 ) -> None:
     import SimpleITK as sitk  # noqa: N813
     from nnunetv2.inference.predict_from_raw_data import predict_entry_point
@@ -179,10 +131,10 @@ def test_the_zip_predicts_the_same_mask_without_our_plugin(
 
 
 @pytest.mark.parametrize("trainer", [PRETRAINED, SCRATCH])
-def test_only_the_preprocessed_folder_keeps_the_guard(project: Project, trainer: str) -> None:
+def test_only_the_preprocessed_folder_keeps_the_guard(project: StockProject, trainer: str) -> None:
     saved = project.checkpoint(trainer)
 
-    assert networks(project.plans(trainer)) == {STOCK_NETWORK}
+    assert networks(project.stored_plans(trainer)) == {STOCK_NETWORK}
     assert networks(saved["init_args"]["plans"]) == {STOCK_NETWORK}
     assert saved["trainer_name"] == "nnUNetTrainer"
     assert networks(json.loads(project.plans_file.read_text())) == {GUARD}
@@ -190,9 +142,9 @@ def test_only_the_preprocessed_folder_keeps_the_guard(project: Project, trainer:
     assert needs_line(is_stock=True) in log
 
 
-def test_a_checkpoint_of_the_stock_form_continues_and_validates(project: Project) -> None:
+def test_a_checkpoint_of_the_stock_form_continues_and_validates(project: StockProject) -> None:
     before = project.checkpoint()
-    project.set_epochs(2)
+    project.shorten(num_epochs=2)
     project.train(continue_training=True)
     after = project.checkpoint()
 
@@ -205,11 +157,13 @@ def test_a_checkpoint_of_the_stock_form_continues_and_validates(project: Project
         assert summary.is_file()
 
 
-def test_a_model_of_an_earlier_release_predicts_the_same_and_continues(project: Project) -> None:
+def test_a_model_of_an_earlier_release_predicts_the_same_and_continues(
+    project: StockProject,
+) -> None:
     older = f"{PRETRAINED}_3epochs"
     project.make_older(older)
 
-    assert np.array_equal(project.predict(older), project.predict())
+    assert np.array_equal(project.predict(project.model(older)), project.predict())
     project.train(older, continue_training=True)
 
     saved = project.checkpoint(older)
@@ -217,17 +171,17 @@ def test_a_model_of_an_earlier_release_predicts_the_same_and_continues(project: 
     assert networks(saved["init_args"]["plans"]) == {STOCK_NETWORK}
 
 
-def test_a_folder_with_folds_of_both_forms_predicts(project: Project) -> None:
+def test_a_folder_with_folds_of_both_forms_predicts(project: StockProject) -> None:
     older = f"{PRETRAINED}_4epochs"
     project.make_older(older)
-    expected = project.predict(older)
+    expected = project.predict(project.model(older))
     # A newer fold has written the plans of the whole folder.
     shutil.copy(project.model() / "plans.json", project.model(older))
 
-    assert np.array_equal(project.predict(older), expected)
+    assert np.array_equal(project.predict(project.model(older)), expected)
 
 
-def test_the_best_configuration_and_the_ensemble_are_found(project: Project) -> None:
+def test_the_best_configuration_and_the_ensemble_are_found(project: StockProject) -> None:
     from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 
     models = [

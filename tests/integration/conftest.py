@@ -4,7 +4,6 @@ users type.
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from few_cases import copy_cases
+from nnunet_folders import environment_below, make_folders
 
 # fork_server.py and phantom_runs.py are shared by the tests of kills and stops.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,14 +43,7 @@ class Clinic:
 
     def environment(self, **changes):
         """The three folders below ``root``; a change to None removes a variable."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-        folders = {
-            name: str(self.root / name)
-            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-        }
-        settings = {"OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
-        wanted = {**clean, **folders, **settings, **changes}
-        return {k: str(v) for k, v in wanted.items() if v is not None}
+        return environment_below(self.root, **changes)
 
     def program(self, name):
         return str(Path(sys.executable).with_name(name))
@@ -162,8 +155,8 @@ def home(tmp_path_factory, shared_data):
     'base' on it.
     """
     clinic = Clinic(tmp_path_factory.mktemp("bad input"))
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "größere Klinik"):
-        (clinic.root / name).mkdir()
+    make_folders(clinic.root)
+    (clinic.root / "größere Klinik").mkdir()
     image = min((shared_data / "nnUNet_raw" / DATASET / "imagesTr").glob("*.nii.gz"))
     shutil.copy(image, clinic.root / "größere Klinik" / "Kopf groß 1.nii.gz")
     done = clinic.pretrain("base")
@@ -198,8 +191,7 @@ def add_labelled_scans(clinic, shared_data):
 def unpretrained(tmp_path_factory, shared_data):
     """A clinic with a small labelled dataset and no run."""
     clinic = Clinic(tmp_path_factory.mktemp("unpretrained"))
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (clinic.root / name).mkdir()
+    make_folders(clinic.root)
     add_labelled_scans(clinic, shared_data)
     return clinic
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+from traps import Trap
 
 from nnunet_autoreg.corpus.rows import read_index
 
@@ -71,23 +72,13 @@ def test_a_device_that_is_not_there_is_refused(home):
     assert not home.folder("device").exists()
 
 
-class Harmful:
-    """Unpickling this leaves a file behind."""
-
-    def __init__(self, witness):
-        self.witness = str(witness)
-
-    def __reduce__(self):
-        return Path.touch, (Path(self.witness),)
-
-
 def test_bad_weights_as_init_are_refused_before_planning(home, tmp_path):
     import pickle
 
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(bytes(range(256)) * 4)
     home.refused(home.pretrain("init", "--init", str(garbage)), 1, str(garbage), "safetensors")
-    harmful = home.with_card(tmp_path / "pickle", pickle.dumps(Harmful(tmp_path / "witness")))
+    harmful = home.with_card(tmp_path / "pickle", pickle.dumps(Trap(tmp_path / "witness")))
     home.refused(home.pretrain("init", "--init", harmful), 1, harmful, "safetensors")
     assert not (tmp_path / "witness").exists()
     good = (home.folder() / "encoder.safetensors").read_bytes()

@@ -3,7 +3,6 @@ line again.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import planted
 import pytest
 from few_cases import copy_cases
+from nnunet_folders import environment_below, make_folders
 
 from nnunet_autoreg.corpus.private import PRIVATE_NAME
 from nnunet_autoreg.corpus.rows import OK, read_index
@@ -49,13 +49,15 @@ LINE = [
 ]
 
 
+def environment(root: Path) -> dict[str, str]:
+    # With as many processes as a user has.
+    return environment_below(root, nnUNet_n_proc_DA=None, nnUNet_def_n_proc=None)
+
+
 def typed(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        environment[variable] = str(root / variable)
     return subprocess.run(
         [sys.executable, "-m", "nnunet_autoreg.cli.benchmark", *arguments],
-        env=environment,
+        env=environment(root),
         capture_output=True,
         text=True,
         check=False,
@@ -65,8 +67,7 @@ def typed(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture(scope="module")
 def root(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("benchmark")
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (root / variable).mkdir()
+    make_folders(root)
     copy_cases(shared_data / "nnUNet_raw" / NAME, root / "nnUNet_raw" / NAME, NUM_CASES)
     return root
 
@@ -117,10 +118,6 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
 
 
 def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
-    environment = {
-        **os.environ,
-        **{v: str(root / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
-    }
     line = [
         "-d",
         "4",
@@ -136,7 +133,7 @@ def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
         "cpu",
     ]
     program = str(Path(sys.executable).with_name("autoreg_pretrain"))
-    subprocess.run([program, *line], env=environment, capture_output=True, check=True)
+    subprocess.run([program, *line], env=environment(root), capture_output=True, check=True)
 
     done = typed(
         root,

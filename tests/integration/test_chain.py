@@ -3,7 +3,6 @@ pretraining run at the end.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from few_cases import copy_cases
+from nnunet_folders import environment_below, make_folders
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-CHOICE = ["-tr", "AutoregPretrainedTrainer", "-p", "AutoregPlans"]
+CHOICE = "-tr AutoregPretrainedTrainer -p AutoregPlans"
+PREDICT = "-f 0 --save_probabilities -npp 1 -nps 1 -device cpu"
 NAME = "Dataset004_Hippocampus"
+MODEL = "AutoregPretrainedTrainer__AutoregPlans__3d_fullres"
 NUM_CASES = 8
 
 
@@ -24,177 +26,91 @@ NUM_CASES = 8
 def home(tmp_path_factory, shared_data):
     """A small raw dataset of real scans and empty nnU-Net folders."""
     home = tmp_path_factory.mktemp("chain")
+    make_folders(home)
+    (home / "elsewhere").mkdir()
     copy_cases(
         shared_data / "nnUNet_raw" / NAME, home / "nnUNet_raw" / NAME, NUM_CASES, num_tests=2
     )
-    for folder in ("nnUNet_preprocessed", "nnUNet_results", "elsewhere"):
-        (home / folder).mkdir()
     return home
 
 
-def environment(home, results="nnUNet_results"):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-    settings = {
-        "GOMP_SPINCOUNT": "1000",
-        "nnUNet_n_proc_DA": "0",
-        "nnUNet_def_n_proc": "1",
-        # The planner does not choose an encoder that has learnt nothing in two steps.
-        "autoreg_weights": "brain",
-    }
-    folders = {
-        "nnUNet_raw": "nnUNet_raw",
-        "nnUNet_preprocessed": "nnUNet_preprocessed",
-        "nnUNet_results": results,
-    }
-    return {**clean, **settings, **{name: str(home / folder) for name, folder in folders.items()}}
+def typed(home, line, *paths, results="nnUNet_results"):
+    """Run one command of this environment; its output, both streams together.
 
-
-def typed(home, *line, results="nnUNet_results", expect=0):
-    """Run one command of this environment; its output, both streams together."""
-    program = Path(sys.executable).with_name(line[0])
+    Args:
+        line: words separated by blanks.
+        paths: words that may hold blanks.
+    """
+    program, *arguments = [*line.split(), *map(str, paths)]
+    # The planner does not choose an encoder that has learnt nothing in two steps.
+    changes = {"autoreg_weights": "brain", "GOMP_SPINCOUNT": "1000"}
     done = subprocess.run(
-        [program, *map(str, line[1:])],
-        env=environment(home, results),
+        [Path(sys.executable).with_name(program), *arguments],
+        env=environment_below(home, **changes, nnUNet_results=home / results),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    assert done.returncode == expect, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
 
-def test_the_chain_from_unlabelled_scans_to_an_exported_model(home):
-    raw = home / "nnUNet_raw/Dataset004_Hippocampus"
-    typed(
-        home,
-        "autoreg_pretrain",
-        "-d",
-        "4",
-        "--name",
-        "brain",
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--device",
-        "cpu",
-    )
-    plan = typed(
-        home,
-        "nnUNetv2_plan_and_preprocess",
-        "-d",
-        "4",
-        "-pl",
-        "AutoregPlanner",
-        "-npfp",
-        "1",
-        "-np",
-        "1",
-    )
-    assert "brain" in plan
-    plans_file = home / "nnUNet_preprocessed/Dataset004_Hippocampus/AutoregPlans.json"
-    plans = json.loads(plans_file.read_text())
+def pretrain_and_plan(home):
+    """Pretrain, and plan a fine-tuning of one short epoch."""
+    typed(home, "autoreg_pretrain -d 4 --name brain --steps 2 --batch 2 --device cpu")
+    printed = typed(home, "nnUNetv2_plan_and_preprocess -d 4 -pl AutoregPlanner -npfp 1 -np 1")
+    assert "brain" in printed
+
+    file = home / "nnUNet_preprocessed" / NAME / "AutoregPlans.json"
+    plans = json.loads(file.read_text())
     assert "2d" not in plans["configurations"]
     assert plans["autoreg"]["weights"]["name"] == "brain"
     plans["autoreg"]["recipe"].update(
         num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1
     )
-    plans_file.write_text(json.dumps(plans))
+    file.write_text(json.dumps(plans))
 
-    trained = typed(
-        home, "nnUNetv2_train", "4", "3d_fullres", "0", *CHOICE, "--npz", "-device", "cpu"
-    )
+
+def share(home):
+    """Export the model, and install it for other results."""
+    file = home / "model.zip"
+    typed(home, f"nnUNetv2_export_model_to_zip -d 4 -c 3d_fullres -f 0 {CHOICE} -o", file)
+    typed(home, "nnUNetv2_install_pretrained_model_from_zip", file, results="elsewhere")
+
+
+def probabilities_of(folder):
+    """The probabilities of both test scans, by file name."""
+    assert len(list(folder.glob("*.nii.gz"))) == 2
+    return {file.name: np.load(file)["probabilities"] for file in sorted(folder.glob("*.npz"))}
+
+
+def test_the_chain_from_unlabelled_scans_to_an_exported_model(home):
+    pretrain_and_plan(home)
+
+    train = "nnUNetv2_train 4 3d_fullres 0 -device cpu"
+    trained = typed(home, f"{train} {CHOICE} --npz")
     assert "100.0 % of the encoder's parameters come from the file" in trained
-    shutil.rmtree(home / "nnUNet_results/autoreg_pretraining")
-    typed(home, "nnUNetv2_train", "4", "3d_fullres", "0", *CHOICE, "--val", "-device", "cpu")
-    typed(
-        home,
-        "nnUNetv2_find_best_configuration",
-        "4",
-        "-c",
-        "3d_fullres",
-        "-f",
-        "0",
-        "-np",
-        "1",
-        *CHOICE,
-    )
-    predict = [
-        "-i",
-        raw / "imagesTs",
-        "-f",
-        "0",
-        "--save_probabilities",
-        "-npp",
-        "1",
-        "-nps",
-        "1",
-        "-device",
-        "cpu",
-    ]
-    typed(
-        home,
-        "nnUNetv2_predict",
-        "-d",
-        "4",
-        "-o",
-        home / "predicted",
-        "-c",
-        "3d_fullres",
-        *predict,
-        *CHOICE,
-    )
-    typed(
-        home,
-        "nnUNetv2_export_model_to_zip",
-        "-d",
-        "4",
-        "-o",
-        home / "model.zip",
-        "-c",
-        "3d_fullres",
-        "-f",
-        "0",
-        *CHOICE,
-    )
-    typed(
-        home, "nnUNetv2_install_pretrained_model_from_zip", home / "model.zip", results="elsewhere"
-    )
-    folder = (
-        home / "elsewhere/Dataset004_Hippocampus/AutoregPretrainedTrainer__AutoregPlans__3d_fullres"
-    )
-    typed(
-        home,
-        "nnUNetv2_predict_from_modelfolder",
-        "-o",
-        home / "again",
-        "-m",
-        folder,
-        *predict,
-        results="elsewhere",
-    )
-    names = sorted(p.name for p in (home / "predicted").glob("*.npz"))
-    assert len(names) == len(list((home / "predicted").glob("*.nii.gz"))) == 2
-    for name in names:
-        before, after = (
-            np.load(home / folder / name)["probabilities"] for folder in ("predicted", "again")
-        )
-        assert before.std() > 0
-        assert np.array_equal(before, after)
 
-    scratch = typed(
-        home,
-        "nnUNetv2_train",
-        "4",
-        "3d_fullres",
-        "0",
-        "-tr",
-        "AutoregScratchTrainer",
-        "-p",
-        "AutoregPlans",
-        "-device",
-        "cpu",
-    )
+    # From here on nothing needs the pretraining run.
+    shutil.rmtree(home / "nnUNet_results/autoreg_pretraining")
+    typed(home, f"{train} {CHOICE} --val")
+    typed(home, f"nnUNetv2_find_best_configuration 4 -c 3d_fullres -f 0 -np 1 {CHOICE}")
+    scans = home / "nnUNet_raw" / NAME / "imagesTs"
+    line = f"nnUNetv2_predict -d 4 -c 3d_fullres {CHOICE} {PREDICT}"
+    typed(home, line, "-i", scans, "-o", home / "predicted")
+
+    share(home)
+    line = f"nnUNetv2_predict_from_modelfolder {PREDICT}"
+    model = home / "elsewhere" / NAME / MODEL
+    typed(home, line, "-m", model, "-i", scans, "-o", home / "again", results="elsewhere")
+
+    before, after = probabilities_of(home / "predicted"), probabilities_of(home / "again")
+    assert before.keys() == after.keys() and len(before) == 2
+    for name, predicted in before.items():
+        assert predicted.std() > 0
+        assert np.array_equal(predicted, after[name])
+
+    scratch = typed(home, f"{train} -tr AutoregScratchTrainer -p AutoregPlans")
     assert "Mean Validation Dice" in scratch
     assert "encoder weights from" not in scratch

@@ -4,7 +4,6 @@ continue, validate, find best, share.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,119 +11,23 @@ import numpy as np
 import pytest
 import torch
 from few_cases import copy_cases
-from nnunet_folders import TRAINER_MODULE, set_folders
+from nnunet_folders import TRAINER_MODULE, plan_and_preprocess, set_folders
+from nnunet_project import CPU, PRETRAINED, Project, quick_predictor
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-CPU = torch.device("cpu")
-PRETRAINED = "AutoregPretrainedTrainer"
 HIPPOCAMPUS, SARCOMA = "Dataset004_Hippocampus", "Dataset051_SarcomaMR"
 NUM_CASES = 5
 SMALL_PATCH = [16, 40, 48]
 
 
-@dataclass(frozen=True)
-class Project:
-    """nnU-Net's three folders below ``root``, with one small dataset and the finished run
-    'brain'.
-    """
-
-    root: Path
-    dataset: str
-
-    @property
-    def number(self) -> int:
-        return int(self.dataset[len("Dataset") : len("Dataset000")])
-
-    @property
-    def plans_file(self) -> Path:
-        return self.root / "nnUNet_preprocessed" / self.dataset / "AutoregPlans.json"
-
-    def plans(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.plans_file.read_text())
-        return found
-
-    def shorten(self, **recipe: Any) -> None:
-        plans = self.plans()
-        if self.dataset == SARCOMA:
-            plans["configurations"]["3d_fullres"]["patch_size"] = SMALL_PATCH
-        plans["autoreg"]["recipe"].update(
-            {
-                "num_epochs": 1,
-                "num_iterations_per_epoch": 2,
-                "num_val_iterations_per_epoch": 1,
-                **recipe,
-            }
-        )
-        self.plans_file.write_text(json.dumps(plans))
+class PlannedProject(Project):
+    """A project with the finished run 'brain', which is planned for its weights."""
 
     def plan(self, configurations: tuple[str, ...] = ("3d_fullres",), **options: Any) -> None:
-        from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-            extract_fingerprints,
-            plan_experiments,
-            preprocess,
-        )
-
-        extract_fingerprints([self.number], num_processes=1, show_progress_bar=False)
-        identifier = plan_experiments([self.number], "AutoregPlanner", **options)
-        preprocess(
-            [self.number],
-            identifier,
-            list(configurations),
-            [1] * len(configurations),
-            show_progress_bar=False,
-        )
-        self.shorten()
-
-    def train(
-        self,
-        trainer: str = PRETRAINED,
-        configuration: str = "3d_fullres",
-        fold: int | str = 0,
-        **options: Any,
-    ) -> str:
-        """Train as ``nnUNetv2_train`` does; everything its logs say so far."""
-        from nnunetv2.run.run_training import run_training
-
-        run_training(
-            str(self.number), configuration, fold, trainer, "AutoregPlans", device=CPU, **options
-        )
-        logs = sorted(self.fold(trainer, configuration, fold).glob("training_log_*.txt"))
-        return "\n".join(log.read_text() for log in logs)
-
-    def model(
-        self,
-        trainer: str = PRETRAINED,
-        configuration: str = "3d_fullres",
-        results: str = "nnUNet_results",
-    ) -> Path:
-        return self.root / results / self.dataset / f"{trainer}__AutoregPlans__{configuration}"
-
-    def fold(
-        self, trainer: str = PRETRAINED, configuration: str = "3d_fullres", fold: int | str = 0
-    ) -> Path:
-        return self.model(trainer, configuration) / f"fold_{fold}"
-
-    def checkpoint(
-        self, trainer: str = PRETRAINED, configuration: str = "3d_fullres", fold: int | str = 0
-    ) -> dict[str, Any]:
-        file = self.fold(trainer, configuration, fold) / "checkpoint_final.pth"
-        found: dict[str, Any] = torch.load(file, map_location=CPU, weights_only=False)
-        return found
-
-    def predict(self, model: Path) -> np.ndarray:
-        """Probabilities (classes or regions, Z, Y, X) of the first training image."""
-        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-        predictor = nnUNetPredictor(
-            device=CPU, use_mirroring=False, tile_step_size=1, allow_tqdm=False
-        )
-        predictor.initialize_from_trained_model_folder(str(model), (0,))
-        image = min((self.root / "nnUNet_raw" / self.dataset / "imagesTr").glob("*.nii.gz"))
-        ((_, found),) = predictor.predict_from_files_sequential(
-            [[str(image)]], None, save_probabilities=True
-        )
-        return np.asarray(found)
+        """Plan, preprocess and shorten, in one process."""
+        plan_and_preprocess(self.number, configurations, **options)
+        self.shorten(SMALL_PATCH if self.dataset == SARCOMA else None)
 
 
 @pytest.fixture
@@ -133,30 +36,21 @@ def make_project(
     write_run: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Callable[..., Project]]:
+) -> Iterator[Callable[..., PlannedProject]]:
     """A function that makes a project of a dataset and an encoder with random weights, pretrained
     at the dataset's spacing.
     """
     set_folders(monkeypatch, tmp_path)
     monkeypatch.setattr(f"{TRAINER_MODULE}.nnUNetPredictor", quick_predictor)
 
-    def make(dataset: str, encoder: str, **card: Any) -> Project:
+    def make(dataset: str, encoder: str, **card: Any) -> PlannedProject:
         copy_cases(
             shared_data / "nnUNet_raw" / dataset, tmp_path / "nnUNet_raw" / dataset, NUM_CASES
         )
         write_run(tmp_path / "nnUNet_results", "brain", encoder=encoder, **card)
-        return Project(tmp_path, dataset)
+        return PlannedProject(tmp_path, dataset)
 
     yield make
-
-
-def quick_predictor(**options: Any) -> Any:
-    """nnU-Net's predictor for validation, without mirroring and with little overlap: a tenth of the
-    work.
-    """
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    return nnUNetPredictor(**{**options, "use_mirroring": False, "tile_step_size": 1})
 
 
 def without_validation(patch: pytest.MonkeyPatch) -> None:
@@ -167,7 +61,7 @@ def without_validation(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dataset", [HIPPOCAMPUS, SARCOMA])
 @pytest.mark.parametrize("encoder", ["resenc_tiny", "primus_v2_tiny"])
 def test_the_chain_of_stock_commands(
-    make_project: Callable[..., Project],
+    make_project: Callable[..., PlannedProject],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     encoder: str,
@@ -212,7 +106,7 @@ def test_the_chain_of_stock_commands(
 
 
 def test_anisotropic_scans_get_the_strides_and_kernels_of_nnunet(
-    make_project: Callable[..., Project],
+    make_project: Callable[..., PlannedProject],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -246,7 +140,7 @@ def test_anisotropic_scans_get_the_strides_and_kernels_of_nnunet(
 
 
 def test_regions_and_an_ignore_label_with_deep_supervision(
-    make_project: Callable[..., Project],
+    make_project: Callable[..., PlannedProject],
 ) -> None:
     import SimpleITK as sitk  # noqa: N813
 
@@ -279,7 +173,7 @@ def test_regions_and_an_ignore_label_with_deep_supervision(
 
 
 def test_a_cascade_of_cnns_starts_its_one_hot_channels_at_zero(
-    make_project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+    make_project: Callable[..., PlannedProject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = make_project(HIPPOCAMPUS, "resenc_tiny", spacing_mm=(0.4, 0.4, 0.4))
     project.plan(("3d_lowres", "3d_fullres"), overwrite_target_spacing=(0.3, 0.3, 0.3))

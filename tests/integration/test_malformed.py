@@ -17,6 +17,7 @@ import dicom_files as d
 import numpy as np
 import pytest
 import SimpleITK
+from nnunet_folders import environment_below, make_folders
 
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.private import PRIVATE_NAME
@@ -585,19 +586,8 @@ def plant(pool: Path) -> None:
 
 
 def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) -> None:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
+    make_folders(tmp_path)
     plant(tmp_path / "pool")
-
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "nnUNet_def_n_proc": "1",
-        **{
-            name: str(tmp_path / name)
-            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-        },
-    }
     command = [
         str(Path(sys.executable).with_name("autoreg_pretrain")),
         "-i",
@@ -609,6 +599,7 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
         "cpu",
     ]
 
+    environment = environment_below(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -628,7 +619,7 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
         "unreadable",
     ]
 
-    texts = [",".join(v for k, v in row.items() if k != "source") for row in rows]
+    texts = [",".join({**row, "source": ""}.values()) for row in rows]
     others = [
         p
         for p in tmp_path.rglob("*")

@@ -3,7 +3,6 @@ refusals, bad scans.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+from nnunet_folders import environment_below, make_folders
 from safetensors.numpy import load_file
 
 from nnunet_autoreg.corpus.private import PRIVATE_NAME
@@ -53,18 +53,13 @@ def workplace(tmp_path, shared_data):
     folder.mkdir()
     for image in images:
         shutil.copy(image, folder)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
+    make_folders(tmp_path)
     return tmp_path
 
 
 def environment(workplace):
-    folders = {
-        name: str(workplace / name)
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    }
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-    return {**clean, **folders, "OMP_NUM_THREADS": "1"}
+    # With as many processes as a user has.
+    return environment_below(workplace, nnUNet_n_proc_DA=None, nnUNet_def_n_proc=None)
 
 
 def line(workplace, name, *arguments):

@@ -3,7 +3,6 @@ carry names, and all that the commands write or print is searched for them.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import planted
 import pytest
 from fork_server import ForkServer
+from nnunet_folders import environment_below, make_folders
 from tiny_detector import write_model
 
 from nnunet_autoreg.corpus.private import PRIVATE_NAME
@@ -42,25 +42,20 @@ SLABS = ("objective.slab_vox=8", "objective.slab_step_vox=4")
 """Settings of Alice and of joint clustering for such a small crop."""
 
 
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-
-
 class Home:
     """nnU-Net's folders with planted scans, and what the commands typed there have printed."""
 
     def __init__(self, root: Path):
         self.root = root
-        for name in (*FOLDERS, "printed", "printed_by_nnunet"):
+        make_folders(root)
+        for name in ("printed", "printed_by_nnunet"):
             (root / name).mkdir()
         self.pool = planted.write_pool(root)
         self.lists = planted.write_lists(root, self.pool)
         self.dataset = planted.write_dataset(root / "nnUNet_raw")
 
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
-        folders = {name: str(root / name) for name in FOLDERS}
-        settings = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
         runner = Path(__file__).with_name("line_runner.py")
-        self.server = ForkServer(runner, {**clean, **folders, **settings})
+        self.server = ForkServer(runner, environment_below(root))
 
     @property
     def results(self) -> Path:

@@ -5,18 +5,10 @@ with SIGKILL. A request has argv, point, log and env.
 """
 
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
-from fork_server import serve, take_over
-
-
-def kill():
-    """End this process at once, as the kernel does."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    threading.Event().wait()
+from fork_server import kill, serve, take_over
 
 
 def kill_at_rename(method, target, after=False):

@@ -317,9 +317,7 @@ def test_all_arms_of_a_seed_train_and_are_scored_on_the_same_cases(
     run_missing(bench, keys, 1, runner)
     folds = read_json(bench.layout.plans / "splits_final.json")
 
-    by_seed = {seed: {fold for _, s, fold in runner.done if s == seed} for seed in (0, 1)}
-
-    assert by_seed == {0: {0}, 1: {1}}
+    assert {(seed, fold) for _, seed, fold in runner.done} == {(0, 0), (1, 1)}
     assert (
         folds[0]["train"]
         == list(labelled(bench.record.division, bench.record.subjects, 2, 0))

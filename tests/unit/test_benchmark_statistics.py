@@ -54,10 +54,9 @@ def test_both_phases_of_a_patient_always_go_together() -> None:
     subjects = subjects_by_name(cases)
     division = divide(subjects)
 
-    parts = [
-        {subjects[case] for case in part}
-        for part in (division.pool, division.development, division.test)
-    ]
+    parts = []
+    for part in (division.pool, division.development, division.test):
+        parts.append({subjects[case] for case in part})
 
     assert (
         [len(part) for part in parts] == [16, 4, 5]

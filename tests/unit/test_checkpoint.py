@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 from refusals import refused
+from traps import Trap
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.checkpoint import (
@@ -142,11 +143,7 @@ def test_a_disk_that_takes_no_more_bytes_is_named_and_the_files_stay(tmp_path):
 
 
 def test_code_in_a_checkpoint_is_not_run_even_under_a_good_hash(tmp_path):
-    class Harmful:
-        def __reduce__(self):
-            return (tmp_path / "witness").touch, ()
-
-    save_checkpoint(tmp_path / LATEST_NAME, {"step": Harmful()})
+    save_checkpoint(tmp_path / LATEST_NAME, {"step": Trap(tmp_path / "witness")})
 
     with refused(CheckpointError, "checkpoint-not-plain", tmp_path / LATEST_NAME):
         load_checkpoint(tmp_path / LATEST_NAME)

@@ -1,5 +1,6 @@
 """2D images: found and read for objectives that learn from them, left out with a reason else."""
 
+import operator
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -199,7 +200,8 @@ def test_images_are_stored_as_one_slice_and_pictures_in_archives_are_read(pool: 
     assert any(row.part == "member=inside/other.png" for row in rows)
 
     store = Store(pool.parent / "store")
-    keys = store.ensure(rows, lambda row: row.spacing_mm, None, 1)  # type: ignore[arg-type,return-value]
+    spacing_of: Any = operator.attrgetter("spacing_mm")
+    keys = store.ensure(rows, spacing_of, None, 1)
 
     assert len(keys) == len(rows) == 5 and not store.failures
     for row in rows:

@@ -300,14 +300,11 @@ def test_froc_by_hand_with_tied_scores_and_empty_scans():
 
 
 def perfect(scans, score=0.9):
-    return [
-        scan(
-            list(zip(s.true_boxes_G6, s.true_classes_G, strict=True)),
-            [(b, p, score) for b, p in zip(s.true_boxes_G6, s.true_classes_G, strict=True)],
-            name=s.name,
-        )
-        for s in scans
-    ]
+    found = []
+    for s in scans:
+        true = list(zip(s.true_boxes_G6, s.true_classes_G, strict=True))
+        found.append(scan(true, [(box, kind, score) for box, kind in true], name=s.name))
+    return found
 
 
 def test_perfect_detections_score_1_and_no_detections_score_0():

@@ -28,7 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-class Answers(torch.nn.Module):
+class FixedAnswer(torch.nn.Module):
     """Answers with the corner of a fixed map, as large as the features."""
 
     def __init__(self, answer: torch.Tensor):
@@ -120,7 +120,10 @@ def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> 
     marked = torch.arange(6.0)[None, :, None, None, None] + 100 * torch.arange(8.0).reshape(
         1, 1, 2, 2, 2
     )
-    heads.classifier, heads.regressor = Answers(marked), Answers(torch.zeros(1, 18, 2, 2, 2))
+    heads.classifier, heads.regressor = (
+        FixedAnswer(marked),
+        FixedAnswer(torch.zeros(1, 18, 2, 2, 2)),
+    )
     scores, _ = heads(maps)
 
     # Six channels: three shapes of two classes; cell 3 of 8 is the fourth.

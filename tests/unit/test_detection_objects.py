@@ -23,7 +23,7 @@ LESION = ObjectClass("lesion", 1, (1,))
 DATASET: dict[str, Any] = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
 
 
-class Reader:
+class ArrayReader:
     """Reads label maps that lie as .npy under the name of an image."""
 
     def read_seg(self, file: str) -> tuple[Any, dict[str, Any]]:
@@ -38,7 +38,7 @@ def write(file: Path, array: Any) -> None:
 
 
 def source(root: Path) -> ObjectSource:
-    return ObjectSource(root / "labelsTr", root, DATASET, Reader)
+    return ObjectSource(root / "labelsTr", root, DATASET, ArrayReader)
 
 
 def cube() -> Any:
@@ -92,10 +92,10 @@ def test_without_the_raw_dataset_the_copied_objects_are_used(
     write(raw / "instancesTr" / "a.nii.gz", halves)
     (raw / "instancesTr" / "a.json").write_text('{"instances": {"1": 1, "2": 1}}')
     monkeypatch.setenv("nnUNet_raw", str(raw.parent))
-    there = ObjectSource.of_dataset(labels, raw.name, DATASET, Reader)
+    there = ObjectSource.of_dataset(labels, raw.name, DATASET, ArrayReader)
     there.keep()
     monkeypatch.delenv("nnUNet_raw")
-    elsewhere = ObjectSource.of_dataset(labels, raw.name, DATASET, Reader)
+    elsewhere = ObjectSource.of_dataset(labels, raw.name, DATASET, ArrayReader)
 
     assert len(elsewhere.read("a").instances.objects) == 2
 

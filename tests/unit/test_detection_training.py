@@ -216,7 +216,7 @@ def test_boxes_of_one_member_are_suppressed_and_of_two_members_merged() -> None:
     assert two.scores_N[1].item() == pytest.approx(0.25)
 
 
-class Answers(torch.nn.Module):
+class BrightIsObject(torch.nn.Module):
     """Says, for every anchor of 4^3 voxels, that there is an object where its voxels are bright."""
 
     def forward(self, image: torch.Tensor) -> Output:
@@ -234,7 +234,7 @@ def test_tiles_and_mirrorings_find_an_object_and_average_the_logits(
 ) -> None:
     image = torch.zeros(1, 12, 6, 16)
     image[0, 4:8, 0:4, 8:12] = 1
-    network: Any = Answers()
+    network: Any = BrightIsObject()
     # Two tiles along x, at 0 and 4: the second has the object whole, at the border of the first it
     # is cut.
     detector = ScanDetector(network, ANCHORS, (12, 8, 12), torch.device("cpu"), mirror_axes=axes)

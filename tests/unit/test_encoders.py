@@ -217,14 +217,13 @@ def test_computing_the_local_part_twice_changes_no_number(name: str) -> None:
     once, twice = small_encoder(name), small_encoder(name)
     twice.recompute = True
     volume = noise(1, 1, 1, *CROP)
+    gradients = []
     for encoder in (once, twice):
         (encoder(volume, None) * noise(1, 16, 48, seed=2)).sum().backward()
-
-    # All gradients in one: those of biases before a norm are nothing but rounding.
-    one, two = (
-        torch.cat([p.grad.flatten() for p in e.parameters() if p.grad is not None])
-        for e in (once, twice)
-    )
+        # All gradients in one: those of biases before a norm are nothing but rounding.
+        found = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found))
+    one, two = gradients
 
     assert (one - two).norm() < 1e-4 * one.norm()
 

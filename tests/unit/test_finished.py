@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
-from stand_in import PLAN, Linear, trainer
+from stand_in import PLAN, Collapsing, Linear, trainer
 
 from nnunet_autoreg import checkpoint
 from nnunet_autoreg.corpus.find import find_scans
@@ -19,7 +19,7 @@ from nnunet_autoreg.corpus.licences import read_licences, stated_licences, write
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError, PlanError, UsageError
 from nnunet_autoreg.model.card import check_run_name
-from nnunet_autoreg.objectives.base import LossTerms, TokenFeatures
+from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.training_step import StepStatistics
 from nnunet_autoreg.pretrain.validation import Health, failure_messages
@@ -31,23 +31,6 @@ HEALTHY = Health({"error": 0.5, "mean": 1.0}, 0.5, 20.0)
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.draw_progress", lambda *_: None)
-
-
-class Collapsed(Linear):
-    """Its features are the same for every token of every image, as soon as ``step`` was trained."""
-
-    def __init__(self, step: int):
-        super().__init__()
-        self.follows_steps = True
-        self.step, self.has_collapsed = step, False
-
-    def after_step(self, step: int, *_: object) -> None:
-        self.has_collapsed = step >= self.step
-
-    def describe(self, batch: Any) -> TokenFeatures:
-        tokens = super().describe(batch)
-        same = torch.ones_like(tokens.features)
-        return replace(tokens, features=same) if self.has_collapsed else tokens
 
 
 class Unreal(Linear):
@@ -67,7 +50,7 @@ def weights_of_checkpoint(folder: Path) -> tuple[int, torch.Tensor]:
     return found[1]["step"], found[1]["network_weights"]["weight"]
 
 
-@pytest.mark.parametrize("objective", [Collapsed(4), Unreal()])
+@pytest.mark.parametrize("objective", [Collapsing(4), Unreal()])
 def test_a_failed_run_keeps_its_last_good_state_and_fails_again(
     tmp_path: Path, objective: Linear
 ) -> None:
@@ -84,10 +67,10 @@ def test_a_failed_run_keeps_its_last_good_state_and_fails_again(
 
 def test_a_collapse_that_the_user_wants_is_finished_with_a_lower_limit(tmp_path: Path) -> None:
     with pytest.raises(AutoregError):
-        trainer(tmp_path, Collapsed(4)).run()
+        trainer(tmp_path, Collapsing(4)).run()
     wanted = replace(PLAN, run=replace(PLAN.run, min_token_variance=0.0, min_effective_rank=0.0))
 
-    trainer(tmp_path, Collapsed(4), wanted).run()
+    trainer(tmp_path, Collapsing(4), wanted).run()
 
     assert weights_of_checkpoint(tmp_path)[0] == 6
 

@@ -59,12 +59,10 @@ def plainly(voxels_MCZYX, real_MZYX, flip_transpose):
     image by image.
     """
     flipped = tuple(axis for axis, flip in enumerate(flip_transpose.flips) if flip)
-    voxels = [
-        np.flip(v, [axis + 1 for axis in flipped]).transpose(
-            0, *(axis + 1 for axis in flip_transpose.axes)
-        )
-        for v in voxels_MCZYX
-    ]
+    # Voxels have one axis more, of the channels.
+    flipped_voxels = [axis + 1 for axis in flipped]
+    axes = (0, *(axis + 1 for axis in flip_transpose.axes))
+    voxels = [np.flip(v, flipped_voxels).transpose(axes) for v in voxels_MCZYX]
     valid_mask = [np.flip(r, flipped).transpose(flip_transpose.axes) for r in real_MZYX]
     return np.stack(voxels), np.stack(valid_mask)
 
@@ -259,10 +257,8 @@ def test_training_and_validation_batches_reach_the_loss_turned():
         sample.flip_transpose != UNCHANGED for sample in drawn[2:]
     )
 
-    voxels, valid_mask = (
-        torch.cat([getattr(batch, name) for batch in seen]).numpy()
-        for name in ("voxels", "valid_mask")
-    )
+    voxels = torch.cat([batch.voxels for batch in seen]).numpy()
+    valid_mask = torch.cat([batch.valid_mask for batch in seen]).numpy()
 
     assert np.array_equal(voxels, np.stack([sample.augmented().voxels for sample in drawn]))
     assert np.array_equal(valid_mask, np.stack([sample.augmented().valid_mask for sample in drawn]))

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny_detector import make_plans
+from traps import Trap
 
 from nnunet_autoreg.benchmark.results import read_results
 from nnunet_autoreg.benchmark.split import find_patients, read_subjects
@@ -400,16 +401,6 @@ SMALL = {
     "scale_attn_inner": True,
 }
 CROP = (16, 16, 16)
-
-
-class Trap:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path):
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (self.folder,))
 
 
 @functools.cache

@@ -336,10 +336,8 @@ def test_labels_lie_on_the_stored_voxels_and_unnamed_ones_are_unknown(dataset):
     found = stored_labels(row(dataset, 1), (12, 8, 10))
 
     assert found.shape == (12, 8, 10)
-    assert [[int(v) for v in np.ptp(np.argwhere(found == value), axis=0)] for value in (1, -1)] == [
-        [1, 0, 0],
-        [1, 0, 0],
-    ]
+    for value in (1, -1):
+        assert np.ptp(np.argwhere(found == value), axis=0).tolist() == [1, 0, 0]
 
     distance = np.abs(np.argwhere(found == 1)[0] - np.argwhere(found == -1)[0])
 

@@ -145,18 +145,15 @@ def test_a_stop_does_not_change_which_checkpoint_is_rolled_back_to(tmp_path, sto
     stopped.run()
     assert torch.equal(stopped.module.weight, whole.module.weight)
     assert stopped.progress == whole.progress
-    lines = [
-        [
-            (x["step"], x["name"], x["value"])
-            for x in read_lines(tmp_path / name / "metrics.jsonl")
-            if x["name"] in COMPARED
-        ]
-        for name in ("whole", "stopped")
-    ]
-    assert lines[0] == lines[1]
+    assert compared_metrics(tmp_path / "stopped") == compared_metrics(tmp_path / "whole")
 
 
 COMPARED = ("train_error", "lr", "gradient_norm", "skipped_steps", "rollbacks")
+
+
+def compared_metrics(folder):
+    lines = read_lines(folder / "metrics.jsonl")
+    return [(x["step"], x["name"], x["value"]) for x in lines if x["name"] in COMPARED]
 
 
 def test_a_stop_before_anything_was_logged_saves_the_state(tmp_path):
@@ -261,7 +258,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capl
     assert torch.equal(checkpoint.load_checkpoint(latest)["network_weights"]["weight"], whole)
 
 
-class Broken(Numbered):
+class DamagedCase(Numbered):
     """Cannot read the case of step 2."""
 
     def draw(self, cases, purpose, *ids):
@@ -282,7 +279,7 @@ class Dying(Numbered):
 @pytest.mark.parametrize(
     ("sampler", "code", "values"),
     [
-        (Broken(), "store", ["the case is damaged"]),
+        (DamagedCase(), "store", ["the case is damaged"]),
         (Dying(), "loader-died", ["DataLoader worker", "memory", "same line", "checkpoint"]),
     ],
 )

@@ -43,7 +43,7 @@ PLAIN = PredictionPlan()
 MASKED = {"order": "random", "predictor": "query", "prefix": "fixed"}
 
 
-class Case:
+class EmptyCase:
     """A case that is larger than the crop."""
 
     shape_vox, spacing_mm = (20, 40, 30), (1.0, 1.0, 1.0)
@@ -73,7 +73,9 @@ def masked_plan(**sequence):
 
 def drawn_batch(plan, num_samples=1):
     """As the sampler draws it, of a case that fills the crop, with noise for voxels."""
-    samples = [SequenceSampler(plan).draw([Case()], TRAINING, 0, n) for n in range(num_samples)]
+    samples = [
+        SequenceSampler(plan).draw([EmptyCase()], TRAINING, 0, n) for n in range(num_samples)
+    ]
     batch = collate(samples)
     return replace(
         batch, voxels=torch.randn(batch.voxels.shape, generator=torch.Generator().manual_seed(0))
@@ -295,7 +297,7 @@ def test_a_fixed_prefix_is_the_share_of_the_blocks_but_never_none_or_all():
 
 def test_held_out_samples_keep_a_fixed_prefix():
     sampler = SequenceSampler(masked_plan())
-    assert {sampler.draw([Case()], VALIDATION, number).prefix for number in range(8)} == {6}
+    assert {sampler.draw([EmptyCase()], VALIDATION, number).prefix for number in range(8)} == {6}
 
 
 def test_long_prefixes_are_the_larger_of_two_and_uniform_from_0_has_0():

@@ -520,9 +520,9 @@ def test_without_labels_similar_places_of_other_patients_are_found(tmp_path, sto
 
     structures = {p.structure for p in places}
 
-    assert structures and all(
-        len({p.subject for p in places if p.structure == name}) == 3 for name in structures
-    )
+    assert structures
+    for name in structures:
+        assert len({p.subject for p in places if p.structure == name}) == 3
 
     near = [
         np.abs(np.subtract(p.centre, q.centre)).max()

@@ -36,8 +36,10 @@ def test_the_picture_of_the_evidence_shows_one_data_set(monkeypatch: pytest.Monk
     lines = [line for line in measured.lines_of("evidence.jsonl") if line["set"] == "ixi"]
     column = evidence_picture.COLUMNS[-1]
     scores = evidence_picture.finetunings(lines, column)
-    every = [set(evidence_picture.finetunings(lines, other)) for other in evidence_picture.COLUMNS]
-    draws = set.intersection(*({draw for draw, _ in runs} for runs in every))
+    draws_of = []
+    for other in evidence_picture.COLUMNS:
+        draws_of.append({draw for draw, _ in evidence_picture.finetunings(lines, other)})
+    draws = set.intersection(*draws_of)
     expected = [dice for (draw, _), dice in scores.items() if draw in draws]
     points = [found for found in finetuned.collections if len(found.get_offsets()) == len(expected)]
     assert sorted(points[-1].get_offsets()[:, 1]) == pytest.approx(sorted(expected))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
-from stand_in import PLAN, Linear, trainer
+from stand_in import PLAN, Collapsing, Linear, trainer
 from torch import Tensor, nn
 
 from nnunet_autoreg import checkpoint
@@ -16,7 +16,7 @@ from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.model.memory import pretraining_memory
 from nnunet_autoreg.objective_kinds import FigureOfMerit
-from nnunet_autoreg.objectives.base import LossTerm, LossTerms, TokenFeatures, one_term
+from nnunet_autoreg.objectives.base import LossTerm, LossTerms, one_term
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.dry_run import plan_memory
@@ -238,24 +238,6 @@ def test_an_objective_without_reconstruction_has_no_pictures() -> None:
 
 
 # Collapse.
-
-
-class Collapsing(Linear):
-    """Its features are the same everywhere once ``step`` has been trained."""
-
-    follows_steps = True
-
-    def __init__(self, step: int):
-        super().__init__()
-        self.step, self.has_collapsed = step, False
-
-    def after_step(self, step: int, *_: object) -> None:
-        self.has_collapsed = step >= self.step
-
-    def describe(self, batch: Any) -> TokenFeatures:
-        tokens = super().describe(batch)
-        same = torch.ones_like(tokens.features)
-        return replace(tokens, features=same) if self.has_collapsed else tokens
 
 
 def test_a_run_that_collapses_stops_and_keeps_its_last_good_state(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_the_faithful_objective_gives_the_original_models_loss(
 
 
 def test_faithful_draws_prefixes_from_0_and_overlapping_sub_volumes() -> None:
-    class Case:
+    class NumberedSlices:
         shape_vox, spacing_mm = (140, 140, 140), (1.0, 1.0, 1.0)
 
         def read_padded(self, start, size):
@@ -234,7 +234,7 @@ def test_faithful_draws_prefixes_from_0_and_overlapping_sub_volumes() -> None:
             return np.broadcast_to(z, (1, *size)).copy(), np.ones(size, bool)
 
     sampler = SequenceSampler(faithful(planned("vit_b16", num_steps=10)))
-    samples = [sampler.draw([Case()], TRAINING, step, 0) for step in range(12)]
+    samples = [sampler.draw([NumberedSlices()], TRAINING, step, 0) for step in range(12)]
     assert samples[0].voxels[0, 0, :, 0, 0].tolist() == [
         k * 8 + i for k in range(4) for i in range(32)
     ]

@@ -2,6 +2,7 @@
 twin never sees hidden voxels.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -158,14 +159,10 @@ def test_a_rule_for_reordered_queries_has_its_rows_reordered(fused: bool) -> Non
 
     if fused:
         allowed = moved.block_mask().mask_mod
-        pairs = [
-            [
-                [bool(allowed(*map(torch.tensor, (b, 0, q, k)))) for k in range(32)]
-                for q in range(32)
-            ]
-            for b in range(2)
-        ]
-        assert torch.equal(torch.tensor(pairs)[:, None], expected)
+        pairs = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+        for b, head, q, k in itertools.product(*map(range, pairs.shape)):
+            pairs[b, head, q, k] = allowed(*map(torch.tensor, (b, head, q, k)))
+        assert torch.equal(pairs, expected)
     else:
         assert torch.equal(moved.dense(), expected)
 

@@ -187,7 +187,7 @@ def run_folder(tmp_path):
 VOID = {"meta", "br", "img"}
 
 
-class Reader(HTMLParser):
+class PageReader(HTMLParser):
     """Checks that tags close in order; collects text by table, attributes and headings."""
 
     def __init__(self, text):
@@ -245,7 +245,7 @@ def written(folder, objective, batch):
 def test_the_page_is_well_formed_and_loads_nothing(run_folder, objective, batch):
     text = written(run_folder, objective, batch)
 
-    page = Reader(text)
+    page = PageReader(text)
 
     inside = [link[1:] for link in page.links if link.startswith("#")]
     outside = [link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))]
@@ -269,7 +269,7 @@ def test_charts_follow_the_dark_page(run_folder, objective, batch):
 
 
 def test_its_counts_are_those_of_scans_csv(run_folder, objective, batch):
-    page = Reader(written(run_folder, objective, batch))
+    page = PageReader(written(run_folder, objective, batch))
 
     counts = Counter(r.status for r in ROWS)
     shown = {cells[0]: cells[1] for cells in page.rows if cells[0] in counts}
@@ -289,7 +289,7 @@ def test_it_names_reasons_and_lines_but_no_patient(run_folder, objective, batch)
     text = written(run_folder, objective, batch)
 
     assert [secret for secret in SECRETS if secret in text] == []
-    reasons = next(cells for cells in Reader(text).rows if cells[0] == "unreadable")[2]
+    reasons = next(cells for cells in PageReader(text).rows if cells[0] == "unreadable")[2]
     assert "line 6: [name] cannot be read; copy it again" in reasons
     assert "line 7 and 1 more: a part of it, [name], is missing" in reasons
     assert re.search(r"line 5: the same voxels as line [2-4]; keep one", text)
@@ -310,7 +310,7 @@ def test_no_ordinary_word_is_hidden_because_a_folder_has_that_name():
 
 
 def test_plan_values_have_reasons_and_the_request_is_left_out(run_folder, objective, batch):
-    page = Reader(written(run_folder, objective, batch))
+    page = PageReader(written(run_folder, objective, batch))
 
     assert ["optim.lr", "0.01", "a reason & more"] in page.rows
     assert any(
@@ -320,7 +320,7 @@ def test_plan_values_have_reasons_and_the_request_is_left_out(run_folder, object
 
 
 def test_the_time_spent_waiting_for_data_is_drawn_and_tabled(run_folder, objective, batch):
-    page = Reader(written(run_folder, objective, batch))
+    page = PageReader(written(run_folder, objective, batch))
 
     assert [cells[1] for cells in page.rows if cells[0] == "waiting for data"] == ["25 %"]
     assert (
@@ -330,7 +330,7 @@ def test_the_time_spent_waiting_for_data_is_drawn_and_tabled(run_folder, objecti
 
 
 def test_every_picture_has_a_text_and_no_heading_level_is_skipped(run_folder, objective, batch):
-    page = Reader(written(run_folder, objective, batch))
+    page = PageReader(written(run_folder, objective, batch))
 
     num_charts, num_panels = 9, 2 * 3 * 4
     assert len([text for text in page.named if len(text) > 10]) == num_charts + num_panels
@@ -507,7 +507,7 @@ def test_pictures_of_the_folder_and_provenance_are_in_the_page(run_folder, objec
 
     assert "base64,cG5n" in text
     assert 'id="sequences"' not in text
-    rows = {cells[0]: cells[-1] for cells in Reader(text).rows}
+    rows = {cells[0]: cells[-1] for cells in PageReader(text).rows}
     assert rows["command"].startswith("autoreg_pretrain --name")
     assert "torch" in rows["versions"]
     assert rows["optim.betas"] == "0.9, 0.95"
@@ -901,13 +901,13 @@ def test_wandb_follows_nnunets_switch_and_may_fail_to_start(tmp_path, monkeypatc
 
 
 def test_a_sink_that_fails_is_dropped_with_one_line(caplog):
-    class Broken(sinks.Guarded):
+    class FullDisk(sinks.Guarded):
         what = "It"
 
         def _log(self, step, name, value):
             raise OSError("the disk is full")
 
-    broken = Broken()
+    broken = FullDisk()
     broken.log(0, "a", 1.0)
     broken.log(1, "a", 1.0)
     broken.close()

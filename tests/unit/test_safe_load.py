@@ -9,22 +9,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_detector import write_model, write_scan
+from traps import Trap
 
 from nnunet_autoreg import bridge
 from nnunet_autoreg.checkpoint import load_checkpoint
 from nnunet_autoreg.cli.detect import main
 from nnunet_autoreg.errors import CheckpointError, WeightsError
 from nnunet_autoreg.safe_load import FORCE, FORCE_NOT, load_plain, plain_loading
-
-
-class Trap:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.target),))
 
 
 @pytest.fixture(scope="module")

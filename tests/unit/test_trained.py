@@ -122,7 +122,8 @@ def test_a_checkpoint_brings_network_and_data_of_its_configuration(
     assert not [key for key in tensors if "seg_layers" in key or "decoder.encoder" in key]
     assert all(torch.equal(value, state[key]) for key, value in tensors.items())
     parts = ("encoder.stem.", "encoder.stages.2.", "decoder.stages.1.", "decoder.transpconvs.0.")
-    assert all(any(key.startswith(part) for key in tensors) for part in parts)
+    for part in parts:
+        assert any(key.startswith(part) for key in tensors), part
 
 
 def test_the_import_fits_other_channels_patches_and_depths(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 licences, normalisation.
 """
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from traps import Trap
 
 from nnunet_autoreg.cli.weights import main
 from nnunet_autoreg.convert.ar_ssl4m import expected_keys
@@ -51,16 +51,6 @@ def ar_ssl4m(depth: int = 1, width: int = 12, token: int = 4) -> dict[str, Tenso
 def saved(file: Path, content: Any) -> Path:
     torch.save(content, file)
     return file
-
-
-class Trap:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.target),))
 
 
 @pytest.mark.parametrize("way", ["zip", "bare"])
