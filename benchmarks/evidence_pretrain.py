@@ -22,15 +22,9 @@ from nnunet_autoreg.corpus.locations import StructureLocation
 from nnunet_autoreg.errors import AutoregError, UsageError
 from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
 from nnunet_autoreg.machine import has_bf16
-from nnunet_autoreg.model.card import (
-    CARD_NAME,
-    UNKNOWN,
-    WEIGHTS_NAME,
-    Verdict,
-    check_run_name,
-    read_card,
-)
+from nnunet_autoreg.model.card import CARD_NAME, WEIGHTS_NAME, check_run_name, read_card
 from nnunet_autoreg.model.compilation import autocast
+from nnunet_autoreg.model.verdict import UNKNOWN, Verdict
 from nnunet_autoreg.objective_kinds import with_objective
 from nnunet_autoreg.objectives.base import LossTerms
 from nnunet_autoreg.objectives.registry import build_objective

@@ -45,8 +45,9 @@ from nnunet_autoreg.finetune.resolve import (
 )
 from nnunet_autoreg.geometry import Size, as_spacing, size_text
 from nnunet_autoreg.machine import device_option
-from nnunet_autoreg.model.card import IMPORTED, NO_VERDICT
+from nnunet_autoreg.model.card import IMPORTED
 from nnunet_autoreg.model.memory import TrainingMemory
+from nnunet_autoreg.model.verdict import NO_VERDICT
 from nnunet_autoreg.nnunet_api import preprocessed_folder, raw_folder, results_folder
 from nnunet_autoreg.records import read_object, shown, to_jsonable, write_json
 

@@ -21,8 +21,9 @@ from nnunet_autoreg.cli.options import Group, add_device, add_seed, add_split_4d
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.finetune.resolve import VARIABLE, objection_to_verdict
 from nnunet_autoreg.io.addresses import is_address
-from nnunet_autoreg.model.card import NO_VERDICT, NOT_LEARNT, EncoderCard, read_card
+from nnunet_autoreg.model.card import EncoderCard, read_card
 from nnunet_autoreg.model.sizes import ENCODERS
+from nnunet_autoreg.model.verdict import NO_VERDICT, NOT_LEARNT, longer_training
 from nnunet_autoreg.nnunet_api import dataset_folder, dataset_number, results_folder
 from nnunet_autoreg.objective_kinds import ObjectiveKind, Preset, objective_kinds, presets
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE
@@ -387,8 +388,7 @@ def next_step(card: EncoderCard, fine_tuning: str) -> str:
     verdict = card.verdict or NO_VERDICT
     if verdict.outcome == NOT_LEARNT:
         return (
-            f"train longer: type the same line with more --steps than {card.num_steps}, or with a "
-            f"new --name and another rate (to fine-tune anyway: {by_name})"
+            f"train longer: {longer_training(card.num_steps)} (to fine-tune anyway: {by_name})"
         )
     return f"{by_name} (by name, because it was {reason_against})"
 

@@ -12,7 +12,8 @@ from nnunet_autoreg import __version__
 from nnunet_autoreg.convert.licences import NONE_STATED
 from nnunet_autoreg.errors import printable
 from nnunet_autoreg.geometry import size_text
-from nnunet_autoreg.model.card import IMPORTED, NO_VERDICT, EncoderCard
+from nnunet_autoreg.model.card import IMPORTED, EncoderCard
+from nnunet_autoreg.model.verdict import NO_VERDICT
 from nnunet_autoreg.wording import counted
 
 OTHER_IDS = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "gpl-3.0", "lgpl-3.0")

@@ -18,15 +18,14 @@ from nnunet_autoreg.io.addresses import advice_for, is_address
 from nnunet_autoreg.model.card import (
     CARD_NAME,
     IMPORTED,
-    NO_VERDICT,
     NO_WEIGHTS,
-    NOT_LEARNT,
     RUNS_FOLDER,
     WEIGHTS_NAME,
     EncoderCard,
     read_card,
     verify_weights,
 )
+from nnunet_autoreg.model.verdict import NO_VERDICT, NOT_LEARNT
 from nnunet_autoreg.planning.tokens import objection_to_flat_tokens
 
 VARIABLE = "autoreg_weights"

@@ -8,6 +8,7 @@ from typing import Any
 from nnunet_autoreg.errors import PlanError, UsageError, WeightsError
 from nnunet_autoreg.families import missing_arguments
 from nnunet_autoreg.geometry import Size, Spacing, grid_of
+from nnunet_autoreg.model.verdict import Verdict
 from nnunet_autoreg.plan import IntensityWindow, SpacingGroup
 from nnunet_autoreg.records import from_jsonable, read_json, sha256_of, write_json
 
@@ -47,44 +48,6 @@ class Adaptation:
     keys_to_in_proj: tuple[str, ...]
     key_to_lpe: str | None
     keys_to_decoder: tuple[str, ...] = ()
-
-
-LEARNT, NOT_LEARNT, UNKNOWN = "learnt", "not learnt", "unknown"
-"""Outcomes of a ``Verdict``."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What validation showed about a run.
-
-    Attributes:
-        outcome: "learnt", "not learnt" or "unknown".
-        reason: the figures that decided, for the user.
-        errors: validation error "error", and that of each trivial prediction by its name. Empty
-            without validation scans.
-        probe: balanced accuracy of predicting labels from "features", from raw "voxels", and by
-            "chance". Empty without labels.
-        num_validation_scans: scans that were kept out of training.
-        min_scans: encoders of fewer scans are used by name only.
-    """
-
-    outcome: str
-    reason: str
-    errors: dict[str, float] = field(default_factory=dict)
-    probe: dict[str, float] = field(default_factory=dict)
-    num_validation_scans: int = 0
-    min_scans: int = 0
-
-    @property
-    def message(self) -> str:
-        """Return outcome and reason in one line."""
-        return f"{self.outcome}: {self.reason}"
-
-
-NO_VERDICT = Verdict(
-    UNKNOWN, "its card has no verdict, because it was written before there was one"
-)
-"""Of encoders from earlier releases."""
 
 
 @dataclass(frozen=True)

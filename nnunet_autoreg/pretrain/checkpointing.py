@@ -33,11 +33,11 @@ from nnunet_autoreg.model.card import (
     WEIGHTS_NAME,
     Adaptation,
     EncoderCard,
-    Verdict,
     read_card,
     verify_weights,
 )
 from nnunet_autoreg.model.compilation import is_out_of_memory
+from nnunet_autoreg.model.verdict import Verdict
 from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.phases import phase

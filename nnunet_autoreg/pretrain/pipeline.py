@@ -27,7 +27,8 @@ from nnunet_autoreg.corpus.spacing import parse_policy
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import size_text
 from nnunet_autoreg.machine import has_bf16, num_processes
-from nnunet_autoreg.model.card import NO_VERDICT, WEIGHTS_NAME, EncoderCard, Verdict, read_card
+from nnunet_autoreg.model.card import WEIGHTS_NAME, EncoderCard, read_card
+from nnunet_autoreg.model.verdict import NO_VERDICT, Verdict
 from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.phases import phase, signs_of_life
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan, override

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from nnunet_autoreg.downstream.probe import MAX_TOKENS, LabelledCrop, Probe, evenly_spread
 from nnunet_autoreg.errors import AutoregError
-from nnunet_autoreg.model.card import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
 from nnunet_autoreg.model.compilation import autocast
+from nnunet_autoreg.model.verdict import UNKNOWN, Verdict, accuracies, compared, judge
 from nnunet_autoreg.objective_kinds import FigureOfMerit
 from nnunet_autoreg.objectives.base import LossTerms, Objective, TokenFeatures
 from nnunet_autoreg.phases import phase
@@ -114,11 +114,7 @@ class Health:
             # The names are those of metrics.jsonl.
             message += f"; {', '.join(values).replace('_', ' ')}"
         if self.probe is not None:
-            message += (
-                f"; probe: balanced accuracy {self.probe['features']:.3f} from features, "
-                f"{self.probe['voxels']:.3f} from raw voxels, "
-                f"{self.probe['chance']:.3f} by chance"
-            )
+            message += f"; {accuracies(self.probe)}, {self.probe['chance']:.3f} by chance"
         return message
 
 
@@ -492,7 +488,7 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
         return warnings
 
     error = health.errors["error"]
-    _, not_beaten = compared(health)
+    _, not_beaten = compared(health.errors, health.figure)
     if not_beaten or not math.isfinite(error):
         warnings.append(
             f"nothing learnt yet: the validation error {error:.4f} is not below "
@@ -508,27 +504,10 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
     return warnings
 
 
-def compared(health: Health) -> tuple[list[str], list[str]]:
-    """Return the trivial predictions that are worse than the network, and the others."""
-    beaten: list[str] = []
-    not_beaten: list[str] = []
-    for name, value in health.errors.items():
-        if name == "error":
-            continue
-        what = f"'{health.figure.references.get(name, name)}' ({value:.4f})"
-        # A NaN is not below anything.
-        (beaten if health.errors["error"] < value else not_beaten).append(what)
-    return beaten, not_beaten
-
-
 def verdict_of(
     health: Health | None, num_scans: int, num_validation_scans: int, min_scans: int
 ) -> Verdict:
     """Return whether a finished run has learnt something, with the figures.
-
-    A run has not learnt if its error is not below that of every trivial prediction. If it is, but a
-    classifier on the features is no better than one on raw voxels, the outcome is unknown. If the
-    objective has no trivial prediction and ranks by the probe, only the probe decides.
 
     Args:
         health: after the last step; None where the validation scans give no sequence.
@@ -544,31 +523,12 @@ def verdict_of(
             )
         return Verdict(UNKNOWN, f"{reason}; {num_scans} scans", min_scans=min_scans)
 
-    beaten, not_beaten = compared(health)
-    probe = health.probe
-    is_probe_better = probe is not None and probe["features"] > probe["voxels"]
-    error = f"the validation {health.figure.name} {health.errors['error']:.4f}"
-    if not_beaten:
-        outcome, reason = NOT_LEARNT, f"{error} is not below {' and '.join(not_beaten)}"
-    elif beaten:
-        outcome, reason = LEARNT, f"{error} is below {' and '.join(beaten)}"
-        if probe is not None and not is_probe_better:
-            outcome, reason = UNKNOWN, f"{reason}, but the probe disagrees"
-    else:
-        outcome, reason = UNKNOWN, f"{error} has nothing to be compared with"
-        if health.figure.ranks_by_probe and probe is not None:
-            outcome = LEARNT if is_probe_better else NOT_LEARNT
-
-    if probe is not None:
-        reason += (
-            f"; probe: balanced accuracy {probe['features']:.3f} from features, "
-            f"{probe['voxels']:.3f} from raw voxels"
-        )
+    outcome, reason = judge(health.figure, health.errors, health.probe)
     return Verdict(
         outcome,
         f"{reason}; {num_scans} scans, {num_validation_scans} of them for validation",
         dict(health.errors),
-        dict(probe or {}),
+        dict(health.probe or {}),
         num_validation_scans,
         min_scans,
     )

@@ -20,6 +20,7 @@ from nnunet_autoreg.corpus.rows import read_index
 from nnunet_autoreg.corpus.spacing import MEDIAN
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.machine import num_processes
+from nnunet_autoreg.model.verdict import HEADLINES, LEARNT, UNKNOWN, judge, longer_training
 from nnunet_autoreg.nnunet_api import dataset_number
 from nnunet_autoreg.objective_kinds import SliceGroup, figure_of_merit
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, Plan
@@ -212,40 +213,47 @@ def steps_done(series: Series) -> int:
 
 
 def verdict(plan: Plan, series: Series) -> tuple[bool, str]:
-    """Return whether the encoder learns as it should, and a sentence about it."""
+    """Return whether the encoder learns as it should, and a few sentences about it."""
     error = _last(series, "heldout_error")
-    baselines = {}
-    for name, label in figure_of_merit(plan).references.items():
-        value = _last(series, f"heldout_{name}")
-        if value is not None:
-            baselines[label] = value
-
-    if error is None or not baselines:
+    if error is None:
         return (
             False,
-            "Whether the encoder learns is not known: there are no validation scans (they need at "
-            "least two cases), or none was evaluated yet.",
+            f"{HEADLINES[UNKNOWN]} There are no validation scans (they need at least two cases), "
+            "or none was evaluated yet.",
         )
 
-    compared = " and ".join(f"{value:.3f} for {label}" for label, value in baselines.items())
-    figures = f"The validation error is {error:.3f}, compared with {compared}"
-    best = min(baselines.values())
+    figure = figure_of_merit(plan)
+    baselines = _newest(series, {name: f"heldout_{name}" for name in figure.references})
+    probe = _newest(series, {name: f"probe_{name}" for name in ("features", "voxels")})
+    errors = {"error": error, **baselines}
+    outcome, reason = judge(figure, errors, probe if len(probe) == 2 else None)
+    figures = f"{reason[0].upper()}{reason[1:]}."
 
-    if error < best:
-        share = 100 * (1 - error / best)
-        baseline = "baseline" if len(baselines) == 1 else "better baseline"
-        return (
-            True,
-            f"The encoder learns. {figures}: it is {share:.0f} % below the {baseline}. Lower is "
-            "better.",
-        )
+    if outcome == LEARNT:
+        return True, " ".join([HEADLINES[LEARNT], figures, *_how_far_below(error, baselines)])
     if steps_done(series) <= plan.optim.warmup_steps:
-        return True, f"It is too early to say. {figures}. The learning rate is still warming up."
-    return (
-        False,
-        f"The encoder has not learned to predict yet. {figures}. Train longer, or look at the "
-        "pictures and at scans.csv.",
-    )
+        return True, f"It is too early to say. {figures} The learning rate is still warming up."
+    advice = "Train longer, or look at the pictures and at scans.csv."
+    return False, f"{HEADLINES[outcome]} {figures} {advice}"
+
+
+def _newest(series: Series, keys: Mapping[str, str]) -> dict[str, float]:
+    """Return the last values of those metrics that were logged, by other names."""
+    found = {}
+    for name, key in keys.items():
+        value = _last(series, key)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _how_far_below(error: float, baselines: Mapping[str, float]) -> list[str]:
+    """Return a sentence about an error that is below all baselines; none without baselines."""
+    if not baselines:
+        return []
+    share = 100 * (1 - error / min(baselines.values()))
+    baseline = "baseline" if len(baselines) == 1 else "better baseline"
+    return [f"That is {share:.0f} % below the {baseline}; lower is better."]
 
 
 def _verdict(plan: Plan, series: Series, notes: Sequence[str]) -> str:
@@ -344,8 +352,7 @@ def next_section(plan: Plan, series: Series, setting: RunSetting) -> str:
     learns, _ = verdict(plan, series)
     if not learns and _last(series, "heldout_error") is not None:
         advice = page.paragraph(
-            f"Train longer first: type the same line with more --steps than "
-            f"{plan.optim.num_steps:,}, or with a new --name and another rate."
+            f"Train longer first: {longer_training(plan.optim.num_steps)}."
         ) + page.commands([command_of(plan)])
         text = f"To use the encoder anyway: {text[0].lower()}{text[1:]}"
     return advice + page.paragraph(text) + page.commands(lines)

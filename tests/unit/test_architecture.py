@@ -65,6 +65,7 @@ LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "io", "corpus", "planning", "store", "cli
 LIGHT_FILES = {
     "model.sizes",
     "model.card",
+    "model.verdict",
     "objectives.prediction_plan",
     "objectives.alice_plan",
     "convert.choices",

@@ -18,7 +18,8 @@ from nnunet_autoreg.finetune.resolve import (
     locate,
     setting_of_environment,
 )
-from nnunet_autoreg.model.card import IMPORTED, LEARNT, NOT_LEARNT, UNKNOWN, Verdict, read_card
+from nnunet_autoreg.model.card import IMPORTED, read_card
+from nnunet_autoreg.model.verdict import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
 from nnunet_autoreg.plan import SpacingGroup
 from nnunet_autoreg.records import sha256_of
 

@@ -22,7 +22,7 @@ from nnunet_autoreg.downstream.probe import (
     stored_labels,
     token_labels,
 )
-from nnunet_autoreg.model.card import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
+from nnunet_autoreg.model.verdict import LEARNT, NOT_LEARNT, UNKNOWN, Verdict
 from nnunet_autoreg.objective_kinds import FigureOfMerit, figure_of_merit
 from nnunet_autoreg.objectives.base import Objective, TokenFeatures, one_term
 from nnunet_autoreg.plan import RunPlan

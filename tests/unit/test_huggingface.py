@@ -21,7 +21,8 @@ from nnunet_autoreg.convert.model_card import licence_id, model_card
 from nnunet_autoreg.errors import AutoregError, WeightsError
 from nnunet_autoreg.finetune.resolve import LIST_HEAD, list_runs
 from nnunet_autoreg.io.addresses import repository_of
-from nnunet_autoreg.model.card import IMPORTED, LEARNT, Verdict, read_card
+from nnunet_autoreg.model.card import IMPORTED, read_card
+from nnunet_autoreg.model.verdict import LEARNT, Verdict
 from nnunet_autoreg.pretrain.checkpointing import prepare_starting_point
 
 VERDICT = Verdict(

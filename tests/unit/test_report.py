@@ -26,7 +26,8 @@ from nnunet_autoreg.cli import pretrain
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.model.sizes import encoder_size
-from nnunet_autoreg.objective_kinds import with_objective
+from nnunet_autoreg.model.verdict import HEADLINES, LEARNT, NOT_LEARNT, UNKNOWN, judge
+from nnunet_autoreg.objective_kinds import figure_of_merit, with_objective
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.objectives.joint_plan import JointPlan
 from nnunet_autoreg.objectives.prediction_plan import (
@@ -362,15 +363,9 @@ def test_what_to_type_next_depends_on_where_the_run_stands(run_folder, objective
     assert "autoreg_pretrain" in unfinished
 
 
-def verdict_of(error, steps=20):
-    return verdict(
-        PLAN,
-        {
-            "heldout_error": [(steps, error)],
-            "heldout_mean": [(steps, 1.0)],
-            "heldout_copy": [(steps, 2.0)],
-        },
-    )
+def verdict_of(error, steps=20, **others):
+    values = {"heldout_error": error, "heldout_mean": 1.0, "heldout_copy": 2.0, **others}
+    return verdict(PLAN, {name: [(steps, value)] for name, value in values.items()})
 
 
 def test_the_verdict_compares_with_the_better_baseline():
@@ -385,6 +380,22 @@ def test_the_verdict_is_bad_above_the_baseline_but_not_during_warmup():
     assert not verdict_of(1.2)[0]
     assert verdict_of(1.2, steps=1)[0]
     assert verdict_of(1.2)[1] != verdict_of(1.2, steps=1)[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "features", "outcome"),
+    [(0.8, 0.7, LEARNT), (0.8, 0.5, UNKNOWN), (1.0, 0.7, NOT_LEARNT)],
+)
+def test_the_report_says_the_same_as_the_card_of_the_encoder(error, features, outcome):
+    errors = {"error": error, "copy": 2.0, "mean": 1.0}
+    probe = {"features": features, "voxels": 0.6, "chance": 0.3}
+    of_card, reason = judge(figure_of_merit(PLAN), errors, probe)
+
+    is_good, sentences = verdict_of(error, probe_features=features, probe_voxels=0.6)
+
+    assert of_card == outcome
+    assert is_good == (outcome == LEARNT)
+    assert HEADLINES[outcome] in sentences and reason[1:] in sentences
 
 
 def test_the_verdict_is_bad_without_validation_scans():

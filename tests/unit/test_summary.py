@@ -8,7 +8,7 @@ import pytest
 from sequence_cases import make_plan
 
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.model.card import LEARNT, Verdict
+from nnunet_autoreg.model.verdict import LEARNT, Verdict
 from nnunet_autoreg.planning.length import with_hours
 from nnunet_autoreg.pretrain import pipeline
 from nnunet_autoreg.pretrain.pipeline import end_lines, scans_line, start_lines
