@@ -35,6 +35,16 @@ def round_up(size: Sequence[int], multiple: Sequence[int]) -> Size:
     return as_size([math.ceil(s / m) * m for s, m in zip(size, multiple, strict=True)])
 
 
+def multiplied(size: Sequence[int], factors: Sequence[int]) -> Size:
+    """Return ``size`` times ``factors``, axis by axis: tokens of a block to voxels, for example."""
+    return as_size([side * factor for side, factor in zip(size, factors, strict=True)])
+
+
+def smaller_of(a: Sequence[int], b: Sequence[int]) -> Size:
+    """Return the smaller of two sizes, axis by axis."""
+    return as_size([min(p, q) for p, q in zip(a, b, strict=True)])
+
+
 def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
     """Return the number of tokens per axis of a volume of ``size`` voxels.
 
@@ -43,7 +53,8 @@ def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
     """
     for axis, s, t in zip("zyx", size, token, strict=True):
         if s % t:
-            low, high = s // t * t, (s // t + 1) * t
+            low = s // t * t
+            high = low + t
             near = f"{low} or {high}" if low else f"{high}"
             raise ValueError(
                 f"size {s} on axis {axis} is not a multiple of the token size {t}; use {near}"
@@ -69,7 +80,8 @@ def names_text(names: Iterable[object], most: int = 3) -> str:
 
 def largest_ratio(a: Spacing, b: Spacing) -> float:
     """Return the largest factor between two spacings, axis by axis; it is at least 1."""
-    return max(max(p / q, q / p) for p, q in zip(a, b, strict=True))
+    pairs = zip(a, b, strict=True)
+    return max(max(p / q, q / p) for p, q in pairs)
 
 
 def volume(size: Sequence[int]) -> int:
@@ -83,4 +95,5 @@ def spacing_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     Axes are compared sorted by spacing,
     because nnU-Net moves the coarsest axis to the front.
     """
-    return max(max(p / q, q / p) for p, q in zip(sorted(a), sorted(b), strict=True))
+    pairs = zip(sorted(a), sorted(b), strict=True)
+    return max(max(p / q, q / p) for p, q in pairs)

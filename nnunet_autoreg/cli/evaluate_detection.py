@@ -413,7 +413,9 @@ def _backgrounds(request: EvaluationRequest, folders: "Folders") -> dict[str, "B
 
 def _table(results: dict[str, Any]) -> list[str]:
     """Return the lines of a table with the figures of every class."""
-    columns = [(f"AP@{iou:g}", results["ap"][f"{iou:g}"]) for iou in results["settings"]["ious"]]
+    columns = []
+    for iou in results["settings"]["ious"]:
+        columns.append((f"AP@{iou:g}", results["ap"][f"{iou:g}"]))
     for name, figure in results["map"].items():
         columns.append((f"mAP@{name.rpartition(':')[0]}", figure))
 
@@ -440,7 +442,11 @@ def _table(results: dict[str, Any]) -> list[str]:
     for _, figure in columns:
         mean, ends = figure["mean"], figure["ci95"]
         means.append("-" if mean is None else f"{mean:.3f}")
-        intervals.append("-" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}")
+        interval = "-"
+        if ends is not None:
+            low, high = ends
+            interval = f"{low:.3f}-{high:.3f}"
+        intervals.append(interval)
 
     lines.append(row("mean", "", "", means))
     if any(figure["ci95"] for _, figure in columns):

@@ -58,16 +58,18 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
 
     # Every scan has its own generator, so that each can be drawn without the others.
     g = rng.generator(seed, "phantom", number)
-    scale = np.array([1.0, g.uniform(0.75, 0.9), g.uniform(0.8, 0.95)])
+    scale_y, scale_x = g.uniform(0.75, 0.9), g.uniform(0.8, 0.95)
+    scale = np.array([1.0, scale_y, scale_x])
     half_vox = np.array(SHAPE_VOX) / 2 * scale
 
     # Coordinates of every voxel in units of the body's half axes, deformed; each (Z, Y, X).
-    axes = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in SHAPE_VOX), indexing="ij")
+    from_middle = [np.arange(n) - (n - 1) / 2 for n in SHAPE_VOX]
+    axes = np.meshgrid(*from_middle, indexing="ij")
     fields = [gaussian_filter(g.standard_normal(SHAPE_VOX), WARP_SMOOTHNESS_VOX) for _ in axes]
     coordinates = []
     for axis, field, half in zip(axes, fields, half_vox, strict=True):
-        coordinates.append((axis + WARP_VOX * field / field.std()) / half)
-
+        warp = WARP_VOX * field / field.std()
+        coordinates.append((axis + warp) / half)
     _, y, x = coordinates
 
     scan = np.where(y**2 + x**2 < 1, FAT_HU, AIR_HU)
@@ -77,7 +79,8 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
         centres = np.array(organ.centre) + g.normal(0, 0.05, 3)
         radii = np.array(organ.radius) * g.uniform(0.8, 1.2, 3)
         parts = zip(coordinates, centres, radii, strict=True)
-        inside = sum(((position - c) / r) ** 2 for position, c, r in parts) < 1
+        distances = [((position - centre) / radius) ** 2 for position, centre, radius in parts]
+        inside = sum(distances) < 1
         scan[inside] = organ.intensity_hu + g.normal(0, 8)
         truth[inside] = organ.label
 

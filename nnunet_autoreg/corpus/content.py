@@ -122,11 +122,13 @@ def signature(array_ZYX: Array) -> Signature | None:
     Scans of another linear scale get the same signature.
     """
     fractions = 0.5 - CENTRAL / 2 + CENTRAL * _FRACTIONS
-    z, y, x = np.floor(fractions * np.array(array_ZYX.shape)[:, None]).astype(np.int64)
+    shape = np.array(array_ZYX.shape)
+    z, y, x = np.floor(fractions * shape[:, None]).astype(np.int64)
     values = array_ZYX[z, y, x].astype(np.float64)
     _, counts = np.unique(values, return_counts=True)
     spread = float(values.std())
-    if counts.max() > NUM_POINTS // 2 or not math.isfinite(spread) or spread == 0:
+    are_mostly_equal = counts.max() > NUM_POINTS // 2
+    if are_mostly_equal or not math.isfinite(spread) or spread == 0:
         return None
     # 64 values lie within (64 - 1) / sqrt(64) < 8 standard deviations of their mean, so 4000 steps
     # each fit into 16 bits.
@@ -216,7 +218,8 @@ def _settle_equal(rows: Iterable[ScanRow]) -> list[ScanRow]:
 def _copy_of_excluded(row: ScanRow, original: ScanRow, how: str) -> ScanRow:
     called = original.name or original.id
     inside = f" ({called})" if original.part and called != original.source else ""
-    return replace(row, status="excluded", reason=f"same {how} {COPY_OF}{original.source}{inside}")
+    reason = f"same {how} {COPY_OF}{original.source}{inside}"
+    return replace(row, status="excluded", reason=reason)
 
 
 def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:
@@ -234,7 +237,8 @@ def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:
 
     # Sorted by (i, j), because the first scan of a pair is the one that is kept.
     pairs = []
-    for i, j in near[np.lexsort((near[:, 1], near[:, 0]))].tolist():
+    order = np.lexsort((near[:, 1], near[:, 0]))
+    for i, j in near[order].tolist():
         # In 32 bits, since a difference of two 16-bit numbers may not fit into 16.
         difference = np.abs(points[i].astype(np.int32) - points[j])
         if difference.max() <= TOLERANCE:

@@ -21,6 +21,7 @@ from nnunet_autoreg.corpus.private import public_dataset, terminal_only
 from nnunet_autoreg.corpus.read import load_scan, occupied_indices
 from nnunet_autoreg.corpus.rows import ScanRow, public_message
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
+from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.io.dicom import claims_dicom
 from nnunet_autoreg.io.names import case_and_channel, strip_ending
 from nnunet_autoreg.records import from_jsonable, read_json, regular
@@ -223,9 +224,9 @@ def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int
     if row.cropped_shape_vox == row.shape_vox:
         return (0, 0, 0), row.shape_vox
     scan = load_scan(Path(row.source), row.part)
-    z, y, x = occupied_indices(scan.array_CZYX[0] != 0)
-    low = (int(z[0]), int(y[0]), int(x[0]))
-    high = (int(z[-1]) + 1, int(y[-1]) + 1, int(x[-1]) + 1)
+    occupied = occupied_indices(scan.array_CZYX[0] != 0)
+    low = as_size([indices[0] for indices in occupied])
+    high = as_size([indices[-1] + 1 for indices in occupied])
     return low, high
 
 
@@ -325,9 +326,9 @@ def _check_box_columns(path: Path, names: set[str]) -> None:
 
 def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
     try:
-        first, last = (line["z"], line["z"]) if "z" in line else (line["zmin"], line["zmax"])
-        low = (float(first), float(line["ymin"]), float(line["xmin"]))
-        high = (float(last), float(line["ymax"]), float(line["xmax"]))
+        first, last = ("z", "z") if "z" in line else ("zmin", "zmax")
+        low = (float(line[first]), float(line["ymin"]), float(line["xmin"]))
+        high = (float(line[last]), float(line["ymax"]), float(line["xmax"]))
         if not all(map(math.isfinite, (*low, *high))):
             raise ValueError(f"{low} to {high} is not finite")
     except (TypeError, ValueError) as error:
@@ -383,8 +384,9 @@ def _names(row: ScanRow) -> set[str]:
     path = Path(row.source)
     # A UID is full of dots, so only an ending that is one is taken off.
     stem = path.stem if claims_dicom(path.name) else strip_ending(path.name)
-    names = {row.id, row.name, row.case, f"{row.dataset}/{row.case}", str(path), path.name, stem}
-    return names - {""}
+    of_row = {row.id, row.name, row.case, f"{row.dataset}/{row.case}"}
+    of_file = {str(path), path.name, stem}
+    return (of_row | of_file) - {""}
 
 
 def read_places(path: Path) -> list[StructureLocation]:

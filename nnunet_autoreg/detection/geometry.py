@@ -118,10 +118,8 @@ class Frame:
 
         On an oblique image the box is not parallel to the axes of the world.
         """
-        ends = (box_zyx[:3], box_zyx[3:])
-        corners = []
-        for z_end, y_end, x_end in product((0, 1), repeat=3):
-            corners.append([ends[z_end][0], ends[y_end][1], ends[x_end][2]])
+        low_z, low_y, low_x, high_z, high_y, high_x = box_zyx
+        corners = list(product((low_z, high_z), (low_y, high_y), (low_x, high_x)))
         return self.to_ras(corners)
 
     def size_mm(self, box_zyx: Sequence[float]) -> tuple[float, float, float]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import RESENC, VIT, family_of, token_size_of
-from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.geometry import Size, as_size, multiplied
 
 PRIOR = 0.01
 """Score that an untrained head gives to every anchor."""
@@ -391,7 +391,7 @@ def stage_strides(
         total = (1, 1, 1)
         for step in arguments["strides"]:
             steps = [step] * 3 if isinstance(step, int) else step
-            total = as_size([t * s for t, s in zip(total, steps, strict=True)])
+            total = multiplied(total, steps)
             strides.append(total)
         return strides
 

@@ -99,11 +99,13 @@ class LabelRegion:
         size = nonzero.max(0) + 1 - first
         axes = list(transpose_axes(spacing_mm))
         scale = np.array(prepared) / size[axes]
-        start = np.clip(np.floor((low - first)[axes] * scale), 0, np.array(prepared) - 1)
-        stop = np.clip(np.ceil((high - first)[axes] * scale), start + 1, prepared)
+        start = np.floor((low - first)[axes] * scale)
+        start = np.clip(start, 0, np.array(prepared) - 1).astype(int)
+        stop = np.ceil((high - first)[axes] * scale)
+        stop = np.clip(stop, start + 1, prepared).astype(int)
 
         counted_ZYX = torch.zeros(prepared)
-        z, y, x = (slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+        z, y, x = (slice(*ends) for ends in zip(start, stop, strict=True))
         counted_ZYX[z, y, x] = 1
         return counted_ZYX
 

@@ -22,7 +22,7 @@ from nnunet_autoreg.families import (
     missing_arguments,
     token_size_of,
 )
-from nnunet_autoreg.geometry import Size, as_size, grid_of
+from nnunet_autoreg.geometry import Size, as_size, grid_of, multiplied
 from nnunet_autoreg.model.sequence import PrimusEncoder, SequenceEncoder, ViTEncoder
 from nnunet_autoreg.plan import EncoderPlan
 
@@ -153,7 +153,7 @@ def build_sequence_encoder(
 
     network = build_network(encoder.class_path, encoder.arguments, crop_size, num_channels, 1)
     token = encoder.token_size_vox
-    block = as_size([t * b for t, b in zip(token, block_tokens, strict=True)])
+    block = multiplied(token, block_tokens)
     if family == VIT:
         return ViTEncoder(network, token, block, recompute)
     return PrimusEncoder(network, token, block, recompute)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nnunet_autoreg.families import PRIMUS, has_transformer, is_convolutional, smallest_block
-from nnunet_autoreg.geometry import Size, as_size, round_up, volume
+from nnunet_autoreg.geometry import Size, as_size, multiplied, round_up, volume
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.planning.pool import (
     MOSTLY_PADDING,
@@ -260,4 +260,4 @@ def choose_crop(
 
 def side_of(encoder: EncoderSize, block_tokens: Size) -> Size:
     """Return a block in voxels."""
-    return as_size([t * b for t, b in zip(encoder.token_size, block_tokens, strict=True)])
+    return multiplied(encoder.token_size, block_tokens)

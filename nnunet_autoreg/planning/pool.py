@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_autoreg.corpus.fingerprint import Fingerprint, GroupPrint
-from nnunet_autoreg.geometry import Size, Spacing, size_text, volume
+from nnunet_autoreg.geometry import Size, Spacing, size_text, smaller_of, volume
 from nnunet_autoreg.machine import GIB, memory_bytes
 from nnunet_autoreg.model.sizes import EncoderSize
 from nnunet_autoreg.plan import IntensityWindow
@@ -104,7 +104,7 @@ def pool_of(fingerprint: Fingerprint) -> Pool:
 
 def unpadded_voxels(crop: Sequence[int], shape_vox: Sequence[int]) -> int:
     """Return how many voxels of a crop a scan of ``shape_vox`` fills; the rest is padding."""
-    return volume([min(c, n) for c, n in zip(crop, shape_vox, strict=True)])
+    return volume(smaller_of(crop, shape_vox))
 
 
 def unpadded_share(crop: Sequence[int], shape_vox: Sequence[int]) -> float:

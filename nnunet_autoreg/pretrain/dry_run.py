@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from nnunet_autoreg.errors import AutoregError, PlanError
-from nnunet_autoreg.geometry import Size, as_size, size_text, volume
+from nnunet_autoreg.geometry import Size, as_size, size_text, smaller_of, volume
 from nnunet_autoreg.machine import GIB, has_bf16
 from nnunet_autoreg.model.compilation import (
     CallRecorder,
@@ -503,7 +503,7 @@ def smaller_crop(plan: Plan) -> Plan | None:
 
     member = s.member_crop_vox
     if member is not None:
-        member = as_size([min(m, c) for m, c in zip(member, crop, strict=True)])
+        member = smaller_of(member, crop)
     sequence = replace(s, crop_size_vox=as_size(crop), member_crop_vox=member)
     try:
         return check(replace(plan, sequence=sequence))

@@ -471,11 +471,14 @@ def description(chart: Chart) -> str:
 
     changes = []
     for curve in chart.curves:
-        first, last = curve.points[0][1], curve.points[-1][1]
-        change = f"at {last:.4g}" if curve.is_level else f"from {first:.4g} to {last:.4g}"
+        (_, first), (_, last) = curve.points[0], curve.points[-1]
+        change = f"from {first:.4g} to {last:.4g}"
+        if curve.is_level:
+            change = f"at {last:.4g}"
         changes.append(f"{curve.label} {change}")
 
-    return f"{chart.title}, steps {min(steps):g} to {max(steps):g}: {'; '.join(changes)}"
+    range_of_steps = f"steps {min(steps):g} to {max(steps):g}"
+    return f"{chart.title}, {range_of_steps}: {'; '.join(changes)}"
 
 
 def figure_of(chart: Chart) -> str:

@@ -19,7 +19,7 @@ from nnunet_autoreg.corpus.groups import contrast_groups, reduced
 from nnunet_autoreg.corpus.locations import PLACES_NAME, StructureLocation, read_places, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError
-from nnunet_autoreg.geometry import as_size, grid_of
+from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.plan import VIEW_KINDS, Plan
 from nnunet_autoreg.records import atomic_path
@@ -231,7 +231,8 @@ def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> i
     if plan.sequence.prefix == "fixed":
         return sample.prefix
     total = num_blocks(plan, kind)
-    low, high = max(1, round((share - 0.1) * total)), max(2, round((share + 0.1) * total))
+    low = max(1, round((share - 0.1) * total))
+    high = max(2, round((share + 0.1) * total))
     indices = block_indices(plan, sample)
     position = {int(index): i for i, index in enumerate(indices.ravel())}
 
@@ -247,10 +248,11 @@ def block_indices(plan: Plan, sample: Sample) -> NDArray[np.int64]:
     token, block = plan.encoder.token_size_vox, plan.sequence.block_tokens
     grid = grid_of(sample.voxels.shape[2:], token)
     shape = [g // b for g, b in zip(grid, block, strict=True)]
-    per_token = sample.order_index.reshape(len(sample.voxels), -1)  # (members, T)
-    indices = np.zeros((len(sample.voxels), int(np.prod(shape))), dtype=np.int64)
+    num_members = len(sample.voxels)
+    per_token = sample.order_index.reshape(num_members, -1)  # (members, T)
+    indices = np.zeros((num_members, volume(shape)), dtype=np.int64)
     indices[:, block_ids(grid, block)] = per_token
-    return indices.reshape(len(sample.voxels), *shape)
+    return indices.reshape(num_members, *shape)
 
 
 def draw_picture(
@@ -353,8 +355,8 @@ def views_of(
 
     if not one.has_several_images:
         num_shown = min(4, num_layers)
-        layers = np.unique(np.linspace(0, num_layers - 1, num_shown).round().astype(int)).tolist()
-        for layer in layers:
+        evenly = np.linspace(0, num_layers - 1, num_shown).round().astype(int)
+        for layer in np.unique(evenly).tolist():
             draw = partial(_draw_layer, plan=plan, sample=sample, member=0, layer=layer)
             views.append((f"layer of blocks {layer + 1} of {num_layers}", draw))
         return views
@@ -431,7 +433,8 @@ def _draw_layer(axis: Any, *, plan: Plan, sample: Sample, member: int, layer: in
     halo = [patheffects.withStroke(linewidth=1.8, foreground=INK)]
     for y, x in np.ndindex(*indices_YX.shape):
         index = int(indices_YX[y, x])
-        rows, columns = slice(y * side_y, (y + 1) * side_y), slice(x * side_x, (x + 1) * side_x)
+        rows = slice(y * side_y, (y + 1) * side_y)
+        columns = slice(x * side_x, (x + 1) * side_x)
         if not valid_YX[rows, columns].any():
             continue
 
@@ -473,8 +476,10 @@ def draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan)
         # The sample was transposed after it was cut out; in the scan it has its old axes.
         shape, axes = one.sample.voxels.shape[2:], drawn.flip_transpose.axes
         size = as_size([shape[axes.index(axis)] for axis in range(3)])
-    z = int(np.clip(start[0] + size[0] // 2, 0, case.shape_vox[0] - 1))
-    slice_YX = case.read((z, 0, 0), (1, *case.shape_vox[1:]))[0, 0]
+    num_slices, height, width = case.shape_vox
+    middle = start[0] + size[0] // 2
+    z = int(np.clip(middle, 0, num_slices - 1))
+    slice_YX = case.read((z, 0, 0), (1, height, width))[0, 0]
     low, high = np.percentile(slice_YX, (1, 99.5))
     aspect = case.spacing_mm[1] / case.spacing_mm[2]
     axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=max(high, low + 1e-3), aspect=aspect)
@@ -505,7 +510,7 @@ def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
         _, has_image = _middle_slice(plan, sample, indices.shape, position)
         if has_image:
             filled.append(position)
-    num_given = sum(bool(flat_indices[position] < sample.prefix) for position in filled)
+    num_given = int((flat_indices[filled] < sample.prefix).sum())
     first = max(0, min(num_given - STRIP // 2, len(filled) - STRIP))
 
     axes = np.atleast_1d(panel.subplots(1, STRIP))
@@ -513,7 +518,8 @@ def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
     for axis, number in zip(axes, shown, strict=False):
         position = filled[number]
         slice_YX, _ = _middle_slice(plan, sample, indices.shape, position)
-        low, high = _grey_range(sample, position // int(np.prod(indices.shape[1:])))
+        member = position // volume(indices.shape[1:])
+        low, high = _grey_range(sample, member)
         height, width = slice_YX.shape
         _draw_padding(axis, -0.5, -0.5, width, height)
         axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=_aspect(plan))

@@ -242,7 +242,8 @@ def _plane(
     height_mm, width_mm = (spacing_mm[a] for a in others)
     name, edges = PLANES[axis]
     if not is_oriented:
-        name, edges = f"{NAMES_OF_AXES[others[0]]}-{NAMES_OF_AXES[others[1]]} plane", ""
+        first, second = (NAMES_OF_AXES[a] for a in others)
+        name, edges = f"{first}-{second} plane", ""
     return Plane(
         name=name,
         edges=edges,
@@ -351,8 +352,9 @@ def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
     inside = given
     for _ in range(BORDER_WIDTH):
         padded = np.pad(inside, 1, mode="edge")
-        neighbours = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-        inside = inside & np.logical_and.reduce(neighbours)
+        above, below = padded[:-2, 1:-1], padded[2:, 1:-1]
+        left, right = padded[1:-1, :-2], padded[1:-1, 2:]
+        inside = inside & above & below & left & right
     made[given & ~inside] = (*BORDER_COLOUR, 255)
     return made
 

@@ -67,7 +67,8 @@ def draw_affine(
     rotated, zoomed = generator.random(2) < s.spatial_share
     angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * rotated
     axis = generator.normal(size=3)
-    logarithm = float(generator.uniform(math.log(s.zoom[0]), math.log(s.zoom[1]))) * zoomed
+    smallest, largest = s.zoom
+    logarithm = float(generator.uniform(math.log(smallest), math.log(largest))) * zoomed
 
     # With a single axis left there is no plane to rotate in, and a zoom would only stretch things.
     plane = in_plane_axes(spacing_mm)
@@ -95,9 +96,16 @@ def affine_of(
         product.
     """
     z, y, x = np.asarray(axis_zyx, dtype=np.float64) / np.linalg.norm(axis_zyx)  # unit length
-    cross = np.array([[0, -x, y], [x, 0, -z], [-y, z, 0]])
+    cross = np.array(
+        [
+            [0, -x, y],
+            [x, 0, -z],
+            [-y, z, 0],
+        ]
+    )
     angle = math.radians(angle_deg)
-    rotation = np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
+    sine, cosine = math.sin(angle), math.cos(angle)
+    rotation = np.eye(3) + sine * cross + (1 - cosine) * cross @ cross
 
     plane = in_plane_axes(spacing_mm)
     shrink = np.array([1 / zoom if i in plane else 1.0 for i in range(3)])
@@ -194,7 +202,8 @@ def resampled(source: CropSource, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     rows = zip(source.matrix, source.offset, source.voxels.shape[1:], strict=True)
 
     for (by_z, by_y, by_x), offset, n in rows:
-        position_ZYX = (by_z * z)[:, None, None] + (by_y * y)[:, None] + by_x * x + offset
+        along_z, along_y, along_x = by_z * z, by_y * y, by_x * x
+        position_ZYX = along_z[:, None, None] + along_y[:, None] + along_x + offset
         valid_mask = valid_mask & (position_ZYX >= -0.5) & (position_ZYX <= n - 0.5)
         # -1 and 1 are the outer faces of the first and the last voxel (align_corners=False).
         normalised.append((2 * position_ZYX + 1) / n - 1)

@@ -6,7 +6,7 @@ Pure.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nnunet_autoreg.geometry import Size, as_size, volume
+from nnunet_autoreg.geometry import Size, multiplied, volume
 from nnunet_autoreg.plan import KINDS, VIEW_KINDS, Plan, SequencePlan
 
 CONTRAST_WEIGHT = SEMANTIC_WEIGHT = 0.5
@@ -131,7 +131,7 @@ def member_crop(plan: Plan, kind: str) -> Size:
     if s.member_crop_vox is not None:
         return s.member_crop_vox
 
-    block_vox = [t * b for t, b in zip(plan.encoder.token_size_vox, s.block_tokens, strict=True)]
+    block_vox = multiplied(plan.encoder.token_size_vox, s.block_tokens)
     whole = [crop // side for crop, side in zip(s.crop_size_vox, block_vox, strict=True)]
     blocks = list(whole)
 
@@ -141,7 +141,7 @@ def member_crop(plan: Plan, kind: str) -> Size:
         least_shortened = max(axes, key=lambda i: (blocks[i] / whole[i], blocks[i]))
         blocks[least_shortened] -= 1
 
-    return as_size([number * side for number, side in zip(blocks, block_vox, strict=True)])
+    return multiplied(blocks, block_vox)
 
 
 def num_blocks(plan: Plan, kind: str = "spatial") -> int:

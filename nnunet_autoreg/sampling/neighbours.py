@@ -17,7 +17,7 @@ from nnunet_autoreg import rng
 from nnunet_autoreg.corpus.groups import contrast_word
 from nnunet_autoreg.corpus.locations import StructureLocation, subject_of
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.geometry import Size, as_size, smaller_of
 from nnunet_autoreg.store.case import StoredCase
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ def _among(
     max_scans = MAX_PLACES // KEPT
     if len(rows) > max_scans:
         log.info("similar positions: comparing %d of %d scans", max_scans, len(rows))
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, max_scans).astype(int)]
+        evenly = np.linspace(0, len(rows) - 1, max_scans).astype(int)
+        rows = [rows[i] for i in evenly]
 
     # One entry per place: its scan, its centre, its descriptor.
     owners, centres, descriptors = [], [], []
@@ -124,15 +125,17 @@ def _places_with_contrast(
     """
     generator = rng.generator(0, "places alike", number)
     shape = case.shape_vox
-    size = as_size([min(c, n) for c, n in zip(crop, shape, strict=True)])
+    size = smaller_of(crop, shape)
     room = [n - c + 1 for n, c in zip(shape, size, strict=True)]
 
     tried = []
     for _ in range(TRIED):
         start = as_size([int(generator.integers(side)) for side in room])
         voxels = case.read(start, size)[0]  # (Z, Y, X)
-        z, y, x = ((a + c / 2) / n for a, c, n in zip(start, size, shape, strict=True))
-        tried.append((float(voxels.std()), (z, y, x), descriptor(voxels, (z, y, x))))
+        middle = np.add(start, np.divide(size, 2))
+        z, y, x = (middle / shape).tolist()
+        contrast = float(voxels.std())
+        tried.append((contrast, (z, y, x), descriptor(voxels, (z, y, x))))
 
     tried.sort(key=lambda item: -item[0])
     return [(centre, described) for _, centre, described in tried[:KEPT]]

@@ -136,13 +136,15 @@ def _draw_affine(
     s = plan.sequence
     rotated, zoomed = generator.random(2) < s.spatial_share
     angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * rotated
-    logarithm = float(generator.uniform(math.log(s.zoom[0]), math.log(s.zoom[1]))) * zoomed
+    smallest, largest = s.zoom
+    logarithm = float(generator.uniform(math.log(smallest), math.log(largest))) * zoomed
     flips = generator.integers(2, size=2)
     is_swapped = bool(generator.integers(2))
 
     _, height, width = size
     _, y_mm, x_mm = spacing_mm
-    can_swap = s.swap_axes and height == width and abs(y_mm / x_mm - 1) < 0.01
+    is_square = height == width and abs(y_mm / x_mm - 1) < 0.01
+    can_swap = s.swap_axes and is_square
     return in_plane(
         angle_deg,
         math.exp(logarithm),
@@ -171,7 +173,8 @@ def in_plane(
     Rotations happen in mm, so that pixels of unequal sides do not shear what they show.
     """
     angle = math.radians(angle_deg)
-    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    sine, cosine = math.sin(angle), math.cos(angle)
+    rotation = np.array([[cosine, -sine], [sine, cosine]])
     _, y_mm, x_mm = spacing_mm
     mm_of_pixel = np.diag([y_mm, x_mm])
     pixel_of_mm = np.diag([1 / y_mm, 1 / x_mm])
