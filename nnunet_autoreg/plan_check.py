@@ -373,8 +373,33 @@ def _check_whole_network(plan: Plan) -> None:
 def _check_kinds(plan: Plan) -> None:
     """Refuse unknown kinds of sequences, and kinds that cannot be drawn."""
     s = plan.sequence
+    _check_weights(plan)
+    wanted = {kind for kind, weight in s.weights.items() if weight > 0}
+    if not wanted:
+        raise PlanError(
+            f"sequence.weights={s.weights} draws nothing; give a kind of sequence a weight greater "
+            "than 0",
+            code="plan-no-kinds",
+        )
+
+    if "strided" in wanted:
+        _check_strided(plan)
+    for kind, members in (("contrast", s.contrast_members), ("semantic", s.semantic_members)):
+        if kind in wanted:
+            _check_members(plan, kind, members)
+    if "contrast" in wanted and s.predictor == "next" and len(s.contrasts) != s.contrast_members:
+        raise PlanError(
+            f"sequence.contrast_members={s.contrast_members} of {len(s.contrasts)} "
+            "sequence.contrasts with sequence.predictor=next is ill-posed: nothing says which "
+            "contrast follows; name exactly as many contrasts, or use sequence.predictor=query",
+            code="plan-ill-posed",
+        )
+
+
+def _check_weights(plan: Plan) -> None:
+    """Refuse weights of unknown kinds of sequences, and negative or infinite ones."""
     known = kind_of(plan.objective.name).sequence_kinds
-    for kind, weight in s.weights.items():
+    for kind, weight in plan.sequence.weights.items():
         if kind not in known:
             raise PlanError(
                 f"sequence.weights: there are no '{kind}' sequences for --objective "
@@ -386,26 +411,6 @@ def _check_kinds(plan: Plan) -> None:
                 f"sequence.weights.{kind}={weight} must not be negative",
                 code="plan-out-of-range",
             )
-    wanted = {kind for kind, weight in s.weights.items() if weight > 0}
-    if not wanted:
-        raise PlanError(
-            f"sequence.weights={s.weights} draws nothing; give a kind of sequence a weight greater "
-            "than 0",
-            code="plan-no-kinds",
-        )
-    if "strided" in wanted:
-        _check_strided(plan)
-    for kind, members in (("contrast", s.contrast_members), ("semantic", s.semantic_members)):
-        if kind in wanted:
-            _check_members(plan, kind, members)
-    if "contrast" in wanted and s.predictor == "next" and len(s.contrasts) != s.contrast_members:
-        raise PlanError(
-            f"sequence.contrast_members={s.contrast_members} of {len(s.contrasts)} "
-            "sequence.contrasts with sequence.predictor=next is "
-            "ill-posed: nothing says which contrast follows; name exactly as many contrasts, or "
-            "use sequence.predictor=query",
-            code="plan-ill-posed",
-        )
 
 
 def _check_strided(plan: Plan) -> None:

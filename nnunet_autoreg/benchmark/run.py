@@ -184,15 +184,8 @@ def time_left(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> TimeLeft |
     prediction and scoring is what finished runs took.
     """
     root = bench.layout.root
-    file = root / LENGTHS_NAME
-    lengths = read_json(file) if file.is_file() else {}
-
     # Twins take the same time, so that the encoder decides; stock nnU-Net has "-".
-    paces: dict[str, float] = {}
-    for budget in lengths.get("budgets", {}).values():
-        paces |= _of_encoders(budget["seconds_per_step"])
-    paces |= _of_encoders(lengths.get("paces", {}))
-
+    paces = _measured_paces(root / LENGTHS_NAME)
     lines = read_results(root / RESULTS_NAME)
     seconds_per_case: dict[str, float] = {}
     for line in lines:
@@ -213,6 +206,15 @@ def time_left(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> TimeLeft |
         total += key.steps * paces[key.encoder] + scoring
     has_scoring = all(key.encoder in seconds_per_case for key in missing)
     return TimeLeft(len(missing), total / num_jobs, has_scoring)
+
+
+def _measured_paces(file: Path) -> dict[str, float]:
+    """Return the seconds of a step of each encoder that were measured beforehand."""
+    lengths = read_json(file) if file.is_file() else {}
+    paces: dict[str, float] = {}
+    for budget in lengths.get("budgets", {}).values():
+        paces |= _of_encoders(budget["seconds_per_step"])
+    return paces | _of_encoders(lengths.get("paces", {}))
 
 
 def _of_encoders(paces: Mapping[str, float]) -> dict[str, float]:

@@ -120,6 +120,14 @@ PRIVATE_COLUMNS = ("id", "name", "dataset", "case", "part", "source", "listed_in
 NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
 
 
+def _other_paths(folder: Path, scans: set[str]) -> dict[str, str]:
+    """Return the paths by id that an existing private file knows beside these scans."""
+    if not (folder / PRIVATE_NAME).is_file():
+        return {}
+    known = read_private(folder)
+    return {cells["id"]: cells["source"] for cells in known if cells["id"] not in scans}
+
+
 def write_index(
     path: Path, rows: Iterable[ScanRow], paths: Mapping[str, str] | None = None
 ) -> None:
@@ -136,12 +144,7 @@ def write_index(
     # The private file first: without it, the ids of the index would stand for nothing.
     rows = list(rows)
     if paths is None:
-        # What an existing private file knows beside these scans is kept.
-        scans = {row.id for row in rows}
-        has_private = (path.parent / PRIVATE_NAME).is_file()
-        known: Iterable[dict[str, str]] = read_private(path.parent) if has_private else ()
-        paths = {cells["id"]: cells["source"] for cells in known if cells["id"] not in scans}
-
+        paths = _other_paths(path.parent, {row.id for row in rows})
     private = [{"id": key, "source": value} for key, value in paths.items()]
     for row in rows:
         private.append({name: getattr(row, name) for name in PRIVATE_COLUMNS})

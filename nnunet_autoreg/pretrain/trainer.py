@@ -264,15 +264,7 @@ class Trainer:
         self.checkpoints.require_folder()
         # JSON knows no NaN; the skipped steps are logged beside.
         if math.isfinite(error) and math.isfinite(norm):
-            figure, means = self.objective.figure, self.train_step.term_means
-            if figure.term:
-                # The same quantity as in validation, so that both are curves of one chart.
-                metrics.log(step, "train_loss", error, "weighted sum of the terms")
-                error = float(means[figure.term])
-            metrics.log(step, "train_error", error, figure.unit)
-            if len(means) > 1:
-                for name, mean in means.items():
-                    metrics.log(step, f"train_{name}", float(mean), "term of the loss")
+            self._log_error(metrics, step, error)
             metrics.log(step, "gradient_norm", norm, "1")
         metrics.log(step, "lr", learning_rate(self.plan.optim, step), "1")
 
@@ -288,6 +280,19 @@ class Trainer:
         if warning is not None:
             log.warning("step %d: %s", step + 1, warning)
             metrics.note(step, "data_wait_warning", warning)
+
+    def _log_error(self, metrics: MetricsFile, step: int, loss: float) -> None:
+        """Write the figure of merit in training, and the terms of the loss where it has several."""
+        figure, means = self.objective.figure, self.train_step.term_means
+        error = loss
+        if figure.term:
+            # The same quantity as in validation, so that both are curves of one chart.
+            metrics.log(step, "train_loss", loss, "weighted sum of the terms")
+            error = float(means[figure.term])
+        metrics.log(step, "train_error", error, figure.unit)
+        if len(means) > 1:
+            for name, mean in means.items():
+                metrics.log(step, f"train_{name}", float(mean), "term of the loss")
 
     def _check_bad_steps(self, step: int, metrics: MetricsFile) -> None:
         """Log the steps skipped since the last call; after too many bad steps, roll back."""

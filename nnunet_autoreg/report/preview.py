@@ -505,11 +505,7 @@ def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
     """Draw blocks in their order around the first that has to be predicted."""
     indices = block_indices(plan, sample)
     flat_indices = indices.ravel()
-    filled = []
-    for position in np.argsort(flat_indices).tolist():
-        _, has_image = _middle_slice(plan, sample, indices.shape, position)
-        if has_image:
-            filled.append(position)
+    filled = _filled_blocks(plan, sample, indices)
     num_given = int((flat_indices[filled] < sample.prefix).sum())
     first = max(0, min(num_given - STRIP // 2, len(filled) - STRIP))
 
@@ -529,14 +525,25 @@ def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
         for spine in axis.spines.values():
             spine.set(edgecolor=style.colour, linestyle=style.dash, linewidth=3)
         axis.set(xticks=[], yticks=[])
-        label = {num_given - 1: "last seen", num_given: "first predicted"}.get(number, "")
-        label = f"{index + 1}\n{label}"
         if plan.sequence.is_at_once:
             label = "seen" if number < num_given else "predicted"
+        else:
+            role = {num_given - 1: "last seen", num_given: "first predicted"}.get(number, "")
+            label = f"{index + 1}\n{role}"
         axis.set_xlabel(label, fontsize=9, color=INK)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     axes[0].set_ylabel("some blocks" if plan.sequence.is_at_once else "in order", fontsize=10)
+
+
+def _filled_blocks(plan: Plan, sample: Sample, indices: NDArray[np.int64]) -> list[int]:
+    """Return the positions of the blocks that hold any image, in the order of the sequence."""
+    filled = []
+    for position in np.argsort(indices.ravel()).tolist():
+        _, has_image = _middle_slice(plan, sample, indices.shape, position)
+        if has_image:
+            filled.append(position)
+    return filled
 
 
 def _middle_slice(

@@ -79,6 +79,17 @@ def draw_affine(
     return affine_of(angle_deg, axis, math.exp(logarithm), spacing_mm)
 
 
+def _cross_product_matrix(z: float, y: float, x: float) -> NDArray[np.float64]:
+    """Return the matrix K with K v = (z, y, x) x v, (3, 3)."""
+    return np.array(
+        [
+            [0, -x, y],
+            [x, 0, -z],
+            [-y, z, 0],
+        ]
+    )
+
+
 def affine_of(
     angle_deg: float,
     axis_zyx: Sequence[float] | NDArray[np.float64],
@@ -95,14 +106,8 @@ def affine_of(
     Source: Rodrigues' formula, R = 1 + sin(a) K + (1 - cos(a)) K^2 with K the matrix of the cross
         product.
     """
-    z, y, x = np.asarray(axis_zyx, dtype=np.float64) / np.linalg.norm(axis_zyx)  # unit length
-    cross = np.array(
-        [
-            [0, -x, y],
-            [x, 0, -z],
-            [-y, z, 0],
-        ]
-    )
+    unit_axis = np.asarray(axis_zyx, dtype=np.float64) / np.linalg.norm(axis_zyx)
+    cross = _cross_product_matrix(*unit_axis)
     angle = math.radians(angle_deg)
     sine, cosine = math.sin(angle), math.cos(angle)
     rotation = np.eye(3) + sine * cross + (1 - cosine) * cross @ cross
