@@ -185,7 +185,7 @@ def time_left(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> TimeLeft |
     """
     root = bench.layout.root
     # Twins take the same time, so that the encoder decides; stock nnU-Net has "-".
-    paces = _measured_paces(root / LENGTHS_NAME)
+    paces = _paces_from_file(root / LENGTHS_NAME)
     lines = read_results(root / RESULTS_NAME)
     seconds_per_case: dict[str, float] = {}
     for line in lines:
@@ -208,7 +208,7 @@ def time_left(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> TimeLeft |
     return TimeLeft(len(missing), total / num_jobs, has_scoring)
 
 
-def _measured_paces(file: Path) -> dict[str, float]:
+def _paces_from_file(file: Path) -> dict[str, float]:
     """Return the seconds of a step of each encoder that were measured beforehand."""
     lengths = read_json(file) if file.is_file() else {}
     paces: dict[str, float] = {}

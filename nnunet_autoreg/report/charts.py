@@ -368,7 +368,7 @@ def draw(axis: Any, chart: Chart) -> int:
     return _draw_legend(axis)
 
 
-def _draw_curves(axis: Any, curves: Sequence[Curve], last_step: int) -> None:
+def _draw_curves(axis: Any, curves: Sequence[Curve], last_step: float) -> None:
     """Draw each curve, and each level as a line over the whole width."""
     for curve in curves:
         style = palette.CURVES[curve.look]
