@@ -387,9 +387,7 @@ def next_step(card: EncoderCard, fine_tuning: str) -> str:
     by_name = f"export {VARIABLE}={card.name}; {fine_tuning}"
     verdict = card.verdict or NO_VERDICT
     if verdict.outcome == NOT_LEARNT:
-        return (
-            f"train longer: {longer_training(card.num_steps)} (to fine-tune anyway: {by_name})"
-        )
+        return f"train longer: {longer_training(card.num_steps)} (to fine-tune anyway: {by_name})"
     return f"{by_name} (by name, because it was {reason_against})"
 
 
