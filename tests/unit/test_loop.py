@@ -64,12 +64,9 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped(tmp_path, caplog):
 
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, Linear(spoiled(3))).run()
-    skipped = [message for message in caplog.messages if "skipped" in message]
-    assert skipped == [
-        "by step 4 these steps were skipped and changed nothing: 1 with a loss or gradient that "
-        "was infinite or NaN; "
-        "1 since the start"
-    ]
+    (skipped,) = (message for message in caplog.messages if "skipped" in message)
+    values = ("step 4", "1 with", "infinite or NaN", "1 since the start")
+    assert [value for value in values if value not in skipped] == []
 
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["value"]) for line in lines if line["name"] == "skipped_steps"] == [
