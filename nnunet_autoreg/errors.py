@@ -142,8 +142,8 @@ MAX_COMPARED = 100
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The tail of a message about an unknown ``name``: a close match if there is one, else all that
-    is known.
+    """Return the end of a message about an unknown ``name``: a close match if there is one, else
+    all that is known.
     """
     names = sorted(known)
     # Comparing takes time that grows with the square of the length.

@@ -19,13 +19,13 @@ def zyx(xyz: Sequence[float]) -> Spacing:
 
 
 def as_size(values: Sequence[int]) -> Size:
-    """Three ints as a ``Size``."""
+    """Return three ints as a ``Size``."""
     z, y, x = (int(v) for v in values)
     return (z, y, x)
 
 
 def as_spacing(values: Sequence[float]) -> Spacing:
-    """Three floats as a ``Spacing``."""
+    """Return three floats as a ``Spacing``."""
     z, y, x = (float(v) for v in values)
     return (z, y, x)
 

@@ -69,7 +69,7 @@ class _Stop:
         self.deliver: Callable[[str], object] | None = None
 
     def begin(self, command: str) -> None:
-        """A command begins."""
+        """Note that a command begins."""
         self.session += 1
         self.is_active, self.number, self.num_noting = True, 0, 0
         self.command, self.line_if_forced, self.is_reported = command, None, False
@@ -78,7 +78,7 @@ class _Stop:
         ending.clear()
 
     def end(self) -> None:
-        """The command has ended, and the process continues with something else."""
+        """Note that the command has ended; the process continues with other work."""
         self.session += 1
         self.is_active, self.number = False, 0
         ending.clear()
@@ -159,7 +159,7 @@ def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
 
 @contextmanager
 def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    """Only note the signals inside, so that the state can be saved first.
+    """Note signals inside the block without ending it, so that the state can be saved first.
 
     Yields a function that returns whether one has come. An interruption that is raised inside ends
     the command with its line, whatever comes after it: another signal, or the end by force.

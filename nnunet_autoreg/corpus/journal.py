@@ -75,7 +75,7 @@ class Journal:
             self._handle.close()
 
     def _load(self, path: Path) -> int:
-        """Remember all whole lines, and return their length in bytes.
+        """Read all complete lines, and return their length in bytes.
 
         A torn last line, and what follows a damaged one, is read again.
         """

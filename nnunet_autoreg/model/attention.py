@@ -43,11 +43,11 @@ Either a bool tensor (B, 1, Q, S), True where a query may attend, or FlexAttenti
 class AttentionRule:
     """A query sees the valid tokens of all blocks up to one of them in the order.
 
-    Every query also sees something else, because attention to nothing is not a number: the first
-    block where ``sees_first_block_only`` says so, or its own token.
+    Attention to nothing is not a number. So queries in ``sees_first_block_only`` see the first
+    block; without this mask, every token also sees itself.
 
-    A rule is small. ``mask`` turns it into what the attention kernel needs, once a step for all
-    layers and outside of compiled code.
+    A rule is small. ``mask`` converts it for the attention kernel, once a step for all layers and
+    outside of compiled code.
 
     Attributes:
         order_index: (B, T) int64, position in the order of every token's block, 0..K-1.

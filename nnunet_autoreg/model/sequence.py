@@ -195,7 +195,7 @@ class SequenceEncoder(nn.Module):
         """Return contextual features (B, num_starts + T, V).
 
         Args:
-            rule: who may attend to whom; None for full attention. It includes the start tokens
+            rule: attention rule; None for full attention. It includes the start tokens
                 (``attention.with_starts``).
             positions_BT: raster index of every token in the grid; None if one member fills it in
                 order.
@@ -221,7 +221,7 @@ class SequenceEncoder(nn.Module):
         return weights_under(self.network, self.transfers)
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         network = self.network
         positions = network.key_to_lpe
         return Adaptation(

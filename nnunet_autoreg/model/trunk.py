@@ -1,7 +1,7 @@
-"""Runs transformer blocks under an attention rule. All self-attention happens here.
+"""Run transformer blocks under an attention rule. All self-attention is computed here.
 
 timm's ``EvaBlock``, which nnU-Net's Primus networks are made of, is computed here. The result is
-that of the block itself, but attention goes to the kernel that suits the rule. Blocks of our own
+the same as the block's own, but attention uses the kernel that suits the rule. Blocks of our own
 take ``rope`` and ``attn_mask`` and pass the mask on to ``attend``.
 
 Shape suffixes: B samples, T tokens, V width, H heads, D head width.
@@ -34,7 +34,7 @@ def run_blocks(
     Args:
         blocks: timm's ``EvaBlock``, or blocks of our own.
         rope: rotary table, (T, 2 * D) or (B, 1, T, 2 * D); None without.
-        rule: who attends to whom; None for full attention.
+        rule: attention rule; None for full attention.
         recompute: keep only each block's input and compute its inside a second time in the backward
             pass.
     """

@@ -111,7 +111,7 @@ class PretrainingUNet(nn.Module):
         return weights_under(self.network, (ENCODER_PREFIX, *DECODER_PREFIXES))
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return adaptation_of(self.network, DECODER_PREFIXES)
 
 

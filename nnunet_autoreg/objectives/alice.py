@@ -354,7 +354,7 @@ class Alice(Objective):
         return self._exported().backbone.transferable_state()
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return self.student.backbone.adaptation()
 
     def _exported(self) -> AliceNetwork:

@@ -160,7 +160,7 @@ class TransformerBackbone(nn.Module):
         return self.encoder.transferable_state()
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return self.encoder.adaptation()
 
 
@@ -231,7 +231,7 @@ class CnnBackbone(nn.Module):
         return self.unet.transferable_state()
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return self.unet.adaptation()
 
 

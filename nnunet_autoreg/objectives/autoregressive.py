@@ -1,5 +1,4 @@
-"""Next-block regression with random start-up: given the first p blocks, predict what comes next,
-block by block.
+"""Next-block regression with random start-up: predict block after block from the p given ones.
 
 Shape suffixes: B samples, M members, T tokens, K blocks, J tokens of a block, V width, P voxels of
     a token (channels included),
@@ -50,11 +49,11 @@ def supervised_tokens(
 ) -> Tensor:
     """Return which tokens are predicted, (B, T) bool.
 
-    These are the tokens of the blocks that are not given, which hold real voxels and have something
-    real before them.
+    These are the tokens of blocks that are not given, if they contain valid voxels and follow a
+    valid token.
 
     Args:
-        from_start: a START token is before all of them, and is enough.
+        from_start: there is a START token, which precedes all tokens.
     """
     if from_start:
         return valid_BT & (order_index_BT >= prefix_B[:, None])
@@ -64,10 +63,9 @@ def supervised_tokens(
 
 
 class MemberEmbedding(nn.Module):
-    """What is added to the tokens of each member code but 0, and starts as nothing.
+    """An embedding that is added to the tokens of each member code except 0. It starts at zero.
 
-    It exists in pretraining only: fine-tuning sees tokens
-    as code 0 has them.
+    It exists in pretraining only: fine-tuning sees tokens of code 0.
     """
 
     def __init__(self, num_codes: int, width: int):
@@ -75,7 +73,7 @@ class MemberEmbedding(nn.Module):
         self.table = nn.Parameter(torch.zeros(num_codes - 1, width))
 
     def forward(self, members_BT: Tensor) -> Tensor:
-        """(B, T, V)."""
+        """Return the embedding of every token's member, (B, T, V)."""
         return torch.cat([self.table.new_zeros(1, self.table.shape[1]), self.table])[members_BT]
 
 
@@ -121,7 +119,7 @@ class AutoregressiveModel(nn.Module):
         )
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
-        """Predictions (B, T, P), entry t for token t.
+        """Return predictions (B, T, P), entry t for token t.
 
         With ``next``, the first block is predicted only from START. Without START its entries are
         0.
@@ -167,15 +165,15 @@ class AutoregressiveModel(nn.Module):
         )
 
     def places(self, batch: Batch, index_BN: Tensor) -> TokenPositions:
-        """Return where the tokens ``index_BN`` of a batch lie."""
+        """Return the positions of the tokens ``index_BN`` of a batch."""
         positions_BN = index_BN if batch.positions is None else batch.positions.gather(1, index_BN)
         members_BN = None if batch.members is None else batch.members.gather(1, index_BN)
         return TokenPositions(self.encoder.rope(positions_BN), positions_BN, members_BN)
 
     @property
     def predicts_first(self) -> bool:
-        """Whether START says what the first block is: it has one output, so that block has to be
-        one token.
+        """Whether START predicts the first block. START has one output, so blocks must be single
+        tokens.
         """
         return (
             self.encoder.num_starts == 1
@@ -184,7 +182,7 @@ class AutoregressiveModel(nn.Module):
         )
 
     def rule(self, order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
-        """Who may attend to whom in the encoder, start tokens included."""
+        """Return the attention rule of the encoder, start tokens included."""
         return block_causal(
             *with_starts(order_index_BT, prefix_B, valid_BT, self.encoder.num_starts)
         )
@@ -215,11 +213,10 @@ class Autoregressive(Objective):
         return AutoregressiveModel(plan)
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
-        """Squared error over the supervised real voxels, in float32.
+        """Return the squared error over the supervised valid voxels, in float32.
 
-        References: ``mean`` outputs 0, which is every token's own mean, or the scan's where the
-            target holds means; ``copy`` repeats
-        the previous block.
+        References: ``mean`` outputs 0, which is every token's own mean, or the scan's mean if the
+        target contains means; ``copy`` repeats the previous block.
         """
         settings, asked = self.settings, self.as_predicted(batch)
         voxels_BTP, real_BTP = self._target_voxels(batch)
@@ -264,7 +261,7 @@ class Autoregressive(Objective):
         )
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
-        """Predictions in intensities (``targets.as_intensities``). The first channel."""
+        """Return predictions in intensities (``targets.as_intensities``), for the first channel."""
         settings, asked = self.settings, self.as_predicted(batch)
         real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token_size)
         voxels_BTP, every_BTP = self._target_voxels(batch)
@@ -294,16 +291,16 @@ class Autoregressive(Objective):
         )
 
     def as_predicted(self, batch: Batch) -> Batch:
-        """Return the batch with the order and prefix that say what is given and what is predicted.
+        """Return the batch with the order and prefix that define given and predicted blocks.
 
-        Here these are its own.
+        Here these are unchanged.
         """
         return batch
 
     def _target_voxels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the voxels by token and where they are real; both (B, T, P).
+        """Return the voxels by token and their mask of valid voxels; both (B, T, P).
 
-        The voxels are not normalised yet. They are low-passed as the plan says.
+        The voxels are smoothed as the plan says, and not normalised yet.
         """
         num_channels = batch.voxels.shape[2]
         real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token_size).repeat(
@@ -314,7 +311,7 @@ class Autoregressive(Objective):
         return smoothed(voxels_BTP, real_BTP, self.token_size, sigma_vox), real_BTP
 
     def _given_voxels(self, asked: Batch) -> Tensor:
-        """Return the real voxels of the given blocks, (B, M, Z, Y, X)."""
+        """Return the mask of valid voxels in given blocks, (B, M, Z, Y, X)."""
         token, (B, M, Z, Y, X) = self.plan.encoder.token_size_vox, asked.valid_mask.shape
         given = (asked.order_index < asked.prefix[:, None]).reshape(
             B, M, Z // token[0], Y // token[1], X // token[2]
@@ -349,11 +346,11 @@ class Autoregressive(Objective):
         )
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """Encoder weights under the downstream network's keys."""
+        """Return the encoder's weights under the downstream network's keys."""
         return self.model.encoder.transferable_state()
 
     def adaptation(self) -> Adaptation:
-        """Where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return self.model.encoder.adaptation()
 
 

@@ -554,7 +554,7 @@ class Joint(Objective):
         return self.trained.backbone.transferable_state()
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return self.trained.backbone.adaptation()
 
 

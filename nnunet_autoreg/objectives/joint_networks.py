@@ -68,7 +68,7 @@ class SlabTransformer(nn.Module):
         return self.encoder.transferable_state()
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return self.encoder.adaptation()
 
 
@@ -98,7 +98,7 @@ class SlabCnn(nn.Module):
         return weights_under(self.network, (ENCODER_PREFIX,))
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return adaptation_of(self.network)
 
 

@@ -1,10 +1,10 @@
 """Masked autoencoding, the baseline of autoregression: all hidden blocks at once, from the visible
 ones.
 
-The given blocks of a random order are the visible ones. Only they enter the encoder: their voxels
-are cut out before anything is computed, so that hidden voxels can reach nothing and cost nothing. A
-decoder that is given the positions of the hidden tokens then predicts them from the visible ones.
-Targets, head, padding, pictures and what transfers are those of ``objectives.autoregressive``.
+The given blocks of a random order are the visible ones. Only they enter the encoder: hidden voxels
+are removed before anything is computed, so they influence nothing and cost nothing. A decoder that
+is given the positions of the hidden tokens then predicts them from the visible ones. Targets, head,
+padding, pictures and transfer are those of ``objectives.autoregressive``.
 
 Shape suffixes: as there, and S visible tokens, Q hidden tokens.
 
@@ -28,7 +28,7 @@ from nnunet_autoreg.sampling.sample import Batch
 
 
 class MaskedModel(AutoregressiveModel):
-    """The same modules as of autoregression; the encoder reads only the visible blocks."""
+    """The modules of autoregression, but the encoder reads only the visible blocks."""
 
     def __init__(self, plan: Plan, num_channels: int = 1):
         super().__init__(plan, num_channels)
@@ -36,7 +36,7 @@ class MaskedModel(AutoregressiveModel):
         self.token_size, self.block_grid = plan.encoder.token_size_vox, plan.sequence.block_tokens
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
-        """Predictions (B, T, O), entry t for token t; 0 at visible tokens."""
+        """Return predictions (B, T, O), entry t for token t; 0 at visible tokens."""
         assert isinstance(self.head, QueryDecoder), "plan.check allows no other predictor"
         order_BT = block_order(batch.order_index)
         num_blocks = order_BT.shape[1] // self.block_num_tokens
@@ -86,16 +86,14 @@ class MaskedModel(AutoregressiveModel):
 
 
 class Masked(Autoregressive):
-    """The objective; ``plan_check`` makes sure of a fixed prefix, random order and the query
-    predictor.
-    """
+    """The objective; ``plan_check`` ensures fixed prefix, random order and the query predictor."""
 
     def build_model(self, plan: Plan) -> MaskedModel:
         """Return the encoder and the head."""
         return MaskedModel(plan)
 
     def as_predicted(self, batch: Batch) -> Batch:
-        """Return the batch with visible blocks first, hidden ones second, and the first given."""
+        """Return the batch with visible blocks first, as given ones, and hidden blocks last."""
         # 0 for visible blocks and 1 for hidden ones: two blocks, of which the first is given.
         hidden_BT = (batch.order_index >= batch.prefix[:, None]).long()
         return replace(batch, order_index=hidden_BT, prefix=torch.ones_like(batch.prefix))

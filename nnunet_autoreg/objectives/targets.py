@@ -1,5 +1,5 @@
-"""What is regressed: every token's own voxels, low-passed if the plan says so, in the form that
-``objective.target`` names. In float32.
+"""The targets of regression: every token's own voxels in the form of ``objective.target``, smoothed
+if the plan says so. All in float32.
 
 Shape suffixes: B samples, T tokens, P = (C, z, y, x) voxels of a token flattened, C channels, N
     tokens of all samples,
@@ -19,7 +19,7 @@ NUM_STATISTICS = 2
 
 
 def num_outputs(settings: PredictionPlan, token_voxels: int) -> int:
-    """Return how many numbers a head predicts of each token.
+    """Return the number of values that a head predicts for each token.
 
     Args:
         token_voxels: voxels of a token, channels included.
@@ -33,7 +33,7 @@ def target_of(settings: PredictionPlan, voxels_BTP: Tensor, real_BTP: Tensor) ->
     """Return the targets of a head for each token, (B, T, O); 0 in padding.
 
     Args:
-        voxels_BTP: in the intensities that nnU-Net's normalisation gives.
+        voxels_BTP: intensities as normalised by nnU-Net.
         real_BTP: bool, False in padding.
     """
     if settings.target == "voxels":
@@ -47,7 +47,7 @@ def target_of(settings: PredictionPlan, voxels_BTP: Tensor, real_BTP: Tensor) ->
 
 
 def output_weight(settings: PredictionPlan, weight_BTP: Tensor) -> Tensor:
-    """Return how much the squared error of each output counts, (B, T, O).
+    """Return the weight of each output's squared error, (B, T, O).
 
     A wrong mean makes all voxels of its token wrong. So each statistic counts as much as the
     token's supervised voxels together, and the loss per voxel is the sum of three mean squared
@@ -67,8 +67,8 @@ def as_intensities(
 ) -> tuple[Tensor, Tensor]:
     """Return predictions in intensities, and those of a head that outputs 0; both (B, T, P).
 
-    Only the target "normalised" leaves each token's mean and deviation open. There they are taken
-    from the true voxels.
+    The target "normalised" does not determine each token's mean and deviation. They are taken from
+    the true voxels.
     """
     if settings.target == "voxels":
         return predicted_BTO, torch.zeros_like(predicted_BTO)
@@ -87,8 +87,9 @@ def as_intensities(
 def token_statistics(
     voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(max(var, floor) + epsilon) of every token, (B, T, 1); unbiased variance, over
-    real voxels only.
+    """Return mean and sqrt(max(var, floor) + epsilon) of every token, (B, T, 1).
+
+    The variance is unbiased, and computed over valid voxels only.
     """
     voxels_BTP, weight_BTP = voxels_BTP.float(), real_BTP.float()
     count_BT1 = weight_BTP.sum(-1, keepdim=True)
@@ -101,7 +102,7 @@ def token_statistics(
 def normalised_target(
     voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0
 ) -> Tensor:
-    """Per-token normalised voxels (v - mean) / sqrt(max(var, floor) + epsilon).
+    """Return voxels normalised per token: (v - mean) / sqrt(max(var, floor) + epsilon).
 
     A constant token becomes 0. Padding becomes 0.
 
@@ -112,8 +113,7 @@ def normalised_target(
 
 
 def smoothed(voxels_BTP: Tensor, real_BTP: Tensor, token_size: Size, sigma_vox: float) -> Tensor:
-    """Every token under a Gaussian low-pass that ends at its border and at padding: a weighted mean
-    over its own real voxels.
+    """Return every token smoothed by a Gaussian over its own valid voxels.
 
     Only inside the token, so that its target depends on nothing else: neighbours would bring voxels
     of other blocks, and in strided sequences of other slices. A constant token stays as it is.
@@ -136,13 +136,13 @@ def smoothed(voxels_BTP: Tensor, real_BTP: Tensor, token_size: Size, sigma_vox: 
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that computes in the tensors' own precision, also where autocast is on."""
+    """Return a context that computes in the tensors' own precision, also under autocast."""
     # The memory estimate computes on the meta device, which knows no autocast.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _blurred(values_BTP: Tensor, token_size: Size, sigma_vox: float) -> Tensor:
-    """Gaussian sums along z, y and x of every token and channel."""
+    """Return Gaussian sums along z, y and x of every token and channel."""
     assert values_BTP.shape[-1] % volume(token_size) == 0
     cubes_Nzyx = values_BTP.reshape(-1, *token_size)
     for axis, size in enumerate(token_size, start=1):

@@ -67,15 +67,15 @@ SEGMENTS = "segments"
 
 @dataclass(frozen=True)
 class Targets:
-    """What the network has to predict, and where; all (B, T, P).
+    """The targets of the network and their masks; all (B, T, P).
 
     Attributes:
         values: the intensities, normalised per token if the plan says so.
-        mean, deviation: what turns ``values`` back into intensities, (B, T, 1).
-        known: bool, voxels that the network is shown. Padding counts as known.
+        mean, deviation: they convert ``values`` back into intensities, (B, T, 1).
+        known: bool, voxels that the network sees. Padding counts as known.
         valid_mask: bool, False in padding.
-        eligible: bool, voxels that carry loss wherever they are unknown.
-        loss_mask: bool, voxels that carry loss.
+        eligible: bool, voxels that have a loss if they are unknown.
+        loss_mask: bool, voxels that have a loss.
     """
 
     values: Tensor
@@ -89,7 +89,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the network says of every voxel, float32.
+    """The predictions of the network for every voxel, float32.
 
     Attributes:
         values: in the form of ``Targets.values``, (B, T, P).
@@ -103,8 +103,8 @@ class Predictions:
 class WholeNetwork(Objective):
     """The objective: the loss, and the weights that transfer. See ``objectives.base.Objective``.
 
-    Both ``autoregressive`` and ``masked`` are this class for CNNs: they differ in the distribution
-    of the number of known blocks, which the plan's ``sequence.prefix`` states.
+    For CNNs, ``autoregressive`` and ``masked`` are both this class. They differ in the distribution
+    of the number of known blocks (``sequence.prefix`` of the plan).
     """
 
     def __init__(self, plan: Plan):
@@ -133,9 +133,9 @@ class WholeNetwork(Objective):
         """Return the loss over unknown voxels: the sum of each sample's mean.
 
         It is the squared error of the voxels and, with segments, their cross-entropy times
-        ``segment_weight``, over the same voxels. Every sample counts alike, however many of its
-        voxels are unknown. References: ``mean`` predicts the mean of what is known, and the shares
-        of the segments there; ``copy`` repeats the nearest known block.
+        ``segment_weight``, over the same voxels. Every sample has the same weight, regardless of
+        the number of its unknown voxels. References: ``mean`` predicts the mean of the known
+        voxels, and the shares of their segments; ``copy`` repeats the nearest known block.
         """
         targets = self._targets(batch)
         weight_BTP = targets.loss_mask.float()
@@ -185,7 +185,7 @@ class WholeNetwork(Objective):
         )
 
     def describe(self, batch: Batch) -> TokenFeatures:
-        """Return the deepest features, each member seen whole and by itself, as in fine-tuning."""
+        """Return the deepest features of each complete member, as in fine-tuning."""
         voxels_BTP = to_tokens(batch.voxels, self.token)
         valid_BT = to_tokens(batch.valid_mask[:, :, None], self.token).any(dim=-1)
         B, T = valid_BT.shape
@@ -202,8 +202,7 @@ class WholeNetwork(Objective):
     def pool_statistics(self, pool: SamplingPool) -> dict[str, Tensor]:
         """Return the centres of the segments: k-means over voxels of crops drawn from the pool.
 
-        The voxels are such as carry loss when they are unknown. The draw depends on the run's seed
-        alone.
+        Only voxels that may have a loss are used. The draw depends only on the run's seed.
 
         Raises:
             AutoregError: a case cannot be read, or its voxels differ too little.
@@ -233,7 +232,7 @@ class WholeNetwork(Objective):
         return self.model.transferable_state()
 
     def adaptation(self) -> Adaptation:
-        """Return where fine-tuning finds the parts that it may have to adapt."""
+        """Return the keys of the parts that fine-tuning may have to adapt."""
         return self.model.adaptation()
 
     def _targets(self, batch: Batch) -> Targets:
@@ -281,7 +280,7 @@ class WholeNetwork(Objective):
         return Predictions(values_BTP, predicted_BCZYX[:, 1:])
 
     def _as_tokens(self, crop_BCZYX: Tensor, batch: Batch) -> Tensor:
-        """Return a map with one channel, of members side by side, as tokens (B, T, P)."""
+        """Return a one-channel map of members side by side as tokens (B, T, P)."""
         B, M, _, Z, Y, X = batch.voxels.shape
         members_BMCZYX = crop_BCZYX.reshape(B, 1, M, Z, Y, X).transpose(1, 2)
         return to_tokens(members_BMCZYX, self.token)
@@ -301,7 +300,8 @@ class WholeNetwork(Objective):
         """Return the cross-entropies of the references, each summed over the samples.
 
         They predict the shares of the segments among the known voxels, and in the nearest known
-        token. One voxel of every segment is added, since a share of 0 would cost infinitely much.
+        token. One voxel of every segment is added, because a share of 0 would have an infinite
+        cross-entropy.
         """
         num_segments = self.settings.num_segments
         weight_BTP = targets.loss_mask.float()
@@ -350,19 +350,19 @@ class WholeNetwork(Objective):
         return torch.stack(nearest)
 
     def _volume(self, tokens_BTP: Tensor, batch: Batch) -> Tensor:
-        """Return values of tokens in their places, (B, M, Z, Y, X)."""
+        """Return values of tokens at their voxels, (B, M, Z, Y, X)."""
         return from_tokens(tokens_BTP, self.token, batch.voxels.shape)
 
 
 def known_tokens(order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> Tensor:
     """Return which tokens are known, (B, T) bool; tokens that are all padding count as known.
 
-    The order is taken over the blocks that hold at least one real voxel. Of K such blocks, 1 to
-    K - 1 are known. The sampler draws the number of known blocks for a crop without padding, so
-    it is scaled to K. Nothing waits for the device.
+    Only blocks with at least one valid voxel are counted. Of K such blocks, 1 to K - 1 are known.
+    The sampler draws the number of known blocks for a crop without padding, so it is scaled to K.
+    Nothing waits for the device.
 
     Args:
-        ranks_BT: place of every token's block in the drawn order of all blocks.
+        ranks_BT: position of every token's block in the drawn order of all blocks.
         prefix_B: number of known blocks of a crop without padding, from 1.
         valid_BT: False where a token is all padding.
     """

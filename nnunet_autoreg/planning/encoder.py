@@ -1,4 +1,4 @@
-"""Which encoder suits the scans and the hardware, and in which order it is asked for blocks."""
+"""Choose the encoder for the scans and the hardware, and the order of its blocks."""
 
 from nnunet_autoreg.families import has_transformer, smallest_block
 from nnunet_autoreg.geometry import volume
@@ -33,9 +33,8 @@ def choose_encoder(
 ) -> tuple[str, str]:
     """Return an encoder's name and the reason for it.
 
-    ``auto`` goes by device, image size and GPU memory, and takes no CNN for ``single_tokens``.
-
-    Of the two tiny ones the CNN is far ahead in short trainings
+    ``auto`` decides by device, image size and GPU memory, and excludes CNNs for ``single_tokens``.
+    Of the two tiny ones the CNN was far better in short trainings
     (docs/explanation/measured_segmentation.md). The large ones have not been compared; until then
     the default is nnU-Net's own network.
     """
@@ -95,9 +94,9 @@ def _doubt(cnn: EncoderSize, pool: Pool) -> str:
 
 
 def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, str]:
-    """Return the tiny CNN, or the tiny transformer where the CNN's blocks do not suit the scans.
+    """Return the tiny CNN, or the tiny transformer if the CNN's blocks do not suit the scans.
 
-    They do not where scans are too small or too flat for a sequence of them.
+    They do not if scans are too small or too flat for a sequence of them.
     """
     if single_tokens:
         return "primus_tiny", f"{reason}; and the preset goes token by token, which a CNN cannot"
@@ -108,9 +107,9 @@ def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, st
 
 
 def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
-    """Return a smaller encoder, and why, where the pool holds few tokens.
+    """Return a smaller encoder, and why, if the pool has few tokens.
 
-    The one given was chosen by memory.
+    The given encoder was chosen by memory.
     """
     # A large encoder would learn a small pool by heart.
     num_tokens = pool.total_vox / volume(encoder_size(name).token_size)

@@ -218,7 +218,8 @@ def choose_crop(
 ) -> tuple[Size, str]:
     """Return the largest crop of whole blocks that suits the median scan and fits, and the reason.
 
-    If need be activations are checkpointed. It is a part of the scan where all of it would fit.
+    Activations are checkpointed if necessary. If the whole scan would fit, the crop is a part of
+    it.
     """
     side = side_of(encoder, block_tokens)
     limit = min(encoder.max_crop_vox, MAX_PRETRAIN_VOX)

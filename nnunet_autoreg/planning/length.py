@@ -9,18 +9,19 @@ from nnunet_autoreg.planning.pool import BY_USER, Pool, count_of
 NUM_PASSES, MIN_STEPS, MAX_STEPS = 300, 1000, 100_000
 TRAINING_SHARE = 0.95
 COMPILE_FROM_STEPS, COMPILE_FROM_HOURS = 500, 0.25
-"""Compiling the layers takes about half a minute for every kind of sequence, which a shorter run
-does not earn back.
+"""Compiling the layers takes about half a minute for every kind of sequence, which is not worth it
+in a shorter run.
 """
 
 
 def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) -> tuple[int, str]:
     """Return the number of steps and the reason.
 
-    It is epochs over the pool's tokens: those asked for, else 300 within bounds.
+    It follows from the number of epochs over the pool's tokens: the requested one, else 300 within
+    bounds.
 
     Args:
-        step_vox: real voxels that a step sees.
+        step_vox: valid voxels that a step sees.
     """
     # A step may see more voxels than a small pool holds.
     steps_per_epoch = max(1.0, pool.total_vox / step_vox)
@@ -37,9 +38,9 @@ def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) ->
 
 
 def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
-    """Return ``plan`` with this many steps and all that follows from them.
+    """Return ``plan`` with this many steps and the values that depend on them.
 
-    What the user set stays.
+    Values that the user set are kept.
     """
     by_preset = [preset.reason for _, preset in presets().values()]
     fixed = (BY_USER, *by_preset)
@@ -104,9 +105,9 @@ def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -
 
 
 def expected_seconds(plan: Plan, device: str) -> float | None:
-    """Return how long the training will take, as far as its steps were timed.
+    """Return the expected time of the training steps, if a step was timed.
 
-    Validation, checkpoints and preprocessing come on top.
+    Validation, checkpoints and preprocessing are not included.
     """
     run, optim = plan.run, plan.optim
     if run.dry_step_seconds is None:

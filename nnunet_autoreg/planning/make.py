@@ -159,7 +159,7 @@ def plan_encoder(
 def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
     """Return target spacings and the reasons.
 
-    Groups are written where their targets differ.
+    Groups are written if their targets differ.
     """
     targets_mm = {group.spacing_mm for group in pool.groups}
     if len(targets_mm) < 2:

@@ -1,8 +1,8 @@
 """Rotation and zoom of a crop, by one resampling.
 
-They are drawn where a crop is read and carried out where it is used. A loader reads the part of the
-scan that the rotated and zoomed crop covers. The device resamples the crop from that part. Crops
-that are neither rotated nor zoomed never come here, so their voxels are exactly those of the store.
+They are drawn when a crop is read and applied where it is used. A loader reads the part of the scan
+that the rotated and zoomed crop covers. The device resamples the crop from that part. Crops that
+are neither rotated nor zoomed are not resampled, so their voxels equal those of the store.
 """
 
 import math
@@ -34,9 +34,10 @@ class Affine:
     """A rotation and a zoom.
 
     Attributes:
-        angle_deg: angle of the rotation, for people to read.
-        zoom: how many times larger things become, for people to read.
-        matrix: a step of one voxel in the crop, as a step in voxels of the scan; both (z, y, x).
+        angle_deg: angle of the rotation, for display.
+        zoom: factor by which structures become larger, for display.
+        matrix: converts a step in voxels of the crop into one in voxels of the scan; both (z, y,
+            x).
     """
 
     angle_deg: float
@@ -98,7 +99,7 @@ def affine_of(
 ) -> Affine:
     """Return the affine of a rotation, and of a zoom of the in-plane axes.
 
-    Rotations happen in mm, so that voxels of unequal sides do not shear what they show.
+    Rotations happen in mm, so that voxels of unequal sides do not shear structures.
 
     Args:
         axis_zyx: the axis of the rotation, of any length, in mm.
@@ -190,9 +191,9 @@ def read_source(
 
 
 def resampled(source: CropSource, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Resample a crop of ``size``: trilinear for the voxels, nearest for the mask of real voxels.
+    """Resample a crop of ``size``: trilinear for the voxels, nearest for the mask of valid voxels.
 
-    The mask of a part is True everywhere, so the nearest voxel is real exactly where it exists.
+    The mask of a part is True everywhere, so the nearest voxel is valid exactly where it exists.
     Outside there is padding: value 0. On the scan's border a voxel is interpolated from voxels of
     the scan alone, never from padding.
 

@@ -1,4 +1,4 @@
-"""Which token belongs to which block, and in which order the blocks come. Pure numpy."""
+"""Blocks of tokens and their order. Pure numpy."""
 
 from collections.abc import Sequence
 
@@ -106,5 +106,6 @@ def draw_prefix(num_blocks: int, generator: np.random.Generator, sequence: Seque
 
 
 def fixed_prefix(num_blocks: int, share: float) -> int:
-    """Return this share of the blocks, rounded; at least one is given and one is predicted."""
+    """Return the number of given blocks for a share of them; at least one is given and one is
+    predicted."""
     return min(max(1, round(share * num_blocks)), num_blocks - 1)

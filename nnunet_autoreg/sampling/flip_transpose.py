@@ -1,4 +1,4 @@
-"""Mirroring and transposing of crops: drawn where a crop is read, carried out where it is used."""
+"""Mirroring and transposing of crops: drawn when a crop is read, applied where it is used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class FlipTranspose:
     def tensor(self, whole: Tensor) -> Tensor:
         """Return the changed tensor (..., Z, Y, X); a view where nothing is mirrored.
 
-        On a device this is queued, and nobody waits for it.
+        On a device this is queued without waiting.
         """
         axes = self._mirrored_axes(whole)
         mirrored = whole.flip(axes) if axes else whole

@@ -1,4 +1,4 @@
-"""Collect scans, groups and places as the pool that sequences are cut from."""
+"""Collect scans, groups and positions of structures in a sampling pool."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -69,7 +69,7 @@ def gather(
 
 
 def check_training(plan: Plan, pool: SamplingPool) -> None:
-    """Refuse a plan that asks for sequences that the training scans cannot give.
+    """Refuse a plan with kinds of sequences that the training scans do not allow.
 
     Raises:
         AutoregError: the training scans lack what a kind of sequence needs.
@@ -92,7 +92,7 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
 
 
 def validation_kinds(plan: Plan, pool: SamplingPool) -> tuple[str, ...]:
-    """Return the kinds that validation scans can give, and log those that they cannot."""
+    """Return the kinds of sequences that the validation scans allow, and log the others."""
     given = tuple(kind for kind in planned_kinds(plan) if pool.num_sources(kind))
     lacking = [kind for kind in planned_kinds(plan) if kind not in given]
     if pool.cases and lacking:

@@ -27,7 +27,7 @@ from nnunet_autoreg.sampling.spatial import draw_start
 from nnunet_autoreg.store.case import StoredCase
 
 JITTER = 1 / 8
-"""How far a structure may lie from the middle of its crop, as a share of the crop."""
+"""Largest distance of a structure from the middle of its crop, as a share of the crop."""
 
 
 @dataclass(frozen=True)

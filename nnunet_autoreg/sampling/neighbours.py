@@ -1,10 +1,10 @@
-"""Places that look alike, for semantic sequences where no labels say where structures lie.
+"""Similar positions in different scans, for semantic sequences without labels.
 
 They are nearest neighbours by a fixed descriptor of a few places per scan. The descriptor is the
 coarse pattern of a crop (4 x 4 x 4 means, without brightness and contrast) and its position in the
 scan. It is computed once, before training, from stored voxels. Features of the encoder in training
 would be as good as noise at the start, would have to be computed again and again, and would make
-what is drawn depend on how training went.
+the samples depend on the course of the training.
 """
 
 import logging
@@ -23,7 +23,7 @@ from nnunet_autoreg.store.case import StoredCase
 log = logging.getLogger(__name__)
 
 ALIKE = "alike "
-"""How the names of such structures begin."""
+"""First word of the names of such structures."""
 SIDE = 4
 TRIED, KEPT = 24, 6
 """Number of positions tried in each scan, and of those with most contrast that are kept."""

@@ -1,4 +1,4 @@
-"""Cases of noise, from which sequences are cut where only their size matters.
+"""Cases of noise, for sequences of which only the size matters.
 
 The cost of a step can then be counted or timed before any scan was preprocessed.
 """

@@ -1,4 +1,4 @@
-"""What sequences are cut from: stored cases, groups of cases of one subject, and structures."""
+"""The sampling pool: stored cases, groups of cases of one subject, and structures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class SamplingPool:
-    """All that a sampler may draw from. Light and picklable: no voxels, no open files."""
+    """Everything that a sampler may draw from. Small and picklable: no voxels, no open files."""
 
     cases: tuple[StoredCase, ...]
     groups: tuple[StoredGroup, ...] = ()
@@ -63,7 +63,7 @@ class SamplingPool:
     """2D images, as cases of one slice. All other cases are volumes."""
 
     def num_sources(self, kind: str) -> int:
-        """Return how many things a sequence of this kind can be cut from."""
+        """Return the number of cases, groups or structures for sequences of this kind."""
         if kind == "contrast":
             return len(self.groups)
         if kind == "semantic":
