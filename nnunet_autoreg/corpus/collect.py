@@ -1,7 +1,7 @@
 """Collect the DICOM files that were found into one row per series, used or left out.
 
-No name of a file or folder, and no free text of a header, gets into an id or a reason; a series is
-named by a salted hash.
+Ids and reasons contain no names of files or folders and no free text of a header. A series is named
+by a salted hash.
 """
 
 import logging
@@ -30,7 +30,7 @@ RADIOGRAPHS = ("CR", "DX", "MG", "IO", "PX")
 
 @dataclass(frozen=True)
 class DicomRow:
-    """What one candidate or left-out row of DICOM says; ``name`` is free of anything personal."""
+    """Facts about one DICOM candidate or left-out row; ``name`` contains nothing personal."""
 
     path: Path
     name: str
@@ -48,8 +48,8 @@ class DicomCollector:
     """Headers of DICOM files below one root, and the rows that they make.
 
     Attributes:
-        images: series of one slice, and radiographs, are taken too.
-        radiographs: files of one projection, each with what its header says of it.
+        images: also accept series of one slice, and radiographs.
+        radiographs: files of one projection, each with the facts from its header.
     """
 
     salt: str
@@ -62,7 +62,7 @@ class DicomCollector:
     def add_file(self, path: Path, source: Path | None = None) -> bool:
         """Take a file if it is DICOM, or claims to be by its ending.
 
-        ``source`` is the file itself if it was given alone.
+        ``source`` is the file itself if no folder was given.
         """
         source = source or path.parent
         try:
@@ -149,7 +149,7 @@ class DicomCollector:
     def _rows_of(self, path: Path, group: list[DicomSlice], derived: str) -> Iterator[DicomRow]:
         """Yield the rows of a series.
 
-        ``derived`` says why one of derived images is left out; it is "" for others.
+        ``derived`` says why a series of derived images is left out; it is "" for others.
         """
         first = group[0]
         # A series that is spread over folders is read from below their common folder.
@@ -216,7 +216,7 @@ def _kind(one: DicomSlice) -> tuple[str, str, str]:
 def _why_derived(group: Sequence[DicomSlice], original: AbstractSet[tuple[str, str, str]]) -> str:
     """Return why a series of derived images is left out.
 
-    It is "" for originals, and where nothing better is there.
+    It is "" for originals, and if there is nothing better.
     """
     first = group[0]
     if not first.derived:

@@ -1,12 +1,11 @@
-"""Which scans are the same: an exact hash of the content, and a signature that forgives rounding
-and scaling.
+"""Find equal scans: by an exact hash of the content, and by a signature that tolerates rounding and
+scaling.
 
-A scan stored as DICOM and as NIfTI differs in the 7th digit: of the spacing always, of the voxels
-    where a rescale slope is no
-whole number (PET, some MR). A hash of rounded values cannot forgive that, since among millions of
-voxels some lie on a border of the rounding. So the hash is exact, over integers where all voxels
-are integers (CT, most MR); what it misses is found by comparing signatures with a tolerance, which
-has no borders.
+A scan stored as DICOM and as NIfTI differs in the 7th digit: always in the spacing, and in the
+voxels if a rescale slope is not a whole number (PET, some MR). A hash of rounded values does not
+tolerate this, because among millions of voxels some lie on a border of the rounding. So the hash is
+exact, over integers where all voxels are integers (CT, most MR); what it misses is found by
+comparing signatures with a tolerance, which has no borders.
 
 Limits: a copy that was cropped, resampled, smoothed, clipped or stored with another voxel size is
     another scan.
@@ -49,12 +48,12 @@ def content_hash(scan: RawScan) -> str:
 
 
 def earlier_hash(scan: RawScan) -> str:
-    """Return the hash that indexes of earlier versions hold.
+    """Return the hash that indexes of earlier versions contain.
 
-    For nearly all scans it is ``content_hash``.
+    For nearly all scans it equals ``content_hash``.
 
-    Earlier versions did not look at the spread, so that scans whose values all lie near 0, such as
-    an ADC map in m2/s, were rounded to nothing and shared one hash.
+    Earlier versions did not check the spread. So scans with values near 0, such as an ADC map in
+    m2/s, were all rounded to 0 and had the same hash.
     """
     return _digest(scan, near_integers(scan))
 
@@ -117,9 +116,8 @@ def signature(array_ZYX: Array) -> Signature | None:
 
     They are in steps of 1/4000 of their standard deviation, with mean 0.
 
-    Single voxels and not means: each carries its own noise, so that two scans of one patient never
-        agree in all of them.
-    Scans of another linear scale get the same signature.
+    They are single voxels, not means: each has its own noise, so two scans of one patient never
+    agree in all of them. Scans of another linear scale get the same signature.
     """
     fractions = 0.5 - CENTRAL / 2 + CENTRAL * _FRACTIONS
     shape = np.array(array_ZYX.shape)
@@ -188,7 +186,7 @@ def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None
 
 
 def _settle_equal(rows: Iterable[ScanRow]) -> list[ScanRow]:
-    """Return the rows, of which those with the hash of an earlier or excluded one are marked."""
+    """Return the rows; those with the hash of an earlier or excluded row are marked."""
     rows = list(rows)
     excluded = {}
     for row in rows:

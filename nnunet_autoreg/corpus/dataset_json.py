@@ -27,7 +27,7 @@ MAX_LABEL = 2**31 - 1
 
 @dataclass(frozen=True)
 class ListedCase:
-    """One entry of the ``dataset`` list: which files belong to a case.
+    """One entry of the ``dataset`` list: the files of a case.
 
     Attributes:
         images: one absolute path for each channel.
@@ -40,15 +40,15 @@ class ListedCase:
 
 @dataclass(frozen=True)
 class DatasetJson:
-    """What a raw dataset says of itself.
+    """The content of a raw dataset's ``dataset.json``.
 
     Attributes:
         channels: names in the order of the file; nnU-Net ignores the keys, and so do we.
-        listed: case -> files, where the dataset lists them; empty otherwise.
+        listed: case -> files, if the dataset lists them; else empty.
         structures: label value -> name, without background and ignored label. A value that occurs
             in several regions has the name of the smallest one.
-        reader: the user's own class, by which nnU-Net reads the images; "" for the classes of
-            nnU-Net, whose values are those of ours.
+        reader: the user's own class by which nnU-Net reads the images; "" for nnU-Net's classes,
+            which give the same values as our reader.
     """
 
     channels: tuple[str, ...]
@@ -136,9 +136,9 @@ def _expanded(folder: Path, name: str) -> Path:
 def structures_of(labels: Any) -> dict[int, str]:
     """Return label value -> name of the ``labels`` of a dataset.json.
 
-    A label is a number, or a region: a list of numbers. Of the regions that a value belongs to, the
-    smallest names it. ``{"whole": [1, 2], "core": [2]}`` thus gives 1 -> whole and 2 -> core.
-    What is not a number is passed over: names are optional information and stop no run.
+    A label is a number, or a region: a list of numbers. A value that belongs to several regions is
+    named after the smallest one. ``{"whole": [1, 2], "core": [2]}`` thus gives 1 -> whole and 2 ->
+    core. Entries that are not numbers are ignored: names are optional and do not stop a run.
     """
     if not isinstance(labels, dict):
         return {}

@@ -1,4 +1,4 @@
-"""``--exclude``: which scans the user wants left out, by path, id, case or subject."""
+"""``--exclude``: scans that the user wants to leave out, by path, id, case or subject."""
 
 import logging
 import os
@@ -29,8 +29,8 @@ def read_exclude(path: Path) -> set[str]:
     """Read names to leave out: paths of files or folders, scan ids, case ids or patients.
 
     Read from a text file (one per line; # begins a comment), a JSON list of ids, or nnU-Net's
-    ``splits_final.json``. Of the latter the ``val`` and ``test`` cases of the **first** fold are
-    left out: over all five folds every case is once in ``val``.
+    ``splits_final.json``. From ``splits_final.json`` the ``val`` and ``test`` cases of the
+    **first** fold are left out: over all five folds every case is once in ``val``.
 
     Raises:
         UsageError: the file cannot be read, or is none of these.
@@ -74,7 +74,7 @@ def excluded_because(
     A subject is not repeated: it may be a patient's number.
 
     Args:
-        series: DICOM series of which excluded folders hold slices.
+        series: DICOM series that have slices in excluded folders.
         salt: salt of the ids in scans.csv, which may be named as well.
     """
     if not exclude:
@@ -109,7 +109,7 @@ def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidat
 
 
 def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate], salt: str = "") -> None:
-    """Say how many names of ``exclude`` match no candidate."""
+    """Log how many names of ``exclude`` match no candidate."""
     if not exclude:
         return
     known = (_names(c, salt) | {c.subject.strip()} for c in candidates)

@@ -63,7 +63,7 @@ DATASET_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that may be a scan, or (``status`` set) something that was left out already.
+    """A file that may be a scan, or (with ``status``) something that is already left out.
 
     Attributes:
         id: unique and stable: ``Dataset004_Hippocampus/hippocampus_001_0000``, or folder name /
@@ -74,10 +74,10 @@ class Candidate:
             no ending.
         channel: name in dataset.json; "" in plain folders.
         status, reason: why it was left out; "" for candidates.
-        part: what inside ``path``, as ``load_scan`` takes it: "" is the file itself,
+        part: the part of ``path`` to read, for ``load_scan``: "" is the file itself,
             ``series=<SeriesInstanceUID>`` a series in a DICOM folder, ``t=<k>`` a volume of a 4D
             file, ``member=<name>`` a file within a .zip; joined by ";".
-        modality: as the file itself says (MR, CT, PT ...); "" if it does not.
+        modality: modality stated in the file (MR, CT, PT ...); "" if none is.
         subject, session: identifiers **as found**; hash them with a salt before they are written or
             logged.
         contrast: a harmless word (T1w, FLAIR, ...), never free text.
@@ -112,10 +112,9 @@ def find_scans(
 
     A file that is reached twice is listed once.
 
-    Of an nnU-Net dataset (``dataset.json`` beside ``imagesTr``) only the images are taken, wherever
-    it is met. Other folders are searched whole, following links but no link twice, without hidden
-    files, and .zip archives with them. Of DICOM files the headers are read and sorted into series;
-    no pixels are.
+    From nnU-Net datasets (``dataset.json`` beside ``imagesTr``) only the images are taken. Other
+    folders and .zip archives are searched completely, without hidden files; each link is followed
+    once. Headers of DICOM files are read and sorted into series; pixels are not read.
 
     Args:
         split_4d: list every volume of a 4D file or series as a separate scan.
@@ -123,7 +122,7 @@ def find_scans(
         images: list 2D images as well: PNG, JPEG, radiographs, and DICOM series of one slice.
 
     Raises:
-        UsageError: a dataset or folder that does not exist.
+        UsageError: a dataset or folder does not exist.
     """
     finder = _Finder(split_4d, salt, images)
     for dataset in datasets:
@@ -144,12 +143,12 @@ def is_dataset(folder: Path) -> bool:
 
 @dataclass
 class _Finder:
-    """Searches inputs one after the other; ``found`` grows with every candidate and left-out row.
+    """Search inputs one after the other, and collect candidates and left-out rows in ``found``.
 
     Attributes:
         found: the result.
         ids: ids of everything found, so that each is used once.
-        files: what is listed already, by real path and part.
+        files: files that are listed already, by real path and part.
         folders: real paths of the folders that were searched.
         listed_labels: real paths of files that a dataset.json lists as label maps.
         num_repeated: files that were reached a second time.
@@ -170,7 +169,7 @@ class _Finder:
         return _is_image(name) or (self.images and is_picture(name))
 
     def leave_out_listed_labels(self) -> None:
-        """Leave out files that a dataset.json lists as label maps, wherever they were met."""
+        """Leave out files that a dataset.json lists as label maps, wherever they were found."""
         reason = "dataset.json lists it as a label map"
         for number, found in enumerate(self.found):
             if not found.status and os.path.realpath(found.path) in self.listed_labels:
@@ -577,7 +576,7 @@ def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, in
 
 
 def _why_missing(path: Path) -> str:
-    """Return why a file that a dataset.json lists is not there, and what to do."""
+    """Return why a file that a dataset.json lists is missing, and what to do."""
     unset = unset_variables(path)
     if unset:
         return (
@@ -595,7 +594,7 @@ def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:
 def _of_name(scope: str, inside: str) -> dict[str, str]:
     """Return the facts in a BIDS name.
 
-    Subjects of different datasets are different people, so ``scope`` goes with them.
+    Subjects of different datasets are different people, so ``scope`` is part of their names.
     """
     subject, session, contrast = bids_names(inside)
     return {
@@ -607,7 +606,7 @@ def _of_name(scope: str, inside: str) -> dict[str, str]:
 
 
 def _printable(name: str) -> str:
-    """Return a name in which bytes that are no UTF-8 are replaced."""
+    """Return a name in which bytes that are not UTF-8 are replaced."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
@@ -647,7 +646,7 @@ def _is_dicomdir(name: str) -> bool:
 def _ending(name: str) -> str:
     """Return the ending of a file that is not a scan, if it is a usual one; else a general word.
 
-    What follows the last dot may be a part of a name or a UID.
+    An unusual ending may be a part of a name or a UID.
     """
     ending = Path(name).suffix.lower()
     if ending in USUAL_ENDINGS:

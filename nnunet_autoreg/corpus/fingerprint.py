@@ -26,8 +26,8 @@ Axes = tuple[int, int, int]
 
 COARSER = 1.05
 IMAGE_SIDE_VOX = 256
-"""Larger 2D images are reduced until their shorter side has this many pixels. Nothing is known of
-the size of what most of them show, so that they have no target in mm."""
+"""Larger 2D images are reduced until their shorter side has this many pixels. The size of the
+structures is mostly unknown, so 2D images have no target in mm."""
 DIGITS = 6
 
 
@@ -79,11 +79,11 @@ class GroupPrint:
     """Scans that share a target spacing (``corpus.spacing``).
 
     Attributes:
-        modality: "" if the group spans all of them.
+        modality: modality of the group; "" if it has all modalities.
         native_mm: median of their own spacings.
         spacing_mm: the target, by the rule in ``reason``.
-        shape_vox: after cropping and resampling to the target.
-        total_vox: voxels of all of them, after that.
+        shape_vox: shapes after cropping and resampling to the target.
+        total_vox: voxels of all scans after cropping and resampling.
     """
 
     modality: str
@@ -112,7 +112,7 @@ class Fingerprint:
         modalities: name -> numbers, in falling order of scans.
         groups: target spacings and the sizes at them, in falling order of scans.
         spacing_mm: the target of the largest group.
-        shape_vox: over all scans, each at its own group's target.
+        shape_vox: shapes of all scans, each at its group's target.
         total_vox: voxels of the whole pool after cropping and resampling.
         ct_window: Hounsfield statistics inside the body over the CT scans; None without CT.
         relative_size_after_cropping: median share of voxels that cropping to non-zero keeps.
@@ -140,8 +140,8 @@ def transpose_axes(spacing_mm: Sequence[float]) -> Axes:
 
     The coarsest comes first, if it is clearly coarser than the first.
 
-    nnU-Net does this once per dataset, and for any excess; a pool mixes datasets, and 5 % keeps
-    rounding from turning axes.
+    nnU-Net does this once per dataset, for any difference. A pool mixes datasets, so each scan is
+    treated separately, and a margin of 5 % excludes rounding.
     """
     coarsest = max(range(3), key=lambda axis: spacing_mm[axis])
     if spacing_mm[coarsest] <= COARSER * spacing_mm[0]:

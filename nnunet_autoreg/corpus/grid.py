@@ -1,7 +1,7 @@
-"""Where a scan's voxels lie in the patient, and another scan brought onto the same voxels.
+"""The position of a scan's voxels in the patient, and resampling of another scan onto these voxels.
 
 All arrays are in the one orientation (io/orientation.py). Errors name no file, because they are
-written into logs: the caller knows which scan it asked for.
+written into logs.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def grid_of_scan(path: Path, part: str = "") -> Grid:
     """Return the grid of a file, or of a series of a DICOM folder.
 
     Raises:
-        ScanError: ``geometry``: it is not known.
+        ScanError: ``geometry``: the grid is unknown.
     """
     image, turn = _header(path, part)
     return _turned_grid(image, turn)
@@ -62,7 +62,7 @@ def oriented_voxel(path: Path, part: str, voxel_zyx: Sequence[float]) -> tuple[f
     """Return a voxel counted in the file's own axes (z, y, x) as one of the oriented array.
 
     Raises:
-        ScanError: ``geometry``: the file's own axes are not known.
+        ScanError: ``geometry``: the file's own axes are unknown.
     """
     image, (axes, reverse) = _header(path, part)
     size = image.GetSize()[::-1]  # SimpleITK counts x, y, z
@@ -123,7 +123,7 @@ def _place(image: Any, grid: Grid) -> None:
 
 
 def _header(path: Path, part: str) -> tuple[Any, Turn]:
-    """Return a SimpleITK image or reader that knows size, spacing, origin and direction."""
+    """Return a SimpleITK image or reader with size, spacing, origin and direction."""
     import SimpleITK
 
     wanted = parse_part(part)

@@ -60,7 +60,7 @@ class ContrastGroup:
         name: name of the case, or the hash of the subject.
         contrasts: one word per scan, no two alike.
         rows: the scans.
-        channels: the scans are channels of one nnU-Net case, so that they lie on one grid.
+        channels: the scans are channels of one nnU-Net case, so they have the same grid.
     """
 
     name: str
@@ -95,7 +95,7 @@ def contrast_groups(rows: Iterable[ScanRow], salt_free: bool = True) -> list[Con
     These are channels of a case, and other scans of one subject and session in one dataset or
     folder.
 
-    Of two scans of one contrast the larger counts. Scans without a known contrast belong to no
+    Of two scans of one contrast the larger is used. Scans with an unknown contrast belong to no
     group.
 
     Args:
@@ -137,9 +137,9 @@ def _group(name: str, rows: Sequence[ScanRow], channels: bool, salt_free: bool) 
 
 
 def commonest(groups: Sequence[ContrastGroup]) -> tuple[str, ...]:
-    """Return the contrasts that most groups have, exactly.
+    """Return the most frequent set of contrasts.
 
-    Of equally common ones it is the longer list.
+    Of equally frequent sets it is the larger one.
     """
     counts = Counter(group.contrasts for group in groups)
     if not counts:
@@ -149,7 +149,7 @@ def commonest(groups: Sequence[ContrastGroup]) -> tuple[str, ...]:
 
 
 def reduced(group: ContrastGroup, contrasts: Sequence[str]) -> ContrastGroup:
-    """Return the group without the contrasts that are not wanted."""
+    """Return the group with only the given contrasts."""
     words, rows = [], []
     for word, row in zip(group.contrasts, group.rows, strict=True):
         if word in contrasts:

@@ -1,6 +1,4 @@
-"""Subjects under another name: a keyed hash that is the same on this machine and means nothing
-anywhere else.
-"""
+"""Pseudonyms of subjects: a keyed hash, constant on this machine and meaningless elsewhere."""
 
 import hashlib
 import hmac
@@ -15,14 +13,13 @@ NUM_SALT_BYTES, NUM_HEX = 32, 16
 
 
 def salted(text: str, salt: str) -> str:
-    """Return 16 hex digits that stand for ``text``; "" (unknown) stays "".
+    """Return 16 hex digits that represent ``text``; "" (unknown) stays "".
 
-    They are the head of HMAC-SHA256 under ``salt``.
+    They are the first digits of HMAC-SHA256 with the key ``salt``.
 
-    Without the salt nobody can tell the text by hashing every name or number that it might be.
-    Spaces around the text do
-    not count: DICOM pads its values with them. Among a million subjects two share their digits with
-        a chance of 3e-8.
+    Without the salt, the text cannot be found by hashing all possible names or numbers. Spaces
+    around the text do not count: DICOM pads its values with them. Among a million subjects two
+    share their digits with a chance of 3e-8.
     """
     stripped = text.strip().strip("\0").strip()
     if not stripped:
@@ -35,7 +32,7 @@ def salted(text: str, salt: str) -> str:
 def load_salt(folder: Path) -> str:
     """Return the secret of the store in ``folder``.
 
-    It is random, made once, readable by its owner only, and equal for every process that asks.
+    It is random, made once, readable by its owner only, and the same for all processes.
 
     Raises:
         UsageError: it cannot be made, read, or is damaged.
@@ -71,9 +68,10 @@ def load_salt(folder: Path) -> str:
 
 
 def _make(path: Path) -> None:
-    """Write a fresh salt and link it to ``path``.
+    """Write a new salt and link it to ``path``.
 
-    Only the first of several processes can do that, and it is never seen half-written.
+    Only the first of several processes can do that, and other processes never read an unfinished
+    file.
     """
     fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

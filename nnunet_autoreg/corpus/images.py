@@ -192,8 +192,8 @@ def _grey(array_YXC: Array) -> Array:
 def _header(shape_yx: Sequence[int], spacing_yx: Sequence[float]) -> ScanHeader:
     """Return the header of an image as a volume of one slice.
 
-    Pixels without a believable size count as 1 mm. The slice is as thick as its pixels are large,
-    so that its axis is the first in every order of axes.
+    Pixels without a plausible size count as 1 mm. The slice thickness equals the pixel size, so its
+    axis is the first in every order of axes.
     """
     y, x = (int(side) for side in shape_yx)
     if min(y, x) < MIN_AXIS_VOX:

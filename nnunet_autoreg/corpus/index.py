@@ -47,7 +47,7 @@ TOO_LARGE = "the scan does not fit into memory; crop or downsample it, or free s
 
 @dataclass(frozen=True)
 class Index:
-    """What is known of all scans.
+    """The index of all scans.
 
     Attributes:
         rows: one per candidate, in the same order.
@@ -71,7 +71,7 @@ class IndexTask:
     Attributes:
         modality, rule: the modality that the user or the file gives, and which of them; "" if none.
         num_samples: Hounsfield values to draw from a CT.
-        images: 2D images are read too.
+        images: also read 2D images.
     """
 
     path: Path
@@ -85,7 +85,7 @@ class IndexTask:
 
 @dataclass(frozen=True)
 class Header:
-    """What a scan's header says (z, y, x), or why it cannot be used.
+    """Facts from a scan's header (z, y, x), or the reason why it cannot be used.
 
     Attributes:
         stamp: shows whether the file changes later.

@@ -1,4 +1,4 @@
-"""Intensities: is this Hounsfield, where is the body, and the window over the pool."""
+"""Intensities: recognise Hounsfield units, find the body, and compute the window of the pool."""
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,8 @@ def modality_of(channel: str, array_ZYX: Array) -> tuple[str, str]:
 def looks_like_hounsfield(array_ZYX: Array) -> bool:
     """Return whether values look like Hounsfield units.
 
-    Air is well below -500, soft tissue around 0. Next to nothing lies below air, as much does in
-    signed phase images; a constant padding value there is allowed for.
+    Air is well below -500, soft tissue around 0. Almost no voxel is below air, unlike in signed
+    phase images; a constant padding value is allowed.
     """
     # At most about 64 slices, and a quarter of their voxels: shares need no more.
     step = max(1, array_ZYX.shape[0] // 64)
@@ -52,9 +52,9 @@ def looks_like_hounsfield(array_ZYX: Array) -> bool:
 
 
 def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
-    """Return where the body is in a CT scan.
+    """Return a mask of the body in a CT scan.
 
-    It is the largest connected part above -300 HU, with what it encloses within each axial slice.
+    It is the largest connected part above -300 HU, filled within each axial slice.
 
     Filling brings lungs and bowel gas back in, which lie below -300 HU but inside the body.
     """
@@ -74,9 +74,9 @@ def body_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
 
 
 def tissue_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
-    """Return where the body is in a scan without Hounsfield units.
+    """Return a mask of the body in a scan without Hounsfield units.
 
-    It is what lies more than 10 % of the way from the 2nd to the 98th percentile.
+    It contains voxels above 10 % of the range from the 2nd to the 98th percentile.
 
     The most frequent lowest value (skull-stripping, padding) counts as air before the percentiles
     are taken. A crop without air loses its darkest voxels only.
@@ -94,7 +94,7 @@ def tissue_mask(array_ZYX: Array) -> npt.NDArray[np.bool_]:
 def body_percentiles(array_ZYX: Array, modality: str) -> tuple[float, ...]:
     """Return the ``PERCENTILES`` of a scan's intensities inside the body, not in air.
 
-    They are empty where no body is found.
+    They are empty if no body is found.
 
     Volumes wider than 256 voxels are thinned first.
     """
@@ -118,7 +118,7 @@ def _thinned(array_ZYX: Array) -> Array:
 def sample_body(array_ZYX: Array, num: int, content_hash: str) -> Array:
     """Draw ``num`` Hounsfield values inside the body.
 
-    They are drawn with replacement, so that every scan weighs the same.
+    They are drawn with replacement, so that every scan has the same weight.
 
     Volumes wider than 256 voxels are thinned first; the draw depends only on the content. Empty
     without a body.

@@ -21,7 +21,7 @@ JOURNAL_NAME = ".scans.partial.jsonl"
 
 @dataclass(frozen=True)
 class ScanFacts:
-    """What was found by reading one scan; nothing that names anybody.
+    """Facts found by reading one scan, without personal information.
 
     Attributes:
         status, reason: as in ``ScanRow``; "" if the scan is good. shape_vox ... percentiles: as in
@@ -45,10 +45,10 @@ class ScanFacts:
 
 
 class Journal:
-    """A hidden file of JSON lines ``[key, facts]``; without a path it remembers nothing.
+    """A hidden file of JSON lines ``[key, facts]``; without a path nothing is kept.
 
-    A key stands for a file as it is now (path, part, size, time of change) and for all that the
-    facts depend on besides.
+    A key represents the present state of a file (path, part, size, time of change) and everything
+    else that the facts depend on.
     """
 
     def __init__(self, path: Path | None):
@@ -105,7 +105,7 @@ class Journal:
 def journal_key(stamp: str, *depends_on: Any) -> str:
     """Return a key for facts about a file with this ``stamp``.
 
-    It is "", which is never found again, if there is no stamp.
+    Without a stamp it is "", which is never found again.
     """
     if not stamp:
         return ""
@@ -117,8 +117,8 @@ def journal_key(stamp: str, *depends_on: Any) -> str:
 def stamp_of(path: Path, deep: bool = False) -> str:
     """Return size and time of change of a file, or of all files in a folder.
 
-    With ``deep`` those below it count too, and so does the file with the voxels of a header. It is
-    "" if they cannot be looked at.
+    With ``deep`` files in subfolders count too, and the file with the voxels of a header. It is ""
+    if they cannot be read.
     """
     try:
         if path.is_dir():

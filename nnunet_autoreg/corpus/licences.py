@@ -1,6 +1,4 @@
-"""The licence that a dataset states in its ``dataset.json``: optional, read once, and never a
-reason to stop.
-"""
+"""The licence in a dataset's ``dataset.json``: it is optional, read once, and never stops a run."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Where structures lie: from label maps beside the scans, from boxes in a CSV, from classes in a
-manifest. Only positions are kept: training never sees a label.
+"""Positions of structures: from label maps beside the scans, from boxes in a CSV, from classes in a
+manifest. Only positions are kept; training never sees a label.
 """
 
 import csv
@@ -52,14 +52,14 @@ SAME_COLUMN = {
 
 @dataclass(frozen=True)
 class StructureLocation:
-    """Where a structure lies in one scan.
+    """The position of a structure in one scan.
 
     Attributes:
         scan: id of its row.
-        subject: tells patients apart.
+        subject: identifies the patient.
         structure: name, with dataset and channel where labels of different datasets need not mean
             the same.
-        centre: as a share of the scan's cropped and transposed box, (z, y, x), each 0..1.
+        centre: position as shares of the scan's cropped and transposed box, (z, y, x), each 0..1.
     """
 
     scan: str
@@ -69,7 +69,7 @@ class StructureLocation:
 
 
 def subject_of(row: ScanRow) -> str:
-    """Return whose scan it is: the subject if it is known, else the case."""
+    """Return the patient of a scan: the subject if it is known, else the case."""
     if row.subject or not row.name:
         return row.subject or f"{row.dataset}/{row.case}"
     # A case of one channel is one scan, and its id does not identify a person.
@@ -134,7 +134,7 @@ def values_of_structures(dataset: Path) -> dict[str, list[int]]:
 def locations_of_labels(rows: Sequence[ScanRow], num_workers: int) -> list[StructureLocation]:
     """Return the centre of every structure that a label map shows.
 
-    Of a structure in several parts it is the centre of each.
+    A structure in several parts has a centre for each.
 
     A label map that cannot be used is logged and left out; its scan still takes part in other
     sequences.
@@ -231,7 +231,8 @@ def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int
 
 
 def _share(row: ScanRow, low: Sequence[int], high: Sequence[int], voxel: Sequence[float]) -> Point:
-    """Return where a voxel lies in the box from ``low`` to ``high``, with the axes transposed."""
+    """Return the position of a voxel in the box from ``low`` to ``high``, with the axes
+    transposed."""
     assert row.spacing_mm is not None, "only usable rows come here"
     shares = []
     for index, start, end in zip(voxel, low, high, strict=True):
@@ -273,7 +274,7 @@ def read_boxes(path: Path) -> list[Box]:
     and class make one box.
 
     Raises:
-        UsageError: it cannot be read, a column is missing or a number is none.
+        UsageError: it cannot be read, a column is missing, or a cell is not a number.
     """
     try:
         with regular(path).open(encoding="utf-8-sig", newline="") as handle:
@@ -380,7 +381,7 @@ def locations_of_boxes(boxes: Sequence[Box], rows: Sequence[ScanRow]) -> list[St
 
 
 def _names(row: ScanRow) -> set[str]:
-    """Return everything that a box may call a scan."""
+    """Return all names that a box may use for a scan."""
     path = Path(row.source)
     # A UID is full of dots, so only an ending that is one is taken off.
     stem = path.stem if claims_dicom(path.name) else strip_ending(path.name)

@@ -33,7 +33,7 @@ class ManifestEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Real paths of files or folders -> what the user says of the scans there.
+    """Real paths of files or folders -> the user's description of the scans there.
 
     Attributes:
         file: the manifest itself, for messages.
@@ -47,7 +47,7 @@ class Manifest:
     def entry_of(self, path: Path) -> tuple[str, ManifestEntry] | None:
         """Return (key, entry) of the nearest path of the manifest.
 
-        It is the scan's own, or a folder that it is in.
+        It is the scan's own path, or a folder that contains it.
         """
         real = Path(os.path.realpath(path))
         # From the file itself upwards, so that the nearest folder counts.
@@ -166,7 +166,7 @@ def describe(
 ) -> tuple[list[Candidate], dict[str, ManifestEntry]]:
     """Return the candidates as the manifest describes them, and the entries used by id.
 
-    The manifest counts more than what was found.
+    The manifest has priority over the files.
     """
     if manifest is None:
         return list(candidates), {}

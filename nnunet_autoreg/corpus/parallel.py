@@ -1,5 +1,5 @@
-"""A map over worker processes that keeps order, shows progress, ends at once and speaks plainly
-when a worker dies.
+"""A map over worker processes: it keeps the order, shows progress, can be ended immediately, and
+reports a dead worker in one line.
 """
 
 import logging
@@ -39,33 +39,32 @@ Out = TypeVar("Out")
 CHUNKS_AHEAD = 8
 
 TIDY_WITHIN_S = 1.0
-"""How long a worker that is ended may take to remove its temporary files, before it is killed."""
+"""Time for a worker that is ended to remove its temporary files, before it is killed."""
 
 
 BYTES_PER_VOXEL = 36
-"""What checking or preprocessing a scan takes at its peak:
-
-7.5 GB were measured for 600 x 600 x 600 voxels.
+"""Peak memory per voxel of checking or preprocessing a scan: 7.5 GB were measured for 600 x 600 x
+600 voxels.
 """
 
 SHARE_OF_MEMORY = 0.8
-"""Of the free memory, that workers may take together."""
+"""Share of the free memory that all workers may use."""
 
 LARGE_VOXELS = 32_000_000
-"""A scan of this size occupies a process for seconds, in which it may hear no signal: it is left to
-a worker, which can be killed.
+"""A scan of this size occupies a process for seconds, in which it cannot react to signals. So it is
+read in a worker, which can be killed.
 """
 
 
 class _EndedError(SystemExit):
-    """Raised in a worker that is to end, so that what it was writing is tidied up.
+    """Raised in a worker that has to end, so that unfinished files are removed.
 
     multiprocessing prints nothing about it.
     """
 
 
 def end_with_parent() -> None:
-    """Let this worker process end when the process that made it does, however that ends."""
+    """Let this worker process end when its parent ends, for whatever reason."""
     parent = parent_process()
     assert parent is not None, "only workers call this"
 
@@ -92,7 +91,7 @@ def begin_worker() -> None:
 
 
 def allow_interruption() -> None:
-    """Let SIGINT reach this process, which was started while it was held back."""
+    """Unblock SIGINT in this process, which was started while it was blocked."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
@@ -101,7 +100,7 @@ def allow_interruption() -> None:
 def interruption_held_back() -> Iterator[None]:
     """Block SIGINT around the start of processes.
 
-    One that is interrupted at its start would print a traceback.
+    A process that is interrupted at its start would print a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -125,13 +124,12 @@ def parallel_map(
 
     ``function`` and the items must be picklable. Items are handed out a few chunks ahead of the
     results, so that memory does not grow with their number. The progress bar goes to stderr, on
-    terminals only. Where the results are not wanted any more, after an interruption for instance,
-    the workers are ended in the middle of their work.
+    terminals only. If the results are no longer needed, for instance after an interruption, the
+    workers are ended in the middle of their work.
 
     Args:
         chunk: items per hand-over; more than 1 where an item takes less than some milliseconds.
-        apart: use a worker even where it is the only one, so that the work can be ended at any
-            moment.
+        apart: use a worker even if it is the only one, so that the work can be ended at any moment.
 
     Raises:
         AutoregError: a worker process died.
@@ -178,7 +176,7 @@ def _counted(results: Iterable[Out], doing: Phase, bar: ProgressBar) -> Iterator
 
 
 def _end(workers: Sequence[BaseProcess]) -> None:
-    """Stop processes, however busy they are."""
+    """Stop processes, even if they are busy."""
     for worker in workers:
         worker.terminate()
 
@@ -189,7 +187,7 @@ def _end(workers: Sequence[BaseProcess]) -> None:
 
 
 def workers_for(num_workers: int, voxels: Sequence[int]) -> int:
-    """Return how many of ``num_workers`` processes have room in the free memory, at least 1.
+    """Return how many of ``num_workers`` processes fit into the free memory, at least 1.
 
     Args:
         voxels: size of every scan; the largest ones may come at the same time.
@@ -226,7 +224,7 @@ def is_large(voxels: Sequence[int]) -> bool:
 def free_memory_bytes() -> int:
     """Return the memory that new processes can have, within the limits of a container.
 
-    It is 0 where the system does not say.
+    It is 0 if the system does not report it.
     """
     found = []
     with suppress(OSError, ValueError, StopIteration):

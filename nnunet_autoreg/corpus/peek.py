@@ -1,8 +1,8 @@
-"""A scan's size from the first kilobytes of its file, ten times as fast as SimpleITK, where nothing
-about it is unusual.
+"""Read the size of an ordinary scan from the first kilobytes of its file, ten times as fast as
+SimpleITK.
 
-This serves the index's first pass over many thousand files. It judges nothing: whatever is not
-plain gets None, and a full look.
+The first pass of the index over many thousand files uses this. Anything unusual gives None; the
+file is then read by SimpleITK.
 """
 
 import gzip

@@ -1,8 +1,8 @@
-"""What may name a patient, and the one file that holds it: ``paths_do_not_share.csv``.
+"""Keep names of patients in one file only: ``paths_do_not_share.csv``.
 
-The rule for every other output (plan, ``scans.csv``, checkpoints, card of the weights, logs,
-report, pictures, metrics): it holds no patient's name, birth date or UID, and no name of a folder
-or file of the inputs. There, scans are named by a salted hash and datasets by their number.
+All other outputs (plan, ``scans.csv``, checkpoints, card of the weights, logs, report, pictures,
+metrics) contain no patient's name, birth date or UID, and no name of a folder or file of the
+inputs. There, scans are named by a salted hash and datasets by their number.
 """
 
 import csv
@@ -55,14 +55,14 @@ def is_harmless_word(name: str) -> bool:
 
 
 def public_channel(name: str, number: int) -> str:
-    """Return a channel's name where it is made of words of imaging, else its number."""
+    """Return a channel's name if it consists of imaging terms, else its number."""
     return name if is_harmless_word(name) else str(number)
 
 
 def public_dataset(name: str) -> str:
     """Return the name of a dataset in outputs.
 
-    It is nnU-Net's number, or three digits that tell folders apart.
+    It is nnU-Net's number, or three digits that distinguish folders.
     """
     numbered = NUMBERED_DATASET.fullmatch(name)
     if numbered:
@@ -77,7 +77,7 @@ def public_dataset(name: str) -> str:
 def folder_of_dataset(parent: Path, dataset: str) -> Path:
     """Return the folder for results about a dataset, which is named after the dataset's number.
 
-    In earlier versions it had the dataset's full name; such a folder is used where it exists.
+    In earlier versions it had the dataset's full name; such a folder is used if it exists.
     """
     earlier = parent / dataset
     return earlier if earlier.is_dir() else parent / public_dataset(dataset)
@@ -130,7 +130,7 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
     """Return the inverse of ``hide_paths``, from the private file of a run.
 
     Raises:
-        UsageError: the private file is missing, or does not know a path.
+        UsageError: the private file is missing, or lacks a path.
     """
     shown = dict(request)
     known: dict[str, str] | None = None
@@ -159,7 +159,7 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
 
 
 def write_private(folder: Path, lines: Iterable[Mapping[str, str]]) -> None:
-    """Write the private file whole or not at all, readable by its owner only."""
+    """Write the private file atomically, readable by its owner only."""
     path = folder / PRIVATE_NAME
     with (
         atomic_path(path) as temporary,

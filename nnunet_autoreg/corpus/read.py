@@ -1,6 +1,4 @@
-"""Read one scan and check that it is one: every way in which it is not has a one-word status and a
-reason.
-"""
+"""Read and check one scan. A scan that cannot be used has a one-word status and a reason."""
 
 import math
 import re
@@ -99,7 +97,7 @@ def _read_one_of(path: Path, number: int) -> Array:
 
 
 def _series_header(stack: Stack, part: ScanPart) -> tuple[ScanHeader, Turn]:
-    """Return the header of a series, and how its array comes to the one orientation."""
+    """Return the header of a series, and the reorientation of its array."""
     # Called only for its errors: a series of several volumes is not a scan.
     pick_volume(stack, part)
     check_dimensions(stack.shape_vox[::-1])
@@ -140,7 +138,7 @@ def read_header(path: Path, part: str = "") -> ScanHeader:
 def num_volumes(path: Path) -> int:
     """Return the number of volumes of a 4D file; 1 for any other.
 
-    It is 1 also for a file that cannot be read: reading it says why.
+    It is 1 also for an unreadable file; reading it later gives the reason.
     """
     try:
         size = information(path).GetSize()
@@ -164,7 +162,7 @@ def information(path: Path) -> Any:
 
 
 def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
-    """Return the header of a file, and how its array comes to the one orientation."""
+    """Return the header of a file, and the reorientation of its array."""
     import SimpleITK
 
     reader = information(path)
@@ -306,7 +304,7 @@ def check_voxels(array_ZYX: Array, name: str = "") -> None:
 
 
 def cropped_shape(array_ZYX: Array) -> Size:
-    """Return the size of the box around all non-zero voxels: what nnU-Net crops to."""
+    """Return the size of the box around all non-zero voxels, to which nnU-Net crops."""
     hits = occupied_indices(array_ZYX != 0)
     return as_size([int(h[-1] - h[0] + 1) if h.size else 0 for h in hits])
 
@@ -324,7 +322,7 @@ def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> st
     """Return why an array looks like a label map; "" if it does not.
 
     Label maps hold few whole numbers, and a voxel inside a structure equals its neighbour; in scans
-    noise forbids that (share of equal neighbours in real scans here: at most 0.33, in real label
+    noise prevents that (share of equal neighbours in real scans here: at most 0.33, in real label
     maps: 0.40 to 0.96).
     """
     # A 64th of the voxels decides for most scans, which have many values or fractions.

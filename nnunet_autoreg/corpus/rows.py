@@ -49,7 +49,7 @@ class ScanRow:
         spacing_mm: spacing as read, (z, y, x); None if the scan could not be read.
         cropped_shape_vox: size after cropping to non-zero voxels.
         content_hash: hash of voxels, shape and rounded spacing.
-        status: "ok", or in one word why the scan is left out.
+        status: "ok", or one word for the reason why the scan is left out.
         reason: the same in a sentence.
         modality_rule: how the modality was found.
         part: the image inside the source: a DICOM series, a volume of a 4D file, or a file of an
@@ -90,7 +90,7 @@ class ScanRow:
 
     @property
     def is_image(self) -> bool:
-        """Whether it is a 2D image, which is read as a volume of one slice."""
+        """Whether the scan is a 2D image, which is read as a volume of one slice."""
         return self.shape_vox is not None and self.shape_vox[0] == 1
 
 
@@ -121,7 +121,7 @@ NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
 
 
 def _other_paths(folder: Path, scans: set[str]) -> dict[str, str]:
-    """Return the paths by id that an existing private file knows beside these scans."""
+    """Return the further paths in an existing private file, by id."""
     if not (folder / PRIVATE_NAME).is_file():
         return {}
     known = read_private(folder)
@@ -131,12 +131,12 @@ def _other_paths(folder: Path, scans: set[str]) -> dict[str, str]:
 def write_index(
     path: Path, rows: Iterable[ScanRow], paths: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``scans.csv`` whole or not at all, row by row.
+    """Write ``scans.csv`` atomically, row by row.
 
     The private file beside it is written before.
 
     Args:
-        paths: what else the private file has to know, by id; None keeps what it knows.
+        paths: further paths for the private file, by id; None keeps those that it has.
 
     Sizes are written as 35x51x35 and spacings as 1.0x1.0x1.0, (z, y, x); percentiles with spaces
     between them.
@@ -162,7 +162,7 @@ def write_index(
 
 
 def public_row(row: ScanRow) -> ScanRow:
-    """Return a row without anything that may name a patient."""
+    """Return a row without anything that may identify a patient."""
     reason, copy_of, _ = row.reason.partition(COPY_OF)
     if copy_of:
         reason += "an excluded scan"
@@ -188,13 +188,13 @@ def public_message(text: str, row: ScanRow, *files: Path) -> str:
     """Return a message about a scan without its names and paths.
 
     Args:
-        files: others that the message may name, such as the scan's label map.
+        files: further files that the message may name, such as the scan's label map.
     """
     return without_names(text, {*_names(row), *map(str, files)})
 
 
 def _names(row: ScanRow) -> set[str]:
-    """Return all that a row's own scan is called, the folders on its way included."""
+    """Return all names of a row's scan, including its folders."""
     source = Path(row.source)
     folders = {folder.name for folder in source.parents}
     # "/" is not a name: it would be replaced in every path and fraction.
@@ -286,7 +286,7 @@ def _rows_of(reader: Iterable[dict[str, str]]) -> Iterator[ScanRow]:
 
 
 def _check_numbers(row: ScanRow) -> None:
-    """Refuse sizes that nothing can be computed with; a usable scan has all of them."""
+    """Refuse impossible sizes; a usable scan must have all of them."""
     sizes = (row.shape_vox, row.spacing_mm, row.cropped_shape_vox)
     if row.status == OK and None in sizes:
         raise ValueError(f"the scan {row.id} has status {OK}, but a size of it is empty")

@@ -1,5 +1,5 @@
-"""Which spacing a scan is resampled to: groups of similar spacing, each with its own target, and
-the policies for it.
+"""Target spacings: groups of scans with similar spacing, each with its own target, and the
+policies.
 """
 
 import math
@@ -16,11 +16,11 @@ from nnunet_autoreg.plan import DataPlan
 
 MEDIAN, FINEST, ISOTROPIC = POLICIES = ("median", "finest", "isotropic")
 GROUP_RATIO = 2.0
-"""The factor beyond which fine-tuning refuses weights by itself: scans of one group are not further
-apart.
+"""Beyond this factor fine-tuning does not choose weights automatically. Spacings of one group
+differ less.
 """
 MIN_GROUP_SCANS = 3
-"""Fewer scans of an odd spacing are taken for outliers, which join the nearest group."""
+"""Fewer scans of an unusual spacing are outliers, which join the nearest group."""
 SMALL_IMAGE_VOX = 64**3
 ALIKE_RATIO = 1.02
 BINS_PER_OCTAVE = 8
@@ -33,7 +33,8 @@ Log2 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScanGeometry:
-    """What a target spacing depends on. Axes are transposed: the coarsest first, then (y, x).
+    """The properties of a scan for its target spacing. Axes are transposed: the coarsest first,
+    then (y, x).
 
     Attributes:
         shape_vox: after cropping to non-zero.
@@ -53,7 +54,7 @@ class ScanGroup:
             nearest.
         spacing_mm: the target.
         members: positions in the list that was grouped.
-        reason: the rule it came from.
+        reason: the rule that gave the target.
     """
 
     modality: str
@@ -96,8 +97,8 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Sc
 
     Scans of one modality and of spacings within about a factor of 2 share a target; so a cine MR of
     10 x 1.5 x 1.5 mm and a brain of 1 mm, in one pool, both stay near their own resolution. One or
-    two scans of an odd spacing found no group and move no target. Targets within 2 % of each other
-    become that of the larger group.
+    two scans of an unusual spacing form no group and do not change a target. Targets within 2 % of
+    each other become that of the larger group.
     """
     if not isinstance(policy, str):
         everyone = tuple(range(len(scans)))
@@ -128,10 +129,9 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Sc
 def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]:
     """Return the target spacing of one group, and the rule.
 
-    ``median``: of the scans' own spacings per axis, but no coarser than the median of the small
-    images among them, whose
-    structures would be lost first. ``finest``: the 10th percentile per axis. ``isotropic``: the
-        median's finest axis on all three.
+    ``median``: the median of the scans' spacings per axis, but not coarser than the median of the
+        small images, whose structures would be lost first. ``finest``: the 10th percentile per
+        axis. ``isotropic``: the median's finest axis on all three.
     """
     spacings = np.array([scan.spacing_mm for scan in scans], dtype=np.float64)
     median = np.median(spacings, axis=0)
@@ -158,7 +158,7 @@ def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -
     It is the target of its modality's nearest group, else ``data.spacing_mm``.
 
     Args:
-        spacing_mm: the scan's own, its coarsest axis first.
+        spacing_mm: spacing of the scan, the coarsest axis first.
     """
     own = [group for group in data.spacing_groups if group.modality == modality]
     if not own:
@@ -168,7 +168,7 @@ def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -
 
 
 def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
-    """Return groups in which targets that all but agree are equal.
+    """Return groups in which almost equal targets are made equal.
 
     CT and MR of one patient then have voxels of one size.
     """
@@ -185,7 +185,7 @@ def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
 
 
 def _nearest(spacing_mm: Sequence[float], others_mm: Sequence[Spacing]) -> int:
-    """Return which spacing is off by the smallest factor on its worst axis."""
+    """Return the index of the spacing with the smallest factor on its worst axis."""
     worst = []
     for other_mm in others_mm:
         octaves = [abs(math.log2(p / q)) for p, q in zip(spacing_mm, other_mm, strict=True)]
@@ -199,9 +199,9 @@ def _rounded(spacing: npt.NDArray[np.float64]) -> Spacing:
 
 
 def _cores(logs: Log2) -> list[Indices]:
-    """Return the scans of one modality that found its groups, the densest ball first.
+    """Return the cores of the groups of one modality, the densest first.
 
-    The first group needs no minimum.
+    The first group has no minimum size.
     """
     # Binned, because comparing every pair of many thousand scans would take too much memory.
     binned = np.round(logs * BINS_PER_OCTAVE) / BINS_PER_OCTAVE
@@ -221,7 +221,7 @@ def _cores(logs: Log2) -> list[Indices]:
 def _densest_ball(
     points: Log2, counts: Indices, free: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_]:
-    """Return the free points around the point that has most scans around it.
+    """Return the free points around the point with the most neighbours.
 
     They lie within ``GROUP_RATIO`` of it, recentred on their median.
     """

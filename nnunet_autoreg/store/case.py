@@ -32,7 +32,7 @@ CLEARLY_SMALLER = 0.9
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """What a stored case is.
+    """The description of a stored case.
 
     ``shape_vox`` and ``spacing_mm`` are (z, y, x) after ``axes`` reordered the scan's own axes.
 
@@ -59,8 +59,8 @@ class StoredCase:
 
     It holds no open file, so it can be pickled and used in any process.
 
-    What a process reads for the first time is checked against ``seal``. A damaged case is taken out
-    of the store, so that the next run makes it again.
+    Chunks that a process reads for the first time are checked against ``seal``. A damaged case is
+    taken out of the store, so that the next run makes it again.
     """
 
     path: Path
@@ -124,13 +124,13 @@ class StoredCase:
 _handles: "OrderedDict[tuple[int, Path], Any]" = OrderedDict()
 """Open arrays by process and path, the least recently used first."""
 _checked: dict[Path, set[int]] = {}
-"""Chunks of a file whose checksums were found right."""
+"""Chunks of a file whose checksums are correct."""
 
 
 def _opened(case: StoredCase) -> Any:
     """Return an open blosc2 array; the last few stay open.
 
-    Keyed by process, because a forked handle is its parent's.
+    They are kept per process, because a forked handle belongs to the parent.
     """
     import blosc2
 
@@ -161,7 +161,7 @@ def _check_chunks(case: StoredCase, array: Any, start: Size, size: Size) -> None
     """Compare the chunks that a crop touches with their checksums, each once in a process.
 
     Raises:
-        StoreError: one differs; the case is then out of the store.
+        StoreError: one differs; the case is then removed from the store.
     """
     checked = _checked.setdefault(case.path, set())
     chunk_vox = as_size(array.chunks[1:])
@@ -175,7 +175,7 @@ def _check_chunks(case: StoredCase, array: Any, start: Size, size: Size) -> None
 
 
 def _damaged(path: Path, what: str) -> StoreError:
-    """Take a case out of the store by turning its record into a mark; return the error to raise."""
+    """Remove a case from the store by renaming its record to a mark; return the error to raise."""
     _handles.pop((os.getpid(), path), None)
     _checked.pop(path, None)
 
@@ -196,14 +196,14 @@ def _damaged(path: Path, what: str) -> StoreError:
 
 
 def damage_mark(path: Path) -> Path:
-    """Return the file beside a case that says it was found damaged."""
+    """Return the file beside a case that marks it as damaged."""
     return path.with_suffix(".damaged")
 
 
 def is_intact(path: Path) -> bool:
-    """Return whether all of a case agrees with its checksums.
+    """Return whether a whole case agrees with its checksums.
 
-    If not, it is taken out of the store.
+    If not, it is removed from the store.
     """
     record = read_record(path)
     if record is None or record.seal is None:
@@ -222,7 +222,7 @@ def is_intact(path: Path) -> bool:
 
 
 def write_case(path: Path, data_CZYX: Array, record: CaseRecord) -> CaseRecord:
-    """Write ``path`` (.b2nd), then its JSON, each whole or not at all.
+    """Write ``path`` (.b2nd), then its JSON, each atomically.
 
     Returns:
         the record with the file's seal.

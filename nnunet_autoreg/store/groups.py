@@ -1,5 +1,5 @@
-"""Contrasts of one subject on one grid: every member of a group stored once more, cropped and
-resampled as all the others of it.
+"""Contrasts of one subject on one grid: every member of a group is stored again, cropped and
+resampled like the others.
 
 Channels of an nnU-Net case lie on one grid already; they are cropped to the box around all of them,
 as nnU-Net does. Images of a session are first resampled onto the member with most voxels, by world
@@ -42,7 +42,7 @@ from nnunet_autoreg.store.store import MASK_BELOW, Store, case_path, load_unchan
 log = logging.getLogger(__name__)
 
 LAYOUT = 2
-"""Version of how a group is made."""
+"""Version of the preprocessing of groups."""
 MIN_SHARED_VOX = 8
 
 
@@ -50,7 +50,7 @@ MIN_SHARED_VOX = 8
 class GroupTask:
     """One group to preprocess.
 
-    It has its scans, which of them is the reference, and a key, scheme and window per scan.
+    It has the scans, the index of the reference, and a key, scheme and window per scan.
     """
 
     group: ContrastGroup
@@ -68,10 +68,10 @@ def ensure_groups(
     ct_window: IntensityWindow | None,
     num_workers: int,
 ) -> dict[str, tuple[str, ...]]:
-    """Preprocess the groups that are missing; safe to kill at any moment and to run again.
+    """Preprocess the groups that are missing. It may be killed at any moment and repeated.
 
-    A group that cannot be brought onto one grid is logged and absent from the result; its scans
-    still take part alone.
+    A group that cannot be brought onto one grid is logged and absent from the result; its scans are
+    still used one by one.
 
     Returns:
         name of the group -> keys of its members for ``Store.open``.
@@ -209,8 +209,8 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
     """Return all members as (C, Z, Y, X) on the reference's voxels, and their spacing.
 
     Raises:
-        ScanError: a scan changed, does not say where it lies in the patient, or shares too little
-            with the others.
+        ScanError: a scan changed, lacks its position in the patient, or overlaps too little with
+            the others.
     """
     rows = task.group.rows
     z, y, x = rows[task.reference].shape_vox or (1, 1, 1)

@@ -1,8 +1,7 @@
-"""How a case is cut into blosc2 blocks, the unit of decompression, and chunks, the unit of storage
-and checksum.
+"""Divide a case into blosc2 blocks, the unit of decompression, and chunks, the unit of storage and
+checksums.
 
-The layout depends only on the case's shape: whoever makes a case, for any crop, makes the same
-bytes.
+The layout depends only on the case's shape, so a case always has the same bytes.
 """
 
 import itertools
@@ -86,7 +85,7 @@ def chunks_touched(
 def _cost(shape_vox: Size, block_vox: Sequence[int]) -> float:
     """Return the voxels that a typical crop decompresses.
 
-    Of an axis that it holds whole these are all blocks, else b - 1 more than its length.
+    Along an axis that the crop covers, these are all blocks; else the length plus b - 1.
     """
     covered = 1
     for n, b in zip(shape_vox, block_vox, strict=True):

@@ -1,8 +1,8 @@
 """Checksums of a blosc2 file: over every compressed chunk, and over the bytes before and after the
 chunks.
 
-A chunk is checked when a process first touches it, so that reading stays lazy and the check costs
-once per process and chunk.
+A chunk is checked when a process first touches it, so reading stays lazy, and each chunk is checked
+once per process.
 """
 
 import zlib
@@ -13,7 +13,7 @@ from typing import Any
 
 DIGITS = 8
 HEADER_LENGTH, CHUNKS_LENGTH = slice(11, 15), slice(39, 47)
-"""Where a blosc2 frame holds the length of its header and that of all its chunks, big-endian."""
+"""Positions of the lengths of the header and of all chunks in a blosc2 frame, big-endian."""
 
 
 @dataclass(frozen=True)
