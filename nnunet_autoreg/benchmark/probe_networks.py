@@ -23,7 +23,7 @@ TRANSFORMER_DEPTHS = (1 / 3, 2 / 3, 1.0)
 """Which layers of a transformer are read, as shares of its depth."""
 
 EXPECTED_SHARE = 0.95
-"""Of the encoder's parameters that have to come from the weights file."""
+"""Share of the encoder's parameters that must come from the weights file."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def bootstrap_weights(num_scans: int, num_resamples: int, seed: int) -> NDArray[
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the middle 95 % of resampled values; None if fewer than two are left.
 
-    The NaN of resamples in which there was nothing to measure are left out.
+    NaN, from resamples without anything to measure, are left out.
     """
     known = [v for v in values if not np.isnan(v)]
     if len(known) < 2:

@@ -1,4 +1,4 @@
-"""Features of whole scans: one vector each, and the grid of positions if wanted."""
+"""Features of whole scans: one vector each, and optionally the features of all positions."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -146,7 +146,7 @@ def embed_scan(
     """Return the features of a scan; larger scans are covered by tiles of the pretraining's crop.
 
     Args:
-        region: what counts; all of the scan if it is None.
+        region: region of the mean; None for the whole scan.
 
     Raises:
         ScanError: it cannot be read or preprocessed.
@@ -221,7 +221,7 @@ def write_features(
     layer: int,
     region: LabelRegion | None = None,
 ) -> None:
-    """Write the features of all scans, whole or not at all.
+    """Write the features of all scans atomically.
 
     ``.npz`` has ``ids`` (S,), ``features`` (S, V), ``spacing_mm`` (S, 3), and for every scan with a
     grid ``grid/<id>`` (V, z, y, x) and ``offset_vox/<id>``. ``.parquet`` has a row per scan. A JSON

@@ -1,4 +1,4 @@
-"""Pretrained encoders for programs of one's own: ``from nnunet_autoreg import load_encoder``."""
+"""Pretrained encoders for Python programs: ``from nnunet_autoreg import load_encoder``."""
 
 import os
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from nnunet_autoreg.model.feature_maps import FeatureEncoder
 from nnunet_autoreg.nnunet_api import CT_SCHEME, MR_SCHEME, crop_resample_normalise
 
 EXPECTED_SHARE = 0.95
-"""Of the encoder's parameters that have to come from the weights file."""
+"""Share of the encoder's parameters that must come from the weights file."""
 RESULTS_VARIABLE = "nnUNet_results"
 MASK_BELOW = 0.75
 """As nnU-Net: z-scores are taken inside the non-zero mask if cropping to it saves this much."""
@@ -39,8 +39,8 @@ class PretrainedEncoder(FeatureEncoder):
     be trained.
 
     Attributes:
-        card: what the encoder is and what it was pretrained on (``encoder.json``).
-        num_channels: of the images that it reads.
+        card: description of the encoder and its pretraining (``encoder.json``).
+        num_channels: number of channels of the images.
     """
 
     def __init__(self, network: nn.Module, card: EncoderCard, input_shape: Size, num_channels: int):
@@ -49,7 +49,7 @@ class PretrainedEncoder(FeatureEncoder):
         self.num_channels = num_channels
 
     def preprocess(self, image_CZYX: NDArray[np.floating], spacing_mm: Sequence[float]) -> Tensor:
-        """Return a scan as the encoder saw scans in pretraining, (C, Z, Y, X) in float32.
+        """Return a scan preprocessed as in pretraining, (C, Z, Y, X) in float32.
 
         It is cropped to its non-zero part, normalised, and resampled to the spacing of
         pretraining. The coarsest axis comes first, if it is clearly coarser than the others.
@@ -148,7 +148,7 @@ def load_encoder(
 
 
 def _mostly_zero(image_CZYX: NDArray[np.float32]) -> bool:
-    """Return whether cropping to the non-zero part saves so much that nnU-Net uses a mask."""
+    """Return whether the non-zero part is so small that nnU-Net uses a mask."""
     inside = np.argwhere(image_CZYX.any(axis=0))  # (voxels, 3)
     if not len(inside):
         return False

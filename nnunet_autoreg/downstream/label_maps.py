@@ -1,4 +1,4 @@
-"""Label maps for raw datasets that have none: nnU-Net prepares no case without one."""
+"""Label maps for raw datasets that have none, because nnU-Net needs one for every case."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ def first_channels(dataset: Path, file_ending: str) -> dict[str, Path]:
 
 
 def write_label_map(labels_ZYX: NDArray[np.uint8], image: Any, target: Path) -> None:
-    """Write a label map where SimpleITK's image lies, whole or not at all."""
+    """Write a label map with the geometry of SimpleITK's image, atomically."""
     import SimpleITK
 
     drawn: Any = SimpleITK.GetImageFromArray(labels_ZYX)

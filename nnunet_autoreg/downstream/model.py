@@ -1,6 +1,6 @@
-"""A model that nnU-Net's command trained, with its folds, for prediction on new scans.
+"""A model trained by nnU-Net's command, with its folds, for prediction on new scans.
 
-Scans are preprocessed by nnU-Net. Detection and classification add what their networks give.
+nnU-Net preprocesses the scans. Detection and classification add the outputs of their networks.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class TrainedModel(Generic[Plan]):
 
     Args:
         folder: ``<trainer>__<plans>__<configuration>``.
-        folds: which; all that are finished if empty, except for ``all``, which has to be named.
+        folds: folds to use; if empty, all finished ones except ``all``, which must be named.
 
     Raises:
         UsageError: there is no such model or fold.
@@ -52,9 +52,9 @@ class TrainedModel(Generic[Plan]):
     """
 
     kind: ClassVar[str]
-    """What the names of its trainers contain; names of other models are not suggested."""
+    """Part of the names of its trainers; other models are not suggested."""
     noun: ClassVar[str]
-    """What such a model is called."""
+    """Name of such a model in messages."""
     read_plan: Callable[[Mapping[str, Any], str], Plan | None]
     """Return the task's checked plan in a configuration of parsed plans, None if it has none."""
 
@@ -156,7 +156,7 @@ class TrainedModel(Generic[Plan]):
         return plan
 
     def weights(self) -> Iterator[None]:
-        """Give the network the weights of one fold after the other."""
+        """Load the weights of one fold after the other into the network."""
         for parameters in self.stock.list_of_parameters:
             self.network.load_state_dict(parameters)
             yield
@@ -168,7 +168,7 @@ class TrainedModel(Generic[Plan]):
         return torch.autocast("cuda", dtype=half_precision(self.device))
 
     def preprocess(self, files: list[str], name: str) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Return a scan as the network sees it (C, Z, Y, X), and nnU-Net's properties of it.
+        """Return a preprocessed scan (C, Z, Y, X), and nnU-Net's properties of it.
 
         Args:
             name: name of the scan in log lines.
@@ -211,7 +211,7 @@ class TrainedModel(Generic[Plan]):
         return torch.from_numpy(image), properties
 
     def _read(self, files: list[str], name: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Read a scan with nnU-Net's reader, whose errors are of any kind, and partly printed."""
+        """Read a scan with nnU-Net's reader, which raises any kind of error and prints some."""
         printed = io.StringIO()
         reader = self.stock.plans_manager.image_reader_writer_class()
         try:
@@ -237,7 +237,7 @@ class TrainedModel(Generic[Plan]):
 
 
 def prediction_device(wanted: str | None) -> torch.device:
-    """Return the device of ``--device``; without one, the GPU if there is one.
+    """Return the device of ``--device``; by default the GPU if there is one.
 
     Raises:
         UsageError: a GPU is wanted and there is none (code "device-no-gpu").
@@ -304,7 +304,7 @@ def trained_folder(
 def finished_folds(
     folder: Path, wanted: Sequence[str], checkpoint: str, kind: str = ""
 ) -> tuple[str, ...]:
-    """Return the folds to use; all that are finished, but not ``all``, if none is wanted.
+    """Return the folds to use; by default all finished ones except ``all``.
 
     Args:
         kind: part of the names of trainers that a message may suggest.

@@ -1,4 +1,4 @@
-"""The block of a configuration in a plans file in which detection and classification keep plans."""
+"""The block in a configuration of a plans file with the plan of detection or classification."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -32,7 +32,7 @@ class PlannedWeights:
     Attributes:
         name: name of the run.
         file: relative to ``$nnUNet_results``, or absolute.
-        sha256: hex, of the file.
+        sha256: hexadecimal hash of the file.
         has_decoder: whether the weights hold the decoder of a CNN as well.
     """
 
@@ -103,8 +103,8 @@ class AutoregBlock:
     Attributes:
         encoder: class and arguments of the network, as in a pretraining plan.
         weights: None in a plan for training from random weights only.
-        recipe: how fine-tuning is done.
-        reasons: per planned value, why it was chosen.
+        recipe: settings of fine-tuning.
+        reasons: the reason of each planned value.
         version: version of this format.
     """
 
@@ -128,8 +128,8 @@ def read_block(plans: dict[str, Any]) -> AutoregBlock:
     """Return the checked ``"autoreg"`` block of a parsed plans file.
 
     Raises:
-        PlanError: there is none (code "plan-no-block"), its format is newer, a key is unknown, or a
-            value is impossible.
+        PlanError: there is no block (code "plan-no-block"), its format is newer, a key is unknown,
+            or a value is impossible.
     """
     where = f"{plans.get('plans_name', 'plans')}.json"
     if BLOCK_KEY not in plans:
@@ -144,7 +144,7 @@ def read_block(plans: dict[str, Any]) -> AutoregBlock:
 
 
 def check_block(block: AutoregBlock, where: str) -> AutoregBlock:
-    """Return ``block`` if it can be carried out.
+    """Return ``block`` if its values are possible.
 
     Raises:
         PlanError: the network class is not allowed, a number is out of its range, or the encoder

@@ -32,7 +32,7 @@ def map_channels(
     repeated and divided by N, and N channels are summed into one. Other numbers cannot be mapped.
 
     Args:
-        given_names: names of the weights' channels in order; ignored unless there is one for each.
+        given_names: names of the weights' channels in order; ignored if some are missing.
         needed_names: names of the image channels in order; may be empty if they are not known.
     """
     # Names say more than the order, in which datasets list their channels as they like.

@@ -4,8 +4,7 @@ Both decoders end at full resolution, so their stages are counted from the fines
 belongs to stage i - n of the other network. (A decoder numbers its stages from the coarsest.) An
 encoder is counted from its first stage, which is its finest as well.
 
-A convolution and its norm, or a transposed convolution, is loaded as a whole or stays random as a
-whole.
+A convolution and its norm are both loaded, or both stay random.
 """
 
 import re
@@ -103,7 +102,7 @@ def transferred_keys(network: nn.Module, block: AutoregBlock) -> frozenset[str]:
     """Return the keys of the decoder's parameters that start from the plan's weights.
 
     Only the plan decides this, because a resumed training needs the same groups of parameters even
-    if the weights file is gone.
+    if the weights file no longer exists.
     """
     if not block.transfers_decoder or family_of(block.encoder.class_path) != RESENC:
         return frozenset()

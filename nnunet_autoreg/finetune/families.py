@@ -55,7 +55,7 @@ def recipe_values(encoder: EncoderPlan) -> dict[str, Any]:
 
 
 def rate_reason(encoder: EncoderPlan) -> str:
-    """Return where the planned learning rates come from.
+    """Return the reason of the planned learning rates.
 
     Source: docs/explanation/measured_segmentation.md, fine-tuning by SGD on 5 labelled patients.
     """

@@ -13,7 +13,7 @@ KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_kind(file: Path, key: str, tensor: Tensor) -> None:
-    """Check that a tensor is an ordinary one, and that the file holds all of its values.
+    """Check that a tensor is dense, and that the file has all of its values.
 
     Raises:
         WeightsError: its type is not supported, it is sparse or quantised, or it repeats its values

@@ -39,7 +39,7 @@ class Target:
     """Hold the network's side of a transfer of weights.
 
     Attributes:
-        num_image_channels: without the one-hot channels of a cascade, which come after them.
+        num_image_channels: number of image channels, without the one-hot channels of a cascade.
         patch_size_vox: (z, y, x); divided by the token size it is the token grid.
         channel_names: names of the image channels, in order; empty if they are not known.
     """
@@ -79,7 +79,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     from safetensors.torch import save_file
 
     # The bytes must be the same in every process, but safetensors writes several metadata entries
@@ -131,8 +131,8 @@ def load_encoder(
         network: without wrappers such as DDP or torch.compile. Its attributes name its encoder,
             stem, input projection and positions.
         file: .safetensors with the network's own keys.
-        expected_share: smallest share of the encoder's parameters that must come from the file, 0
-            to 1. The decoder does not count.
+        expected_share: smallest share of the encoder's parameters, without decoder, that must come
+            from the file, 0 to 1.
         with_decoder: whether a decoder that the card lists is loaded as well.
 
     Raises:
@@ -186,13 +186,13 @@ def _fit_encoder(
     card: EncoderCard,
     target: Target,
 ) -> tuple[dict[str, Tensor], list[TensorEntry]]:
-    """Return the file's tensors in the shapes of the network, and what became of each tensor.
+    """Return the file's tensors in the shapes of the network, and an entry for each tensor.
 
-    Whatever the file does not hold keeps its random values.
+    Tensors that are not in the file keep their random values.
 
     Args:
         live: the tensors of the network's encoder.
-        in_file: those of the file.
+        in_file: the tensors of the file.
     """
     ready: dict[str, Tensor] = {}
     entries = []
@@ -206,7 +206,7 @@ def _fit_encoder(
 
 
 def _require_share(table: WeightTable, expected_share: float, file: Path) -> None:
-    """Refuse a file that holds less of the encoder than is expected."""
+    """Refuse a file with less of the encoder than is expected."""
     if table.encoder_share >= expected_share:
         return
     missing = [entry.key for entry in table.entries if entry.status == RANDOM]

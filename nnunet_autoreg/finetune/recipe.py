@@ -1,7 +1,6 @@
-"""Carry out the fine-tuning recipe: learning rates, trained parts and parameter groups.
+"""Apply the fine-tuning recipe: learning rates, trained parts and parameter groups.
 
-Everything is a pure function of the iteration, so a resumed run continues exactly as the
-interrupted one would have.
+Everything is a pure function of the iteration, so a resumed run equals an uninterrupted one.
 """
 
 import re
@@ -85,7 +84,7 @@ def make_schedule(
 class IterationRates:
     """Set the learning rates of an optimiser.
 
-    It takes the place of nnU-Net's scheduler, which nnU-Net calls as ``step(epoch)``.
+    It replaces nnU-Net's scheduler, which nnU-Net calls as ``step(epoch)``.
     """
 
     def __init__(

@@ -36,8 +36,8 @@ def stock_planner(
 ) -> stock_planners.ResEncUNetPlanner:
     """Return nnU-Net's planner for an encoder of this size, with the encoder's widths and depths.
 
-    For sizes without their own planner it is that of ResEnc M. It plans for its own amount of
-    memory unless the user has given another.
+    For sizes without their own planner it is that of ResEnc M. It plans for its default memory
+    unless the user has given another.
     """
     planner = PRESETS.get(encoder.name, PRESETS["resenc_m"])(dataset_name)
     features = encoder.arguments["features_per_stage"]

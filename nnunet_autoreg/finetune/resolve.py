@@ -61,7 +61,7 @@ class Choice:
         card, file: description and location; both None for training from scratch only.
         reason: why these weights were chosen.
         rejected: one line for each newer run that does not suit.
-        warnings: what speaks against weights that the user has chosen.
+        warnings: reasons against the weights that the user has chosen.
     """
 
     card: EncoderCard | None
@@ -82,7 +82,7 @@ def setting_of_environment() -> str | None:
 
 
 def choose_weights(results: Path, dataset: DatasetTraits, setting: str | None) -> Choice:
-    """Return the weights that ``setting`` names, or without one the newest run that suits.
+    """Return the weights that ``setting`` names; without a setting, the newest suitable run.
 
     Args:
         results: nnU-Net's folder of results.
@@ -129,7 +129,7 @@ def choose_weights(results: Path, dataset: DatasetTraits, setting: str | None) -
 def _check_values(file: Path) -> None:
     """Refuse weights with values that are not finite.
 
-    The hash of the file only proves that they are the values that pretraining wrote.
+    The hash of the file does not exclude them: pretraining may have written them.
 
     Raises:
         WeightsError: a tensor holds NaN or infinity; the message names it.

@@ -1,9 +1,9 @@
 """Write fine-tuned CNNs in the form of stock nnU-Net.
 
-A fine-tuned ResEnc is an ordinary ``ResidualEncoderUNet``. What a training leaves in nnU-Net's
-results folder therefore names nnU-Net's own trainer and network, so that the model predicts where
-nnunet-autoreg is not installed. Only the plans in the preprocessed folder keep the guard against
-nnU-Net's trainers, which would train without the pretrained weights.
+A fine-tuned ResEnc is an ordinary ``ResidualEncoderUNet``. So the files of a training in nnU-Net's
+results folder name nnU-Net's own trainer and network. The model then predicts without
+nnunet-autoreg. Only the plans in the preprocessed folder still refuse nnU-Net's trainers, which
+would train without the pretrained weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from nnunet_autoreg.model.encoders import IMPORTED_ARGUMENTS
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 DEFAULT_FOLDS = ("0", "1", "2", "3", "4")
-"""That nnU-Net predicts with where none are named."""
+"""Trainer with which nnU-Net predicts if none is named."""
 
 STOCK_TRAINER = "nnUNetTrainer"
 """The trainer that nnU-Net builds the network with when it predicts."""
@@ -42,7 +42,7 @@ def runs_on_stock(class_path: str, plans: Mapping[str, Any]) -> bool:
 
 
 def stock_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plans whose networks are described as nnU-Net describes its own.
+    """Return plans that describe networks in nnU-Net's own form.
 
     The ``"autoreg"`` block stays, because it says how the model was trained; nnU-Net ignores it.
     Plans that are in this form already are returned as they are.

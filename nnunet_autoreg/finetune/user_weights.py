@@ -1,4 +1,4 @@
-"""Respect nnU-Net's own option ``-pretrained_weights FILE``.
+"""Support nnU-Net's own option ``-pretrained_weights FILE``.
 
 Weights that the user names there are never overwritten by the plan's weights.
 """
@@ -54,7 +54,8 @@ def named_weights(command_line: Sequence[str]) -> Path | None:
 
 
 def watch_loading(network: nn.Module) -> Callable[[], bool]:
-    """Return a function that says whether weights have been loaded into ``network`` since now."""
+    """Return a function that returns whether weights have been loaded into ``network`` since this
+    call."""
     loaded: list[bool] = []
 
     # A plain function, because a copy of a network has copies of its hooks.
@@ -69,7 +70,7 @@ def kept_line(file: Path | None, planned: str | None) -> str:
     """Return the log line about the weights that a training starts from.
 
     Args:
-        file: what ``-pretrained_weights`` named; None if a script loaded the weights.
+        file: value of ``-pretrained_weights``; None if a script loaded the weights.
         planned: the name of the plan's weights; None for the scratch twin.
     """
     named = f"{OPTION} {file}" if file else "weights that were loaded before training"

@@ -42,9 +42,10 @@ FONT_SIZE = 12
 LEGEND_LENGTH, ENTRY_LENGTH, LETTER_LENGTH = 340.0, 36.0, 7.0
 """Pixels of a row of the legend, of the line and space of an entry, and of a letter of the page."""
 LEFT_OF_AXES = -0.12
-"""Where legends and titles begin, in widths of the axes: above the numbers of the value axis."""
+"""Left position of legends and titles, in widths of the axes: above the numbers of the value
+axis."""
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
-"""Between two numbers of an axis, times a power of ten."""
+"""Steps between two numbers of an axis, times a power of ten."""
 DECIMALS = re.compile(r"-?\d+\.\d+")
 
 # The colours of the light page. The style sheet of page.html names them --main, --second, ... and
@@ -63,7 +64,8 @@ class Curve:
     Attributes:
         points: (step, value), by step.
         look: main, second, base or base2; colour, width, dashes and marker follow from it.
-        is_level: it does not depend on training: its last value is drawn from edge to edge.
+        is_level: the curve does not depend on training; its last value is drawn as a horizontal
+            line.
     """
 
     label: str
@@ -193,7 +195,7 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
     """Return the chart of the figure of merit and its trivial baselines.
 
     Args:
-        plan: plan of the run, whose objective says what they are called.
+        plan: plan of the run, whose objective names the baselines.
     """
     title, unit, references = "Error", "per voxel", {}
     if plan is not None:

@@ -1,4 +1,4 @@
-"""Slices of validation scans that an objective puts together, as small pictures for the report."""
+"""Groups of slices of validation scans, as small pictures for the report."""
 
 import base64
 import io

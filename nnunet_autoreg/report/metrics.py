@@ -19,7 +19,7 @@ class MetricsFile:
         path: the file.
         first_step: lines of this step and later ones are dropped, because a run that continues
             does these steps again.
-        sinks: where every value goes too.
+        sinks: further outputs for every value.
     """
 
     def __init__(self, path: Path, first_step: int, sinks: Sequence[Sink] = ()):
@@ -52,7 +52,7 @@ class MetricsFile:
 
 
 class NoMetrics(MetricsFile):
-    """Takes metrics and drops them, in all processes but the main one."""
+    """Ignore metrics, in all processes except the main one."""
 
     def __init__(self, path: Path):
         self.path, self.sinks = path, ()
@@ -66,7 +66,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return all whole lines of the file; none if there is no file.
+    """Return all complete lines of the file; none if there is no file.
 
     The last line may be cut off because the process was killed while it wrote. It is left out.
     Other damaged lines are left out with a warning.

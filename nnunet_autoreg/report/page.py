@@ -53,7 +53,7 @@ def table(
     """Return a table that scrolls sideways where it is too wide; a row's first cell names it.
 
     Args:
-        name: what screen readers call the table.
+        name: name of the table for screen readers.
         rows: plain text; a cell of several lines becomes a list.
         classes: the style of each column: "n" for numbers, "wide" for sentences, or "".
     """

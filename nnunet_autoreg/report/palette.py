@@ -27,7 +27,7 @@ GRID = "#d5dae0"
 
 @dataclass(frozen=True)
 class Style:
-    """How a kind of things is drawn.
+    """Colour, dash and marker of one kind of element.
 
     Attributes:
         dash: matplotlib's line style.
@@ -62,7 +62,7 @@ CURVES = {
     "base": Style(BLACK, "--", "^", 1.5),
     "base2": Style(PURPLE, ":", "v", 1.8),
 }
-"""The curves of a chart: what the chart is about, what is compared, and two trivial baselines."""
+"""The curves of a chart: the main one, the one compared with it, and two trivial baselines."""
 
 CURVES_ON_DARK = {"main": ORANGE, "second": SKY_BLUE, "base": "#c3cad2", "base2": PURPLE}
 """Colours of the same curves on a dark page."""
@@ -88,8 +88,8 @@ FROM_BASELINE = Style(ORANGE, "--", "s")
 FROM_RANDOM = Style(BLACK, ":", "D")
 STOCK_TRAINING = Style(GREEN, "-.", "^")
 STARTS = (FROM_PRETRAINED, FROM_BASELINE, FROM_RANDOM, STOCK_TRAINING)
-"""What a fine-tuning started from: our pretraining, the one that it is compared with, or random
-weights; and nnU-Net's own training.
+"""Starts of fine-tuning: our pretraining, the pretraining compared with it, random weights; and
+nnU-Net's own training.
 """
 
 

@@ -1,4 +1,4 @@
-"""``sequences.png``: a few sequences as the network will see them, for people who read scans.
+"""``sequences.png``: a few sequences as the network will see them.
 
 In the code below, a layer is one block thick along z, and a member is one image of a sequence.
 """
@@ -44,7 +44,8 @@ PICTURE_NAME = "sequences.png"
 PER_KIND = {"spatial": 3, "strided": 2, "contrast": 2, "semantic": 3}
 MOST_INPUTS = 6
 LIKENESS_SCANS = 2
-"""Times as many scans as a semantic sequence has images, where structures are found by likeness."""
+"""Number of scans, as a multiple of the images of a semantic sequence, if structures are found by
+similarity."""
 
 STRIP = 13
 """Blocks in the strip below each sequence, around the first that has to be predicted."""
@@ -60,21 +61,21 @@ TITLES = {
 
 @dataclass(frozen=True)
 class DrawnSequence:
-    """One sequence to picture, and where it comes from."""
+    """One sequence to draw, and its source."""
 
     sample: Sample
     origin: SampleOrigin
 
     @property
     def has_several_images(self) -> bool:
-        """Whether the sequence is made of more than one crop."""
+        """Whether the sequence has more than one crop."""
         return len(self.sample.voxels) > 1
 
 
 def draw_preview(
     folder: Path, plan: Plan, rows: Sequence[ScanRow], store: Store, num_workers: int
 ) -> Path:
-    """Preprocess a few scans, draw sequences from them as training would, and picture them.
+    """Preprocess a few scans, sample sequences from them as in training, and draw them.
 
     Returns:
         the picture in the run's folder.
@@ -127,7 +128,7 @@ def choose_rows(
 ) -> list[ScanRow]:
     """Return enough scans for the picture.
 
-    They are spread over the datasets, and hold whole groups of contrasts and subjects that share
+    They come from all datasets, and include whole groups of contrasts and subjects that share
     structures.
     """
     kinds = planned_kinds(plan)
@@ -148,7 +149,7 @@ def choose_rows(
 
 
 def spread_over_datasets(rows: Sequence[ScanRow]) -> list[ScanRow]:
-    """Return the first, middle and last scan of every dataset, as many as there is room for."""
+    """Return the first, middle and last scan of every dataset, up to a limit."""
     by_dataset: dict[str, list[ScanRow]] = {}
     for row in rows:
         by_dataset.setdefault(row.dataset, []).append(row)
@@ -206,9 +207,9 @@ def draw_sequences(plan: Plan, pool: SamplingPool) -> list[DrawnSequence]:
 
 
 def upright(plan: Plan, origin: SampleOrigin) -> tuple[Sample, SampleOrigin]:
-    """Return the same sequence as radiologists look at scans.
+    """Return the same sequence in radiological orientation.
 
-    It is one of the ways in which training flips them.
+    Training also uses this orientation, among others.
     """
     flips = (False, True, True) if plan.sequence.flip else (False, False, False)
     # Views come to ``view_preview`` instead, so that all kinds here have this field.
@@ -224,9 +225,9 @@ def upright(plan: Plan, origin: SampleOrigin) -> tuple[Sample, SampleOrigin]:
 
 
 def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
-    """Return a number of given blocks after which the first one to predict shows something.
+    """Return a number of given blocks after which the first block to predict is not empty.
 
-    It is about this share of the blocks; a plan's fixed share stays.
+    It is about this share of the blocks; a fixed share of the plan is kept.
     """
     if plan.sequence.prefix == "fixed":
         return sample.prefix
@@ -396,7 +397,7 @@ def _style_of(sample: Sample, index: int) -> Style:
 
 
 def _draw_padding(axis: Any, left: float, top: float, width: float, height: float) -> None:
-    """Hatch an area, below everything else: what stays visible of it lies outside the scan."""
+    """Hatch an area, below everything else; it stays visible only outside of the scan."""
     from matplotlib.patches import Rectangle
 
     area = Rectangle(

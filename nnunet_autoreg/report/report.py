@@ -1,6 +1,6 @@
 """``report.html``: one page about a run, written again and again while it trains.
 
-It says which scans went in, what was planned, whether the encoder learns, and what to type next.
+It shows the scans, the plan, whether the encoder learns, and the next command.
 """
 
 import base64
@@ -97,7 +97,7 @@ class RunSetting:
 
 
 class Reporter:
-    """Writes ``report.html`` into a run's folder.
+    """Write ``report.html`` into a run's folder.
 
     It reads scans.csv once, and metrics.jsonl each time.
     """
@@ -107,9 +107,9 @@ class Reporter:
         self.scans = ""
 
     def write(self, make_pictures: Callable[[], Sequence[Picture | SliceGroup]]) -> None:
-        """Write the whole report, or leave the one before.
+        """Write the report; if that fails, keep the previous one.
 
-        A report that fails is named in the log. It never ends a training.
+        A failure is logged and never ends the training.
         """
         path = self.folder / REPORT_NAME
         metrics = self.folder / "metrics.jsonl"
@@ -485,7 +485,7 @@ def _plan(plan: Plan) -> str:
 
 
 def command_of(plan: Plan) -> str:
-    """Return the line that started the run. Paths may identify patients: each is replaced by PATH.
+    """Return the command of the run. Paths may identify patients: each is replaced by PATH.
 
     Options with their default values are left out.
     """
@@ -504,7 +504,7 @@ def command_of(plan: Plan) -> str:
 
 
 def _provenance(plan: Plan, setting: RunSetting) -> str:
-    """Return the table of what made this page: command, versions, device and date."""
+    """Return the table of command, versions, device and date."""
     versions = []
     for name in PACKAGES:
         try:
@@ -540,7 +540,7 @@ def _embedded(picture: Path, text: str) -> str:
 
 
 def _leaves(data: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
-    """Yield (dotted name, value) of everything in nested dictionaries that is not one itself."""
+    """Yield (dotted name, value) of all values in nested dictionaries."""
     for key, value in data.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:

@@ -22,7 +22,7 @@ PATH = re.compile(
 def scans_section(rows: Sequence[ScanRow], num_training: int, num_validation: int) -> str:
     """Return the section about the scans as HTML. Its counts equal those of scans.csv.
 
-    Nothing that may name a patient is shown: a scan is referred to by its line in scans.csv.
+    Nothing that may identify a patient is shown: scans are referred to by their lines in scans.csv.
     """
     num_used = sum(row.status == OK for row in rows)
     summary = (

@@ -1,6 +1,6 @@
 """Copies of the metrics for TensorBoard and W&B.
 
-TensorBoard is used if it is installed, W&B if nnU-Net's own switch is on. Neither can end a run or
+TensorBoard is used if it is installed, W&B if nnU-Net's own switch is on. Neither can end a run, or
 slow it down much.
 """
 
@@ -158,9 +158,9 @@ class TensorBoard(Guarded):
 
 
 class WeightsAndBiases(Guarded):
-    """Sends metrics to the project, and in the mode, that nnU-Net's variables name.
+    """Send metrics to W&B, in the project and mode of nnU-Net's variables.
 
-    Nothing but metrics is sent: no plan, paths or scans.
+    Only metrics are sent: no plan, paths or scans.
     """
 
     what = "W&B"

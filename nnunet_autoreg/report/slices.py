@@ -28,7 +28,7 @@ Bytes = NDArray[np.uint8]
 NUM_SAMPLES = 4
 BAR_MM = 10
 PLANES = (("axial", "APRL"), ("coronal", "SIRL"), ("sagittal", "SIAP"))
-"""Name of the plane across the axes z, y, x, and what lies at its top, bottom, left and right.
+"""Names of the planes across the axes z, y, x, and the directions at top, bottom, left and right.
 
 Stored arrays run towards superior, anterior and right. They are shown as radiologists view scans,
 from the opposite ends.
@@ -44,7 +44,7 @@ BORDER_WIDTH = 2
 PICTURE_WIDTH = 240
 """Pixels. Borders are drawn at the size of the page, where thick slices are many pixels high."""
 TINT = 0.28
-"""How much of the colour of the given part is the tint."""
+"""Share of the tint in the colour of the given part."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Plane:
     """One plane of one sample. Every array is (H, W).
 
     Attributes:
-        edges: letters of what lies at the top, bottom, left and right; "" if it is not known.
+        edges: letters of the directions at top, bottom, left and right; "" if unknown.
         aspect: height of a pixel divided by its width.
         width_mm: width of the picture.
         grey: the intensities that are drawn black and white.
@@ -89,7 +89,7 @@ class Picture:
 
 @contextmanager
 def evaluating(module: "nn.Module") -> Iterator[None]:
-    """Have a module predict as in validation, without gradients, and train as before afterwards."""
+    """Put a module into evaluation mode without gradients; restore its mode afterwards."""
     import torch
 
     was_training = module.training
@@ -156,9 +156,9 @@ def _axes_of_view(scan_axes: Sequence[int] | None) -> list[int]:
 def upright(
     part: Floats, augmentation: "FlipTranspose | None", scan_axes: Sequence[int] | None
 ) -> Floats:
-    """Return volumes (M, Z, Y, X) as radiologists view scans.
+    """Return volumes (M, Z, Y, X) in radiological orientation.
 
-    Their axes run towards inferior, posterior and left. What training flips and transposes is
+    Their axes point to inferior, posterior and left. Flips and transpositions of training are
     undone.
 
     Args:
@@ -262,7 +262,7 @@ def _plane(
 def panels(plane: Plane) -> list[tuple[str, str]]:
     """Return (title, HTML image) of the truth, the trivial prediction, the prediction, its error.
 
-    The given part is tinted. What there is nothing to say about is transparent.
+    The given part is tinted. Voxels without a prediction are transparent.
     """
     from matplotlib import colormaps
 

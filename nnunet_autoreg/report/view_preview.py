@@ -25,10 +25,10 @@ EXPLANATION = (
 
 
 def draw_views(path: Path, plan: Plan, pool: SamplingPool) -> int:
-    """Draw samples as training would, and picture both views of each.
+    """Sample as in training, and draw both views of each sample.
 
     Returns:
-        how many samples the picture shows.
+        the number of samples in the picture.
     """
     import matplotlib
 
