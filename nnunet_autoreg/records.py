@@ -214,8 +214,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        # A full disk names no file, and the temporary name says nothing to the user.
-        if error.filename in (None, str(temporary)):
+        # A full disk names no file, and the temporary name says nothing to the user. Copying names
+        # the source first.
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if not named or str(temporary) in named:
             error.filename, error.filename2 = str(path), None
         raise
     finally:

@@ -6,6 +6,7 @@ Hugging Face's form is a folder for a repository (``huggingface.py``). nnssl's f
 AR-SSL4M's own checkpoint.
 """
 
+import io
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -263,8 +264,12 @@ def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
             with atomic_path(folder / name) as temporary:
                 shutil.copyfile(content, temporary)
         elif name == CHECKPOINT_NAME:
+            # Through memory: torch reports a full disk as a bug of its own, and would write the
+            # temporary name, with the name of this computer, into the file.
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
             with atomic_path(folder / name) as temporary:
-                torch.save(content, temporary)
+                temporary.write_bytes(buffer.getbuffer())
         else:
             write_json(folder / name, content)
 

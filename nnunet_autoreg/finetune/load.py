@@ -3,6 +3,7 @@
 Everything is checked and adapted on the CPU first, then copied, then described in one table.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from nnunet_autoreg.geometry import Size, grid_of, volume
 from nnunet_autoreg.model.card import DECODER_PREFIXES, EncoderCard, read_card, verify_weights
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import atomic_path, differences, regular
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""What a message of safetensors about the file system ends with."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,26 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # The bytes must be the same in every process, but safetensors writes several metadata entries
     # in a random order. Therefore there is only one.
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     with atomic_path(file) as temporary:
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()},
-            temporary,
-            metadata={"format": "pt"},
-        )
+        try:
+            save_file(contiguous, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # safetensors states the number of the system's error in its text only.
+            number = OS_ERROR.search(str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def check_same_encoder(card: EncoderCard, planned: EncoderPlan) -> None:

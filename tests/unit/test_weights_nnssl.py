@@ -2,8 +2,12 @@
 export of them.
 """
 
+import errno
 import json
-from collections.abc import Callable
+import resource
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -589,6 +593,10 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
         "config.json",
     ]
 
+    # No name of a temporary file, which has the name of this computer.
+    with zipfile.ZipFile(tmp_path / "out" / "checkpoint_final.pth") as archive:
+        assert {name.partition("/")[0] for name in archive.namelist()} == {"archive"}
+
     read = minimal_reader(tmp_path / "out")
     volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -796,3 +804,38 @@ def test_the_same_import_may_be_repeated_and_changes_nothing(tmp_path: Path) -> 
 
     assert again == first
     assert card_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", [NNSSL_FORM, HUGGINGFACE_FORM])
+def test_a_full_disk_ends_an_export_with_the_errors_own_reason(
+    write_run: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    folder = write_run(tmp_path, "run")
+
+    with small_files(10_000), pytest.raises(OSError) as caught:
+        export_weights(folder / "encoder.safetensors", tmp_path / "out", form)
+
+    assert caught.value.errno == errno.EFBIG
+    assert Path(caught.value.filename).parent == tmp_path / "out"
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_full_disk_ends_an_import_with_the_errors_own_reason(tmp_path: Path) -> None:
+    file = tmp_path / "encoder.safetensors"
+
+    with small_files(1000), pytest.raises(OSError) as caught:
+        write_tensors(file, {"a": torch.zeros(10_000)})
+
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def small_files(most_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as on a full disk."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
