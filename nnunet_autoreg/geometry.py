@@ -45,6 +45,12 @@ def smaller_of(a: Sequence[int], b: Sequence[int]) -> Size:
     return as_size([min(p, q) for p, q in zip(a, b, strict=True)])
 
 
+def box_at(start: Sequence[int], size: Sequence[int]) -> tuple[slice, slice, slice]:
+    """Return the slices of z, y and x that cut a box of ``size`` out of an array."""
+    z, y, x = (slice(low, low + side) for low, side in zip(start, size, strict=True))
+    return (z, y, x)
+
+
 def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
     """Return the number of tokens per axis of a volume of ``size`` voxels.
 

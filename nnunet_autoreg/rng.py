@@ -7,8 +7,12 @@ it was made for.
 """
 
 import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
@@ -18,3 +22,8 @@ def generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
     """
     key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
     return np.random.default_rng(np.random.SeedSequence([seed, key, *ids]))
+
+
+def any_of(items: Sequence[T], generator: np.random.Generator) -> T:
+    """Return one of the items; all have the same probability."""
+    return items[int(generator.integers(len(items)))]

@@ -24,7 +24,7 @@ from nnunet_autoreg.detection import boxes as bx
 from nnunet_autoreg.detection.anchors import AnchorGrid, AnchorPlan, lay_out
 from nnunet_autoreg.detection.net import Detector, Output
 from nnunet_autoreg.errors import WeightsError
-from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.geometry import Size, as_size, box_at
 
 MOST_PER_TILE, MOST_CANDIDATES = 1000, 1000
 BORDER_WEIGHT = 0.5
@@ -287,8 +287,7 @@ class ScanDetector:
         self, padded: Tensor, start: Size, logits: "_LogitsMean | None"
     ) -> Iterator[Candidates]:
         """Yield the candidates of a tile in every mirroring, and add its logits to the mean."""
-        ends = zip(start, self.patch_size, strict=True)
-        region = tuple(slice(low, low + size) for low, size in ends)
+        region = box_at(start, self.patch_size)
         every_channel = (slice(None), *region)
         tile = padded[every_channel][None].to(self.device)  # (1, C, z, y, x)
         shift = torch.tensor([*start, *start], dtype=torch.float32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_autoreg.geometry import Size, as_size, round_up
+from nnunet_autoreg.geometry import Size, as_size, box_at, round_up
 
 
 def is_smaller(shape_vox: Sequence[int], tile_size: Sequence[int]) -> bool:
@@ -81,9 +81,7 @@ class TiledScan:
     def __iter__(self) -> Iterator[ScanTile]:
         """Yield every tile that holds a voxel of the scan that counts."""
         for start in self.starts():
-            z, y, x = (
-                slice(low, low + size) for low, size in zip(start, self.tile_size, strict=True)
-            )
+            z, y, x = box_at(start, self.tile_size)
             image = self.image_CZYX[None, :, z, y, x]
             inside = self.inside_ZYX[None, None, z, y, x]
             if bool(inside.any()):
@@ -133,7 +131,7 @@ def features_of_scan(
 
             # Where the tile's feature map lies in that of the padded scan.
             first = [low // stride for low, stride in zip(tile.start, strides, strict=True)]
-            z, y, x = (slice(low, low + cells) for low, cells in zip(first, grid, strict=True))
+            z, y, x = box_at(first, grid)
             sums[:, z, y, x] += features
             counts[z, y, x] += 1
 

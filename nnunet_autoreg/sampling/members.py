@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_autoreg import rng
 from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.affine import Affine, CropSource, draw_affine, read_source
@@ -95,7 +96,7 @@ def choose_places(plan: Plan, structure: Structure, generator: np.random.Generat
     found = []
     for index in chosen.tolist():
         places = subjects[names[index]]
-        found.append(places[int(generator.integers(len(places)))])
+        found.append(rng.any_of(places, generator))
     return found
 
 

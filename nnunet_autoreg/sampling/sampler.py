@@ -119,13 +119,13 @@ class SequenceSampler:
         plan = self.plan
 
         if kind == "spatial":
-            case = pool.cases[int(generator.integers(len(pool.cases)))]
+            case = rng.any_of(pool.cases, generator)
             crop = spatial.draw(plan, case.shape_vox, generator, case.spacing_mm, affine_generator)
             sample = spatial.apply(plan, case, crop)
             return sample, SampleOrigin(kind, "", (case,), ("",), crop)
 
         if kind == "strided":
-            case = pool.cases[int(generator.integers(len(pool.cases)))]
+            case = rng.any_of(pool.cases, generator)
             slices = strided.draw(plan, case.shape_vox, generator, case.spacing_mm)
             sample = strided.apply(plan, case, slices)
             return sample, SampleOrigin(kind, "", (case,), ("",), slices)
@@ -159,7 +159,7 @@ class SequenceSampler:
     ) -> tuple[Sample, SampleOrigin]:
         """Draw one region in several contrasts of a patient."""
         plan = self.plan
-        group = pool.groups[int(generator.integers(len(pool.groups)))]
+        group = rng.any_of(pool.groups, generator)
         chosen = members.choose_contrasts(plan, group, generator)
         codes = [code for code, _ in chosen]
         cases = tuple(case for _, case in chosen)
@@ -181,7 +181,7 @@ class SequenceSampler:
     ) -> tuple[Sample, SampleOrigin]:
         """Draw one structure in several patients."""
         plan = self.plan
-        structure = pool.structures[int(generator.integers(len(pool.structures)))]
+        structure = rng.any_of(pool.structures, generator)
         places = members.choose_places(plan, structure, generator)
         cases = tuple(place.case for place in places)
         names = tuple(place.subject for place in places)

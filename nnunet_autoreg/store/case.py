@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from nnunet_autoreg.corpus.fingerprint import Axes
 from nnunet_autoreg.errors import PlanError, StoreError
-from nnunet_autoreg.geometry import Size, Spacing, as_size
+from nnunet_autoreg.geometry import Size, Spacing, as_size, box_at
 from nnunet_autoreg.nnunet_api import Array
 from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, write_json
@@ -83,7 +83,7 @@ class StoredCase:
                     f"{self.shape_vox}"
                 )
 
-        z, y, x = (slice(first, first + n) for first, n in zip(start, size, strict=True))
+        z, y, x = box_at(start, size)
         try:
             array = _opened(self)
             _check_chunks(self, array, start, size)
@@ -270,7 +270,7 @@ def compressed(data_CZYX: Array) -> Any:
 
     # Compress one chunk from the middle of the case both ways.
     starts = [(n - min(n, c)) // 2 for n, c in zip(data_CZYX.shape[1:], chunk, strict=True)]
-    z, y, x = (slice(a, a + c) for a, c in zip(starts, chunk, strict=True))
+    z, y, x = box_at(starts, chunk)
     middle = np.ascontiguousarray(data_CZYX[:, z, y, x])
     shuffled_bytes = packed(middle, blosc2.Filter.SHUFFLE).schunk.cbytes
     plain_bytes = packed(middle, blosc2.Filter.NOFILTER).schunk.cbytes
