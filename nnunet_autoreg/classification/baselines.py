@@ -83,7 +83,7 @@ def fit_predict(
             probabilities = _fitted(train[inner], labels[inner], train[outer], strength, num)
             own = probabilities[np.arange(outer.sum()), labels[outer]]
 
-            # One confident error must not decide alone.
+            # One confident error must not decide.
             losses += (-np.log(np.maximum(own, 1e-6))).tolist()
         errors.append(float(np.mean(losses)) if losses else 0.0)
     return _fitted(train, labels, test, STRENGTHS[int(np.argmin(errors))], num)

@@ -122,7 +122,7 @@ def add_seed(options: Options, purpose: str = "") -> None:
     """Add ``--seed``.
 
     Args:
-        purpose: what it is the seed of; "" for all that is random.
+        purpose: the random choices of this seed; "" for all.
     """
     options.add_argument(
         "--seed",

@@ -1,7 +1,7 @@
 """Write the model card of an encoder: the ``README.md`` of a repository on Hugging Face.
 
-It says what the encoder is, what it was made from, whether it has learnt anything, and how to use
-it. All of it comes from ``encoder.json``, which holds no path and no name of a patient.
+It describes the encoder, its sources, whether it has learnt anything, and how to use it. All of it
+comes from ``encoder.json``, which holds no path and no name of a patient.
 """
 
 import json
@@ -93,7 +93,7 @@ output."""
 
 
 def _verdict(card: EncoderCard) -> str:
-    """Return the section that says what validation has shown."""
+    """Return the section about the results of validation."""
     verdict = card.verdict or NO_VERDICT
     lines = ["## Has it learnt anything?", "", f"**{verdict.outcome}**: {_plain(verdict.reason)}."]
 
@@ -110,7 +110,7 @@ def _verdict(card: EncoderCard) -> str:
 
 
 def _data(card: EncoderCard) -> str:
-    """Return the section about what the weights were made from."""
+    """Return the section about the sources of the weights."""
     lines = ["## Data and licence", ""]
     if card.num_scans:
         steps = counted(card.num_steps, "step")

@@ -99,7 +99,7 @@ def contrast_groups(rows: Iterable[ScanRow], salt_free: bool = True) -> list[Con
     group.
 
     Args:
-        salt_free: of the plan, which says what decides between scans of one size.
+        salt_free: ``data.salt_free`` of the plan, which decides between scans of one size.
     """
     by_case: dict[tuple[str, ...], list[ScanRow]] = {}
     by_subject: dict[tuple[str, ...], list[ScanRow]] = {}

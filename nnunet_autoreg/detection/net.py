@@ -3,7 +3,7 @@
 The boxes come from several feature maps. Encoder and decoder keep their key names, so that
 pretrained weights load as they do for segmentation; what is new lies below ``detection.``. In
 training, and where ``detect`` is set, ``forward`` returns an ``Output``. Otherwise it returns the
-segmentation logits alone, so that stock ``nnUNetv2_predict`` works.
+only segmentation logits, so that stock ``nnUNetv2_predict`` works.
 
 Shape suffixes: B samples, C channels, Z Y X voxels, z y x cells of a feature map, A anchors of all
 levels, K classes.

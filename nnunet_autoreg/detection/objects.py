@@ -304,9 +304,9 @@ def has_only_boxes(dataset: Path) -> bool:
 def write_box_labels(dataset: Path) -> list[str]:
     """Write ``labelsTr/<case>`` with an ellipsoid in every box of ``boxesTr/<case>.json``.
 
-    Cases that have a label map are left alone. Boxes that do not count, and those of labels that
-    are not detected, are not drawn. Training uses the boxes themselves; the ellipsoids only show
-    where foreground is, and no segmentation is learned from them.
+    Cases that have a label map do not change. Boxes that do not count, and those of labels that are
+    not detected, are not drawn. Training uses the boxes themselves; the ellipsoids only show where
+    foreground is, and no segmentation is learned from them.
 
     Returns:
         The cases written.

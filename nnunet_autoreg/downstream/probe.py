@@ -234,7 +234,8 @@ def choose_scans(
     Validation scans come first; a hash decides the rest of the order.
 
     Args:
-        salt_free: of the plan: the hash is that of the scan's content, not of the subject.
+        salt_free: ``data.salt_free`` of the plan: use the hash of the scan's content, not of the
+            subject.
     """
 
     def name_of(row: ScanRow) -> str:

@@ -389,7 +389,7 @@ def has_gradient(value: Any) -> bool:
 
 
 def input_of_sample(value: Any, sample: int, num_samples: int) -> Any:
-    """Return an input for one sample alone; a table of (T, *) is for all samples."""
+    """Return the part of an input for one sample; a table of (T, *) is for all samples."""
     # A rotary table of all samples has two axes, one for each sample has four.
     is_of_samples = isinstance(value, Tensor) and value.ndim > 2 and len(value) == num_samples
     if not is_of_samples:

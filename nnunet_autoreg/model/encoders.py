@@ -95,7 +95,7 @@ def build_network(
 def _check_arguments(
     class_path: str, arguments: Mapping[str, Any], input_shape: Sequence[int]
 ) -> None:
-    """Refuse missing arguments, and a shape that is no multiple of the token size."""
+    """Refuse missing arguments, and a shape that is not a multiple of the token size."""
     missing = missing_arguments(class_path, arguments)
     if missing:
         raise PlanError(

@@ -2,7 +2,7 @@
 
 SwAV balances the clusters over the samples of a batch, by Sinkhorn iterations. Here the same
 iterations run over a bank of embeddings, once for each accepted step, and leave one number for each
-cluster: its *balance*. The code of a sample then depends on the sample and these numbers alone. It
+cluster: its *balance*. The code of a sample then depends only on the sample and these numbers. It
 is the same regardless of the other samples in the batch, however a batch is split, and in any
 number of processes.
 

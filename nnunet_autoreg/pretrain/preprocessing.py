@@ -87,8 +87,8 @@ def split(
     hash of its cases decides, because the hash of its id differs between machines.
 
     Args:
-        salt_free: of the plan: a DICOM series, whose case is a salted hash, is known by its content
-            instead.
+        salt_free: ``data.salt_free`` of the plan: identify a DICOM series, whose case is a salted
+            hash, by its content.
     """
     # (dataset, case) -> subject, "" if the subject is not known
     subjects = {(row.dataset, row.case): row.subject for row in reversed(rows)}

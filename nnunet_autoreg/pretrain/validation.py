@@ -519,7 +519,7 @@ def verdict_of(
         if num_validation_scans:
             reason = (
                 f"no sequence can be made of the {counted(num_validation_scans, 'scan')} left for "
-                "validation (2D images alone, or too few patients)"
+                "validation (only 2D images, or too few patients)"
             )
         return Verdict(UNKNOWN, f"{reason}; {num_scans} scans", min_scans=min_scans)
 

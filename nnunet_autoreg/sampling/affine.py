@@ -194,8 +194,8 @@ def resampled(source: CropSource, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Resample a crop of ``size``: trilinear for the voxels, nearest for the mask of valid voxels.
 
     The mask of a part is True everywhere, so the nearest voxel is valid exactly where it exists.
-    Outside there is padding: value 0. On the scan's border a voxel is interpolated from voxels of
-    the scan alone, never from padding.
+    Outside there is padding: value 0. On the scan's border a voxel is interpolated only from voxels
+    of the scan, never from padding.
 
     Returns:
         (C, Z, Y, X) float32 and (Z, Y, X) bool, queued on the source's device without waiting for
