@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a finished pretraining run, its folder or its encoder.safetensors; or the name of an "
         "encoder, such as resenc_tiny, to probe random weights only. Random weights of the same "
-        "networks are always scored as well. The option is required, and may be given several times "
-        "(default: none)",
+        "networks are always scored as well. The option is required, and may be given several "
+        "times (default: none)",
     )
     group.add_argument(
         "--random-seeds",
