@@ -85,9 +85,11 @@ def begin_worker() -> None:
         raise _EndedError
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
     allow_interruption()
     end_with_parent()
+    # Last: until there is work, SIGTERM ends the process without a word. An exception in here would
+    # be printed with its traceback.
+    signal.signal(signal.SIGTERM, end)
 
 
 def allow_interruption() -> None:
