@@ -255,7 +255,7 @@ def test_under_torchrun_a_killed_process_stops_the_run(place, whole):
         if line.startswith("autoreg_pretrain: ")
     ]
     assert own == [
-        "autoreg_pretrain: one of 2 processes is gone, or cannot be reached any more; torchrun "
+        "autoreg_pretrain: one of 2 processes has ended, or cannot be reached any more; torchrun "
         "says which; the last checkpoint "
         "is kept: type the same line again to continue"
     ]

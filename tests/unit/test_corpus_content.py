@@ -115,7 +115,7 @@ def test_a_copy_that_was_rounded_scaled_or_normalised_is_a_duplicate(change: Any
     assert first.status == "ok"
     assert (second.status, second.reason) == (
         "duplicate",
-        "same voxels, but for rounding or scale (64 compared), as a",
+        "same voxels, except for rounding or scale (64 compared), as a",
     )
 
 
@@ -147,7 +147,7 @@ def test_a_rounded_copy_of_an_excluded_scan_is_excluded_wherever_it_stands() -> 
         found = next(r for r in rows if r.id == "b")
         assert (found.status, found.reason) == (
             "excluded",
-            "same voxels, but for rounding or scale (64 compared), as the excluded /pool/test",
+            "same voxels, except for rounding or scale (64 compared), as the excluded /pool/test",
         )
 
 

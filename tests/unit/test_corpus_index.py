@@ -602,7 +602,7 @@ def test_a_series_and_its_copies_in_other_formats_are_one_scan(
     assert {row.case: row.reason for row in index.rows[1:]} == {
         "same": f"same voxels and spacing as {original.id}",
         "turned": f"same voxels and spacing as {original.id}",
-        "rounded": f"same voxels, but for rounding or scale (64 compared), as {original.id}",
+        "rounded": f"same voxels, except for rounding or scale (64 compared), as {original.id}",
     }
 
 

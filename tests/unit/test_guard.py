@@ -114,9 +114,8 @@ def test_what_was_skipped_is_said_in_one_sentence_or_not_at_all():
 
     assert skipped_message(now, now, 9) == ""
     assert skipped_message(before, now, 9) == (
-        "up to step 10 these steps were skipped and changed nothing: 2 with a loss or gradient that "
-        "was infinite or NaN and 1 with a loss far "
-        "above the usual 0.8; 4 since the start"
+        "up to step 10 these steps were skipped and changed nothing: 2 with a loss or gradient "
+        "that was infinite or NaN and 1 with a loss far above the usual 0.8; 4 since the start"
     )
 
 
