@@ -128,3 +128,30 @@ def has_bf16(device: "torch.device | str") -> bool:
 
     device = torch.device(device)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+)
+"""Beginnings of torch's messages where it raises a plain RuntimeError: on CPUs (Linux and macOS,
+Windows) and on Apple's GPUs.
+"""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, or its cause, says that there is not enough memory.
+
+    It may be the memory of a device or of the machine.
+    """
+    # An error of torch cannot come before torch is imported, so this function does not import it.
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError))
+    # torch's compiler keeps what it wraps as ``inner_exception``.
+    for cause in (error, error.__cause__, getattr(error, "inner_exception", None)):
+        if isinstance(cause, kinds):
+            return True
+        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in NO_MEMORY):
+            return True
+    return False

@@ -26,6 +26,7 @@ from nnunet_autoreg.errors import (
     did_you_mean,
     printable,
 )
+from nnunet_autoreg.machine import is_out_of_memory
 from nnunet_autoreg.requirements import find_violations, in_one_line
 from nnunet_autoreg.stopping import last_line, report_stop, stop_requested, stoppable
 from nnunet_autoreg.terminal import (
@@ -202,7 +203,7 @@ def _failed(main: Main, error: Exception) -> int:
             message += f"; {in_one_line(violations)}" if violations else ""
         return _complain(main, message, error.exit_code)
 
-    if _is_lack_of_memory(error):
+    if is_out_of_memory(error):
         message = "out of memory; files that were written before are kept"
         return _complain(main, f"{message}: close other programs, or give less data", 1)
     if isinstance(error, BrokenPipeError):
@@ -231,15 +232,6 @@ def _failed(main: Main, error: Exception) -> int:
     what = f"{type(error).__name__}: {error} ({location})"
     advice = "fix this first; if the error remains, it is then shown in full"
     return _complain(main, f"{what}; {in_one_line(violations)}; {advice}", 1)
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Return whether Python or torch got too little memory, of the machine or of the GPU."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from nnunet_autoreg.model.compilation import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 def warn_of_violations() -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from nnunet_autoreg.machine import has_bf16
+from nnunet_autoreg.machine import has_bf16, is_out_of_memory
 from nnunet_autoreg.model import attention
 from nnunet_autoreg.model.attention import AttentionRule
 from nnunet_autoreg.model.trunk import FastPath, Layer, layers_run_by, run_layer
@@ -51,15 +51,6 @@ BACKEND = "inductor"
 MOST_GRAPHS = 64
 """Graphs of one kind of layer: one for every kind of sequence and size of a part of a batch.
 torch's own limit is 8.
-"""
-
-NO_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "MPS backend out of memory",
-)
-"""Beginnings of torch's messages where it raises a plain RuntimeError: on CPUs (Linux and macOS,
-Windows) and on Apple's GPUs.
 """
 
 TOLERANCE = 1e-2
@@ -170,20 +161,6 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its class name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception, or its cause, says that there is not enough memory.
-
-    It may be the memory of a device or of the machine.
-    """
-    # torch's compiler keeps what it wraps as ``inner_exception``.
-    for cause in (error, error.__cause__, getattr(error, "inner_exception", None)):
-        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
-            return True
-        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in NO_MEMORY):
-            return True
-    return False
 
 
 def autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -28,6 +28,7 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import AutoregError, CheckpointError
 from nnunet_autoreg.io.addresses import is_address
+from nnunet_autoreg.machine import is_out_of_memory
 from nnunet_autoreg.model.card import (
     CARD_NAME,
     WEIGHTS_NAME,
@@ -36,7 +37,6 @@ from nnunet_autoreg.model.card import (
     read_card,
     verify_weights,
 )
-from nnunet_autoreg.model.compilation import is_out_of_memory
 from nnunet_autoreg.model.verdict import Verdict
 from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.objectives.base import Objective

@@ -20,13 +20,12 @@ import torch
 
 from nnunet_autoreg.errors import AutoregError, PlanError
 from nnunet_autoreg.geometry import Size, as_size, size_text, smaller_of, volume
-from nnunet_autoreg.machine import GIB, has_bf16
+from nnunet_autoreg.machine import GIB, has_bf16, is_out_of_memory
 from nnunet_autoreg.model.compilation import (
     CallRecorder,
     Disagreement,
     cannot_compile,
     first_line,
-    is_out_of_memory,
     self_check,
 )
 from nnunet_autoreg.model.memory import CONTEXT_BYTES, TrainingMemory, pretraining_memory

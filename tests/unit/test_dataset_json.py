@@ -222,6 +222,7 @@ class Stored:
 def crops_of(folder: Path) -> list[LabelledCrop]:
     rows = rows_of(folder)
     plan = SimpleNamespace(
+        data=SimpleNamespace(salt_free=True),
         run=SimpleNamespace(seed=0),
         sequence=SimpleNamespace(crop_size_vox=(16, 16, 16)),
         encoder=SimpleNamespace(token_size_vox=(4, 4, 4)),

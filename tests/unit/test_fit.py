@@ -15,7 +15,7 @@ from refusals import refused
 
 from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Size, volume
-from nnunet_autoreg.model.compilation import is_out_of_memory
+from nnunet_autoreg.machine import is_out_of_memory
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objectives.autoregressive import Autoregressive
 from nnunet_autoreg.objectives.prediction_plan import PredictionPlan

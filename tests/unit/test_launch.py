@@ -175,7 +175,7 @@ def test_without_a_reason_the_message_says_that_a_process_is_gone(monkeypatch):
 
     message = Launcher(Launch(0, 2, 0, 1, launcher="torchrun")).lost_message()
 
-    assert "one of 2 processes is gone" in message and "torchrun" in message
+    assert "one of 2 processes has ended" in message and "torchrun" in message
 
 
 def test_sigterm_by_torchrun_does_not_change_the_message(monkeypatch):
@@ -187,7 +187,7 @@ def test_sigterm_by_torchrun_does_not_change_the_message(monkeypatch):
 
     message = Launcher(Launch(0, 2, 0, 2, launcher="torchrun")).lost_message()
 
-    assert "one of 2 processes is gone" in message and "same line" in message
+    assert "one of 2 processes has ended" in message and "same line" in message
 
 
 @pytest.mark.parametrize(("error", "order"), [(None, b"end 0"), (UsageError("wrong"), b"end 1")])

@@ -20,7 +20,9 @@ class Slow:
     def find_spec(self, name, path=None, target=None):
         if name == "numpy":
             pathlib.Path("MARK").touch()
-            time.sleep(300)
+            # A signal that comes just before a sleep does not shorten it, so the sleeps are short.
+            for _ in range(3000):
+                time.sleep(0.1)
 
 import sys
 sys.meta_path.insert(0, Slow())
