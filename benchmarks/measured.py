@@ -121,10 +121,10 @@ def evidence() -> str:
 
 
 SAME_COST_ARMS = {
-    "ixi": ("random", "ar800", "masked800", "alice800", "joint800"),
-    "hippocampus": ("random", "ar100", "masked100", "alice100", "joint100"),
+    "ixi": ("random", "ar", "masked", "alice", "joint", "ar800", "masked800", "alice800"),
+    "hippocampus": ("random", "ar100", "masked100", "joint100"),
 }
-"""Set -> arms that cost as much as 800 or 100 autoregressive steps, and random weights."""
+"""Set -> random weights, and arms that cost as much as 2400, 800 or 100 autoregressive steps."""
 SAME_COST_LABELS, SAME_COST_DRAWS = 5, 5
 
 

@@ -97,9 +97,19 @@ def test_optional_packages_can_be_installed_by_name():
 
 def test_the_changelog_has_every_heading_once_and_stays_readable():
     """A merge can bring back lines that were summed up before."""
-    _, _, unreleased = text_of("CHANGELOG.md").partition("## [Unreleased]\n")
-    unreleased = unreleased.partition("\n## [")[0]
-    headings = re.findall(r"^### .*$", unreleased, re.MULTILINE)
+    _, *versions = re.split(r"^## \[", text_of("CHANGELOG.md"), flags=re.MULTILINE)
 
-    assert headings == ["### Added", "### Changed", "### Fixed"]
-    assert len(unreleased.splitlines()) <= 150
+    assert versions
+    for version in versions:
+        headings = re.findall(r"^### .*$", version, re.MULTILINE)
+        assert headings == sorted(set(headings)), version.splitlines()[0]
+        assert len(version.splitlines()) <= 150, version.splitlines()[0]
+
+
+def test_the_version_is_the_newest_of_the_changelog():
+    newest = re.search(
+        r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", text_of("CHANGELOG.md"), re.MULTILINE
+    )
+
+    assert newest is not None
+    assert newest[1] == nnunet_autoreg.__version__
