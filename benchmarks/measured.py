@@ -55,35 +55,59 @@ TRANSFERS = {
 """Changed values of the recipe -> what was transferred. Runs with other changes are left out."""
 
 
+SUMMARY_SCORES = (
+    "start",
+    "transferred",
+    "pretrainings x draws",
+    "Dice",
+    "minus random weights (95 %)",
+    "surface Dice",
+)
+Setting = tuple[str, str, int, int, float]
+
+
 def summary() -> str:
     """Return the fine-tunings that matter most: Dice, and the difference to random weights."""
+    rows = []
+    for setting in SUMMARY:
+        data, encoder, labels, steps, _ = setting
+        for cells in _summary_cells(_summary_groups(setting)):
+            rows.append([data, encoder, labels, steps, *cells])
+    header = ["set", "encoder", "labelled patients", "steps", *SUMMARY_SCORES]
+    return markdown(header, rows)
+
+
+def objectives_dice() -> str:
+    """Return the fine-tunings of the first setting whose encoder was transferred alone."""
+    groups = _summary_groups(SUMMARY[0])
+    alone = {key: members for key, members in groups.items() if key[2] == TRANSFERS[()]}
+    return markdown(SUMMARY_SCORES, _summary_cells(alone))
+
+
+def _summary_groups(setting: Setting) -> dict[tuple[str, str, str], list[Line]]:
+    """Return the fine-tunings of one setting by arm, objective and what was transferred."""
+    data, encoder, labels, steps, rate = setting
     lines = [with_transfer_named(line) for line in lines_of("evidence.jsonl")]
     objective_of = {
-        (line["set"], line["arm"]): line["objective"]
+        line["arm"]: line["objective"]
         for line in lines
-        if line["command"] == "pretrain"
+        if line["command"] == "pretrain" and line["set"] == data
     }
 
-    rows = []
-    for data, encoder, labels, steps, rate in SUMMARY:
-        groups: dict[tuple[str, str, str], list[Line]] = {}
-        for line in lines:
-            is_of_arm = line["command"] == "finetune" and line["arm"] in SUMMARY_ARMS
-            if not is_of_arm or line["split"] != "development":
-                continue
-            found = (line["set"], line["encoder"], line["labels"], line["steps"])
-            settings = line["settings"]
-            parts = TRANSFERS.get(tuple(settings["recipe"]), "")
-            is_shown = found == (data, encoder, labels, steps) and parts != ""
-            has_rate = settings["lr"] == rate and settings["encoder_lr"] is None
-            if is_shown and has_rate and settings["optimizer"] == "adamw":
-                key = (line["arm"], str(objective_of.get((data, line["arm"]), "random")), parts)
-                groups.setdefault(key, []).append(line)
-        setting = [data, encoder, labels, steps]
-        rows += [[*setting, *cells] for cells in _summary_cells(groups)]
-    header = ["set", "encoder", "labelled patients", "steps", "start", "transferred"]
-    scores = ["pretrainings x draws", "Dice", "minus random weights (95 %)", "surface Dice"]
-    return markdown([*header, *scores], rows)
+    groups: dict[tuple[str, str, str], list[Line]] = {}
+    for line in lines:
+        is_of_arm = line["command"] == "finetune" and line["arm"] in SUMMARY_ARMS
+        if not is_of_arm or line["split"] != "development":
+            continue
+        found = (line["set"], line["encoder"], line["labels"], line["steps"])
+        settings = line["settings"]
+        parts = TRANSFERS.get(tuple(settings["recipe"]), "")
+        is_shown = found == (data, encoder, labels, steps) and parts != ""
+        has_rate = settings["lr"] == rate and settings["encoder_lr"] is None
+        if is_shown and has_rate and settings["optimizer"] == "adamw":
+            key = (line["arm"], str(objective_of.get(line["arm"], "random")), parts)
+            groups.setdefault(key, []).append(line)
+    return groups
 
 
 def _summary_cells(groups: Mapping[tuple[str, str, str], Sequence[Line]]) -> list[list[object]]:
@@ -327,6 +351,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "summary": summary,
     "evidence": evidence,
     "objectives": objectives,
+    "objectives-dice": objectives_dice,
     "few-label": few_label,
     "encoders": encoders,
     "detection": detection,

@@ -127,10 +127,8 @@ def load_encoder(
 
     token = card.token_size_vox
     asked = tuple(card.crop_size_vox if input_shape is None else input_shape)
-    sizes = tuple(size for size in asked if size > 0)
-    if len(sizes) != len(token) or any(
-        size % step for size, step in zip(sizes, token, strict=True)
-    ):
+    has_three = len(asked) == len(token)
+    if not has_three or any(n <= 0 or n % step for n, step in zip(asked, token, strict=True)):
         raise UsageError(
             f"input_shape={asked} is not a multiple of the token size {token} of '{card.name}'; "
             "give three positive numbers of voxels (z, y, x)",

@@ -238,7 +238,7 @@ def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> i
     position = {int(index): i for i, index in enumerate(indices.ravel())}
 
     def contrast(prefix: int) -> float:
-        slice_YX, _ = _middle_slice(plan, sample, indices.shape, position[prefix])
+        slice_YX = _middle_slice(plan, sample, indices.shape, position[prefix])
         return float(np.nan_to_num(slice_YX).std())
 
     return max(range(low, min(high, total)), key=contrast, default=1)
@@ -514,7 +514,7 @@ def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
     shown = range(first, min(first + STRIP, len(filled)))
     for axis, number in zip(axes, shown, strict=False):
         position = filled[number]
-        slice_YX, _ = _middle_slice(plan, sample, indices.shape, position)
+        slice_YX = _middle_slice(plan, sample, indices.shape, position)
         member = position // volume(indices.shape[1:])
         low, high = _grey_range(sample, member)
         height, width = slice_YX.shape
@@ -541,16 +541,13 @@ def _filled_blocks(plan: Plan, sample: Sample, indices: NDArray[np.int64]) -> li
     """Return the positions of the blocks that hold any image, in the order of the sequence."""
     filled = []
     for position in np.argsort(indices.ravel()).tolist():
-        _, has_image = _middle_slice(plan, sample, indices.shape, position)
-        if has_image:
+        if sample.valid_mask[_block_region(plan, indices.shape, position)].any():
             filled.append(position)
     return filled
 
 
-def _middle_slice(
-    plan: Plan, sample: Sample, shape: Sequence[int], position: int
-) -> tuple[NDArray[np.float32], bool]:
-    """Return the middle slice of one block, NaN outside the scan, and whether it holds any image.
+def _block_region(plan: Plan, shape: Sequence[int], position: int) -> tuple[int | slice, ...]:
+    """Return the index of one block in arrays of the shape (members, Z, Y, X) of voxels.
 
     Args:
         shape: shape of the blocks, (members, Z, Y, X).
@@ -560,11 +557,22 @@ def _middle_slice(
     region = []
     for index, side in zip(cell, _block_side(plan), strict=True):
         region.append(slice(index * side, (index + 1) * side))
+    return (member, *region)
 
-    z, y, x = region
-    valid_ZYX = sample.valid_mask[member, z, y, x]
-    block_ZYX = np.where(valid_ZYX, sample.voxels[member, 0, z, y, x], np.nan)
-    return block_ZYX[_fullest_slice(valid_ZYX)], bool(valid_ZYX.any())
+
+def _middle_slice(
+    plan: Plan, sample: Sample, shape: Sequence[int], position: int
+) -> NDArray[np.float32]:
+    """Return the middle slice of one block, NaN outside the scan.
+
+    Args:
+        shape, position: as in ``_block_region``.
+    """
+    region = _block_region(plan, shape, position)
+    valid_ZYX = sample.valid_mask[region]
+    block_ZYX = np.where(valid_ZYX, sample.voxels[:, 0][region], np.nan)
+    middle: NDArray[np.float32] = block_ZYX[_fullest_slice(valid_ZYX)]
+    return middle
 
 
 def _fullest_slice(valid_ZYX: NDArray[np.bool_]) -> int:
