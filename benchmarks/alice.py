@@ -79,7 +79,10 @@ def centroids_of(labels_ZYX: NDArray[np.uint8], classes: Sequence[int]) -> Centr
 
 
 def true_partner(
-    place: Point, first: Centroids, second: Centroids, spacing_mm: Point
+    place: Point,
+    first: Centroids,
+    second: Centroids,
+    spacing_mm: Point,
 ) -> tuple[Point, float] | None:
     """Return where a place of one patient lies in another, and its distance to the centroid used.
 
@@ -94,7 +97,10 @@ def true_partner(
 
 
 def partners_by_rule(
-    place: Point, partner: Point, shapes: tuple[Point, Point], generator: np.random.Generator
+    place: Point,
+    partner: Point,
+    shapes: tuple[Point, Point],
+    generator: np.random.Generator,
 ) -> dict[str, Point]:
     """Return the partner of a pair, and those that simple rules give."""
     first_shape, second_shape = shapes
@@ -139,7 +145,7 @@ def measure_pairs(data: ResidentSet, results: ResultFile) -> None:
         "spacing_mm": list(data.facts.spacing_mm),
         "offset_from_centroid_mm": _quartiles(offsets),
         "centroid_carried_by_its_neighbour_mm": _quartiles(
-            neighbour_errors(centroids, spacing_mm, generator)
+            neighbour_errors(centroids, spacing_mm, generator),
         ),
         "error_mm": {},
     }
@@ -178,7 +184,9 @@ def _errors(
 
 
 def neighbour_errors(
-    centroids: Mapping[str, Centroids], spacing_mm: Point, generator: np.random.Generator
+    centroids: Mapping[str, Centroids],
+    spacing_mm: Point,
+    generator: np.random.Generator,
 ) -> list[float]:
     """Return how well a centroid is carried over by its nearest other structure, in mm.
 

@@ -162,7 +162,10 @@ def plan(args: argparse.Namespace) -> None:
 
     encoder = plans["autoreg"]["encoder"]["class_path"]
     made = make_plan(
-        table, args.batch, encoder, plans["autoreg"]["recipe"]["num_iterations_per_epoch"]
+        table,
+        args.batch,
+        encoder,
+        plans["autoreg"]["recipe"]["num_iterations_per_epoch"],
     )
     made = replace(made, num_epochs=args.epochs, pretrained_rate=args.rate, scratch_rate=args.rate)
     plans["configurations"]["3d_fullres"]["batch_size"] = args.batch
@@ -256,7 +259,9 @@ def scored(table: ClassTable, pooled: Pooled, num_resamples: int) -> Iterator[Li
 
 
 def differences(
-    table: ClassTable, pair: tuple[Pooled, Pooled], num_resamples: int
+    table: ClassTable,
+    pair: tuple[Pooled, Pooled],
+    num_resamples: int,
 ) -> Iterator[Line]:
     """Yield the difference of the AUC of two predictions of the same cases, for every task."""
     for number, task in enumerate(table.tasks):
@@ -288,7 +293,9 @@ def sizes_of(dataset: Path, cases: Sequence[str]) -> CaseFeatures:
     for case in cases:
         labels = read_scan(dataset / "labelsTr" / f"{case}{described['file_ending']}")
         found[case] = size_features(
-            labels.array_CZYX[0].astype(np.int16), labels.spacing_mm, values
+            labels.array_CZYX[0].astype(np.int16),
+            labels.spacing_mm,
+            values,
         )
     return found
 
@@ -304,7 +311,11 @@ def random_encoder(args: argparse.Namespace) -> None:
     card = read_card(args.like)
     torch.manual_seed(args.seed)
     network = build_network(
-        card.class_path, card.arguments, card.crop_size_vox, card.num_input_channels, 1
+        card.class_path,
+        card.arguments,
+        card.crop_size_vox,
+        card.num_input_channels,
+        1,
     )
     state = network.state_dict()
     trained = read_tensors(args.like / WEIGHTS_NAME)

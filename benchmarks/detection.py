@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
     if args.arm == "pretrained" and not args.weights and int(number) in pretrain_sets:
         sys.exit(
             "the pretrained arm must not have seen the scans it is scored on: name "
-            f"--pretrain-sets without {number}, or --weights"
+            f"--pretrain-sets without {number}, or --weights",
         )
     if not file.is_file():
         plan(env, number, args)
@@ -382,7 +382,8 @@ def _mean_of(values: list[float]) -> str:
 def main() -> None:
     """Run the command that was typed."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = p.add_subparsers(required=True, dest="command")
     first = commands.add_parser("prepare")
@@ -398,7 +399,9 @@ def main() -> None:
     second.add_argument("--batch", type=int)
     second.add_argument("--patch", type=int, nargs=3)
     second.add_argument(
-        "--plan-only", action="store_true", help="pretrain, plan and preprocess, then stop"
+        "--plan-only",
+        action="store_true",
+        help="pretrain, plan and preprocess, then stop",
     )
     second.add_argument("--pretrain-steps", type=int, default=2)
     second.add_argument(

@@ -28,7 +28,8 @@ RESULTS = Path(__file__).parent / "results" / "classification.jsonl"
 
 
 def standardised(
-    features_SV: NDArray[np.float64], sets: NDArray[np.str_]
+    features_SV: NDArray[np.float64],
+    sets: NDArray[np.str_],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return features of mean 0 and deviation 1, and the weight of every scan.
 
@@ -52,7 +53,8 @@ def neighbour_shares(values_SV: NDArray[np.float64], sets: NDArray[np.str_]) -> 
 
 
 def components(
-    values_SV: NDArray[np.float64], weights_S: NDArray[np.float64]
+    values_SV: NDArray[np.float64],
+    weights_S: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], list[float]]:
     """Return the first two principal components (S, 2), and the share of variance of each."""
     from sklearn.decomposition import PCA
@@ -64,7 +66,10 @@ def components(
 
 
 def draw(
-    picture: Path, points_S2: NDArray[np.float64], sets: NDArray[np.str_], shares: list[float]
+    picture: Path,
+    points_S2: NDArray[np.float64],
+    sets: NDArray[np.str_],
+    shares: list[float],
 ) -> None:
     """Draw the map; every set has a colour and a marker."""
     import matplotlib

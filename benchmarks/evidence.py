@@ -120,7 +120,7 @@ def check_split(args: argparse.Namespace) -> None:
     if args.score == TEST and not args.score_test_patients:
         raise UsageError(
             "--score test: the test patients are scored once, after every choice was made on "
-            "development patients; add --score-test-patients if this is that time"
+            "development patients; add --score-test-patients if this is that time",
         )
 
 
@@ -255,7 +255,9 @@ def add_finetune(commands: Commands) -> None:
         help="a value of the recipe, e.g. transfer_decoder=false",
     )
     p.add_argument(
-        "--tolerance-mm", type=positive, help="of surface Dice (default: the finest spacing)"
+        "--tolerance-mm",
+        type=positive,
+        help="of surface Dice (default: the finest spacing)",
     )
     p.set_defaults(run=finetune_all)
 
@@ -279,7 +281,10 @@ def add_table(commands: Commands) -> None:
     p.add_argument("--data", choices=SETS, help="(default: all)")
     p.add_argument("--score", choices=SPLITS, help="(default: both)")
     p.add_argument(
-        "--wanted", type=positive, default=0.02, help="difference to show (default: %(default)s)"
+        "--wanted",
+        type=positive,
+        default=0.02,
+        help="difference to show (default: %(default)s)",
     )
     p.set_defaults(run=show_table)
 
@@ -300,7 +305,10 @@ def add_networks(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of pretraining (default: 0)")
     p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(default: the best there is)")
     p.add_argument(
-        "--threads", type=whole, default=1, help="on a CPU (default: 1: run jobs side by side)"
+        "--threads",
+        type=whole,
+        default=1,
+        help="on a CPU (default: 1: run jobs side by side)",
     )
 
 

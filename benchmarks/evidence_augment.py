@@ -96,7 +96,11 @@ class LabelledScans:
         return PatchDraw(scan, centre, matrix, draw_intensity(generator))
 
     def _centre(
-        self, generator: np.random.Generator, scan: int, crop_vox: Size, wants_foreground: bool
+        self,
+        generator: np.random.Generator,
+        scan: int,
+        crop_vox: Size,
+        wants_foreground: bool,
     ) -> tuple[float, float, float]:
         """Draw the middle of a patch: anywhere, or around a voxel of a structure."""
         shape = self.scans[scan].image.shape[2:]
@@ -198,7 +202,9 @@ def change(image: Tensor, drawn: Intensity) -> Tensor:
         deviation, seed = drawn.noise
         generator = torch.Generator(image.device).manual_seed(seed)
         image = image + deviation * torch.randn(
-            image.shape, generator=generator, device=image.device
+            image.shape,
+            generator=generator,
+            device=image.device,
         )
     if drawn.gain is not None:
         image = image * drawn.gain

@@ -113,7 +113,9 @@ class ResidentCase:
         return crop[None]
 
     def read_padded(
-        self, start_zyx: Sequence[int], size_zyx: Sequence[int]
+        self,
+        start_zyx: Sequence[int],
+        size_zyx: Sequence[int],
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return a crop, zero where it reaches beyond the scan, and where it lies inside.
 
@@ -236,7 +238,7 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
     if not folder.is_dir():
         raise UsageError(
             f"--raw {raw}: there is no {SETS[name].dataset} in it; give the folder of nnU-Net's "
-            "raw datasets"
+            "raw datasets",
         )
     # The project finds datasets by nnU-Net's own variable.
     os.environ["nnUNet_raw"] = str(raw)  # noqa: SIM112
@@ -249,7 +251,7 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
     ]
     if lost:
         raise AutoregError(
-            f"{lost[0].source} cannot be used: {lost[0].reason}; mend it, or restore the dataset"
+            f"{lost[0].source} cannot be used: {lost[0].reason}; mend it, or restore the dataset",
         )
 
     rows = sorted(index.usable, key=lambda row: row.case)
@@ -264,7 +266,7 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
     if store.failures:
         raise AutoregError(
             f"{len(store.failures)} scans of {folder} could not be preprocessed; the lines above "
-            "say why"
+            "say why",
         )
     scans, images, labels = [], [], []
     for row in rows:
@@ -282,7 +284,7 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
                 case.shape_vox,
                 scale,
                 zero,
-            )
+            ),
         )
         images.append(packed)
         labels.append(truth)
@@ -338,7 +340,7 @@ def write_set(
             facts=described,
             # Differences of neighbours along x (modulo 256) are small, and so compress better.
             images=np.concatenate(
-                [np.diff(image, axis=2, prepend=np.uint8(0)).ravel() for image in images]
+                [np.diff(image, axis=2, prepend=np.uint8(0)).ravel() for image in images],
             ),
             labels=np.concatenate([label.ravel() for label in labels]),
         )
@@ -354,7 +356,7 @@ def load_set(work: Path, name: str) -> ResidentSet:
     if not path.is_file():
         raise UsageError(
             f"{path} is missing; type: python benchmarks/evidence.py prepare --data {name} "
-            "--raw FOLDER"
+            "--raw FOLDER",
         )
     with np.load(path) as stored:
         facts = from_jsonable(SetFacts, json.loads(stored["facts"].tobytes()), str(path))
@@ -388,7 +390,7 @@ def labelled_patients(data: ResidentSet, num_patients: int, draw: int) -> tuple[
     pool = {data.subject_of[case] for case in data.division.pool}
     if not 0 < num_patients <= len(pool):
         raise UsageError(
-            f"--labels {num_patients}: the pool of {data.facts.name} has {len(pool)} patients"
+            f"--labels {num_patients}: the pool of {data.facts.name} has {len(pool)} patients",
         )
     chosen = set(ordered(pool, f"{draw}/")[:num_patients])
     return tuple(case for case in data.division.pool if data.subject_of[case] in chosen)

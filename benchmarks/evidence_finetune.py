@@ -246,7 +246,12 @@ def finetune(
         if done in job.at and done < job.steps:
             with clock.paused():
                 found = score(
-                    training.network, scored, data, job.crop, job.half, with_surface=False
+                    training.network,
+                    scored,
+                    data,
+                    job.crop,
+                    job.half,
+                    with_surface=False,
                 )
             notes["curve"][str(done)] = {name: mean(values) for name, values in found.dice.items()}
 
@@ -332,12 +337,19 @@ def block_of(job: FinetuneJob, data: ResidentSet, work: Path, num_cases: int) ->
 def network_of(block: AutoregBlock, crop_vox: Size, num_classes: int) -> nn.Module:
     """Return the network with random weights."""
     return build_network(
-        block, crop_vox, 1, num_classes, deep_supervision=block.recipe.deep_supervision
+        block,
+        crop_vox,
+        1,
+        num_classes,
+        deep_supervision=block.recipe.deep_supervision,
     )
 
 
 def load_weights(
-    network: nn.Module, block: AutoregBlock, crop_vox: Size, data: ResidentSet
+    network: nn.Module,
+    block: AutoregBlock,
+    crop_vox: Size,
+    data: ResidentSet,
 ) -> WeightTable | None:
     """Copy the pretrained weights into the network as the recipe says; None from scratch."""
     if block.weights is None:
@@ -391,7 +403,11 @@ class SegmentationLoss:
 
         dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
         self.loss = DC_and_CE_loss(
-            dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss
+            dice,
+            {},
+            weight_ce=1,
+            weight_dice=1,
+            dice_class=MemoryEfficientSoftDiceLoss,
         )
         weights = [0.5**level for level in range(num_outputs)]
         if num_outputs > 1:
@@ -420,7 +436,9 @@ def segmentation_loss(is_deep: bool, network: nn.Module) -> SegmentationLoss:
 
 
 def flops_per_step(
-    network: nn.Module, loss_of: SegmentationLoss, batch: tuple[Tensor, Tensor]
+    network: nn.Module,
+    loss_of: SegmentationLoss,
+    batch: tuple[Tensor, Tensor],
 ) -> float:
     """Return the multiplications and additions of a training step, forward and backward."""
     images, labels = batch

@@ -150,7 +150,11 @@ def draw_probe(axes: Any, lines: Sequence[Line]) -> None:
     )
     # At the left, each curve has room above itself.
     axes.legend(
-        frameon=False, loc="upper left", title="pretraining", alignment="left", handlelength=2.6
+        frameon=False,
+        loc="upper left",
+        title="pretraining",
+        alignment="left",
+        handlelength=2.6,
     )
 
 

@@ -108,7 +108,13 @@ def plan_of(job: PretrainJob, data: ResidentSet, device: torch.device) -> Plan:
     memory_of = partial(step_memory, half=has_bf16(device.type))
     overrides = Overrides(encoder=job.encoder, batch_size=job.batch, num_steps=job.steps)
     plan = make_plan(
-        job.name, data.facts.pool, hardware_of(device.type), overrides, job.seed, request, memory_of
+        job.name,
+        data.facts.pool,
+        hardware_of(device.type),
+        overrides,
+        job.seed,
+        request,
+        memory_of,
     )
     plan = with_objective(plan, job.objective)
     plan = with_crop(plan, job.crop_vox or SETS[data.facts.name].crop_vox)
@@ -199,7 +205,10 @@ def pretrain(
         if deadline.has_passed() and progress.step < plan.optim.num_steps:
             save()
             log.info(
-                "%s: stopped after step %d of %d", job.name, progress.step, plan.optim.num_steps
+                "%s: stopped after step %d of %d",
+                job.name,
+                progress.step,
+                plan.optim.num_steps,
             )
             return False
         if time.monotonic() - saved > SAVE_EVERY_S:
@@ -241,7 +250,10 @@ def sampling_pool(plan: Plan, data: ResidentSet) -> SamplingPool:
     if "semantic" in planned_kinds(plan):
         rows = [replace(row, subject=data.subject_of[row.case]) for row in data.pool_rows()]
         places = places_alike(
-            rows, cases, member_crop(plan, "semantic"), plan.sequence.semantic_members
+            rows,
+            cases,
+            member_crop(plan, "semantic"),
+            plan.sequence.semantic_members,
         )
     return gather(plan, cases, (), places)
 
@@ -315,7 +327,7 @@ def _kept_plan(folder: Path, plan: Plan) -> Plan:
     if changed:
         raise UsageError(
             f"{folder} holds a run of another plan ({'; '.join(changed[:3])}), and one run has one "
-            "plan; use another --arm, or remove the folder"
+            "plan; use another --arm, or remove the folder",
         )
     return kept
 
@@ -364,12 +376,15 @@ def _stop_if_lost(train_step: TrainingStep, step: int) -> None:
         raise AutoregError(
             f"{train_step.plan.name}: the last {statistics.in_row} steps until step {step + 1} "
             "were all bad (infinite, NaN or far off); try a lower rate, e.g. "
-            f"--set optim.lr={train_step.plan.optim.lr / 3:.1e}"
+            f"--set optim.lr={train_step.plan.optim.lr / 3:.1e}",
         )
 
 
 def flops_per_step(
-    plan: Plan, train_step: TrainingStep, batch: Batch, device: torch.device
+    plan: Plan,
+    train_step: TrainingStep,
+    batch: Batch,
+    device: torch.device,
 ) -> float:
     """Return the multiplications and additions of a training step, forward and backward.
 
@@ -391,7 +406,7 @@ def weights_file(work: Path, data: str, arm: str, seed: int) -> Path:
     if not (folder / CARD_NAME).is_file():
         raise UsageError(
             f"--init {arm}: {folder} holds no finished run; type: python benchmarks/evidence.py "
-            f"pretrain --data {data} --arm {arm} --seeds {seed} ..."
+            f"pretrain --data {data} --arm {arm} --seeds {seed} ...",
         )
     return folder / WEIGHTS_NAME
 
@@ -409,7 +424,7 @@ def encoder_like(work: Path, data: str, arm: str) -> EncoderPlan:
     if not finished:
         raise UsageError(
             f"--like {arm}: no run of this arm is finished; type: python benchmarks/evidence.py "
-            f"pretrain --data {data} --arm {arm} ..."
+            f"pretrain --data {data} --arm {arm} ...",
         )
     card = read_card(finished[0].parent)
     return EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox)

@@ -75,7 +75,11 @@ class ProbeJob:
 
 
 def probe(
-    job: ProbeJob, data: ResidentSet, work: Path, results: ResultFile, device: torch.device
+    job: ProbeJob,
+    data: ResidentSet,
+    work: Path,
+    results: ResultFile,
+    device: torch.device,
 ) -> None:
     """Probe the features of one network and write its line.
 

@@ -85,7 +85,10 @@ def set_deep_supervision(network: nn.Module, is_on: bool) -> None:
 
 
 def segment(
-    network: nn.Module, image: Tensor, crop_vox: Size, num_classes: int
+    network: nn.Module,
+    image: Tensor,
+    crop_vox: Size,
+    num_classes: int,
 ) -> NDArray[np.uint8]:
     """Return the label map (Z, Y, X) of a scan (1, 1, Z, Y, X).
 
@@ -121,7 +124,10 @@ def _by_tiles(network: nn.Module, image: Tensor, crop_vox: Size, num_classes: in
     shape = padded.shape[2:]
     starts = compute_steps_for_sliding_window(tuple(shape), tuple(crop_vox), TILE_OVERLAP)
     weight = compute_gaussian(
-        tuple(crop_vox), sigma_scale=1 / 8, value_scaling_factor=10, device=image.device
+        tuple(crop_vox),
+        sigma_scale=1 / 8,
+        value_scaling_factor=10,
+        device=image.device,
     ).float()
     total = torch.zeros((1, num_classes, *shape), device=image.device)
     for z in starts[0]:
@@ -138,7 +144,9 @@ def _by_tiles(network: nn.Module, image: Tensor, crop_vox: Size, num_classes: in
 
 
 def dice_of_labels(
-    truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: Sequence[int]
+    truth: NDArray[np.uint8],
+    predicted: NDArray[np.uint8],
+    classes: Sequence[int],
 ) -> list[float]:
     """Return the Dice of every class; NaN where neither map holds it."""
     found = []

@@ -137,7 +137,10 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line], scores_of: ScoresOf) ->
     pairs: list[list[tuple[Scores, Scores]]] = []
     for seed in seeds:
         pairs.append(
-            [(scores_of(our_runs[seed, d]), scores_of(their_runs[partner[seed], d])) for d in draws]
+            [
+                (scores_of(our_runs[seed, d]), scores_of(their_runs[partner[seed], d]))
+                for d in draws
+            ],
         )
     everywhere = [set(a) & set(b) for row in pairs for a, b in row]
     patients = sorted(set.intersection(*everywhere))
@@ -192,7 +195,11 @@ def settings_of(lines: Sequence[Line]) -> dict[ArmSetting, list[Line]]:
     for line in lines:
         if line["command"] == "finetune":
             key = ArmSetting(
-                line["set"], line["encoder"], line["labels"], line["split"], line["steps"]
+                line["set"],
+                line["encoder"],
+                line["labels"],
+                line["split"],
+                line["steps"],
             )
             found.setdefault(key, []).append(line)
     return dict(sorted(found.items(), key=lambda item: str(item[0])))
@@ -288,7 +295,10 @@ def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: fl
 
 
 def _probe_parts(
-    lines: Sequence[Line], data: str | None, split: str | None, wanted: float
+    lines: Sequence[Line],
+    data: str | None,
+    split: str | None,
+    wanted: float,
 ) -> list[str]:
     """Return the titles and tables of the dense probes."""
     groups: dict[tuple[str, str, str, int], list[Line]] = {}

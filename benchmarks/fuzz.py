@@ -24,7 +24,8 @@ RESULTS = REPO / "benchmarks" / "results" / "fuzz.jsonl"
 
 def main() -> None:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--examples", type=int, default=400, help="files for each test")
     args = p.parse_args()

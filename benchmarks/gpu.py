@@ -157,7 +157,8 @@ def attention(setting: Setting, is_quick: bool = False) -> Iterator[Line]:
 
 
 def attention_cases(
-    num_samples: int, num_tokens: int
+    num_samples: int,
+    num_tokens: int,
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]]:
     """Return ranks (B, T), prefix (B,) and validity (B, T) by order and padding; samples differ in
     all of them.
@@ -165,7 +166,7 @@ def attention_cases(
     generator = torch.Generator().manual_seed(0)
     raster = torch.arange(num_tokens).expand(num_samples, -1)
     mixed = torch.stack(
-        [torch.randperm(num_tokens, generator=generator) for _ in range(num_samples)]
+        [torch.randperm(num_tokens, generator=generator) for _ in range(num_samples)],
     )
     whole = torch.ones(num_samples, num_tokens, dtype=torch.bool)
     padded = torch.rand(num_samples, num_tokens, generator=generator) > 0.3
@@ -185,7 +186,10 @@ def random_inputs(shape: Sequence[int], device: torch.device) -> list[Tensor]:
 
 
 def outputs_and_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], mask: object, dtype: torch.dtype
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    mask: object,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Return the output, and on a GPU the gradients of queries, keys and values."""
     has_gradient = inputs[0].is_cuda
@@ -234,7 +238,10 @@ def losses(setting: Setting, encoder: str) -> Iterator[Line]:
         for what, (settings, is_half, limit) in ways.items():
             start = time.monotonic()
             found = loss_and_gradient(
-                plan_of(size, crop, 2, *sequence, *settings), batch, is_half, setting
+                plan_of(size, crop, 2, *sequence, *settings),
+                batch,
+                is_half,
+                setting,
             )
             error = float((found[:1] / plain[:1] - 1).abs())
             gradient_error = float((found[1:] - plain[1:]).norm() / plain[1:].norm())
@@ -340,7 +347,11 @@ def memory(setting: Setting, encoder: str) -> Iterator[Line]:
     for micro, recompute in product((2, 1), (False, True)):
         compiling = f"run.compile={'true' if setting.device.type == 'cuda' else 'false'}"
         plan = plan_of(
-            size, crop, micro, f"optim.checkpoint_activations={str(recompute).lower()}", compiling
+            size,
+            crop,
+            micro,
+            f"optim.checkpoint_activations={str(recompute).lower()}",
+            compiling,
         )
         estimate = (
             plan_memory(plan, setting.device.type == "cuda").total_bytes(micro) - CONTEXT_BYTES
@@ -415,7 +426,9 @@ GROUPS = {
 
 
 def units_of(
-    names: Sequence[str], encoders: Sequence[str], is_small: bool
+    names: Sequence[str],
+    encoders: Sequence[str],
+    is_small: bool,
 ) -> list[tuple[str, str]]:
     """Return (part, encoder) in the order in which they run; "" where a part is not of one encoder.
 
@@ -484,7 +497,7 @@ def run_units(args: argparse.Namespace, is_small: bool, recorder: Recorder) -> N
                         "failed": failed,
                         "after_s": seconds,
                         "ok": False,
-                    }
+                    },
                 )
             else:
                 recorder.add(
@@ -493,14 +506,15 @@ def run_units(args: argparse.Namespace, is_small: bool, recorder: Recorder) -> N
                         "encoder": encoder or None,
                         "what": "whole part",
                         "seconds": seconds,
-                    }
+                    },
                 )
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the arguments."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [*GROUPS, *PARTS, *PARTS_PER_ENCODER]
     p.add_argument(
@@ -520,7 +534,10 @@ def parser() -> argparse.ArgumentParser:
         help="for losses, throughput and memory",
     )
     p.add_argument(
-        "--minutes", type=float, default=4, help="the most that one part may take (default 4)"
+        "--minutes",
+        type=float,
+        default=4,
+        help="the most that one part may take (default 4)",
     )
     p.add_argument("--out", type=Path, help="file that every line is appended to at once, as JSON")
     p.add_argument(
@@ -557,7 +574,7 @@ def main() -> int:
     wrong = [line for line in lines if line.get("ok") is False]
     print(
         f"{len(lines)} lines, {len(wrong)} wrong; {lines[-1]['device']}, versions "
-        f"{lines[-1]['versions']}"
+        f"{lines[-1]['versions']}",
     )
     return 1 if wrong else 0
 

@@ -110,7 +110,8 @@ class Workspace:
             temporary = Path(tempfile.mkdtemp(dir=setting.folder))
             num_cases = 6 if setting.is_small else 16
             dataset = _link_hippocampus(temporary, num_cases) or _write_phantoms(
-                temporary, num_cases
+                temporary,
+                num_cases,
             )
             for name in (PREPROCESSED, RESULTS):
                 (temporary / name).mkdir()
@@ -144,7 +145,11 @@ class Workspace:
         return Started(process, command, log, time.monotonic())
 
     def pretraining(
-        self, name: str, encoder: str, *more: str, settings: Sequence[str] = ()
+        self,
+        name: str,
+        encoder: str,
+        *more: str,
+        settings: Sequence[str] = (),
     ) -> list[str]:
         """Return the command of a pretraining on the workspace's scans."""
         device = self.setting.device.type
@@ -383,7 +388,11 @@ def finetune(setting: Setting) -> Iterator[Line]:
     work = Workspace.opened(setting)
     name = work.finished_pretraining(TRANSFORMER)
     yield from _finetuned(
-        work, "finetune", name, num_epochs=1, num_iterations=2 if setting.is_small else 20
+        work,
+        "finetune",
+        name,
+        num_epochs=1,
+        num_iterations=2 if setting.is_small else 20,
     )
 
 
@@ -423,7 +432,11 @@ def chain(setting: Setting) -> Iterator[Line]:
 
 
 def _finetuned(
-    work: Workspace, part: str, name: str, num_epochs: int, num_iterations: int
+    work: Workspace,
+    part: str,
+    name: str,
+    num_epochs: int,
+    num_iterations: int,
 ) -> Iterator[Line]:
     """Plan, train and predict with nnU-Net's own commands, from the weights of the pretraining
     ``name``.
@@ -485,7 +498,14 @@ def _finetuned(
         "3d_fullres",
     ]
     seconds = work.start(
-        "nnUNetv2_predict", *places, "-npp", "2", "-nps", "2", *choice, **variables
+        "nnUNetv2_predict",
+        *places,
+        "-npp",
+        "2",
+        "-nps",
+        "2",
+        *choice,
+        **variables,
     ).finish()
     num_predicted = len(list(predicted.glob("*.nii.gz")))
     line = {"part": part, "what": "prediction", "seconds": seconds, "scans": num_predicted}

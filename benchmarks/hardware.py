@@ -62,7 +62,13 @@ def flops_per_crop(plan: Plan) -> float:
 def row_of(pool: Pool, gpu_gib: int) -> list[str]:
     """Return the cells of one GPU."""
     plan = make_plan(
-        "hardware", pool, Hardware("cuda", float(gpu_gib)), Overrides(), 0, {}, _memory
+        "hardware",
+        pool,
+        Hardware("cuda", float(gpu_gib)),
+        Overrides(),
+        0,
+        {},
+        _memory,
     )
     micro = plan.optim.micro_batch_size or plan.optim.batch_size
     encoder, crop = plan.encoder.name, plan.sequence.crop_size_vox

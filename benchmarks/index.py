@@ -150,13 +150,24 @@ def rest(folder: Path, num: int) -> dict[str, Any]:
 
     rng = np.random.default_rng(0)
     points = (rng.normal(0, 3800, NUM_POINTS) + rng.normal(0, 1200, (num, NUM_POINTS))).astype(
-        np.int16
+        np.int16,
     )
     points[-1] = points[0] + 3
     size, spacing = (32, 64, 64), (2.5, 1.0, 1.0)
     rows = [
         ScanRow(
-            f"p/{n}", "p", str(n), "", "MR", f"/p/{n}", size, spacing, size, f"{n:064d}", "ok", ""
+            f"p/{n}",
+            "p",
+            str(n),
+            "",
+            "MR",
+            f"/p/{n}",
+            size,
+            spacing,
+            size,
+            f"{n:064d}",
+            "ok",
+            "",
         )
         for n in range(num)
     ]
@@ -220,12 +231,17 @@ def run_way(way: str, folder: Path, workers: int, num: int) -> None:
 def main() -> None:
     """Parse the command line, measure, print and append one line."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--num", type=int, default=100_000)
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument(
-        "--only", nargs="+", choices=[*WAYS], default=[*WAYS], help="of the ways; default: all"
+        "--only",
+        nargs="+",
+        choices=[*WAYS],
+        default=[*WAYS],
+        help="of the ways; default: all",
     )
     p.add_argument("--way", choices=["ours", "plain", "rest"], help=argparse.SUPPRESS)
     p.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -241,7 +257,10 @@ def main() -> None:
                 handle.read(4096)
         ways = {
             name: measured(
-                WAYS[name], folder, 1 if name == "one_process" else args.workers, args.num
+                WAYS[name],
+                folder,
+                1 if name == "one_process" else args.workers,
+                args.num,
             )
             for name in args.only
         }

@@ -132,7 +132,8 @@ class Home:
 
 def main() -> None:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--kills", type=int, default=50)
     p.add_argument("--cases", type=int, default=6)
@@ -147,7 +148,10 @@ def main() -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="of the moments")
     p.add_argument(
-        "--minutes", type=float, default=60, help="begin no further kill after this time"
+        "--minutes",
+        type=float,
+        default=60,
+        help="begin no further kill after this time",
     )
     args = p.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -162,7 +166,7 @@ def main() -> None:
         handle.write(json.dumps(record) + "\n")
     print(json.dumps(record, indent=2))
     sys.exit(
-        0 if record["num_identical"] == record["num_finished"] and not record["num_failed"] else 1
+        0 if record["num_identical"] == record["num_finished"] and not record["num_failed"] else 1,
     )
 
 

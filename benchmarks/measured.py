@@ -342,7 +342,7 @@ def classification_map() -> str:
                 described = line["features"][name]
                 tile = sizes_text(described["tile_size_vox"])
                 rows.append(
-                    [name, described["encoder"], tile, line["scans"][name], f"{100 * share:.0f} %"]
+                    [name, described["encoder"], tile, line["scans"][name], f"{100 * share:.0f} %"],
                 )
     return markdown(["set", "encoder", "tile", "scans", "nearest neighbour of the same set"], rows)
 
@@ -375,7 +375,8 @@ def filled(page: str) -> str:
 def main() -> int:
     """Rewrite the pages, or compare them."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="compare the pages, write nothing")
     args = parser.parse_args()

@@ -77,7 +77,7 @@ def batch_of(plan: Plan, num_samples: int) -> Batch:
     size = plan.sequence.crop_size_vox
     generator = torch.Generator().manual_seed(0)
     ids = torch.from_numpy(
-        block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens)
+        block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens),
     )
     num_blocks = int(ids.max()) + 1
 
@@ -157,5 +157,5 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference over the largest value."""
     return float(
         (found.float() - expected.float()).abs().max()
-        / expected.float().abs().max().clamp(min=1e-12)
+        / expected.float().abs().max().clamp(min=1e-12),
     )

@@ -158,7 +158,8 @@ def together(args: argparse.Namespace, size: int, port: int) -> float:
 def main() -> None:
     """Measure one process or, without a rank, all."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--encoder", default="primus_tiny")

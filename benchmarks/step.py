@@ -57,7 +57,9 @@ class PlainBlock(nn.Module):
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
         self.out = nn.Linear(WIDTH, WIDTH)
         self.mlp = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            nn.Linear(WIDTH, 4 * WIDTH),
+            nn.GELU(),
+            nn.Linear(4 * WIDTH, WIDTH),
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class PlainBlock(nn.Module):
         x = x + self.out(
             functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             .transpose(1, 2)
-            .flatten(2)
+            .flatten(2),
         )
         return x + self.mlp(self.norm2(x))
 
@@ -185,7 +187,9 @@ def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
 
 
 def memory_of(
-    make: Callable[..., Callable[[Tensor], None]], batch: int, device: torch.device
+    make: Callable[..., Callable[[Tensor], None]],
+    batch: int,
+    device: torch.device,
 ) -> Line:
     """Return the MiB that one more sample takes, from the peaks of a batch and of twice that batch
     on a GPU.
@@ -207,7 +211,8 @@ def share_of_peak(batch: int, seconds: float, device: torch.device) -> Line:
     objective.module.to(device)
     with autocast(device):
         flops = batch * step_flops(
-            objective, our_batch(torch.randn(1, 1, SIDE, SIDE, SIDE)).to(device)
+            objective,
+            our_batch(torch.randn(1, 1, SIDE, SIDE, SIDE)).to(device),
         )
     peak = matmul_peak(device)
     return {
@@ -218,7 +223,10 @@ def share_of_peak(batch: int, seconds: float, device: torch.device) -> Line:
 
 
 def finetuning_steps(
-    name: str, patch: int, batch: int, device: torch.device
+    name: str,
+    patch: int,
+    batch: int,
+    device: torch.device,
 ) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
     """What makes ours, stock and stock again: the trainers' own ``train_step`` on equal networks,
     loss and batch.
@@ -265,11 +273,19 @@ def finetuning_steps(
             optimizer = make_optimizer(parameter_groups(network, recipe), recipe, rate)
         elif is_deep:
             optimizer = torch.optim.SGD(
-                network.parameters(), rate, weight_decay=3e-5, momentum=0.99, nesterov=True
+                network.parameters(),
+                rate,
+                weight_decay=3e-5,
+                momentum=0.99,
+                nesterov=True,
             )
         else:
             optimizer = torch.optim.AdamW(
-                network.parameters(), rate, weight_decay=5e-2, betas=(0.9, 0.98), fused=True
+                network.parameters(),
+                rate,
+                weight_decay=5e-2,
+                betas=(0.9, 0.98),
+                fused=True,
             )
         trainer = trainer_class.__new__(trainer_class)
         vars(trainer).update(
@@ -282,7 +298,9 @@ def finetuning_steps(
             iteration=0,
             loss=DeepSupervisionWrapper(loss, weights) if is_deep else loss,
             lr_scheduler=IterationRates(
-                optimizer, make_schedule(recipe, rate, 150, 250, batch), 250
+                optimizer,
+                make_schedule(recipe, rate, 150, 250, batch),
+                250,
             )
             if ours
             else None,
@@ -291,7 +309,7 @@ def finetuning_steps(
             else None,
         )
         return lambda crops: trainer.train_step(
-            {"data": crops, "target": targets if is_deep else targets[0]}
+            {"data": crops, "target": targets if is_deep else targets[0]},
         )
 
     stock = nnUNetTrainer if is_deep else nnUNet_Primus_S_Trainer
@@ -315,7 +333,10 @@ def alone(step: Callable[[Tensor], None], crops: Tensor, device: torch.device) -
 
 
 def measure(
-    steps: dict[str, Callable[[Tensor], None]], crops: Tensor, repeats: int, device: torch.device
+    steps: dict[str, Callable[[Tensor], None]],
+    crops: Tensor,
+    repeats: int,
+    device: torch.device,
 ) -> dict[str, list[float]]:
     """Seconds of each step, one of each in turn, after one warm-up round; every round begins with
     another, as places are not alike.
@@ -338,23 +359,30 @@ def measure(
 def parser() -> argparse.ArgumentParser:
     """Return the arguments."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("what", choices=["pretraining", "finetuning"])
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--patch", type=int, default=64, help="edge of the fine-tuning patch")
     p.add_argument(
-        "--encoder", default="primus_s", help="of the fine-tuning: primus_s, or a resenc"
+        "--encoder",
+        default="primus_s",
+        help="of the fine-tuning: primus_s, or a resenc",
     )
     p.add_argument(
-        "--out", type=Path, default=RESULTS, help="file that every line is appended to at once"
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="file that every line is appended to at once",
     )
     return p
 
 
 def arms_of(
-    args: argparse.Namespace, device: torch.device
+    args: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
     """Return what makes the step of every arm, in the order in which they are built."""
     if args.what == "finetuning":
@@ -404,7 +432,7 @@ def main() -> None:
                 "arm": name,
                 "built_s": built,
                 "first_steps_s": alone(steps[name], crops, device),
-            }
+            },
         )
 
     seconds = measure(steps, crops, args.repeats, device)
@@ -417,9 +445,10 @@ def main() -> None:
             "median_s": {name: round(v, 4) for name, v in medians.items()},
             "ours_over_baseline": round(medians["ours"] / medians["baseline"], 3),
             "baseline_again_over_baseline": round(
-                medians["baseline again"] / medians["baseline"], 3
+                medians["baseline again"] / medians["baseline"],
+                3,
             ),
-        }
+        },
     )
     if args.what == "pretraining" and on_gpu:
         recorder.add({**same, "arm": "ours", **share_of_peak(args.batch, medians["ours"], device)})

@@ -103,7 +103,10 @@ class StoppedHome(Home):
 def processes_of(session: int) -> list[int]:
     """Return the processes of a session that still run."""
     listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,sess=,stat="], capture_output=True, text=True, check=True
+        ["ps", "-A", "-o", "pid=,sess=,stat="],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     rows = [row.split() for row in listed.splitlines()]
     return [int(pid) for pid, found, state in rows if int(found) == session and state[0] != "Z"]
@@ -148,7 +151,8 @@ def activity(line: str, by_files: str) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--stops", type=int, default=20)
     p.add_argument("--cases", type=int, default=6)

@@ -93,7 +93,9 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def interleaved(
-    ways: dict[str, Callable[[], object]], repeats: int, warm_up: bool
+    ways: dict[str, Callable[[], object]],
+    repeats: int,
+    warm_up: bool,
 ) -> dict[str, dict[str, list[float]]]:
     """Every way once per round, in turning order; one round before, not counted, if ``warm_up``."""
     seconds: dict[str, dict[str, list[float]]] = {
@@ -228,7 +230,9 @@ def draw_crops(cases: list[StoredCase], crop: Size, num: int) -> list[tuple[int,
 
 
 def crop_ways(
-    cases: list[StoredCase], theirs: Any, draws: list[tuple[int, Size, Size]]
+    cases: list[StoredCase],
+    theirs: Any,
+    draws: list[tuple[int, Size, Size]],
 ) -> dict[str, Callable[[], object]]:
     """The readings to compare; they must give the same voxels."""
     opened = [theirs.load_case(str(n))[0] for n in range(len(cases))]
@@ -274,7 +278,11 @@ def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
 
             def run(*line: str, environment: dict[str, str] = environment) -> None:
                 done = subprocess.run(
-                    line, env=environment, capture_output=True, text=True, check=False
+                    line,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
                 )
                 assert done.returncode == 0, done.stderr[-2000:]
 
@@ -296,7 +304,9 @@ def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
             made = Path(environment["nnUNet_preprocessed"])
 
             def fresh_ours(
-                run: Callable[..., None] = run, ours: tuple[str, ...] = ours, made: Path = made
+                run: Callable[..., None] = run,
+                ours: tuple[str, ...] = ours,
+                made: Path = made,
             ) -> None:
                 for path in (made / "autoreg_store").glob("??"):
                     shutil.rmtree(path)
@@ -350,7 +360,10 @@ def link_subset(folder: Path, dataset: str, num: int) -> dict[str, str]:
 
 
 def function_ways(
-    dataset: str, num: int, made: Path, folder: Path
+    dataset: str,
+    num: int,
+    made: Path,
+    folder: Path,
 ) -> dict[str, Callable[[], object]]:
     """Preprocessing and writing one scan after the other in this process, without label maps: ours
     and nnU-Net's.
@@ -376,10 +389,16 @@ def function_ways(
         (folder / "functions").mkdir()
         for n, row in enumerate(rows):
             data, _, properties = DefaultPreprocessor(verbose=False).run_case(
-                [row.source], None, plans, configuration, description
+                [row.source],
+                None,
+                plans,
+                configuration,
+                description,
             )
             blocks, chunks = comp_blosc2_params(
-                data.shape, tuple(configuration.patch_size), data.itemsize
+                data.shape,
+                tuple(configuration.patch_size),
+                data.itemsize,
             )
             seg = np.zeros((1, 1, 1, 1), np.int8)
             nnUNetDatasetBlosc2.save_case(
@@ -399,7 +418,8 @@ def function_ways(
 def main() -> None:
     """Parse the command line and measure."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("what", choices=["crops", "preprocessing"])
     p.add_argument("--repeats", type=int, default=7)

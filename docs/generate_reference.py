@@ -144,7 +144,7 @@ def describe_class(cls: type) -> str:
     for field in dataclasses.fields(cls):
         meaning = meanings.get(field.name, "")
         rows.append(
-            (f"`{field.name}`", type_name(hints[field.name]), default_of(field), cell(meaning))
+            (f"`{field.name}`", type_name(hints[field.name]), default_of(field), cell(meaning)),
         )
     return table(("key", "type", "default", "meaning"), rows)
 

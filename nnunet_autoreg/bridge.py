@@ -73,7 +73,10 @@ class BridgeFinder:
         self._searching_threads: set[int] = set()
 
     def find_spec(
-        self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+        self,
+        fullname: str,
+        path: "Sequence[str] | None" = None,
+        target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
         """Return the spec that the other finders give for nnU-Net's look-up module.
 
@@ -243,5 +246,5 @@ def _load(class_name: str, module: str) -> "Any":
         raise ImportError(
             f"'{class_name}' belongs to nnunet-autoreg, but {module} cannot be imported "
             f"({type(error).__name__}: {error}). Run autoreg_doctor to see what is wrong, or "
-            "reinstall nnunet-autoreg"
+            "reinstall nnunet-autoreg",
         ) from error

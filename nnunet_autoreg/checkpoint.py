@@ -172,7 +172,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
             raise
         handle.seek(-len(_NO_COMMENT), os.SEEK_END)
         handle.write(
-            _COMMENT_BYTES.to_bytes(2, "little") + _MARK + writer.digest.hexdigest().encode()
+            _COMMENT_BYTES.to_bytes(2, "little") + _MARK + writer.digest.hexdigest().encode(),
         )
         handle.flush()
         os.fsync(handle.fileno())
@@ -204,7 +204,8 @@ def _read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = load_plain(path)
     except WeightsError as error:
         raise CheckpointError(
-            f"{error}; move it away to start from the beginning", code="checkpoint-not-plain"
+            f"{error}; move it away to start from the beginning",
+            code="checkpoint-not-plain",
         ) from error
     if not isinstance(content, dict) or content.get("version") != CHECKPOINT_VERSION:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__

@@ -50,7 +50,10 @@ def _parents() -> dict[int, int]:
     """
     if not Path("/proc/self/stat").exists():
         listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=False
+            ["ps", "-A", "-o", "pid=,ppid=,stat="],
+            capture_output=True,
+            text=True,
+            check=False,
         ).stdout
         rows = [line.split() for line in listed.splitlines()]
         return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
@@ -90,7 +93,9 @@ def end_children(pid: int | None = None) -> None:
 
 
 def start_guarded(
-    line: Sequence[str], environment: Mapping[str, str], output: IO[str]
+    line: Sequence[str],
+    environment: Mapping[str, str],
+    output: IO[str],
 ) -> "subprocess.Popen[bytes]":
     """Start a program below a guard process, in a separate session.
 

@@ -238,7 +238,7 @@ def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
             [
                 math.prod(per_axis)
                 for per_axis in zip(*(_triple(s) for s in arguments["strides"]), strict=True)
-            ]
+            ],
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(

@@ -63,7 +63,7 @@ def grid_of(size: Sequence[int], token: Sequence[int]) -> Size:
             high = low + t
             near = f"{low} or {high}" if low else f"{high}"
             raise ValueError(
-                f"size {s} on axis {axis} is not a multiple of the token size {t}; use {near}"
+                f"size {s} on axis {axis} is not a multiple of the token size {t}; use {near}",
             )
     return as_size([s // t for s, t in zip(size, token, strict=True)])
 

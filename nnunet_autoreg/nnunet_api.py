@@ -203,7 +203,9 @@ def scheme_of(modality: str) -> str:
 
 
 def resampled_shape(
-    shape_vox: Sequence[int], spacing_mm: Sequence[float], target_spacing_mm: Sequence[float]
+    shape_vox: Sequence[int],
+    spacing_mm: Sequence[float],
+    target_spacing_mm: Sequence[float],
 ) -> Size:
     """Return the shape after resampling, by the formula of nnU-Net's ``compute_new_shape``.
 

@@ -427,7 +427,8 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
         same_leaf = [name for name in known if name.endswith(f".{key}")]
         suggestion = did_you_mean((same_leaf or [key])[0], known)
         raise PlanError(
-            f"--set {key}: there is no such setting; {suggestion}", code="plan-unknown-key"
+            f"--set {key}: there is no such setting; {suggestion}",
+            code="plan-unknown-key",
         )
     node[leaf] = value
 
@@ -478,7 +479,8 @@ def check_positive(values: Mapping[str, float]) -> None:
     for key, number in values.items():
         if not 0 < number < float("inf"):
             raise PlanError(
-                f"{key}={number} must be a number greater than 0", code="plan-out-of-range"
+                f"{key}={number} must be a number greater than 0",
+                code="plan-out-of-range",
             )
 
 
@@ -487,7 +489,8 @@ def check_layers(values: Mapping[str, int]) -> None:
     for key, number in values.items():
         if not 1 <= number <= MOST_LAYERS:
             raise PlanError(
-                f"{key}={number} must lie between 1 and {MOST_LAYERS}", code="plan-out-of-range"
+                f"{key}={number} must lie between 1 and {MOST_LAYERS}",
+                code="plan-out-of-range",
             )
 
 

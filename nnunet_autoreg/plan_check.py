@@ -283,7 +283,11 @@ def _check_blocks(plan: Plan) -> None:
     s = plan.sequence
     num_blocks = 1
     for axis, crop, token, block in zip(
-        "zyx", s.crop_size_vox, plan.encoder.token_size_vox, s.block_tokens, strict=True
+        "zyx",
+        s.crop_size_vox,
+        plan.encoder.token_size_vox,
+        s.block_tokens,
+        strict=True,
     ):
         side = token * block
         if crop > MAX_CROP_VOX:

@@ -170,7 +170,9 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
 
 
 def _refuse_newer(
-    fields: dict[str, "dataclasses.Field[Any]"], data: dict[str, Any], where: str
+    fields: dict[str, "dataclasses.Field[Any]"],
+    data: dict[str, Any],
+    where: str,
 ) -> None:
     """Refuse a record whose version is newer than the one that the dataclass has by default."""
     known = fields["version"].default if "version" in fields else None
@@ -278,13 +280,15 @@ def read_json(path: Path, advice: str = MEND_OURS, max_bytes: int = MAX_JSON_BYT
         return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(
-            f"{path} cannot be read ({error.strerror or error}); {advice}", code="json-unreadable"
+            f"{path} cannot be read ({error.strerror or error}); {advice}",
+            code="json-unreadable",
         ) from error
     except JsonDepthError as error:
         raise PlanError(f"{path} is JSON of {error}; {advice}", code="json-too-deep") from error
     except ValueError as error:
         raise PlanError(
-            f"{path} is not valid JSON ({error}); {advice}", code="json-invalid"
+            f"{path} is not valid JSON ({error}); {advice}",
+            code="json-invalid",
         ) from error
 
 
@@ -336,7 +340,8 @@ def read_object(path: Path, keys: Sequence[str] = (), advice: str = MEND_OURS) -
     for key in keys:
         if key not in content:
             raise PlanError(
-                f"{path}: the key '{key}' is missing; {advice}", code="json-missing-key"
+                f"{path}: the key '{key}' is missing; {advice}",
+                code="json-missing-key",
             )
     return content
 

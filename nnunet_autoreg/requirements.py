@@ -87,7 +87,9 @@ def in_one_line(violations: tuple[Violation, ...]) -> str:
 
 
 def _requirements_of(
-    name: str, extras: frozenset[str], visited: set[tuple[str, frozenset[str]]]
+    name: str,
+    extras: frozenset[str],
+    visited: set[tuple[str, frozenset[str]]],
 ) -> Iterator[tuple[str, Requirement]]:
     """Yield the requirements of a distribution, each with the name of the package that has it.
 

@@ -114,7 +114,11 @@ class ProgressBar(tqdm):  # type: ignore[misc]
 
 
 def progress_bar(
-    total: int, description: str, unit: str, initial: int = 0, is_shown: bool = True
+    total: int,
+    description: str,
+    unit: str,
+    initial: int = 0,
+    is_shown: bool = True,
 ) -> ProgressBar:
     """Return a progress bar on stderr, which shows nothing where that is not a terminal.
 

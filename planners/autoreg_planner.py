@@ -197,7 +197,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         plans[BLOCK_KEY] = to_jsonable(block)
 
         custom, left_out = kept_configurations(
-            self._old_plans() or {}, plans, block.encoder.class_path
+            self._old_plans() or {},
+            plans,
+            block.encoder.class_path,
         )
         plans["configurations"].update(custom)
         for line in left_out:
@@ -255,7 +257,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
     @cached_property
     def _memory_of(self) -> Callable[[Size], TrainingMemory]:
         return memory_estimator(
-            self.block, len(self._channel_names()), len(self.dataset_json["labels"])
+            self.block,
+            len(self._channel_names()),
+            len(self.dataset_json["labels"]),
         )
 
     def _task(self, spacing: Any, median_shape: Any) -> SegmentationTask:
@@ -303,13 +307,13 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             spacing = size_text(configuration["spacing"], ".4g")
             print(
                 f"{name}: patch {patch}, batch {configuration['batch_size']}, spacing {spacing} mm "
-                f"- {self.fits[name].reason}"
+                f"- {self.fits[name].reason}",
             )
 
         recipe = self.block.recipe
         print(
             f"length: {recipe.num_epochs} epochs of {recipe.num_iterations_per_epoch} iterations - "
-            f"{self.block.reasons['recipe.num_epochs']}"
+            f"{self.block.reasons['recipe.num_epochs']}",
         )
 
         # The stage is decided while the plans are written, so it is not in self.block.

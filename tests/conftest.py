@@ -57,7 +57,11 @@ def _write_run(
     size = ENCODERS[encoder]
     torch.manual_seed(len(name))
     network: Any = build_network(
-        size.class_path, changes.get("arguments", size.arguments), crop, channels, 2
+        size.class_path,
+        changes.get("arguments", size.arguments),
+        crop,
+        channels,
+        2,
     )
     decoder_keys = DECODER_PREFIXES if decoder else ()
     prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.", *decoder_keys)

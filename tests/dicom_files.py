@@ -20,7 +20,11 @@ Values = dict[int, tuple[str, Any]]
 
 
 def write(
-    path: Path, values: Values, pixels: Any = None, syntax: str = EXPLICIT, preamble: bool = True
+    path: Path,
+    values: Values,
+    pixels: Any = None,
+    syntax: str = EXPLICIT,
+    preamble: bool = True,
 ) -> Path:
     """Write one file; ``pixels`` (rows, columns) or (frames, rows, columns), int16 or uint16."""
     order = ">" if syntax == BIG_ENDIAN else "<"
@@ -94,7 +98,8 @@ def slice_values(
     "MR")``, or None to drop one.
     """
     modality = {CT: "CT", MR: "MR", PET: "PT", ENHANCED_CT: "CT", ENHANCED_MR: "MR"}.get(
-        sop_class, "OT"
+        sop_class,
+        "OT",
     )
     height = number * step_mm if z_mm is None else z_mm
     values: Values = {
@@ -169,7 +174,7 @@ def multiframe_values(
             {
                 0x00209116: ("SQ", [{0x00200037: ("DS", (1, 0, 0, 0, 1, 0))}]),
                 0x00289110: ("SQ", [{0x00280030: ("DS", (1.5, 1.0)), 0x00180050: ("DS", "2")}]),
-            }
+            },
         ],
     )
     frames = []
@@ -189,7 +194,7 @@ def multiframe_values(
                         0x00281052: ("DS", "-1000"),
                         0x00281053: ("DS", slopes[index]),
                         0x00281054: ("LO", "HU"),
-                    }
+                    },
                 ],
             )
         frames.append(frame)

@@ -78,10 +78,13 @@ def batch_of(plan: Plan, num_members: int = 1, num_padded: int = 0, prefix: int 
         voxels_BMCZYX = voxels_BMCZYX * valid_mask_BMZYX[:, :, None]
 
     order_index_BT = torch.stack(
-        [torch.randperm(num_tokens, generator=generator) for _ in range(2)]
+        [torch.randperm(num_tokens, generator=generator) for _ in range(2)],
     )
     return Batch(
-        voxels_BMCZYX, valid_mask_BMZYX, order_index_BT, torch.tensor([prefix, prefix + 2])
+        voxels_BMCZYX,
+        valid_mask_BMZYX,
+        order_index_BT,
+        torch.tensor([prefix, prefix + 2]),
     )
 
 

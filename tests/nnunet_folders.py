@@ -42,7 +42,9 @@ def set_folders(patch: pytest.MonkeyPatch, root: Path) -> None:
 
 
 def plan_and_preprocess(
-    dataset: int, configurations: tuple[str, ...] = ("3d_fullres",), **options: Any
+    dataset: int,
+    configurations: tuple[str, ...] = ("3d_fullres",),
+    **options: Any,
 ) -> None:
     """Do what ``nnUNetv2_plan_and_preprocess -pl AutoregPlanner`` does, in one process.
 

@@ -51,7 +51,13 @@ class Project:
         from nnunetv2.run.run_training import run_training
 
         run_training(
-            str(self.number), configuration, fold, trainer, "AutoregPlans", device=CPU, **options
+            str(self.number),
+            configuration,
+            fold,
+            trainer,
+            "AutoregPlans",
+            device=CPU,
+            **options,
         )
         logs = sorted(self.fold(trainer, configuration, fold).glob("training_log_*.txt"))
         return "\n".join(log.read_text() for log in logs)
@@ -65,12 +71,18 @@ class Project:
         return self.root / results / self.dataset / f"{trainer}__AutoregPlans__{configuration}"
 
     def fold(
-        self, trainer: str = PRETRAINED, configuration: str = "3d_fullres", fold: int | str = 0
+        self,
+        trainer: str = PRETRAINED,
+        configuration: str = "3d_fullres",
+        fold: int | str = 0,
     ) -> Path:
         return self.model(trainer, configuration) / f"fold_{fold}"
 
     def checkpoint(
-        self, trainer: str = PRETRAINED, configuration: str = "3d_fullres", fold: int | str = 0
+        self,
+        trainer: str = PRETRAINED,
+        configuration: str = "3d_fullres",
+        fold: int | str = 0,
     ) -> dict[str, Any]:
         file = self.fold(trainer, configuration, fold) / "checkpoint_final.pth"
         found: dict[str, Any] = torch.load(file, map_location=CPU, weights_only=False)
@@ -82,7 +94,9 @@ class Project:
         predictor.initialize_from_trained_model_folder(str(model or self.model()), (0,))
         image = min((self.root / "nnUNet_raw" / self.dataset / "imagesTr").glob("*.nii.gz"))
         ((_, found),) = predictor.predict_from_files_sequential(
-            [[str(image)]], None, save_probabilities=True
+            [[str(image)]],
+            None,
+            save_probabilities=True,
         )
         return np.asarray(found)
 

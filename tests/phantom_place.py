@@ -24,7 +24,7 @@ class PhantomPlace:
             (root / name).mkdir()
         for number in range(5):
             image = SimpleITK.GetImageFromArray(
-                np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32)
+                np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32),
             )
             SimpleITK.WriteImage(image, str(root / "scans" / f"{number}.nii.gz"))
 

@@ -174,7 +174,7 @@ def write_lists(root: Path, pool: Path) -> dict[str, Path]:
     boxes = root / f"boxes_{NAME}.csv"
     boxes.write_text(
         "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n"
-        f"{PATIENT},cube,4,4,4,12,12,12\nnobody_{NAME},cube,4,4,4,12,12,12\n"
+        f"{PATIENT},cube,4,4,4,12,12,12\nnobody_{NAME},cube,4,4,4,12,12,12\n",
     )
     return {"exclude": exclude, "manifest": manifest, "boxes": boxes}
 

@@ -14,7 +14,9 @@ from nnunet_autoreg.errors import AutoregError
 
 @contextmanager
 def refused(
-    error_class: type[AutoregError], code: str, *values: object
+    error_class: type[AutoregError],
+    code: str,
+    *values: object,
 ) -> Iterator[pytest.ExceptionInfo[AutoregError]]:
     """Expect an error of exactly this code, whose message names all the values."""
     with pytest.raises(error_class) as caught:

@@ -104,7 +104,7 @@ def contrast_plan(**sequence):
             "contrasts": WORDS,
             "contrast_members": 4,
             **sequence,
-        }
+        },
     )
 
 
@@ -129,5 +129,5 @@ def semantic_plan(**sequence):
             "weights": {"semantic": 1.0},
             "semantic_members": 4,
             **sequence,
-        }
+        },
     )

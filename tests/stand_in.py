@@ -73,7 +73,10 @@ class Linear(Objective):
             * batch.voxels.mean((1, 2, 3, 4, 5))[:, None, None]
         )
         return TokenFeatures(
-            tokens, tokens, batch.order_index, torch.ones_like(batch.order_index, dtype=torch.bool)
+            tokens,
+            tokens,
+            batch.order_index,
+            torch.ones_like(batch.order_index, dtype=torch.bool),
         )
 
 

@@ -82,8 +82,8 @@ def write_model(results: Path, folds: tuple[str, ...] = ("0",), num_channels: in
                 "labels": {"background": 0, "solid": 1, "holed": 2},
                 "numTraining": 1,
                 "file_ending": ".nii.gz",
-            }
-        )
+            },
+        ),
     )
     for seed, fold in enumerate(folds):
         write_checkpoint(folder, fold, seed)
@@ -91,7 +91,11 @@ def write_model(results: Path, folds: tuple[str, ...] = ("0",), num_channels: in
 
 
 def write_checkpoint(
-    folder: Path, fold: str, seed: int, name: str = "checkpoint_final.pth", damaged: bool = False
+    folder: Path,
+    fold: str,
+    seed: int,
+    name: str = "checkpoint_final.pth",
+    damaged: bool = False,
 ) -> None:
     """A checkpoint of a network with weights of this seed, all of them NaN if ``damaged``."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -103,7 +107,10 @@ def write_checkpoint(
     torch.manual_seed(seed)
     num_channels = len(configuration.normalization_schemes)
     network: Any = AutoregDetectionTrainer.build_network_architecture(
-        manager, configuration, num_channels, 3
+        manager,
+        configuration,
+        num_channels,
+        3,
     )
     # Scores around 0.5, far enough apart to tell boxes.
     last = network.detection["heads"].classifier[-1]

@@ -93,7 +93,7 @@ class AutoregClassificationTrainer(TaskTrainer):
                 self.print_to_log_file(f"WARNING: {warning}")
             self.print_to_log_file(
                 f"folds: {source}; fold {self.fold} has {len(fold['train'])} training and "
-                f"{len(fold['val'])} validation cases; {self.table.patient_rule}"
+                f"{len(fold['val'])} validation cases; {self.table.patient_rule}",
             )
             self.parts = fold["train"], fold["val"]
 
@@ -192,14 +192,21 @@ class AutoregClassificationTrainer(TaskTrainer):
             return
         with one_line_errors(), self._library_log():
             found = write_baselines(
-                Path(self.output_folder), self.table, training, validation, features
+                Path(self.output_folder),
+                self.table,
+                training,
+                validation,
+                features,
             )
         for name, of_tasks in found.items():
             for line in score_lines(of_tasks, None):
                 self.print_to_log_file(f"baseline {name}: {line}")
 
     def _frozen_features(
-        self, network: Classifier, stock: Any, patch: Size
+        self,
+        network: Classifier,
+        stock: Any,
+        patch: Size,
     ) -> dict[str, dict[str, NDArray[Any]]]:
         """Return the inputs of the baselines: baseline -> case -> values."""
         # The values of the foreground; regions are made of them.
@@ -300,7 +307,12 @@ class AutoregClassificationTrainer(TaskTrainer):
                 file = folder / BASELINES
                 baselines = read_json(file)["baselines"] if file.is_file() else None
                 tasks = write_validation(
-                    folder, self.table, self.plan, merged, baselines, self.described_model()
+                    folder,
+                    self.table,
+                    self.plan,
+                    merged,
+                    baselines,
+                    self.described_model(),
                 )
                 for line in score_lines(tasks, baselines):
                     self.print_to_log_file(line)

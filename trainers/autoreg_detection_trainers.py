@@ -157,7 +157,12 @@ class AutoregDetectionTrainer(TaskTrainer):
         batch_size = self.configuration_manager.batch_size
         per_epoch = self.num_iterations_per_epoch
         schedule = make_schedule(
-            recipe, self.initial_lr, self.num_epochs, per_epoch, batch_size, self.uses_weights
+            recipe,
+            self.initial_lr,
+            self.num_epochs,
+            per_epoch,
+            batch_size,
+            self.uses_weights,
         )
         return optimizer, IterationRates(optimizer, schedule, per_epoch)
 
@@ -184,12 +189,12 @@ class AutoregDetectionTrainer(TaskTrainer):
             if absent:
                 self.print_to_log_file(
                     f"WARNING: no {what} case of fold {self.fold} has an object of "
-                    f"{', '.join(absent)}; {consequence}"
+                    f"{', '.join(absent)}; {consequence}",
                 )
         if len(absent_classes(self.index, stock_validation.identifiers)) == len(self.plan.classes):
             self.print_to_log_file(
                 "WARNING: validation has nothing to find, so its scores stay 0, and "
-                "checkpoint_best.pth is that of the first epoch; use checkpoint_final.pth"
+                "checkpoint_best.pth is that of the first epoch; use checkpoint_final.pth",
             )
 
         validation = self.get_validation_transforms(None)
@@ -265,7 +270,11 @@ class AutoregDetectionTrainer(TaskTrainer):
         target = self._on_device(batch["target"])
         losses = self.loss.losses(output, target, batch["objects"])
         scans = patches_scored(
-            output, self.loss.grid(output), batch["objects"], 0, self.loss.uncounted(target)
+            output,
+            self.loss.grid(output),
+            batch["objects"],
+            0,
+            self.loss.uncounted(target),
         )
         return {
             "loss": losses.numbers()["loss"],

@@ -239,7 +239,9 @@ class _AutoregTrainer(nnUNetTrainer):
         elif self.is_fresh_start and self.uses_weights:
             with one_line_errors():
                 warning = self.block.weights and ignored_setting(
-                    results_folder(), self.block.weights, setting_of_environment()
+                    results_folder(),
+                    self.block.weights,
+                    setting_of_environment(),
                 )
                 if warning:
                     self.print_to_log_file(f"WARNING: {warning}")
@@ -249,7 +251,11 @@ class _AutoregTrainer(nnUNetTrainer):
                 names = tuple(str(name) for name in self.dataset_json[key].values())
                 target = Target(len(names), as_size(self.configuration_manager.patch_size), names)
                 table = load_planned_encoder(
-                    self.unwrapped(), self.block, results_folder(), target, self.transfers_decoder
+                    self.unwrapped(),
+                    self.block,
+                    results_folder(),
+                    target,
+                    self.transfers_decoder,
                 )
                 if self.local_rank == 0:
                     self.print_to_log_file("\n".join(table.lines()), add_timestamp=False)

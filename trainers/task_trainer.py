@@ -81,7 +81,12 @@ class TaskTrainer(AutoregPretrainedTrainer):
 
     @classmethod
     def task_network(
-        cls, network: nn.Module, class_path: str, arguments: dict[str, Any], patch: Size, plan: Any
+        cls,
+        network: nn.Module,
+        class_path: str,
+        arguments: dict[str, Any],
+        patch: Size,
+        plan: Any,
     ) -> nn.Module:
         """Return the network of the task.
 
@@ -123,7 +128,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
                 write_json(self.plans_file, on_disk)
 
             self.print_to_log_file(
-                f"{self.task} was planned ({reason}) and is now part of {self.plans_file}"
+                f"{self.task} was planned ({reason}) and is now part of {self.plans_file}",
             )
         self.check_task_plan(where)
         return self.plan
@@ -164,7 +169,11 @@ class TaskTrainer(AutoregPretrainedTrainer):
             arguments = own_arguments(configuration_manager.network_arch_init_kwargs)
             patch = as_size(configuration_manager.patch_size)
             network = build_network(
-                block, patch, num_input_channels, num_output_channels, arguments
+                block,
+                patch,
+                num_input_channels,
+                num_output_channels,
+                arguments,
             )
             return cls.task_network(network, block.encoder.class_path, arguments, patch, plan)
 

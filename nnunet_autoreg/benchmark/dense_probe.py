@@ -429,7 +429,10 @@ def predict(
     for size, at_level in logits_of_size.items():
         if size != covered:
             upsampled = functional.interpolate(
-                at_level[None], size=covered, mode="trilinear", align_corners=False
+                at_level[None],
+                size=covered,
+                mode="trilinear",
+                align_corners=False,
             )
             logits += upsampled[0]
         else:

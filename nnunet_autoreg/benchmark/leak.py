@@ -118,7 +118,9 @@ def _of_others(rows: Sequence[ScanRow], scored: Scored) -> list[ScanRow]:
 
 
 def _with_hash_in(
-    rows: Sequence[ScanRow], scored: Scored, hash_of: Callable[[Path], str]
+    rows: Sequence[ScanRow],
+    scored: Scored,
+    hash_of: Callable[[Path], str],
 ) -> set[str]:
     """Return the scored patients one of whose images has the hash of one of the rows."""
     hashes = {row.content_hash for row in rows}

@@ -222,7 +222,10 @@ def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str,
 
 
 def _draw_dice(
-    axis: Any, rows: Sequence[TableRow], labels: Sequence[int], is_surface: bool
+    axis: Any,
+    rows: Sequence[TableRow],
+    labels: Sequence[int],
+    is_surface: bool,
 ) -> None:
     """Draw the score of every seed as a point and their mean as a bar."""
     names = _names(rows)

@@ -532,7 +532,10 @@ def ensure_plans(bench: Bench, keys: Sequence[RunKey]) -> None:
 
 
 def _once(
-    bench: Bench, plans: str, arguments: Sequence[str], changes: Mapping[str, object]
+    bench: Bench,
+    plans: str,
+    arguments: Sequence[str],
+    changes: Mapping[str, object],
 ) -> None:
     """Plan and preprocess, unless a mark says that this was done."""
     done = bench.layout.root / "done" / plans

@@ -153,13 +153,22 @@ def _load(
 
     use_mask = not labels.is_ct and volume(cropped.shape) < MASK_BELOW * volume(stack_CZYX.shape)
     image_CZYX = crop_resample_normalise(
-        stack_CZYX, source_mm, spacing_mm, scheme, use_mask, ct_window if labels.is_ct else None
+        stack_CZYX,
+        source_mm,
+        spacing_mm,
+        scheme,
+        use_mask,
+        ct_window if labels.is_ct else None,
     )
 
     # As nnU-Net's own plans say for labels.
     settings: dict[str, Any] = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
     truth_1ZYX = resample_data_or_seg_to_shape(
-        truth_1ZYX, image_CZYX.shape[1:], source_mm, spacing_mm, **settings
+        truth_1ZYX,
+        image_CZYX.shape[1:],
+        source_mm,
+        spacing_mm,
+        **settings,
     )
     # An ignored label has the highest number. The probe counts it as background.
     truth_ZYX = np.asarray(truth_1ZYX[0], dtype=np.int16)

@@ -49,7 +49,11 @@ class Architecture:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = build_network(
-                self.class_path, self.arguments, input_shape, num_channels, num_classes=1
+                self.class_path,
+                self.arguments,
+                input_shape,
+                num_channels,
+                num_classes=1,
             )
         return network.eval()
 

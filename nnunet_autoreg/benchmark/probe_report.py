@@ -69,7 +69,10 @@ class ProbeRow:
 
 
 def as_json(
-    line: ProbeLine, structures: Mapping[int, str], ids: PublicIds, context: Mapping[str, Any]
+    line: ProbeLine,
+    structures: Mapping[int, str],
+    ids: PublicIds,
+    context: Mapping[str, Any],
 ) -> str:
     """Return one line of JSON.
 
@@ -142,8 +145,15 @@ def rows_of(lines: Sequence[ProbeLine]) -> list[ProbeRow]:
         of_structure = {label: float(np.mean(v)) for label, v in dice_by_structure.items()}
         rows.append(
             ProbeRow(
-                encoder, architecture, levels, num_labels, num_seeds, dice, to_random, of_structure
-            )
+                encoder,
+                architecture,
+                levels,
+                num_labels,
+                num_seeds,
+                dice,
+                to_random,
+                of_structure,
+            ),
         )
     return rows
 

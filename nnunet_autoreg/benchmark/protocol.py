@@ -116,7 +116,8 @@ class BenchmarkRequest:
         for flag, number in numbers.items():
             if number is not None and not 0 < number < float("inf"):
                 raise UsageError(
-                    f"{flag} {number:g}: must be greater than 0", code="benchmark-not-positive"
+                    f"{flag} {number:g}: must be greater than 0",
+                    code="benchmark-not-positive",
                 )
 
         if bool(self.steps) == bool(self.budget_min):

@@ -274,7 +274,10 @@ def job_of(bench: Bench, key: RunKey, batch: int) -> FineTuningJob:
 
 
 def run_missing(
-    bench: Bench, keys: Sequence[RunKey], num_jobs: int, runner: Runner = worker
+    bench: Bench,
+    keys: Sequence[RunKey],
+    num_jobs: int,
+    runner: Runner = worker,
 ) -> list[RunKey]:
     """Do all runs that ``runs.jsonl`` does not hold yet; return those that failed.
 

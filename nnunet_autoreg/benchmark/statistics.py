@@ -127,7 +127,10 @@ def mean_interval(lines: Mapping[int, Mapping[str, Any]]) -> Difference | None:
 
 
 def interval(
-    difference_RC: Array, subjects: Sequence[str], num_left_out: int = 0, num_draws: int = NUM_DRAWS
+    difference_RC: Array,
+    subjects: Sequence[str],
+    num_left_out: int = 0,
+    num_draws: int = NUM_DRAWS,
 ) -> Difference:
     """Return the mean and the bootstrap intervals of differences.
 

@@ -88,7 +88,7 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[TableRow]:
                 paired(by_seed, stock),
                 paired(by_seed, twin, SURFACE),
                 paired(by_seed, stock, SURFACE),
-            )
+            ),
         )
     return sorted(rows, key=_position_in_table)
 
@@ -105,7 +105,11 @@ def _group(key: RunKey) -> tuple[Any, ...]:
 
 
 def _lines_of(
-    groups: Mapping[tuple[Any, ...], Lines], key: RunKey, arm: str, encoder: str, recipe: str
+    groups: Mapping[tuple[Any, ...], Lines],
+    key: RunKey,
+    arm: str,
+    encoder: str,
+    recipe: str,
 ) -> Lines:
     return groups.get((key.split, key.steps, key.batch, key.labels, recipe, encoder, arm), {})
 
@@ -214,7 +218,10 @@ def summary(lines: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()) -> st
             sentences.append(verdict(difference))
             text = f"{compared}, {patients}, {counted(row.key.steps, 'step')}"
             sentences += textwrap.wrap(
-                text, TERMINAL_WIDTH, initial_indent="  ", subsequent_indent="  "
+                text,
+                TERMINAL_WIDTH,
+                initial_indent="  ",
+                subsequent_indent="  ",
             )
 
     # One table for each network and length, with stock nnU-Net in all of them.
@@ -337,7 +344,7 @@ def unequal_pretrainings(rows: Sequence[TableRow]) -> list[str]:
             name = encoder.removeprefix(OWN_PREFIX)
             sentences.append(
                 f"NOT AT EQUAL COST: the pretraining of {most} ({name}) took {ratio:.2f} times the "
-                f"FLOPs of {least}."
+                f"FLOPs of {least}.",
             )
     return sentences
 
@@ -360,7 +367,7 @@ def _notes(rows: Sequence[TableRow]) -> list[str]:
     if any(row.key.split not in SPLITS for row in rows):
         notes.append(
             "A cross-validation scores every patient once a seed. Trainings of different folds "
-            "share labelled patients, which the interval does not know of: it is somewhat narrow."
+            "share labelled patients, which the interval does not know of: it is somewhat narrow.",
         )
 
     left_out = 0
@@ -372,6 +379,6 @@ def _notes(rows: Sequence[TableRow]) -> list[str]:
     if left_out:
         notes.append(
             f"Up to {left_out} cases have no Dice in some run (nothing to find and nothing found) "
-            "and are left out of the pairs."
+            "and are left out of the pairs.",
         )
     return notes

@@ -24,7 +24,9 @@ Floats = NDArray[np.floating[Any]]
 
 
 def size_features(
-    labels_ZYX: NDArray[np.integer], spacing_mm: Spacing, values: Sequence[int]
+    labels_ZYX: NDArray[np.integer],
+    spacing_mm: Spacing,
+    values: Sequence[int],
 ) -> NDArray[np.float64]:
     """Return the sizes of the labelled structures, as logarithms.
 
@@ -44,7 +46,11 @@ def size_features(
 
 
 def fit_predict(
-    train_NV: Floats, labels_N: Sequence[int], groups: Sequence[str], test_MV: Floats, num: int
+    train_NV: Floats,
+    labels_N: Sequence[int],
+    groups: Sequence[str],
+    test_MV: Floats,
+    num: int,
 ) -> NDArray[np.float64]:
     """Return the probabilities (M, K) of a logistic regression in which every class counts equally.
 
@@ -90,7 +96,11 @@ def fit_predict(
 
 
 def _fitted(
-    train: Floats, labels: NDArray[np.int64], test: Floats, strength: float, num: int
+    train: Floats,
+    labels: NDArray[np.int64],
+    test: Floats,
+    strength: float,
+    num: int,
 ) -> NDArray[np.float64]:
     from sklearn.linear_model import LogisticRegression
 

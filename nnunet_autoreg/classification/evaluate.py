@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_folders(
-    predictions: Path, truth: Path, num_resamples: int, seed: int
+    predictions: Path,
+    truth: Path,
+    num_resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Return every figure of every task that both tables have.
 
@@ -90,7 +93,10 @@ def evaluate_folders(
 
 
 def _matched(
-    file: Path, predicted: ClassPredictions, truth: Path, rows: Mapping[str, Mapping[str, str]]
+    file: Path,
+    predicted: ClassPredictions,
+    truth: Path,
+    rows: Mapping[str, Mapping[str, str]],
 ) -> tuple[list[str], list[str], list[str]]:
     """Return the scans in both tables, those that lack a true class, and those not predicted."""
     common = [case for case in predicted.probabilities if case in rows]

@@ -173,11 +173,12 @@ def check_fold(fold: Fold, table: ClassTable, name: str) -> list[str]:
         for index, kind in enumerate(task.classes):
             if not counts["train"][index]:
                 warnings.append(
-                    f"no training case of fold {name} is {task.name} '{kind}'; it cannot be learned"
+                    f"no training case of fold {name} is {task.name} '{kind}'; "
+                    "it cannot be learned",
                 )
             if not counts["val"][index]:
                 warnings.append(
                     f"no validation case of fold {name} is {task.name} '{kind}'; it is left out of "
-                    "the scores"
+                    "the scores",
                 )
     return warnings

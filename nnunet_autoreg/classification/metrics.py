@@ -307,7 +307,7 @@ def calibration(judged: Judged) -> dict[str, Any]:
                 "true": _or_none(share_B[0]),
                 "ci95": _ends(share_B),
                 "cases": int(inside.sum()),
-            }
+            },
         )
     return {"bins": rows}
 

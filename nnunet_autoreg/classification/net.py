@@ -78,7 +78,11 @@ class Classifier(FeatureEncoder):
         return [head(standardised_BV) for head in self.heads]
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         # The heads of earlier releases read the features as they are.
         state_dict.setdefault(f"{prefix}feature_mean", torch.zeros_like(self.feature_mean))
@@ -102,7 +106,10 @@ class Classifier(FeatureEncoder):
 
     @torch.no_grad()
     def pooled_over_scan(
-        self, image_CZYX: Tensor, patch_size: Size, device: torch.device
+        self,
+        image_CZYX: Tensor,
+        patch_size: Size,
+        device: torch.device,
     ) -> Tensor:
         """Return the mean features (V,) of a preprocessed scan of any size.
 

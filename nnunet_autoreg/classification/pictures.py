@@ -42,7 +42,13 @@ def _draw_roc(axis: Any, name: str, scores: Mapping[str, Any]) -> None:
         if roc["ci95"]:
             band = np.array(roc["ci95"])
             axis.fill_between(
-                rates, band[:, 0], band[:, 1], color=BLUE, alpha=0.2, linewidth=0, label="95 %"
+                rates,
+                band[:, 0],
+                band[:, 1],
+                color=BLUE,
+                alpha=0.2,
+                linewidth=0,
+                label="95 %",
             )
         axis.plot(
             rates,

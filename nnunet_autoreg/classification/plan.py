@@ -72,7 +72,10 @@ class ClassificationPlan:
 
 
 def make_plan(
-    table: ClassTable, batch_size: int, class_path: str, most_iterations: int
+    table: ClassTable,
+    batch_size: int,
+    class_path: str,
+    most_iterations: int,
 ) -> ClassificationPlan:
     """Return the plan of a configuration.
 
@@ -105,7 +108,8 @@ def make_plan(
 
 
 def plan_balance(
-    tasks: Sequence[ClassificationTask], class_counts: Sequence[Sequence[int]]
+    tasks: Sequence[ClassificationTask],
+    class_counts: Sequence[Sequence[int]],
 ) -> tuple[str, str]:
     """Return how unequal numbers of cases are balanced, and the reason."""
     worst = 1.0

@@ -78,7 +78,11 @@ def classify(model: ClassifierModel, scan: Scan) -> ScanClasses:
     for _ in model.weights():
         assert isinstance(model.network, Classifier)
         found = probabilities_of(
-            model.network, image_CZYX, model.patch_size, model.device, model.autocast()
+            model.network,
+            image_CZYX,
+            model.patch_size,
+            model.device,
+            model.autocast(),
         )
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         num_folds += 1

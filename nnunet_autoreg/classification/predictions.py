@@ -101,7 +101,10 @@ def are_probabilities(values_K: NDArray[np.float64]) -> bool:
 
 
 def _probabilities(
-    file: Path, case: str, task: ClassificationTask, cells: Sequence[str]
+    file: Path,
+    case: str,
+    task: ClassificationTask,
+    cells: Sequence[str],
 ) -> NDArray[np.float64]:
     try:
         values = np.array([float(cell) for cell in cells])

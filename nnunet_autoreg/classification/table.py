@@ -185,7 +185,8 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         )
     if not rows:
         raise ClassesError(
-            f"{file} has no row below its first line; add a row per case", code="classes-no-row"
+            f"{file} has no row below its first line; add a row per case",
+            code="classes-no-row",
         )
 
     seen: dict[str, int] = {}
@@ -223,7 +224,9 @@ def _check_cases(file: Path, named: Sequence[str], cases: Sequence[str]) -> None
 
 
 def _tasks(
-    file: Path, values: Mapping[str, Mapping[str, str]], described: Any
+    file: Path,
+    values: Mapping[str, Mapping[str, str]],
+    described: Any,
 ) -> tuple[list[ClassificationTask], dict[str, str]]:
     """Return the tasks, and column -> why it is none."""
     if described is not None:
@@ -289,7 +292,11 @@ def read_tasks(described: Any) -> list[ClassificationTask]:
 
 
 def class_index(
-    file: Path, task: ClassificationTask, case: str, value: str, source: str = "dataset.json"
+    file: Path,
+    task: ClassificationTask,
+    case: str,
+    value: str,
+    source: str = "dataset.json",
 ) -> int:
     """Return the index of a class; an empty cell is ``UNKNOWN``.
 
@@ -349,7 +356,9 @@ def _check_classes(file: Path, table: ClassTable) -> None:
         absent = [kind for index, kind in enumerate(task.classes) if index not in patients]
         if absent:
             log.warning(
-                "no case of %s is %s, so that it cannot be learned", task.name, ", ".join(absent)
+                "no case of %s is %s, so that it cannot be learned",
+                task.name,
+                ", ".join(absent),
             )
         for index, members in sorted(patients.items()):
             if len(members) == 1:

@@ -189,7 +189,8 @@ def write_validation(
 
 
 def score_lines(
-    tasks: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]] | None
+    tasks: Mapping[str, Mapping[str, Any]],
+    baselines: Mapping[str, Mapping[str, Any]] | None,
 ) -> list[str]:
     """Return one line per task for the log, and one per baseline below it."""
     lines = []

@@ -295,7 +295,7 @@ def describe(bench: "Bench") -> None:
     print(f"--labels counts {record.label_unit}")
     print(
         f"{public_dataset(request.dataset)}: {len(record.subjects)} labelled cases of "
-        f"{len(set(record.subjects.values()))} patients"
+        f"{len(set(record.subjects.values()))} patients",
     )
 
     # A case is one scan; a patient may have several.
@@ -308,7 +308,7 @@ def describe(bench: "Bench") -> None:
         num_labels = min(map(record.num_available, request.splits))
         print(
             f"{counted(len(num_tested), 'fold')} of {sizes} patients, who are scored by networks "
-            f"that did not see them; up to {counted(num_labels, 'labelled patient')} in a training"
+            f"that did not see them; up to {counted(num_labels, 'labelled patient')} in a training",
         )
         return
 
@@ -322,7 +322,7 @@ def describe(bench: "Bench") -> None:
     if num_tested[0] < SMALL_TEST:
         print(
             f"scores of {counted(num_tested[0], 'patient')} say little; with --split "
-            f"{CROSS_VALIDATION} every patient is scored once"
+            f"{CROSS_VALIDATION} every patient is scored once",
         )
 
 

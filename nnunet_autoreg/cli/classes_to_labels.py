@@ -63,6 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"wrote {len(written)} label maps into {folder / LABELS}")
     print_next(
         f"nnUNetv2_plan_and_preprocess -d {dataset_number(request.dataset)} -pl AutoregPlanner -c "
-        "3d_fullres"
+        "3d_fullres",
     )
     return 0

@@ -108,11 +108,19 @@ def main(argv: list[str] | None = None) -> int:
 
     device = prediction_device(request.device)
     folder = trained_folder(
-        results_folder(), request.dataset, request.trainer, request.plans, request.configuration
+        results_folder(),
+        request.dataset,
+        request.trainer,
+        request.plans,
+        request.configuration,
     )
     model = ClassifierModel(folder, request.folds, device, request.checkpoint)
     scans = find(
-        request.scans, model.file_ending, model.num_channels, request.split_4d, request.output
+        request.scans,
+        model.file_ending,
+        model.num_channels,
+        request.split_4d,
+        request.output,
     )
 
     make_output_folder(request.output)
@@ -139,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"wrote {len(in_order)} scans to {request.output / NAME}")
     print_next(
         f"autoreg_evaluate_classification -p {shell_quoted(str(request.output))} -g CLASSES_CSV -o "
-        "metrics.json"
+        "metrics.json",
     )
 
     # A script that calls the command has to notice that scans are missing.
@@ -147,7 +155,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _earlier_results(
-    request: ClassifyRequest, model: "ClassifierModel", scans: "list[Scan]"
+    request: ClassifyRequest,
+    model: "ClassifierModel",
+    scans: "list[Scan]",
 ) -> "dict[str, ScanClasses]":
     """Return what an earlier call has left, by the name of the scan.
 
@@ -171,7 +181,9 @@ def _earlier_results(
 
 
 def _classify_all(
-    model: "ClassifierModel", scans: "list[Scan]", output: Path
+    model: "ClassifierModel",
+    scans: "list[Scan]",
+    output: Path,
 ) -> "dict[str, ScanClasses]":
     """Classify, write and print one scan after the other; return the classes of the readable ones.
 

@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     prepare_torch()
     if not 1 <= request.number <= 999:
         raise UsageError(
-            f"-d {request.number} must lie between 1 and 999", code="convert-number-range"
+            f"-d {request.number} must lie between 1 and 999",
+            code="convert-number-range",
         )
 
     root = raw_folder()

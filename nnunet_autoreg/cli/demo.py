@@ -418,13 +418,13 @@ def main(argv: list[str] | None = None) -> int:
         raise InterruptedRunError(
             f"stopped in step {demo.num_done + 1} of {NUM_STEPS}. The demo cannot be continued; it "
             f"always starts in a new folder. In {folder} remain: {demo.remaining()}. Remove "
-            "that folder when you no longer need it"
+            "that folder when you no longer need it",
         ) from error
     picture = draw(demo, features, dice)
     print(
         f"frozen features, a linear classifier on {counted(PROBE_LABELS, 'labelled scan')}: Dice "
         f"{fmean(features.pretrained):.3f} with pretrained weights, {fmean(features.random):.3f} "
-        f"with random ones; difference {features.gain} over {PROBE_DRAWS} draws"
+        f"with random ones; difference {features.gain} over {PROBE_DRAWS} draws",
     )
     steps = RECIPE["num_epochs"] * RECIPE["num_iterations_per_epoch"]
     print(f"fine-tuned for {steps} steps: mean Dice {dice:.3f} on {NUM_TEST} test scans")

@@ -193,7 +193,9 @@ def _add_output_options(group: Group) -> None:
         "score of at least 0.5, or all that --min-score or --fppi keep",
     )
     group.add_argument(
-        "--nndet", action="store_true", help="also write NAME_boxes.pkl as nnDetection does"
+        "--nndet",
+        action="store_true",
+        help="also write NAME_boxes.pkl as nnDetection does",
     )
     group.add_argument(
         "--overwrite",
@@ -227,7 +229,11 @@ def detect_all(request: DetectRequest) -> int:
     options = options_of(request, model)
 
     scans = find(
-        request.scans, model.file_ending, model.num_channels, request.split_4d, request.output
+        request.scans,
+        model.file_ending,
+        model.num_channels,
+        request.split_4d,
+        request.output,
     )
 
     # By these, a later call sees whether a scan has changed.
@@ -251,7 +257,8 @@ def options_of(request: DetectRequest, model: "DetectorModel") -> "DetectionOpti
 
     if request.min_score is not None and request.fppi is not None:
         raise UsageError(
-            "--min-score and --fppi exclude each other; give one", code="detect-two-scores"
+            "--min-score and --fppi exclude each other; give one",
+            code="detect-two-scores",
         )
 
     _check_score(request)
@@ -299,7 +306,8 @@ def options_of(request: DetectRequest, model: "DetectorModel") -> "DetectionOpti
 def _check_score(request: DetectRequest) -> None:
     if request.min_score is not None and not 0 <= request.min_score <= 1:
         raise UsageError(
-            f"--min-score {request.min_score:g} must lie in [0, 1]", code="detect-min-score"
+            f"--min-score {request.min_score:g} must lie in [0, 1]",
+            code="detect-min-score",
         )
 
 
@@ -313,7 +321,8 @@ def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> in
     for name, option in OF_A_MODEL.items():
         if getattr(request, name) != defaults.get_default(name):
             raise UsageError(
-                f"{option} has no meaning with --from-seg; leave it out", code="from-seg-option"
+                f"{option} has no meaning with --from-seg; leave it out",
+                code="from-seg-option",
             )
 
     _check_score(request)
@@ -349,7 +358,10 @@ def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> in
 
 
 def finish(
-    request: DetectRequest, options: "DetectionOptions", names: Sequence[str], num_scans: int
+    request: DetectRequest,
+    options: "DetectionOptions",
+    names: Sequence[str],
+    num_scans: int,
 ) -> int:
     """Write the table of all scans, and the wanted files that scans done before do not have.
 
@@ -392,7 +404,7 @@ def finish(
     results = shell_quoted(str(folder))
     print_next(
         f"autoreg_evaluate_detection -p {results} -g FOLDER_OF_LABELS -o FILE; or open "
-        "NAME.mrk.json over the scan in 3D Slicer"
+        "NAME.mrk.json over the scan in 3D Slicer",
     )
 
     # A script that calls the command has to notice that scans are missing.
@@ -428,7 +440,7 @@ def start(
     if len(done) < len(existing):
         print(
             f"{len(existing) - len(done)} scans were done before, and are done again because they "
-            "are to be drawn differently"
+            "are to be drawn differently",
         )
     return done
 
@@ -456,7 +468,10 @@ def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
 
 
 def detect_one(
-    model: "DetectorModel", scan: "Scan", options: "DetectionOptions", folder: Path
+    model: "DetectorModel",
+    scan: "Scan",
+    options: "DetectionOptions",
+    folder: Path,
 ) -> bool:
     """Detect in one scan and write its files; returns False if it cannot be read."""
     from nnunet_autoreg.detection.predict import detect, write

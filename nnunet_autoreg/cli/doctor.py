@@ -139,7 +139,9 @@ def parser() -> argparse.ArgumentParser:
         "through PYTHONPATH",
     )
     fixing.add_argument(
-        "--unlink", action="store_true", help="remove the file that --link has written"
+        "--unlink",
+        action="store_true",
+        help="remove the file that --link has written",
     )
     return p
 
@@ -336,7 +338,10 @@ def check_bridge(answer: dict[str, Any], switch: str | None) -> Check:
                 "--no-deps nnunet-autoreg"
             )
             return Check(
-                name, FAIL, f"live, but {class_name} is not found: {_one_line(reason)}", remedy
+                name,
+                FAIL,
+                f"live, but {class_name} is not found: {_one_line(reason)}",
+                remedy,
             )
     return Check(name, OK, "live; nnU-Net finds AutoregPlanner and AutoregPretrainedTrainer")
 
@@ -403,7 +408,9 @@ def check_device(answer: dict[str, Any]) -> Check:
         gpu, total, count, free = details
         more = f", {count} of them" if count > 1 else ""
         return Check(
-            "device", OK, f"cuda: {gpu}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free){more}"
+            "device",
+            OK,
+            f"cuda: {gpu}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free){more}",
         )
     if kind == "mps":
         return Check("device", OK, "mps (Apple GPU); give --device mps")
@@ -463,7 +470,10 @@ def check_runs() -> Check:
 
     if unreadable:
         return Check(
-            name, WARN, f"{finding}; {len(unreadable)} unreadable", _one_line(unreadable[0])
+            name,
+            WARN,
+            f"{finding}; {len(unreadable)} unreadable",
+            _one_line(unreadable[0]),
         )
     return Check(name, OK, finding)
 
@@ -555,7 +565,8 @@ def _unlink(folder: Path) -> int:
             target.unlink()
         except OSError as error:
             raise AutoregError(
-                f"{target} cannot be removed ({error.strerror})", code="doctor-not-writable"
+                f"{target} cannot be removed ({error.strerror})",
+                code="doctor-not-writable",
             ) from error
         print(f"removed {target}")
     print_next("autoreg_doctor")
@@ -564,7 +575,7 @@ def _unlink(folder: Path) -> int:
 
 def _is_our_link(target: Path) -> bool:
     return target.is_file() and target.read_text(encoding="utf-8", errors="replace").startswith(
-        LINK_HEAD
+        LINK_HEAD,
     )
 
 

@@ -199,11 +199,13 @@ def main(argv: list[str] | None = None) -> int:
 def _check_output(request: EmbedRequest) -> None:
     if request.output.suffix not in (".npz", ".parquet"):
         raise UsageError(
-            f"-o {request.output} must end in .npz or .parquet", code="embed-output-ending"
+            f"-o {request.output} must end in .npz or .parquet",
+            code="embed-output-ending",
         )
     if request.dense and request.output.suffix == ".parquet":
         raise UsageError(
-            "--dense: a table cannot hold grids; give -o features.npz", code="embed-dense-table"
+            "--dense: a table cannot hold grids; give -o features.npz",
+            code="embed-dense-table",
         )
     if request.output.is_dir():
         raise UsageError(
@@ -235,7 +237,8 @@ def _check_region(request: EmbedRequest) -> None:
         )
     if not is_label and request.labels is not None:
         raise UsageError(
-            f"--labels {request.labels} is not used; add --region label", code="embed-unused-labels"
+            f"--labels {request.labels} is not used; add --region label",
+            code="embed-unused-labels",
         )
     if request.labels is not None and not request.labels.is_dir():
         raise UsageError(

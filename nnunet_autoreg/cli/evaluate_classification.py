@@ -100,7 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.classification.pictures import draw_tasks
 
     results = evaluate_folders(
-        request.predictions, request.truth, request.num_resamples, request.seed
+        request.predictions,
+        request.truth,
+        request.num_resamples,
+        request.seed,
     )
     # Write the figures first, because drawing the picture may fail.
     stem = request.output

@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(results["absent_classes"]) == len(truth.classes):
         log.warning(
             "no scan has an object that counts, so no score can be computed; check -g, "
-            "--min-voxels and --classes"
+            "--min-voxels and --classes",
         )
 
     # Write the figures first, because drawing the pictures may fail.
@@ -324,7 +324,7 @@ def _draw(
     if not backgrounds:
         log.warning(
             "no picture of scans, because there is neither an image nor a label map to draw on; "
-            "give --images FOLDER"
+            "give --images FOLDER",
         )
         return [curve]
 
@@ -358,7 +358,8 @@ def _settings(request: EvaluationRequest) -> "EvaluationSettings":
     check_settings(settings)
     if request.min_voxels is not None and request.min_voxels < 1:
         raise UsageError(
-            f"--min-voxels {request.min_voxels} must be at least 1", code="evaluation-min-voxels"
+            f"--min-voxels {request.min_voxels} must be at least 1",
+            code="evaluation-min-voxels",
         )
     return settings
 

@@ -287,7 +287,7 @@ def preprocess(request: "Request", part: str, dry_run: bool) -> int:
     if num_left:
         print_next(
             f"run the other parts ({num_left} cases are missing), then type the same line "
-            "without --part to train"
+            "without --part to train",
         )
     else:
         print_next("type the same line without --part to train")
@@ -363,7 +363,7 @@ def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> i
         picture, options = ("sequences.png, ", " --show") if args.show else ("", "")
         print_next(
             f"look at {picture}plan.json and scans.csv in {folder}, edit the plan if you like, "
-            f"then type the same line without --dry-run{options}"
+            f"then type the same line without --dry-run{options}",
         )
         return 0
 

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{text}\n\nlines: {root / LINES_NAME}\ntable: {root / TABLE_NAME}")
     print_next(
         f"autoreg_benchmark -d {args.dataset} --split development, to see whether fine-tuning "
-        "agrees"
+        "agrees",
     )
     return 0
 

@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     actions = p.add_subparsers(dest="action", required=True)
 
     _add_action(
-        actions, "list", "list the finished and imported encoders that AutoregPlanner can use"
+        actions,
+        "list",
+        "list the finished and imported encoders that AutoregPlanner can use",
     )
     _add_inspect(actions)
     _add_import(actions)
@@ -67,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_inspect(actions: Any) -> None:
     inspecting = _add_action(
-        actions, "inspect", "show what a weights file is, what it needs, its licence and its hash"
+        actions,
+        "inspect",
+        "show what a weights file is, what it needs, its licence and its hash",
     )
     inspecting.add_argument(
         "path",
@@ -109,7 +113,9 @@ def _add_export(actions: Any) -> None:
         "format, which the PretrainedTrainers of nnU-Net's master branch read",
     )
     exporting.add_argument(
-        "name", metavar="NAME", help="name of a run, its folder, or its encoder.safetensors"
+        "name",
+        metavar="NAME",
+        help="name of a run, its folder, or its encoder.safetensors",
     )
     exporting.add_argument(
         "-o",
@@ -264,12 +270,12 @@ def _import(arguments: argparse.Namespace) -> int:
     num_tensors = len(imported.tensors) + len(imported.decoder)
     print(
         f"imported {num_tensors} tensors as '{card.name}': {card.encoder}, sha256 "
-        f"{card.sha256[:12]}..."
+        f"{card.sha256[:12]}...",
     )
     print(card.licence_line or "licences of the weights: none stated")
     print_next(
         f"export autoreg_weights={card.name}; nnUNetv2_plan_and_preprocess -d DATASET -pl "
-        "AutoregPlanner -c 3d_fullres"
+        "AutoregPlanner -c 3d_fullres",
     )
     return 0
 
@@ -299,7 +305,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.form == HUGGINGFACE_FORM:
         print_next(
             f"read {folder}/README.md and check the licence, then share it: hf upload OWNER/NAME "
-            f"{folder}"
+            f"{folder}",
         )
     else:
         print_next(f"autoreg_weights inspect {folder}")

@@ -113,7 +113,8 @@ def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
     heads = num_heads or width // HEAD_WIDTH
     if width % heads:
         raise WeightsError(
-            f"--heads {heads}: the width of {width} is not a multiple of it", code="weights-heads"
+            f"--heads {heads}: the width of {width} is not a multiple of it",
+            code="weights-heads",
         )
 
     # The files do not hold the decoder of fine-tuning, so that its size is ours.
@@ -151,7 +152,9 @@ def to_theirs(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def import_ar_ssl4m(
-    source_file: Path, tensors: Mapping[str, Tensor], options: ImportOptions
+    source_file: Path,
+    tensors: Mapping[str, Tensor],
+    options: ImportOptions,
 ) -> Imported:
     """Return the encoder of an AR-SSL4M checkpoint under our names.
 
@@ -170,12 +173,12 @@ def import_ar_ssl4m(
         notes.append(f"left out: {HEAD.rstrip('.')}, the head of pretraining")
     notes.append(
         "axes turned from (x, y, z) to (z, y, x): the patch kernel here, the positions in the "
-        "network"
+        "network",
     )
     if options.spacing_mm is None:
         notes.append(
             "spacing: the weights were pretrained without resampling; 1 x 1 x 1 mm is assumed, at "
-            "which the authors fine-tuned (--spacing Z Y X states another)"
+            "which the authors fine-tuned (--spacing Z Y X states another)",
         )
 
     licences = AR_SSL4M_LICENCE

@@ -93,7 +93,10 @@ class Exported:
 
 
 def export_weights(
-    weights: Path, folder: Path, form: str = NNSSL_FORM, token_order: str = OURS
+    weights: Path,
+    folder: Path,
+    form: str = NNSSL_FORM,
+    token_order: str = OURS,
 ) -> Exported:
     """Write the encoder of a finished run into ``folder``.
 
@@ -178,7 +181,8 @@ def _in_nnssl_order(card: EncoderCard, tensors: dict[str, Tensor], form: str) ->
 
 
 def _vit_contents(
-    card: EncoderCard, tensors: Mapping[str, Tensor]
+    card: EncoderCard,
+    tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return AR-SSL4M's checkpoint by its file name, and what it lacks."""
     checkpoint = {
@@ -195,7 +199,10 @@ def _vit_contents(
 
 
 def _nnssl_contents(
-    card: EncoderCard, tensors: Mapping[str, Tensor], network: nn.Module, token_order: str
+    card: EncoderCard,
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    token_order: str,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the contents of nnssl's three files by name, and what they cannot express."""
     # Readers of the format load encoder and stem strictly, by every name that a tensor has.
@@ -301,7 +308,8 @@ def _is_equal(found: Any, expected: Any) -> bool:
 
 
 def adaptation_plan(
-    card: EncoderCard, tensors: Mapping[str, Tensor]
+    card: EncoderCard,
+    tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return nnssl's adaptation plan for an encoder, and one line for what it cannot express."""
     architecture, warnings = _architecture(card)
@@ -333,13 +341,13 @@ def adaptation_plan(
         low, high = card.ct_window.percentile_00_5, card.ct_window.percentile_99_5
         warnings.append(
             f"CT was pretrained with a Hounsfield window of {low:g} to {high:g}. nnssl's format "
-            f"cannot express it, and its readers z-score CT; the window is kept under '{OWN_KEY}'"
+            f"cannot express it, and its readers z-score CT; the window is kept under '{OWN_KEY}'",
         )
 
     if len(card.spacing_groups) > 1:
         warnings.append(
             f"it was pretrained at {len(card.spacing_groups)} target spacings; nnssl's format has "
-            f"one, {list(card.spacing_mm)} mm"
+            f"one, {list(card.spacing_mm)} mm",
         )
     return plan, tuple(warnings)
 
@@ -395,7 +403,9 @@ def _architecture(card: EncoderCard) -> tuple[dict[str, Any], list[str]]:
 
 
 def _described(
-    name: str, arguments: dict[str, Any] | None, imported: list[str] | None
+    name: str,
+    arguments: dict[str, Any] | None,
+    imported: list[str] | None,
 ) -> dict[str, Any]:
     return {
         "arch_class_name": name,
@@ -443,7 +453,7 @@ def _citations(card: EncoderCard) -> list[dict[str, Any]]:
         f"{__version__}. Licences of what it was made from: {licences}"
     )
     citations: list[dict[str, Any]] = [
-        {"type": "Pretraining", "name": card.name, "apa_citations": [text], "bibtex_citations": []}
+        {"type": "Pretraining", "name": card.name, "apa_citations": [text], "bibtex_citations": []},
     ]
 
     # Weights that were imported themselves pass their sources on.

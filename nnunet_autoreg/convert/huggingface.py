@@ -23,7 +23,9 @@ MODEL_TYPE = "nnunet_autoreg"
 
 
 def huggingface_contents(
-    card: EncoderCard, weights: Path, own: Mapping[str, Any]
+    card: EncoderCard,
+    weights: Path,
+    own: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the content of each file of the folder, by name.
 

@@ -131,7 +131,10 @@ def names_of(network: nn.Module, prefixes: tuple[str, ...] = ()) -> dict[str, li
 
 
 def checked_tensors(
-    network: nn.Module, tensors: Mapping[str, Tensor], what: str, prefixes: tuple[str, ...] = ()
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    what: str,
+    prefixes: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Return the encoder's tensors, each of them once, under its first name.
 
@@ -266,7 +269,8 @@ def _card(imported: Imported, name: str, network: nn.Module) -> EncoderCard:
             extra={**known.extra, IMPORTED: imported.origin},
             # nnssl's format holds no decoder, regardless of the card inside.
             adaptation=replace(
-                known.adaptation, keys_to_decoder=DECODER_PREFIXES if imported.decoder else ()
+                known.adaptation,
+                keys_to_decoder=DECODER_PREFIXES if imported.decoder else (),
             ),
         )
 

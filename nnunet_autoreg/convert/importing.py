@@ -26,7 +26,11 @@ from nnunet_autoreg.model.card import RUNS_FOLDER, EncoderCard
 
 
 def import_weights(
-    path: Path, name: str, results: Path, options: ImportOptions, plan_file: Path | None = None
+    path: Path,
+    name: str,
+    results: Path,
+    options: ImportOptions,
+    plan_file: Path | None = None,
 ) -> tuple[EncoderCard, Imported]:
     """Write ``$nnUNet_results/autoreg_pretraining/NAME`` from a file or folder.
 

@@ -36,7 +36,9 @@ HIDDEN_ARGUMENTS = ("conv_bias", "kernel_sizes", "n_conv_per_stage_decoder")
 
 
 def inspect_weights(
-    path: Path, options: ImportOptions, plan_file: Path | None = None
+    path: Path,
+    options: ImportOptions,
+    plan_file: Path | None = None,
 ) -> tuple[Facts, str]:
     """Return facts about a file as (name, text), and what to type next.
 
@@ -64,14 +66,14 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
     if card.num_steps or not isinstance(origin, Mapping):
         history.append(
             f"pretrained in {card.num_steps} steps on {card.num_scans} scans, finished "
-            f"{card.finished_at}"
+            f"{card.finished_at}",
         )
     if isinstance(origin, Mapping):
         when = "" if card.num_steps else f" {card.finished_at}"
         where = origin.get("repository") or origin.get("file")
         history.append(
             f"imported{when} from {where} ({origin.get('format')}, sha256 "
-            f"{str(origin.get('sha256'))[:12]}...)"
+            f"{str(origin.get('sha256'))[:12]}...)",
         )
 
     normalization = card.normalization or "z-score"
@@ -125,7 +127,10 @@ def _patch_text(patch: tuple[int, ...], token: tuple[int, ...]) -> str:
 
 
 def _foreign_facts(
-    source: WeightsFile, head: Facts, options: ImportOptions, plan_file: Path | None
+    source: WeightsFile,
+    head: Facts,
+    options: ImportOptions,
+    plan_file: Path | None,
 ) -> tuple[Facts, str]:
     """Describe a file that can be imported, and return the line that imports it."""
     what = f"{source.kind} checkpoint"
@@ -147,7 +152,7 @@ def _foreign_facts(
     }
     statements = [f"{flag} {value}" for flag, value in flags.items() if value]
     import_line = " ".join(
-        ["autoreg_weights import", shell_quoted(str(source.file)), "--name NAME", *statements]
+        ["autoreg_weights import", shell_quoted(str(source.file)), "--name NAME", *statements],
     )
 
     # All that the import would check, without writing anything.

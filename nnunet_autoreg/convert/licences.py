@@ -28,7 +28,10 @@ _LICENCE_LINE = re.compile(r"^license:\s*[\"']?([^\"'\n]+)", re.MULTILINE)
 
 
 def licences_of(
-    plan: Mapping[str, Any], citations: Any, file: Path, stated: str | None = None
+    plan: Mapping[str, Any],
+    citations: Any,
+    file: Path,
+    stated: str | None = None,
 ) -> dict[str, str]:
     """Return the licence of the weights, by what they were made from.
 
@@ -58,7 +61,9 @@ def modalities_of(plan: Mapping[str, Any], citations: Any, file: Path) -> tuple[
 
 
 def _known(
-    plan: Mapping[str, Any], citations: Any, file: Path
+    plan: Mapping[str, Any],
+    citations: Any,
+    file: Path,
 ) -> tuple[re.Pattern[str], str, str, tuple[str, ...]] | None:
     names = (file.resolve().parent.name, repository_of(file)[0])
     texts = " ".join((_dataset_of(plan), str(citations or ""), *names))

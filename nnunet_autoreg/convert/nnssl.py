@@ -153,13 +153,13 @@ def _with_stated_data(imported: Imported, source: WeightsFile, options: ImportOp
         if spacing is not None:
             notes.append(
                 "spacing: the weights were pretrained without resampling; the median of the plan, "
-                f"{list(spacing)} mm, is used"
+                f"{list(spacing)} mm, is used",
             )
 
     if spacing is None:
         spacing = (1.0, 1.0, 1.0)
         notes.append(
-            "spacing: the plan states none; 1 x 1 x 1 mm is assumed (--spacing states another)"
+            "spacing: the plan states none; 1 x 1 x 1 mm is assumed (--spacing states another)",
         )
 
     # Normalisation: nnssl's usual z-score has a name in nnU-Net; anything else is nnU-Net's choice.
@@ -173,7 +173,7 @@ def _with_stated_data(imported: Imported, source: WeightsFile, options: ImportOp
     elif names != [Z_SCORE]:
         normalization = None
         notes.append(
-            f"normalisation {', '.join(names)}: nnU-Net's own choice per channel is used instead"
+            f"normalisation {', '.join(names)}: nnU-Net's own choice per channel is used instead",
         )
 
     modalities = options.modalities
@@ -182,7 +182,7 @@ def _with_stated_data(imported: Imported, source: WeightsFile, options: ImportOp
         modalities = ("CT", "MR")
         notes.append(
             "modalities: the file does not name them; CT and MR are assumed (--modality states "
-            "others)"
+            "others)",
         )
 
     trainer = str(source.rest.get("trainer_name") or plan.get("trainer_name") or "")
@@ -247,7 +247,7 @@ def _family(plan: Mapping[str, Any], source: WeightsFile) -> str:
         return PRIMUS
 
     known = ", ".join(
-        [*CNN_PRESETS, "ResidualEncoderUNet", "Primus", *PRIMUS_PRESETS, "PrimusV2", "PrimusV3"]
+        [*CNN_PRESETS, "ResidualEncoderUNet", "Primus", *PRIMUS_PRESETS, "PrimusV2", "PrimusV3"],
     )
     raise WeightsError(
         f"{source.file} holds a {name}, which cannot be fine-tuned here; supported are: {known}",
@@ -256,7 +256,9 @@ def _family(plan: Mapping[str, Any], source: WeightsFile) -> str:
 
 
 def _encoder_tensors(
-    source: WeightsFile, plan: Mapping[str, Any], family: str
+    source: WeightsFile,
+    plan: Mapping[str, Any],
+    family: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the encoder under its downstream names, and a note about what was left out."""
     try:
@@ -300,7 +302,10 @@ def _stripped(key: str, family: str) -> str:
 
 
 def _encoder(
-    family: str, plan: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ImportOptions
+    family: str,
+    plan: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    options: ImportOptions,
 ) -> EncoderPlan:
     """Return the encoder that the plan and the weights describe."""
     class_name, stated = architecture_of(plan, "the file")
@@ -425,7 +430,9 @@ def _primus_arguments(
 
 
 def _primus_heads(
-    stated: Mapping[str, Any], preset: PrimusSizes | None, options: ImportOptions
+    stated: Mapping[str, Any],
+    preset: PrimusSizes | None,
+    options: ImportOptions,
 ) -> int:
     """Return the number of attention heads, which does not follow from the shape of any tensor.
 
@@ -442,7 +449,11 @@ def _primus_heads(
 
 
 def _check_planned_sizes(
-    name: str, width: int, depth: int, stated: Mapping[str, Any], preset: PrimusSizes | None
+    name: str,
+    width: int,
+    depth: int,
+    stated: Mapping[str, Any],
+    preset: PrimusSizes | None,
 ) -> None:
     """Refuse weights of another width or depth than the adaptation plan describes."""
     planned_width, planned_depth = None, None
@@ -481,7 +492,10 @@ def _layer_scale(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fl
 
 
 def _patch_size(
-    source: WeightsFile, encoder: EncoderPlan, tensors: Mapping[str, Tensor], options: ImportOptions
+    source: WeightsFile,
+    encoder: EncoderPlan,
+    tensors: Mapping[str, Tensor],
+    options: ImportOptions,
 ) -> tuple[Size, list[str]]:
     """Return the patch size of pretraining, and notes about a choice between several.
 
@@ -548,7 +562,11 @@ def _size(value: Any) -> Size | None:
 
 
 def _in_our_order(
-    tensors: dict[str, Tensor], grid: Size, encoder: EncoderPlan, own: Any, options: ImportOptions
+    tensors: dict[str, Tensor],
+    grid: Size,
+    encoder: EncoderPlan,
+    own: Any,
+    options: ImportOptions,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors in nnU-Net's order of tokens, and a note about what was done."""
     stated = own.get("token_order") if isinstance(own, Mapping) else None

@@ -76,7 +76,7 @@ def import_trained(source: WeightsFile, options: ImportOptions) -> Imported:
         modalities = _modalities(channel_names)
         notes.append(
             f"modalities: {'/'.join(modalities)}, from the channels {', '.join(channel_names)} "
-            "(--modality states others)"
+            "(--modality states others)",
         )
     normalization, normalization_notes = _normalization(schemes, channel_names)
 
@@ -188,7 +188,8 @@ def _modalities(channel_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _normalization(
-    schemes: Sequence[str], channel_names: Sequence[str]
+    schemes: Sequence[str],
+    channel_names: Sequence[str],
 ) -> tuple[str | None, list[str]]:
     """Return the one normalisation of all channels, None for nnU-Net's usual ones, and notes."""
     usual = [CT_SCHEME if is_ct(name) else Z_SCORE for name in channel_names]
@@ -198,7 +199,7 @@ def _normalization(
         return schemes[0], []
     return None, [
         f"normalisation: {', '.join(schemes)} cannot be kept, as it differs between channels; "
-        "nnU-Net's usual one is planned"
+        "nnU-Net's usual one is planned",
     ]
 
 

@@ -39,7 +39,8 @@ def read_exclude(path: Path) -> set[str]:
         text = regular(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--exclude {path} cannot be read ({error}); give {FORMATS}", code="exclude-unreadable"
+            f"--exclude {path} cannot be read ({error}); give {FORMATS}",
+            code="exclude-unreadable",
         ) from error
     if path.suffix.lower() != ".json":
         # "#" begins a comment only after a blank: it may be a part of a name.
@@ -67,7 +68,10 @@ def read_exclude(path: Path) -> set[str]:
 
 
 def excluded_because(
-    candidate: Candidate, exclude: set[str], series: Container[str] = (), salt: str = ""
+    candidate: Candidate,
+    exclude: set[str],
+    series: Container[str] = (),
+    salt: str = "",
 ) -> str:
     """Return why a candidate is excluded; "" if it is not.
 
@@ -116,7 +120,8 @@ def warn_unmatched(exclude: set[str], candidates: Sequence[Candidate], salt: str
     unmatched = sorted(exclude.difference(*known))
     if unmatched:
         hint = did_you_mean(
-            unmatched[0], {c.case for c in candidates} if len(candidates) < 1000 else ()
+            unmatched[0],
+            {c.case for c in candidates} if len(candidates) < 1000 else (),
         )
         log.warning(
             "--exclude: %d of %d names match no scan",

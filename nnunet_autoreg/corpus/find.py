@@ -51,7 +51,7 @@ USUAL_ENDINGS = frozenset(
     .hdf5 .htm .html .img .ini .ipynb .jpeg .jpg .json .log .m .mat .mat4 .md .npy .npz .obj
     .parquet .pdf .pkl .png .ppt .pptx .pt .pth .py .rar .raw .rtf .sh .sql .sqlite .stl .svg .tar
     .tfm .tgz .tif .tiff .toml .tsv .txt .vtk .vtp .xls .xlsx .xml .yaml .yml .zip .zraw .mrk .mrb
-    """.split()  # noqa: SIM905
+    """.split(),  # noqa: SIM905
 )
 IMAGE_MODALITY = "2D"
 """Of PNG and JPEG files, which do not say how they were made."""

@@ -87,7 +87,8 @@ def read_label_map(path: Path) -> tuple[npt.NDArray[np.int64], Grid]:
         image: Any = SimpleITK.ReadImage(str(path))
     except RuntimeError as error:
         raise ScanError(
-            "unreadable", "it cannot be read as a label map; repair it, or move it away"
+            "unreadable",
+            "it cannot be read as a label map; repair it, or move it away",
         ) from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError("unreadable", "it is not a 3D label map; repair it, or move it away")

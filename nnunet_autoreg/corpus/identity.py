@@ -25,7 +25,9 @@ def salted(text: str, salt: str) -> str:
     if not stripped:
         return ""
     return hmac.new(
-        salt.encode(), stripped.encode("utf-8", "surrogateescape"), hashlib.sha256
+        salt.encode(),
+        stripped.encode("utf-8", "surrogateescape"),
+        hashlib.sha256,
     ).hexdigest()[:NUM_HEX]
 
 

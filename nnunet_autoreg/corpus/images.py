@@ -168,7 +168,8 @@ def _pixels(path: Path) -> Array:
         # libjpeg fills the missing part with grey, and only prints that it did.
         if "Premature end" in captured():
             raise ScanError(
-                "unreadable", "truncated: pixels are missing at the end; copy the file again"
+                "unreadable",
+                "truncated: pixels are missing at the end; copy the file again",
             )
     return array
 
@@ -226,7 +227,8 @@ def _checked(array_1YX: Array, spacing_yx: Sequence[float]) -> RawScan:
     num_distinct = np.unique(array_1YX).size
     if num_distinct <= SURE_LABELS:
         raise ScanError(
-            "labelmap", f"holds only {num_distinct} distinct values: a label map or a drawing"
+            "labelmap",
+            f"holds only {num_distinct} distinct values: a label map or a drawing",
         )
     header = _header(array_1YX.shape[1:], spacing_yx)
     return RawScan(np.ascontiguousarray(array_1YX)[None], header.spacing_mm)

@@ -247,7 +247,9 @@ def first_row(candidate: Candidate, excluded: str, salt: str, entry: ManifestEnt
 
 
 def read_headers(
-    rows: list[ScanRow], tasks: Sequence[IndexTask], num_workers: int
+    rows: list[ScanRow],
+    tasks: Sequence[IndexTask],
+    num_workers: int,
 ) -> list[str | None]:
     """Fill ``rows`` from the headers; return stamps of the scans whose voxels have to be read.
 

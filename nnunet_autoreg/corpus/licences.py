@@ -47,7 +47,8 @@ def write_licences(folder: Path, rows: Iterable[ScanRow]) -> None:
     """Write the licences of a run's datasets into its folder, while its scans are indexed."""
     stated = stated_licences(rows)
     write_json(
-        folder / LICENCES_NAME, {public_dataset(name): text for name, text in stated.items()}
+        folder / LICENCES_NAME,
+        {public_dataset(name): text for name, text in stated.items()},
     )
 
 

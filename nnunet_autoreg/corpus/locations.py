@@ -334,7 +334,8 @@ def _box(path: Path, number: int, line: dict[str, Any]) -> Box:
             raise ValueError(f"{low} to {high} is not finite")
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"--boxes {path}, line {number}: {error}; give numbers of voxels", code="boxes-number"
+            f"--boxes {path}, line {number}: {error}; give numbers of voxels",
+            code="boxes-number",
         ) from error
     if any(a > b for a, b in zip(low, high, strict=True)):
         raise UsageError(

@@ -79,7 +79,11 @@ def read_manifest(file: Path) -> Manifest:
     delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
     try:
         reader = csv.DictReader(
-            io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="", strict=True
+            io.StringIO(text, newline=""),
+            delimiter=delimiter,
+            restkey="",
+            restval="",
+            strict=True,
         )
         _check_columns(file, [_plain_name(name) for name in reader.fieldnames or ()])
         rows = []
@@ -162,7 +166,8 @@ def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
 
 
 def describe(
-    candidates: Iterable[Candidate], manifest: Manifest | None
+    candidates: Iterable[Candidate],
+    manifest: Manifest | None,
 ) -> tuple[list[Candidate], dict[str, ManifestEntry]]:
     """Return the candidates as the manifest describes them, and the entries used by id.
 
@@ -191,7 +196,7 @@ def describe(
                 session=entry.session or candidate.session,
                 contrast=entry.contrast or candidate.contrast,
                 modality=entry.modality or candidate.modality,
-            )
+            ),
         )
     _report(manifest, len(used), [key for key in manifest.entries if key not in keys])
     return described, used

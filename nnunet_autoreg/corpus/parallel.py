@@ -147,7 +147,10 @@ def parallel_map(
         num_workers = max(1, min(num_workers, -(-len(items) // chunk)))
         pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=begin_worker)
         results = _in_order(
-            pool, partial(_apply, function), _chunks(items, chunk), CHUNKS_AHEAD * num_workers
+            pool,
+            partial(_apply, function),
+            _chunks(items, chunk),
+            CHUNKS_AHEAD * num_workers,
         )
         num_done = 0
         try:
@@ -164,7 +167,11 @@ def parallel_map(
         finally:
             if num_done < len(items):
                 _end(
-                    [worker for worker in multiprocessing.active_children() if worker not in others]
+                    [
+                        worker
+                        for worker in multiprocessing.active_children()
+                        if worker not in others
+                    ],
                 )
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -36,11 +36,11 @@ CHANNEL_WORDS = frozenset(
     sub subtraction swi t t1 t1c t1ce t1gd t1n t1w t2 t2f t2star t2starw t2w tof tra transverse us
     uspio venous vibe w water xray zscore to mtr fa md petct tirm subtracted dynamic early image
     channel modality scan highres lowres
-    """.split()  # noqa: SIM905
+    """.split(),  # noqa: SIM905
 )
 """Words that occur in names of channels; none of them is a person's name."""
 _LONG_WORDS = "|".join(
-    sorted((word for word in CHANNEL_WORDS if len(word) > 1), key=len, reverse=True)
+    sorted((word for word in CHANNEL_WORDS if len(word) > 1), key=len, reverse=True),
 )
 KNOWN_WORD = re.compile(rf"(?:{_LONG_WORDS})+\d{{0,4}}|[a-z]?\d{{0,4}}")
 """Several words in one, as in T1post, a word with a short number, or a single letter."""
@@ -106,7 +106,8 @@ def terminal_only(text: str) -> dict[str, str]:
 
 
 def hide_paths(
-    request: Mapping[str, Any], fields: Iterable[str]
+    request: Mapping[str, Any],
+    fields: Iterable[str],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a request whose paths are replaced by ids, and the paths by id."""
     hidden = dict(request)

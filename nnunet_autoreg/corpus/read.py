@@ -31,7 +31,7 @@ NEEDS_3D = "3D scans are needed (--objective joint learns from 2D images as well
 MAX_LABELS, SURE_LABELS = 512, 16
 LABEL_RUNS, NAMED_LABEL_RUNS = 0.6, 0.35
 LABEL_NAME = re.compile(
-    r"(^|[^a-z])(seg|segmentation|label|labels|labelmap|mask|gt|annotation)([^a-z]|$)"
+    r"(^|[^a-z])(seg|segmentation|label|labels|labelmap|mask|gt|annotation)([^a-z]|$)",
 )
 
 
@@ -180,7 +180,8 @@ def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
     if part.t and len(size) == 4:
         if int(part.t) >= size[3]:
             raise ScanError(
-                "unreadable", f"has {size[3]} volumes, so there is no number {part.t}; run again"
+                "unreadable",
+                f"has {size[3]} volumes, so there is no number {part.t}; run again",
             )
         size.pop()
     # A 4D file of one volume is a 3D scan.
@@ -231,7 +232,8 @@ def check_spacing(spacing_mm: Sequence[float]) -> None:
     listed = ", ".join(f"{s:g}" for s in spacing_mm)
     if not all(math.isfinite(s) and s > 0 for s in spacing_mm):
         raise ScanError(
-            "spacing", f"voxel size {listed} mm (z, y, x); it must be positive: correct the header"
+            "spacing",
+            f"voxel size {listed} mm (z, y, x); it must be positive: correct the header",
         )
     if min(spacing_mm) < MIN_SPACING_MM or max(spacing_mm) > MAX_SPACING_MM:
         raise ScanError(

@@ -129,7 +129,9 @@ def _other_paths(folder: Path, scans: set[str]) -> dict[str, str]:
 
 
 def write_index(
-    path: Path, rows: Iterable[ScanRow], paths: Mapping[str, str] | None = None
+    path: Path,
+    rows: Iterable[ScanRow],
+    paths: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``scans.csv`` atomically, row by row.
 

@@ -219,7 +219,9 @@ def _cores(logs: Log2) -> list[Indices]:
 
 
 def _densest_ball(
-    points: Log2, counts: Indices, free: npt.NDArray[np.bool_]
+    points: Log2,
+    counts: Indices,
+    free: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.bool_]:
     """Return the free points around the point with the most neighbours.
 

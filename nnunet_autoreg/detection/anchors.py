@@ -156,7 +156,9 @@ def choose_levels(sizes_N3: Floats, stage_strides_vox: Sequence[Size]) -> list[i
 
 
 def choose_shapes(
-    sizes_N3: Floats, strides_vox: Sequence[Size], seed: int = 0
+    sizes_N3: Floats,
+    strides_vox: Sequence[Size],
+    seed: int = 0,
 ) -> tuple[Floats, float]:
     """Return the fewest shapes, at most 12, with which the mean best IoU reaches 0.7.
 
@@ -236,7 +238,10 @@ def _centred_iou(sizes_N3: Floats, shapes_K3: Floats, offset: Floats | float = 0
 
 
 def _best_iou(
-    sizes_N3: Floats, shapes_K3: Floats, strides_vox: Sequence[Size], offset: float
+    sizes_N3: Floats,
+    shapes_K3: Floats,
+    strides_vox: Sequence[Size],
+    offset: float,
 ) -> Floats:
     """Return the best IoU (N,) over shapes and levels.
 
@@ -269,7 +274,9 @@ class AnchorGrid:
 
 
 def lay_out(
-    plan: AnchorPlan, level_cells: Sequence[Size], device: torch.device | str = "cpu"
+    plan: AnchorPlan,
+    level_cells: Sequence[Size],
+    device: torch.device | str = "cpu",
 ) -> AnchorGrid:
     """Return the anchors over feature maps of ``level_cells`` cells.
 
@@ -288,7 +295,10 @@ def lay_out(
     shapes = torch.tensor(plan.shapes_vox, dtype=torch.float32)  # (K, 3)
     levels = []
     for cells, stride, factor in zip(
-        level_cells, plan.strides_vox, _factors(plan.strides_vox), strict=True
+        level_cells,
+        plan.strides_vox,
+        _factors(plan.strides_vox),
+        strict=True,
     ):
         axes = []
         for num_cells, step in zip(cells, stride, strict=True):

@@ -214,7 +214,10 @@ def cluster(
 
 
 def _weighted_mean(
-    boxes_N6: Tensor, scores_N: Tensor, weights_N: Tensor, missing: Tensor
+    boxes_N6: Tensor,
+    scores_N: Tensor,
+    weights_N: Tensor,
+    missing: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the box (6,) and the score of a cluster; missing votes count as 0."""
     votes_N = weights_N * scores_N

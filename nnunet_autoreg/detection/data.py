@@ -94,7 +94,8 @@ def read_index(file: Path) -> InstanceIndex:
                 item["class_index"] = item.pop(CLASS_KEY)
     except (KeyError, TypeError, AttributeError) as error:
         raise PlanError(
-            f"{file} does not list the objects of cases ({error!r})", code="detection-index-format"
+            f"{file} does not list the objects of cases ({error!r})",
+            code="detection-index-format",
         ) from error
     return from_jsonable(InstanceIndex, data, str(file))
 
@@ -180,13 +181,15 @@ class IdMapMaker:
             box = tuple(float(v) for v in geometry.to_preprocessed(item.box_zyx))
             num_voxels = present[item.id][1] if item.id in present else 0
             objects.append(
-                Instance(item.id, item.class_index, cast(Any, box), num_voxels, item.ignored)
+                Instance(item.id, item.class_index, cast(Any, box), num_voxels, item.ignored),
             )
         return CaseBoxes(self.stamp(case, shape), tuple(objects), found.has_masks)
 
 
 def prepare_instances(
-    maker: IdMapMaker, cases: Sequence[str], num_processes: int = 1
+    maker: IdMapMaker,
+    cases: Sequence[str],
+    num_processes: int = 1,
 ) -> InstanceIndex:
     """Return the objects of all cases; those that were made before are kept.
 
@@ -337,7 +340,10 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
         """
         box = self.wanted.pop(0)
         start = patch_start(
-            box, as_size(data_shape), as_size(self.patch_size), as_size(self.final_patch_size)
+            box,
+            as_size(data_shape),
+            as_size(self.patch_size),
+            as_size(self.final_patch_size),
         )
         return start, [low + size for low, size in zip(start, self.patch_size, strict=True)]
 
@@ -356,7 +362,10 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
 
 
 def patch_start(
-    box_zyx: Sequence[float] | None, shape: Size, patch: Size, final: Size
+    box_zyx: Sequence[float] | None,
+    shape: Size,
+    patch: Size,
+    final: Size,
 ) -> list[int]:
     """Return the start of a patch that augmentation cuts to its middle ``final`` voxels.
 
@@ -386,7 +395,9 @@ def patch_start(
 
 
 def objects_of_patch(
-    ids_ZYX: NDArray[Any], known: Mapping[int, Instance], min_voxels: int
+    ids_ZYX: NDArray[Any],
+    known: Mapping[int, Instance],
+    min_voxels: int,
 ) -> dict[str, NDArray[Any]]:
     """Return the boxes of the parts of objects that are in a patch.
 

@@ -65,7 +65,8 @@ def check_settings(settings: EvaluationSettings) -> None:
     if not settings.ious or not all(0 < v <= 1 for v in settings.ious):
         listed = ", ".join(f"{v:g}" for v in settings.ious)
         raise UsageError(
-            f"IoUs {listed}: each must be greater than 0 and at most 1", code="evaluation-iou"
+            f"IoUs {listed}: each must be greater than 0 and at most 1",
+            code="evaluation-iou",
         )
     if settings.duplicates not in DUPLICATES:
         raise UsageError(
@@ -102,7 +103,10 @@ class _Matchings:
     """Match the detections of every class by one hit rule after the other."""
 
     def __init__(
-        self, scans: Sequence[ScanBoxes], present: Sequence[int], settings: EvaluationSettings
+        self,
+        scans: Sequence[ScanBoxes],
+        present: Sequence[int],
+        settings: EvaluationSettings,
     ):
         self.scans = scans
         self.settings = settings
@@ -115,7 +119,10 @@ class _Matchings:
             self.resamples = list(bootstrap_weights(len(scans), num_resamples, settings.seed))
 
     def matched(
-        self, class_index: int, rule: HitRule, ignored: Sequence[dict[str, Bools]] = ()
+        self,
+        class_index: int,
+        rule: HitRule,
+        ignored: Sequence[dict[str, Bools]] = (),
     ) -> list[Matched]:
         """Return the matching of every scan; ``ignored`` holds further arguments for each."""
         found = []
@@ -129,7 +136,7 @@ class _Matchings:
                     duplicates=self.settings.duplicates,
                     max_detections=self.settings.max_detections,
                     **more,
-                )
+                ),
             )
         return found
 
@@ -138,7 +145,9 @@ class _Matchings:
         return {index: pool(self.matched(index, rule)) for index in self.present}
 
     def over_classes(
-        self, pooled: dict[int, Pooled], measure: Callable[..., float]
+        self,
+        pooled: dict[int, Pooled],
+        measure: Callable[..., float],
     ) -> dict[str, Any]:
         """Return the measure of every class, over all scans and over every resample of them."""
         resampled = []
@@ -149,7 +158,9 @@ class _Matchings:
 
 
 def evaluate(
-    scans: Sequence[ScanBoxes], classes: Sequence[ObjectClass], settings: EvaluationSettings
+    scans: Sequence[ScanBoxes],
+    classes: Sequence[ObjectClass],
+    settings: EvaluationSettings,
 ) -> dict[str, Any]:
     """Return everything that is written as JSON; None means that there is nothing to measure.
 
@@ -301,7 +312,10 @@ def _froc(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _operating_point(
-    matchings: _Matchings, pooled: Pooled, curve: Froc, point: float
+    matchings: _Matchings,
+    pooled: Pooled,
+    curve: Froc,
+    point: float,
 ) -> dict[str, Any]:
     """Return the results at the threshold for a number of false positives per scan.
 
@@ -364,7 +378,7 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
                 {
                     "ignored_objects": (of_true < low) | (of_true >= high),
                     "ignored_if_unmatched": (of_found < low) | (of_found >= high),
-                }
+                },
             )
 
         per_class = {}
@@ -385,7 +399,7 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
                 "objects": sum(of_class["objects"] for of_class in per_class.values()),
                 "mean_ap": _finite_or_none(mean_of_present(precisions)),
                 "per_class": per_class,
-            }
+            },
         )
     return {"measure": "largest side, mm", "hit": str(hit), "strata": strata}
 

@@ -135,7 +135,9 @@ def write_rows(
 
 
 def outcomes(
-    scan: ScanBoxes, class_index: int, settings: EvaluationSettings
+    scan: ScanBoxes,
+    class_index: int,
+    settings: EvaluationSettings,
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Return the outcome of every detection and of every object of a class, by index.
 
@@ -388,7 +390,10 @@ def _draw_box(axis: Any, box: NDArray[np.float64], z: int, style: Style) -> bool
 
 
 def _draw_labels(
-    axis: Any, labels: Sequence[BoxLabel], points_per_voxel: float, stretch: float
+    axis: Any,
+    labels: Sequence[BoxLabel],
+    points_per_voxel: float,
+    stretch: float,
 ) -> None:
     """Write the text of every box above or below it, moved away where it would cover another.
 

@@ -229,7 +229,9 @@ def read_classes(
 
 
 def _describing_dataset(
-    folder: Path, dataset_file: Path | None, found: Mapping[str, int]
+    folder: Path,
+    dataset_file: Path | None,
+    found: Mapping[str, int],
 ) -> tuple[dict[str, Any], str]:
     """Return the content of the dataset.json that describes the truth, and where it is from.
 
@@ -379,7 +381,11 @@ def _true_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_scan(
-    name: str, file: Path, truth: Truth, found: ScanDetections | None, masks: Path | None
+    name: str,
+    file: Path,
+    truth: Truth,
+    found: ScanDetections | None,
+    masks: Path | None,
 ) -> tuple[ScanBoxes, Frame]:
     """Return a scan in the array of its detections, and where that lies.
 
@@ -424,7 +430,10 @@ def _read_scan(
 
 
 def _mask_overlaps(
-    scan: ScanBoxes, instances: Instances, scored: ScanDetections, masks: Path
+    scan: ScanBoxes,
+    instances: Instances,
+    scored: ScanDetections,
+    masks: Path,
 ) -> NDArray[np.float64]:
     """Return the IoU (D, G) in voxels; 0 with a region that does not count, which is not an
     object."""
@@ -494,7 +503,12 @@ def _instances(file: Path, array: NDArray[Any] | None, truth: Truth, frame: Fram
     if json_file.is_file():
         label_of = labels_of_instances(json_file)
         return known_instances(
-            array, label_of, truth.classes, truth.rules, str(file), truth.other_labels
+            array,
+            label_of,
+            truth.classes,
+            truth.rules,
+            str(file),
+            truth.other_labels,
         )
 
     known = {0, truth.ignore_label, *truth.other_labels}

@@ -118,7 +118,7 @@ class Segmentations:
                 "dataset": self.manager.dataset_name,
                 "plans": self.manager.plans_name,
                 FROM_SEG: str(self.folder.resolve()),
-            }
+            },
         )
 
     def inputs(self, name: str) -> tuple[dict[str, Any], ...]:
@@ -128,7 +128,10 @@ class Segmentations:
         return facts_of([segmentation, probabilities])
 
     def read(
-        self, name: str, min_score: float, settings: dict[str, Any]
+        self,
+        name: str,
+        min_score: float,
+        settings: dict[str, Any],
     ) -> tuple[ScanFile, Ids, dict[str, Any]]:
         """Return the objects of a case.
 

@@ -61,7 +61,9 @@ class Preprocessing:
 
 
 def preprocessing_of(
-    properties: Mapping[str, Any], shape_vox: Sequence[int], transpose_backward: Sequence[int]
+    properties: Mapping[str, Any],
+    shape_vox: Sequence[int],
+    transpose_backward: Sequence[int],
 ) -> Preprocessing:
     """Return how a case was preprocessed.
 
@@ -285,7 +287,10 @@ def to_ijk(boxes_N6: Any) -> Floats:
 
 
 def check_inside(
-    box_zyx: Sequence[float], shape_vox: Sequence[int], where: str, tolerance_vox: float = 0.01
+    box_zyx: Sequence[float],
+    shape_vox: Sequence[int],
+    where: str,
+    tolerance_vox: float = 0.01,
 ) -> None:
     """Check that a box has an extent and lies in its image.
 

@@ -52,7 +52,8 @@ def array_of(image: Any, file: Path) -> NDArray[Any]:
     is_scalar = image.GetNumberOfComponentsPerPixel() == 1 and not np.iscomplexobj(array)
     if image.GetDimension() != 3 or not is_scalar:
         raise ObjectsError(
-            f"{file} is not a 3D image with one real value per voxel", code="objects-image-not-3d"
+            f"{file} is not a 3D image with one real value per voxel",
+            code="objects-image-not-3d",
         )
     return array
 

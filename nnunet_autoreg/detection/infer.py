@@ -151,7 +151,9 @@ def merge(candidates: Candidates, num_members: int, nms: NmsSettings = DEFAULT_N
 
 
 def boxes_of_output(
-    output: Output, grid: AnchorGrid, nms: NmsSettings = DEFAULT_NMS
+    output: Output,
+    grid: AnchorGrid,
+    nms: NmsSettings = DEFAULT_NMS,
 ) -> list[Candidates]:
     """Return the candidates of each patch of a batch, after suppression, clipped to the patch.
 
@@ -183,7 +185,7 @@ def boxes_of_output(
                 labels_N=labels[kept],
                 weights_N=tile_weights(boxes[kept], shape),
                 members_N=torch.zeros_like(labels[kept]),
-            )
+            ),
         )
     return found
 
@@ -241,7 +243,9 @@ class ScanDetector:
 
     @torch.inference_mode()
     def candidates(
-        self, image_CZYX: Tensor, with_logits: bool = False
+        self,
+        image_CZYX: Tensor,
+        with_logits: bool = False,
     ) -> tuple[Candidates, Tensor | None]:
         """Return the candidates of a preprocessed scan, and its segmentation logits (C, Z, Y, X).
 
@@ -251,7 +255,12 @@ class ScanDetector:
             WeightsError: the network gives numbers that are not finite.
         """
         padded, inner = pad_nd_image(
-            image_CZYX, self.patch_size, "constant", {"value": 0}, True, None
+            image_CZYX,
+            self.patch_size,
+            "constant",
+            {"value": 0},
+            True,
+            None,
         )
         padded_shape = as_size(padded.shape[1:])
         logits = _LogitsMean(self.patch_size) if with_logits else None
@@ -284,7 +293,10 @@ class ScanDetector:
         return candidates, logits.mean()[inside]
 
     def _tile(
-        self, padded: Tensor, start: Size, logits: "_LogitsMean | None"
+        self,
+        padded: Tensor,
+        start: Size,
+        logits: "_LogitsMean | None",
     ) -> Iterator[Candidates]:
         """Yield the candidates of a tile in every mirroring, and add its logits to the mean."""
         region = box_at(start, self.patch_size)
@@ -363,7 +375,10 @@ class _LogitsMean:
     def __init__(self, patch_size: Size):
         cpu = torch.device("cpu")
         self.gaussian: Tensor = compute_gaussian(
-            tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=cpu
+            tuple(patch_size),
+            sigma_scale=1.0 / 8,
+            value_scaling_factor=10,
+            device=cpu,
         ).float()
         self.total: Tensor | None = None
         self.weight: Tensor | None = None

@@ -106,7 +106,9 @@ def read_rules(dataset: Mapping[str, Any], where: str = "dataset.json") -> Rules
 
 
 def object_classes(
-    dataset: Mapping[str, Any], rules: Rules, where: str = "dataset.json"
+    dataset: Mapping[str, Any],
+    rules: Rules,
+    where: str = "dataset.json",
 ) -> tuple[ObjectClass, ...]:
     """Return the classes to detect, in the order of their labels.
 
@@ -169,7 +171,8 @@ def ignore_value(dataset: Mapping[str, Any]) -> int | None:
 
 
 def label_values(
-    dataset: Mapping[str, Any], where: str = "dataset.json"
+    dataset: Mapping[str, Any],
+    where: str = "dataset.json",
 ) -> dict[str, tuple[int, ...]]:
     """Return name -> label values, as they are listed; a region has several.
 
@@ -212,7 +215,10 @@ def _foreground(dataset: Mapping[str, Any], where: str) -> dict[str, tuple[int, 
 
 
 def find_instances(
-    labels_ZYX: NDArray[Any], classes: Sequence[ObjectClass], rules: Rules, where: str = "label map"
+    labels_ZYX: NDArray[Any],
+    classes: Sequence[ObjectClass],
+    rules: Rules,
+    where: str = "label map",
 ) -> Instances:
     """Return the connected components of every class of a label map (Z, Y, X).
 
@@ -231,7 +237,9 @@ def find_instances(
 
     connectivity: Any = rules.connectivity
     components, number = cc3d.connected_components(
-        class_map_ZYX, connectivity=connectivity, return_N=True
+        class_map_ZYX,
+        connectivity=connectivity,
+        return_N=True,
     )
     if number > MOST_OBJECTS:
         raise ObjectsError(
@@ -290,7 +298,8 @@ def labels_of_instances(file: Path) -> dict[int, int]:
     listed = data.get("instances") if isinstance(data, dict) else None
     if not isinstance(listed, dict):
         raise ObjectsError(
-            f'{file}: expected {{"instances": {{"1": <label>, ...}}}}', code="objects-format"
+            f'{file}: expected {{"instances": {{"1": <label>, ...}}}}',
+            code="objects-format",
         )
     try:
         found = {int(i): int(label) for i, label in listed.items()}
@@ -300,7 +309,8 @@ def labels_of_instances(file: Path) -> dict[int, int]:
         return found
     except (TypeError, ValueError, OverflowError) as error:
         raise ObjectsError(
-            f"{file}: ids and labels must be whole numbers ({error})", code="objects-format"
+            f"{file}: ids and labels must be whole numbers ({error})",
+            code="objects-format",
         ) from error
 
 

@@ -126,7 +126,10 @@ def _at_centres(voxels_BZYX: Tensor, grid: AnchorGrid) -> Tensor:
 
 
 def box_loss(
-    deltas_BA6: Tensor, anchors_BA6: Tensor, wanted_BA6: Tensor, used_BA: Tensor
+    deltas_BA6: Tensor,
+    anchors_BA6: Tensor,
+    wanted_BA6: Tensor,
+    used_BA: Tensor,
 ) -> Tensor:
     """Return the mean of 1 - GIoU over the anchors in use.
 
@@ -139,7 +142,9 @@ def box_loss(
 
 
 def sample_hard_negatives(
-    state_BA: Tensor, hardness_BA: Tensor, generator: torch.Generator | None = None
+    state_BA: Tensor,
+    hardness_BA: Tensor,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return the anchors (B, A) that count in this step, pooled over the whole batch.
 
@@ -210,7 +215,9 @@ def segmentation_loss(ignore_label: int | None = None, distributed: bool = False
 
 
 def _targets(
-    objects: PatchObjects, grid: AnchorGrid, centre_inside: bool
+    objects: PatchObjects,
+    grid: AnchorGrid,
+    centre_inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the training targets of the anchors of one image.
 

@@ -119,7 +119,9 @@ class ScanBoxes:
         """
         lower = np.array([1.0, 1, 1, 0, 0, 0])
         return replace(
-            self, true_boxes_G6=self.true_boxes_G6 - lower, boxes_D6=self.boxes_D6 - lower
+            self,
+            true_boxes_G6=self.true_boxes_G6 - lower,
+            boxes_D6=self.boxes_D6 - lower,
         )
 
 

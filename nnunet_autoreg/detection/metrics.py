@@ -160,7 +160,9 @@ def threshold_at(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> floa
 
 
 def cpm(
-    pooled: Pooled, weights_S: Floats | None = None, points: Sequence[float] = FP_PER_SCAN
+    pooled: Pooled,
+    weights_S: Floats | None = None,
+    points: Sequence[float] = FP_PER_SCAN,
 ) -> float:
     """Return the mean sensitivity at the operating points; NaN without objects."""
     return float(sensitivity_at(froc(pooled, weights_S), points).mean())

@@ -176,7 +176,12 @@ class ResEncDetector(Detector):
         encoder: Any = network.encoder
         channels = [int(encoder.output_channels[stage]) for stage in stages]
         super().__init__(
-            network, ("encoder", "decoder"), channels, num_shapes, num_classes, num_channels
+            network,
+            ("encoder", "decoder"),
+            channels,
+            num_shapes,
+            num_classes,
+            num_channels,
         )
         self.stages = tuple(stages)
         # Without deep supervision no gradient reaches the coarser outputs, and distributed training
@@ -192,7 +197,10 @@ class ResEncDetector(Detector):
         x = skips[-1]
         outputs = [x]
         for up, stage, skip in zip(
-            decoder.transpconvs, decoder.stages, reversed(skips[:-1]), strict=True
+            decoder.transpconvs,
+            decoder.stages,
+            reversed(skips[:-1]),
+            strict=True,
         ):
             x = stage(torch.cat([up(x), skip], 1))
             outputs.append(x)
@@ -314,7 +322,10 @@ class PrimusDetector(Detector):
         if isinstance(stem, PatchEmbedDeeperControlled) and stem.add_skips:
             skips = []
             for scale, project, features in zip(
-                stem.scale_proj_to_tokens, stem.proj_to_tokens, inputs[:-1], strict=True
+                stem.scale_proj_to_tokens,
+                stem.proj_to_tokens,
+                inputs[:-1],
+                strict=True,
             ):
                 skips.append(scale * project(features))
             tokens = tokens + torch.stack(skips).sum(0)
@@ -336,7 +347,12 @@ class ViTDetector(Detector):
         doublings = [token_doublings(token)[stage] for stage in stages]
         pyramid = TokenPyramid(int(network.embed_dim), doublings)  # type: ignore[arg-type]
         super().__init__(
-            network, ("model", "decoder"), pyramid.channels, num_shapes, num_classes, num_channels
+            network,
+            ("model", "decoder"),
+            pyramid.channels,
+            num_shapes,
+            num_classes,
+            num_channels,
         )
         positions: Any = network.positions
         self.register_buffer("positions", positions, persistent=False)
@@ -378,7 +394,9 @@ def token_doublings(token_size: Size) -> list[int]:
 
 
 def stage_strides(
-    class_path: str, arguments: Mapping[str, Any], patch_size: Sequence[int]
+    class_path: str,
+    arguments: Mapping[str, Any],
+    patch_size: Sequence[int],
 ) -> list[Size]:
     """Return the stride (z, y, x) in voxels of every stage that can carry a level, finest first.
 

@@ -174,7 +174,11 @@ def _read_task(task: Path) -> tuple[dict[int, str], list[str]]:
 
 
 def _convert_split(
-    raw: Path, dataset: Path, split: str, classes: tuple[ObjectClass, ...], num_channels: int
+    raw: Path,
+    dataset: Path,
+    split: str,
+    classes: tuple[ObjectClass, ...],
+    num_channels: int,
 ) -> int:
     """Convert the cases of ``Tr`` or ``Ts``, and return the number of those with a map."""
     maps = {file.name.removesuffix(ENDING): file for file in _files(raw / f"labels{split}")}
@@ -215,7 +219,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _convert_maps(
-    file: Path, case: str, dataset: Path, split: str, classes: tuple[ObjectClass, ...]
+    file: Path,
+    case: str,
+    dataset: Path,
+    split: str,
+    classes: tuple[ObjectClass, ...],
 ) -> None:
     """Write the label map, the instance map and its JSON file of one case."""
     import SimpleITK
@@ -224,7 +232,11 @@ def _convert_maps(
     label_of = labels_from_classes(labels_of_instances(file.with_name(f"{case}.json")))
     # Small objects stay objects: the rules of the new dataset decide later.
     found = known_instances(
-        array_of(image, file), label_of, classes, Rules(min_voxels=1), str(file)
+        array_of(image, file),
+        label_of,
+        classes,
+        Rules(min_voxels=1),
+        str(file),
     )
     ids = np.asarray(found.ids_ZYX)
     label_of_id = np.zeros(65536, dtype=np.uint8)

@@ -86,7 +86,11 @@ class ObjectSource:
 
     @classmethod
     def of_dataset(
-        cls, labels: Path, dataset_name: str, dataset: Mapping[str, Any], reader: Any
+        cls,
+        labels: Path,
+        dataset_name: str,
+        dataset: Mapping[str, Any],
+        reader: Any,
     ) -> "ObjectSource":
         """Return the source of a dataset, which may exist only in preprocessed form.
 
@@ -165,12 +169,20 @@ class ObjectSource:
                 )
             label_of = labels_of_instances(self._json_of(instance_map))
             found = known_instances(
-                ids, label_of, self.classes, self.rules, str(instance_map), self.other_labels
+                ids,
+                label_of,
+                self.classes,
+                self.rules,
+                str(instance_map),
+                self.other_labels,
             )
         elif boxes is not None:
             stored = stored_array(properties, shape)
             true_boxes = read_true_boxes(
-                boxes, self.classes, stored.frame.shape_vox, self.other_labels
+                boxes,
+                self.classes,
+                stored.frame.shape_vox,
+                self.other_labels,
             )
             found = with_ellipsoids(in_readers_array(true_boxes, stored), shape)
         else:
@@ -321,7 +333,8 @@ def write_box_labels(dataset: Path) -> list[str]:
     labels = dataset / LABELS
     if not folder.is_dir():
         raise UsageError(
-            f"{dataset} has no folder {BOXES} with <case>.json files", code="boxes-no-folder"
+            f"{dataset} has no folder {BOXES} with <case>.json files",
+            code="boxes-no-folder",
         )
 
     images = first_channels(dataset, ending)
@@ -350,7 +363,8 @@ def _write_label_map(image_file: Path, boxes: Path, target: Path, source: Object
     image = open_image(image_file)
     if image.GetDimension() != 3:
         raise ObjectsError(
-            f"{image_file} is not a 3D image; detection needs one", code="objects-image-not-3d"
+            f"{image_file} is not a 3D image; detection needs one",
+            code="objects-image-not-3d",
         )
 
     shape = as_size(image.GetSize()[::-1])

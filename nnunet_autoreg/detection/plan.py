@@ -127,7 +127,10 @@ def plan_from_labels(
 
 
 def _sizes_of_case(
-    source: ObjectSource, spacing_mm: Any, transpose: Any, case: str
+    source: ObjectSource,
+    spacing_mm: Any,
+    transpose: Any,
+    case: str,
 ) -> list[list[Spacing]]:
     return sizes_of(source.read(case), len(source.classes), spacing_mm, transpose)
 

@@ -170,7 +170,9 @@ def detect(model: DetectorModel, scan: Scan, options: DetectionOptions) -> Detec
 
 
 def _merged(
-    model: DetectorModel, image_CZYX: torch.Tensor, options: DetectionOptions
+    model: DetectorModel,
+    image_CZYX: torch.Tensor,
+    options: DetectionOptions,
 ) -> tuple[MergedBoxes, torch.Tensor | None]:
     """Return the merged boxes of all folds and mirrorings, in the preprocessed image.
 
@@ -248,7 +250,13 @@ def write(model: DetectorModel, found: Detected, folder: Path, options: Detectio
         instances = draw_instances(boxes, labels_ZYX, model.plan.classes)
     writer = model.stock.plans_manager.image_reader_writer_class()
     write_record(
-        found.record, instances, writer, model.file_ending, found.properties, folder, options
+        found.record,
+        instances,
+        writer,
+        model.file_ending,
+        found.properties,
+        folder,
+        options,
     )
 
 

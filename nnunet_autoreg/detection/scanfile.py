@@ -156,7 +156,7 @@ def make_scan_file(
                 center_mm_lps=_point(frame.to_lps(middle)),
                 size_mm=_point(frame.size_mm(box)),
                 corners_mm_ras=tuple(_point(corner) for corner in frame.corners_ras(box)),
-            )
+            ),
         )
 
     record = ScanFile(
@@ -234,7 +234,8 @@ def _check(record: ScanFile, where: str) -> None:
     is_4x4 = len(rows) == 4 and all(len(row) == 4 for row in rows)
     if not is_4x4 or not np.isfinite(rows).all():
         raise ObjectsError(
-            f"{where}: affine_ras must be 4 rows of 4 finite numbers", code="detections-affine"
+            f"{where}: affine_ras must be 4 rows of 4 finite numbers",
+            code="detections-affine",
         )
 
     seen: set[int] = set()
@@ -246,7 +247,8 @@ def _check(record: ScanFile, where: str) -> None:
         seen.add(box.id)
         if not 0 <= box.score <= 1:
             raise ObjectsError(
-                f"{here}: score {box.score:g} must lie in [0, 1]", code="detections-score"
+                f"{here}: score {box.score:g} must lie in [0, 1]",
+                code="detections-score",
             )
         if record.classes.get(box.name) != box.label:
             known = ", ".join(f"{name} {label}" for name, label in record.classes.items())
@@ -287,7 +289,9 @@ def draw_boxes(boxes: Sequence[FileBox], shape_vox: Size, filled: bool = False) 
 
 
 def draw_instances(
-    boxes: Sequence[FileBox], labels_ZYX: NDArray[Any], classes: Sequence[ObjectClass]
+    boxes: Sequence[FileBox],
+    labels_ZYX: NDArray[Any],
+    classes: Sequence[ObjectClass],
 ) -> Ids:
     """Draw the ids of the boxes where the segmentation inside them has their class.
 
@@ -335,7 +339,7 @@ def write_markup(file: Path, scan: str, boxes: Sequence[FileBox], frame: Frame) 
                     "fillOpacity": 0.1,
                     "handlesInteractive": False,
                 },
-            }
+            },
         )
 
     write_json(file, {"@schema": MARKUP_SCHEMA, "markups": markups})

@@ -165,7 +165,10 @@ class DetectionLoss:
         return self.grids[output.cells]
 
     def losses(
-        self, output: Output, target_B1ZYX: Tensor, objects: Sequence[Mapping[str, NDArray[Any]]]
+        self,
+        output: Output,
+        target_B1ZYX: Tensor,
+        objects: Sequence[Mapping[str, NDArray[Any]]],
     ) -> Losses:
         """Return the three losses of a batch, in float32."""
         device = output.deltas_BA6.device
@@ -247,7 +250,9 @@ def _is_in(labels: Tensor, region: Region) -> Tensor:
 
 
 def make_segmentation_loss(
-    has_regions: bool, ignore_label: int | None, distributed: bool
+    has_regions: bool,
+    ignore_label: int | None,
+    distributed: bool,
 ) -> nn.Module:
     """Return half cross-entropy, half Dice over the batch, for nnU-Net's labels or regions."""
     if not has_regions:
@@ -290,7 +295,13 @@ def patches_scored(
         )
         objects_there = (true["boxes"], true["labels"], true["ignored"])
         scans.append(
-            scan_boxes(f"patch {number}", (1.0, 1.0, 1.0), objects_there, found, uncounted_ZYX=mask)
+            scan_boxes(
+                f"patch {number}",
+                (1.0, 1.0, 1.0),
+                objects_there,
+                found,
+                uncounted_ZYX=mask,
+            ),
         )
     return scans
 
@@ -301,12 +312,16 @@ def detection_recipe(recipe: Recipe, plan: DetectionPlan) -> Recipe:
     It has its own momentum and one output, and the encoder learns from the start.
     """
     return replace(
-        recipe, momentum=plan.momentum, deep_supervision=False, decoder_first_fraction=0.0
+        recipe,
+        momentum=plan.momentum,
+        deep_supervision=False,
+        decoder_first_fraction=0.0,
     )
 
 
 def without_decay_on_norms(
-    groups: Sequence[dict[str, Any]], network: nn.Module
+    groups: Sequence[dict[str, Any]],
+    network: nn.Module,
 ) -> list[dict[str, Any]]:
     """Return the parameter groups with norms, biases and tables in groups without weight decay.
 

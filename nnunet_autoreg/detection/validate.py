@@ -75,7 +75,10 @@ class ValidatedCase:
 
 
 def in_original(
-    found: MergedBoxes, geometry: Preprocessing, shape_vox: Size, classes: Sequence[ObjectClass]
+    found: MergedBoxes,
+    geometry: Preprocessing,
+    shape_vox: Size,
+    classes: Sequence[ObjectClass],
 ) -> list[Detection]:
     """Return the boxes in voxel edges of the image as it was read, clipped to it.
 
@@ -100,7 +103,7 @@ def in_original(
                 name=kind.name,
                 score=min(float(scores[n]), 1.0),
                 votes=int(votes[n]),
-            )
+            ),
         )
     return detections
 
@@ -153,13 +156,22 @@ def validate_cases(
                 [d.score for d in found],
             )
             by_iou[iou] = scan_of_instances(
-                case, true.spacing_mm, true.instances, arrays, true.uncounted_ZYX
+                case,
+                true.spacing_mm,
+                true.instances,
+                arrays,
+                true.uncounted_ZYX,
             )
             if iou == DEFAULT_NMS.member_iou:
                 stored = stored_array(properties, true.shape_vox)
                 settings = {"thinning": nms.for_file(), "mirrorings": detector.num_members}
                 record = make_scan_file(
-                    case, stored.frame, as_stored(found, stored), plan.labels, model, settings
+                    case,
+                    stored.frame,
+                    as_stored(found, stored),
+                    plan.labels,
+                    model,
+                    settings,
                 )
                 write_scan_file(folder / f"{case}.json", record)
 
@@ -233,7 +245,10 @@ def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str
 
 
 def write_summary(
-    file: Path, cases: Sequence[ValidatedCase], plan: DetectionPlan, model: dict[str, Any]
+    file: Path,
+    cases: Sequence[ValidatedCase],
+    plan: DetectionPlan,
+    model: dict[str, Any],
 ) -> dict[str, float]:
     """Write every figure of the default NMS settings, and return the main figures.
 
@@ -356,7 +371,9 @@ def _warn_about_mirrorings(fold: str, summary: dict[str, Any], num_mirrorings: i
 
 
 def _curves_of_classes(
-    file: Path, summary: dict[str, Any], classes: Sequence[str]
+    file: Path,
+    summary: dict[str, Any],
+    classes: Sequence[str],
 ) -> dict[str, Froc]:
     """Return the curves of a summary by class, and warn about classes without a usable one."""
     curves = {}

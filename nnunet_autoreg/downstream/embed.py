@@ -64,7 +64,11 @@ class LabelRegion:
     margin_mm: float
 
     def counted(
-        self, name: str, image_CZYX: NDArray[np.float32], spacing_mm: Spacing, prepared: Size
+        self,
+        name: str,
+        image_CZYX: NDArray[np.float32],
+        spacing_mm: Spacing,
+        prepared: Size,
     ) -> Tensor:
         """Return where features count in the preprocessed scan, (Z, Y, X) with 1 inside the box.
 
@@ -198,11 +202,13 @@ def _read_file(file: str) -> RawScan:
     reader = information(path)
     if reader.GetDimension() != 3:
         raise ScanError(
-            "not3d", f"{path.name} has {reader.GetDimension()} dimensions; store it as a 3D image"
+            "not3d",
+            f"{path.name} has {reader.GetDimension()} dimensions; store it as a 3D image",
         )
     if reader.GetNumberOfComponents() != 1:
         raise ScanError(
-            "rgb", f"{path.name} has {reader.GetNumberOfComponents()} values per voxel; split it"
+            "rgb",
+            f"{path.name} has {reader.GetNumberOfComponents()} values per voxel; split it",
         )
     try:
         with quiet_readers():
@@ -261,7 +267,10 @@ def write_features(
 
 
 def _write_parquet(
-    file: Path, ids: list[str], features: NDArray[np.float32], spacings: NDArray[np.float64]
+    file: Path,
+    ids: list[str],
+    features: NDArray[np.float32],
+    spacings: NDArray[np.float64],
 ) -> None:
     check_parquet()
     import pyarrow

@@ -106,8 +106,10 @@ class TrainedModel(Generic[Plan]):
         """Return the number of channels of the images."""
         return int(
             determine_num_input_channels(
-                self.stock.plans_manager, self.configuration, self.stock.dataset_json
-            )
+                self.stock.plans_manager,
+                self.configuration,
+                self.stock.dataset_json,
+            ),
         )
 
     @property
@@ -130,7 +132,7 @@ class TrainedModel(Generic[Plan]):
                 "folds": list(self.folds),
                 "checkpoint": self.checkpoint,
                 "sha256": self.sha256,
-            }
+            },
         )
 
     def _checked_plan(self) -> Plan:
@@ -223,7 +225,8 @@ class TrainedModel(Generic[Plan]):
             listed = ", ".join(Path(file).name for file in files)
             # Paths may hold the names of patients.
             raise ScanError(
-                "unreadable", f"nnU-Net cannot read {listed} ({without_names(reason, files)})"
+                "unreadable",
+                f"nnU-Net cannot read {listed} ({without_names(reason, files)})",
             ) from error
         if printed.getvalue():
             text = " ".join(printed.getvalue().split())
@@ -273,7 +276,11 @@ def original_shape(properties: Mapping[str, Any], transpose_backward: Sequence[i
 
 
 def trained_folder(
-    results: Path, dataset: str, trainer: str, plans: str, configuration: str
+    results: Path,
+    dataset: str,
+    trainer: str,
+    plans: str,
+    configuration: str,
 ) -> Path:
     """Return the folder of a trained model.
 
@@ -302,7 +309,10 @@ def trained_folder(
 
 
 def finished_folds(
-    folder: Path, wanted: Sequence[str], checkpoint: str, kind: str = ""
+    folder: Path,
+    wanted: Sequence[str],
+    checkpoint: str,
+    kind: str = "",
 ) -> tuple[str, ...]:
     """Return the folds to use; by default all finished ones except ``all``.
 

@@ -17,7 +17,11 @@ def store(plans: dict[str, Any], configuration: str, block: str, plan: object) -
 
 
 def check_ranges(
-    plan: object, rules: Mapping[str, tuple[bool, str]], block: str, where: str, code: str
+    plan: object,
+    rules: Mapping[str, tuple[bool, str]],
+    block: str,
+    where: str,
+    code: str,
 ) -> None:
     """Refuse the first value of a plan that is out of its range.
 
@@ -31,5 +35,6 @@ def check_ranges(
     for name, (holds, wanted) in rules.items():
         if not holds:
             raise PlanError(
-                f"{where}: {block}.{name}={getattr(plan, name)} must be {wanted}", code=code
+                f"{where}: {block}.{name}={getattr(plan, name)} must be {wanted}",
+                code=code,
             )

@@ -144,11 +144,16 @@ def fit_and_score(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> 
     # Validation, which calls this, runs without gradients.
     with torch.enable_grad():
         slope_VC = torch.zeros(
-            train_NV.shape[1], num_classes, dtype=torch.float64, requires_grad=True
+            train_NV.shape[1],
+            num_classes,
+            dtype=torch.float64,
+            requires_grad=True,
         )
         offset_C = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
         solver = torch.optim.LBFGS(
-            [slope_VC, offset_C], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
+            [slope_VC, offset_C],
+            max_iter=MAX_ITERATIONS,
+            line_search_fn="strong_wolfe",
         )
 
         def objective() -> Tensor:
@@ -221,13 +226,19 @@ def labelled_crops(
         return []
     num_test = sum(crop.is_test for crop in crops)
     log.info(
-        "probe: %d labelled crops of %s, %d of them for testing", len(crops), dataset, num_test
+        "probe: %d labelled crops of %s, %d of them for testing",
+        len(crops),
+        dataset,
+        num_test,
     )
     return crops
 
 
 def choose_scans(
-    rows: Sequence[ScanRow], validation: Collection[str], seed: int, salt_free: bool = True
+    rows: Sequence[ScanRow],
+    validation: Collection[str],
+    seed: int,
+    salt_free: bool = True,
 ) -> list[ScanRow]:
     """Return one labelled scan for each of up to 24 subjects of one dataset.
 

@@ -134,7 +134,11 @@ def find(
 
 
 def _found_scans(
-    folder: Path, file_ending: str, num_channels: int, split_4d: bool, output: Path | None
+    folder: Path,
+    file_ending: str,
+    num_channels: int,
+    split_4d: bool,
+    output: Path | None,
 ) -> list[Scan]:
     """Return all scans that pretraining would find, for models of one channel."""
     if num_channels > 1:
@@ -293,7 +297,8 @@ def file_image(file: Path, part: ScanPart) -> Any:
             # SimpleITK names the path, which may hold the name of a patient.
             reason = without_names(str(error).splitlines()[-1].strip(), [str(file)])
             raise ScanError(
-                "unreadable", f"SimpleITK cannot read it ({reason}); copy it again"
+                "unreadable",
+                f"SimpleITK cannot read it ({reason}); copy it again",
             ) from error
 
     image = image[..., int(part.t)] if part.t else image

@@ -103,7 +103,9 @@ class ScanFeatures:
 
 @torch.no_grad()
 def features_of_scan(
-    feature_map: Callable[[Tensor], Tensor], scan: TiledScan, with_map: bool = False
+    feature_map: Callable[[Tensor], Tensor],
+    scan: TiledScan,
+    with_map: bool = False,
 ) -> ScanFeatures:
     """Return the features of all tiles together; where tiles overlap, their mean.
 

@@ -23,7 +23,10 @@ class ChannelMap:
 
 
 def map_channels(
-    given: int, given_names: Sequence[str], needed: int, needed_names: Sequence[str]
+    given: int,
+    given_names: Sequence[str],
+    needed: int,
+    needed_names: Sequence[str],
 ) -> ChannelMap | None:
     """Return how ``given`` channels of the weights make ``needed`` image channels, or None.
 
@@ -50,7 +53,9 @@ def map_channels(
 
 
 def _map_by_name(
-    given: int, given_names: Sequence[str], needed_names: Sequence[str]
+    given: int,
+    given_names: Sequence[str],
+    needed_names: Sequence[str],
 ) -> ChannelMap | None:
     """Return a map by names, or None if names are not unique or no name is shared."""
     # One channel has nothing to be mixed up with, regardless of its name.

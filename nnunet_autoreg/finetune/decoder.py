@@ -150,7 +150,10 @@ def _live_tensors(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def _matched(
-    given: Mapping[str, Tensor], num_given: int, num_live: int, first_names: Mapping[str, str]
+    given: Mapping[str, Tensor],
+    num_given: int,
+    num_live: int,
+    first_names: Mapping[str, str],
 ) -> tuple[dict[str, Tensor], tuple[TensorEntry, ...]]:
     """Return the given tensors by the network's keys, and those without a counterpart."""
     matched: dict[str, Tensor] = {}

@@ -268,7 +268,12 @@ def load_planned_encoder(
 
     use_decoder = with_decoder and block.transfers_decoder
     return load_encoder(
-        network, file, card, target, block.recipe.expected_encoder_share, use_decoder
+        network,
+        file,
+        card,
+        target,
+        block.recipe.expected_encoder_share,
+        use_decoder,
     )
 
 
@@ -320,7 +325,10 @@ class SortedTensors:
 
 
 def _sort_tensors(
-    tensors: dict[str, Tensor], live: dict[str, Tensor], network: nn.Module, use_decoder: bool
+    tensors: dict[str, Tensor],
+    live: dict[str, Tensor],
+    network: nn.Module,
+    use_decoder: bool,
 ) -> SortedTensors:
     """Sort the tensors of a file by their purpose."""
     # Every name of a tensor of the network, with its first name if it belongs to the encoder.
@@ -369,7 +377,10 @@ def _sort_tensors(
 
 
 def _fit(
-    entry: tuple[str, Tensor, Tensor], network: nn.Module, card: EncoderCard, target: Target
+    entry: tuple[str, Tensor, Tensor],
+    network: nn.Module,
+    card: EncoderCard,
+    target: Target,
 ) -> tuple[Tensor, str]:
     """Return a value in the shape of the live tensor, and how it was adapted ("" if it was not).
 

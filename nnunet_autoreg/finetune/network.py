@@ -56,7 +56,9 @@ def build_network(
 
 
 def architecture_entry(
-    block: AutoregBlock, patch_size: Sequence[int], arguments: Mapping[str, Any] | None = None
+    block: AutoregBlock,
+    patch_size: Sequence[int],
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the ``architecture`` of a configuration in the form of nnU-Net's plans."""
     return {
@@ -105,12 +107,17 @@ class PlannedForAutoregTrainers:
                 "error: these plans are for the autoreg trainers; add '-tr "
                 "AutoregPretrainedTrainer' (or AutoregScratchTrainer) to the command, e.g.: "
                 "nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p "
-                "AutoregPlans"
+                "AutoregPlans",
             )
 
         check_class(class_path, "architecture")
         check_arguments(arguments, "architecture")
         drop_path_rate = arguments.pop("drop_path_rate", 0.0)
         return encoders.build_network(
-            class_path, arguments, input_shape, input_channels, num_classes, drop_path_rate
+            class_path,
+            arguments,
+            input_shape,
+            input_channels,
+            num_classes,
+            drop_path_rate,
         )

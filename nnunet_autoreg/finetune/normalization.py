@@ -35,7 +35,9 @@ class AutoregPercentileNormalization(ImageNormalization):  # type: ignore[misc]
 
 
 def as_pretrained(
-    schemes: Sequence[str], use_mask: Sequence[bool], card: EncoderCard | None
+    schemes: Sequence[str],
+    use_mask: Sequence[bool],
+    card: EncoderCard | None,
 ) -> tuple[list[str], list[bool]]:
     """Return nnU-Net's normalisation per channel, or that of the weights if they name one.
 

@@ -94,7 +94,10 @@ class Fit:
 
 
 def make_block(
-    choice: Choice, task: SegmentationTask, budget: Budget, results: Path
+    choice: Choice,
+    task: SegmentationTask,
+    budget: Budget,
+    results: Path,
 ) -> AutoregBlock:
     """Return the ``"autoreg"`` block for the chosen weights.
 
@@ -146,14 +149,17 @@ def make_block(
 
 
 def memory_estimator(
-    block: AutoregBlock, num_channels: int, num_classes: int
+    block: AutoregBlock,
+    num_channels: int,
+    num_classes: int,
 ) -> Callable[[Size], TrainingMemory]:
     """Return a function from patch size to training memory; it estimates each patch once."""
 
     @cache
     def estimate(patch: Size) -> TrainingMemory:
         return training_memory(
-            lambda: build_network(block, patch, num_channels, num_classes), (num_channels, *patch)
+            lambda: build_network(block, patch, num_channels, num_classes),
+            (num_channels, *patch),
         )
 
     return estimate
@@ -236,7 +242,9 @@ def _largest_patch(
 
 
 def with_ct_window(
-    properties: Mapping[str, Any], channel_names: Sequence[str], card: EncoderCard | None
+    properties: Mapping[str, Any],
+    channel_names: Sequence[str],
+    card: EncoderCard | None,
 ) -> dict[str, Any]:
     """Return nnU-Net's intensity properties per channel, with pretraining's window for CT.
 
@@ -277,14 +285,21 @@ def with_fits(
     channel_note = ""
     if card is not None:
         channels = map_channels(
-            card.num_input_channels, card.channel_names, len(channel_names), channel_names
+            card.num_input_channels,
+            card.channel_names,
+            len(channel_names),
+            channel_names,
         )
         channel_note = channels.note if channels else ""
 
     change = stem_change(block.encoder, arguments, channel_note)
 
     share, share_reason = decoder_first(
-        block.encoder, num_cases, card is not None, change, block.transfers_decoder
+        block.encoder,
+        num_cases,
+        card is not None,
+        change,
+        block.transfers_decoder,
     )
     reasons = {**block.reasons, "recipe.decoder_first_fraction": share_reason}
     for name, fit in fits.items():
@@ -295,7 +310,9 @@ def with_fits(
 
 
 def kept_configurations(
-    old: Mapping[str, Any], new: Mapping[str, Any], class_path: str
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    class_path: str,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the user's own configurations of an earlier plans file that are still valid.
 
@@ -315,7 +332,7 @@ def kept_configurations(
             custom[name] = configuration
         else:
             left_out.append(
-                f"configuration '{name}' was left out of the new plans: it is not an object"
+                f"configuration '{name}' was left out of the new plans: it is not an object",
             )
 
     # Others may inherit from a configuration that is left out, so check again until all are valid.

@@ -88,7 +88,10 @@ class IterationRates:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, schedule: Schedule, iterations_per_epoch: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        iterations_per_epoch: int,
     ):
         self.optimizer = optimizer
         self.schedule = schedule
@@ -117,7 +120,9 @@ def encoder_parameters(network: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(
-    network: nn.Module, recipe: Recipe, decoder_keys: Collection[str] = ()
+    network: nn.Module,
+    recipe: Recipe,
+    decoder_keys: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Return parameter groups by learning rate and weight decay.
 
@@ -182,7 +187,9 @@ def _layer_of(network: nn.Module) -> dict[str, int]:
 
 
 def make_optimizer(
-    groups: Iterable[dict[str, Any]], recipe: Recipe, peak_rate: float
+    groups: Iterable[dict[str, Any]],
+    recipe: Recipe,
+    peak_rate: float,
 ) -> torch.optim.Optimizer:
     """Return the recipe's optimiser.
 
@@ -190,6 +197,9 @@ def make_optimizer(
     """
     if recipe.optimizer == SGD:
         return torch.optim.SGD(
-            list(groups), lr=peak_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0
+            list(groups),
+            lr=peak_rate,
+            momentum=recipe.momentum,
+            nesterov=recipe.momentum > 0,
         )
     return torch.optim.AdamW(list(groups), lr=peak_rate, betas=recipe.betas, fused=True)

@@ -32,7 +32,9 @@ SHRINK = 0.9
 
 
 def stock_planner(
-    encoder: EncoderPlan, dataset_name: str, budget: Budget
+    encoder: EncoderPlan,
+    dataset_name: str,
+    budget: Budget,
 ) -> stock_planners.ResEncUNetPlanner:
     """Return nnU-Net's planner for an encoder of this size, with the encoder's widths and depths.
 
@@ -66,7 +68,12 @@ def feature_map_size(
     """
     with torch.device("meta"):
         network = get_network_from_plans(
-            class_path, arguments, imported, num_input_channels, num_classes, allow_init=False
+            class_path,
+            arguments,
+            imported,
+            num_input_channels,
+            num_classes,
+            allow_init=False,
         )
     return float(network.compute_conv_feature_map_size(patch_size))
 
@@ -131,7 +138,11 @@ def _stock_plan(
         if limit is not None:
             shape = plan_crop(median, task.spacing_mm, encoder.token_size_vox, int(limit))
         plan: dict[str, Any] = planner.get_plans_for_configuration(
-            task.spacing_mm, shape, "", dataset_vox, cache
+            task.spacing_mm,
+            shape,
+            "",
+            dataset_vox,
+            cache,
         )
         if max_vox is None or limit is None or volume(plan["patch_size"]) <= max_vox:
             return plan
@@ -173,7 +184,7 @@ def reconciled(wanted: Mapping[str, Any], encoder: EncoderPlan) -> tuple[dict[st
     else:
         notes = [
             f"{num_wanted} stages fit the patch, but the encoder has {num_own}: the deepest are "
-            "not used"
+            "not used",
         ]
 
     # Kernels of another size are adapted when the weights are loaded.
@@ -187,7 +198,7 @@ def reconciled(wanted: Mapping[str, Any], encoder: EncoderPlan) -> tuple[dict[st
     if stages:
         notes.append(
             f"the spacing needs other kernels in stages {', '.join(stages)}: "
-            f"{', '.join(sorted(shapes))}"
+            f"{', '.join(sorted(shapes))}",
         )
     return arguments, "; ".join(notes)
 

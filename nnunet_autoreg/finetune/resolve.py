@@ -243,7 +243,7 @@ def list_runs(results: Path) -> list[tuple[str, ...]]:
                 "-" if is_imported else str(card.num_scans),
                 card.finished_at[:10],
                 verdict,
-            )
+            ),
         )
     return rows
 

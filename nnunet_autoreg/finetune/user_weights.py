@@ -80,7 +80,9 @@ def kept_line(file: Path | None, planned: str | None) -> str:
 
 
 def misfit(
-    error: BaseException, trace: TracebackType | None, command_line: Sequence[str]
+    error: BaseException,
+    trace: TracebackType | None,
+    command_line: Sequence[str],
 ) -> str | None:
     """Return one line about weights of the user that nnU-Net cannot load; None for other errors."""
     # Any error may come from anywhere: only those out of nnU-Net's own loading are explained.

@@ -49,7 +49,7 @@ def members(archive: zipfile.ZipFile) -> tuple[list[zipfile.ZipInfo], list[tuple
                 "unreadable",
                 f"the archive lists {len(infos)} files, more than {MAX_MEMBERS}; unpack it by hand "
                 "if you trust it",
-            )
+            ),
         ]
     good, bad = [], []
     for info in infos:
@@ -106,7 +106,8 @@ def unpacked(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
         missing = [name for name in names if name not in known]
         if missing:
             raise ScanError(
-                "unreadable", bad[0][1] if bad else "a file is no longer in the archive; run again"
+                "unreadable",
+                bad[0][1] if bad else "a file is no longer in the archive; run again",
             )
 
         num_bytes = sum(known[name].file_size for name in names)
@@ -131,7 +132,8 @@ def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None
             shutil.copyfileobj(source, sink, 1 << 20)
     except DAMAGED as error:
         raise ScanError(
-            "unreadable", f"damaged in the archive ({type(error).__name__}); copy the archive again"
+            "unreadable",
+            f"damaged in the archive ({type(error).__name__}); copy the archive again",
         ) from error
 
 

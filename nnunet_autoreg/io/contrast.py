@@ -27,7 +27,7 @@ KEYWORDS = (
     (r"stir|tirm", "STIR"),
 )
 AFTER_AGENT = re.compile(
-    r"(?<![a-z])(post|gad|gd|km|ce|contrast)(?![a-z])|\+\s*c\b|t1.?post|t1.?gd|t1c(?![a-z])"
+    r"(?<![a-z])(post|gad|gd|km|ce|contrast)(?![a-z])|\+\s*c\b|t1.?post|t1.?gd|t1c(?![a-z])",
 )
 
 

@@ -93,7 +93,8 @@ def find_stack(path: Path, part: ScanPart) -> Stack:
         stamp = path.stat().st_mtime_ns
     except OSError as error:
         raise ScanError(
-            "unreadable", "vanished after it was found; restore it, or run again without it"
+            "unreadable",
+            "vanished after it was found; restore it, or run again without it",
         ) from error
 
     # Which files hold each series is kept, for the next series of the same folder.
@@ -399,5 +400,6 @@ def member_slices(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[Dicom
             return read_slices(stream, info.filename, info.file_size)
     except DAMAGED as error:
         raise ScanError(
-            "unreadable", f"damaged in the archive ({type(error).__name__}); copy the archive again"
+            "unreadable",
+            f"damaged in the archive ({type(error).__name__}); copy the archive again",
         ) from error

@@ -342,7 +342,11 @@ def _parse(stream: IO[bytes], num_bytes: int, deflated: bool) -> tuple[DicomHead
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
         inflated = unpacker.decompress(stream.read(MAX_INFLATED_BYTES), MAX_INFLATED_BYTES)
         dataset = read_dataset(
-            io.BytesIO(inflated), False, True, stop_when=stop, specific_tags=tags
+            io.BytesIO(inflated),
+            False,
+            True,
+            stop_when=stop,
+            specific_tags=tags,
         )
     else:
         dataset = read_partial(cast(Any, stream), cast(Any, stop), force=True, specific_tags=tags)

@@ -120,11 +120,13 @@ def check_nifti(path: Path) -> None:
             )
     except EOFError as error:
         raise ScanError(
-            "unreadable", "truncated: the gzip stream ends early; copy the file again"
+            "unreadable",
+            "truncated: the gzip stream ends early; copy the file again",
         ) from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ScanError(
-            "unreadable", f"damaged gzip stream ({error}); copy the file again"
+            "unreadable",
+            f"damaged gzip stream ({error}); copy the file again",
         ) from error
 
 
@@ -267,10 +269,22 @@ class _Layout:
 
 
 NIFTI_1 = _Layout(
-    ("8h", 40), ("h", 70), ("h", 72), ("8f", 76), ("f", 108), ("2h", 252), ("12f", 280)
+    ("8h", 40),
+    ("h", 70),
+    ("h", 72),
+    ("8f", 76),
+    ("f", 108),
+    ("2h", 252),
+    ("12f", 280),
 )
 NIFTI_2 = _Layout(
-    ("8q", 16), ("h", 12), ("h", 14), ("8d", 104), ("q", 168), ("2i", 344), ("12d", 400)
+    ("8q", 16),
+    ("h", 12),
+    ("h", 14),
+    ("8d", 104),
+    ("q", 168),
+    ("2i", 344),
+    ("12d", 400),
 )
 
 

@@ -224,7 +224,8 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
     series = header.text("SeriesInstanceUID")
     if not series:
         raise ScanError(
-            "unreadable", "its DICOM header names no series (0020,000E); export it again"
+            "unreadable",
+            "its DICOM header names no series (0020,000E); export it again",
         )
 
     problem = _problem_of_file(header, num_bytes)
@@ -267,7 +268,7 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
                 tilt=frame.number("GantryDetectorTilt", 0.0),
                 thickness=frame.number("SliceThickness", math.nan),
                 distance=abs(frame.number("SpacingBetweenSlices", math.nan)),
-            )
+            ),
         )
     if len(found) == num_frames:
         return found
@@ -275,7 +276,9 @@ def slices_of(header: DicomHeader, file: str, num_bytes: int) -> list[DicomSlice
 
 
 def _without_all_frames(
-    found: list[DicomSlice], num_frames: int, of_file: dict[str, Any]
+    found: list[DicomSlice],
+    num_frames: int,
+    of_file: dict[str, Any],
 ) -> list[DicomSlice]:
     """Return slices that say why a file of ``num_frames`` frames cannot be used.
 
@@ -345,7 +348,10 @@ def _modality(header: DicomHeader) -> str:
     words = set(_image_type(header))
     if "LOCALIZER" in words:
         raise NotAScanError(
-            "localizer", "a localiser (scout): planning slices, not a scan", modality, series
+            "localizer",
+            "a localiser (scout): planning slices, not a scan",
+            modality,
+            series,
         )
     if "MOSAIC" in words:
         raise NotAScanError(
@@ -378,7 +384,7 @@ def _problem_of_file(header: DicomHeader, num_bytes: int) -> tuple[str, str]:
         return problem_of_pixels(header, num_bytes)
     samples = int(header.number("SamplesPerPixel", 1))
     if samples > 1 or header.text("PhotometricInterpretation").startswith(
-        ("RGB", "YBR", "PALETTE")
+        ("RGB", "YBR", "PALETTE"),
     ):
         return (
             "rgb",

@@ -342,7 +342,8 @@ def _direction(one: DicomSlice) -> tuple[npt.NDArray[Any], bool]:
 
 
 def _volumes(
-    levels: list[Level], level_mm: list[float]
+    levels: list[Level],
+    level_mm: list[float],
 ) -> tuple[tuple[tuple[DicomSlice, ...], ...], str, tuple[str, str]]:
     """Return (volumes, the distinguishing value, problem) of the slices at each level."""
     counts = [len(level) for level in levels]
@@ -455,12 +456,14 @@ def _is_even_within_rounding(levels: list[float], rounding: float) -> bool:
     straight = levels[0] + step * np.arange(len(levels))
     return bool(
         gaps.max() - gaps.min() <= tolerance
-        and np.abs(np.array(levels) - straight).max() <= tolerance
+        and np.abs(np.array(levels) - straight).max() <= tolerance,
     )
 
 
 def _step(
-    level_mm: list[float], spacing: Sequence[float], rounding: float
+    level_mm: list[float],
+    spacing: Sequence[float],
+    rounding: float,
 ) -> tuple[float, tuple[str, str]]:
     """Return (distance of the slices in mm, problem)."""
     if len(level_mm) < 2:

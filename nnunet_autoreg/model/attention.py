@@ -224,7 +224,10 @@ def block_causal(order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> 
 
 
 def with_starts(
-    order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, num_starts: int
+    order_index_BT: Tensor,
+    prefix_B: Tensor,
+    valid_BT: Tensor,
+    num_starts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the order, the prefix and the valid tokens with start tokens in front.
 
@@ -274,14 +277,23 @@ def attend(
     width = query_BHTD.shape[-1]
     if mask is None or not query_BHTD.is_cuda or width % ALIGNMENT == 0:
         return functional.scaled_dot_product_attention(
-            query_BHTD, key_BHTD, value_BHTD, attn_mask=mask, dropout_p=dropout
+            query_BHTD,
+            key_BHTD,
+            value_BHTD,
+            attn_mask=mask,
+            dropout_p=dropout,
         )
 
     # Zeros in the head width change no score. The scale stays that of the true width.
     padding = (0, -width % ALIGNMENT)
     q, k, v = (functional.pad(x, padding) for x in (query_BHTD, key_BHTD, value_BHTD))
     padded = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, scale=width**-0.5
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=width**-0.5,
     )
     return padded[..., :width]
 

@@ -157,7 +157,8 @@ def read_card(folder: Path) -> EncoderCard:
     path = folder / CARD_NAME
     if not path.is_file():
         raise WeightsError(
-            f"{folder} holds no {CARD_NAME}; has its pretraining finished?", code="card-missing"
+            f"{folder} holds no {CARD_NAME}; has its pretraining finished?",
+            code="card-missing",
         )
 
     try:
@@ -299,7 +300,8 @@ def _check_consistency(card: EncoderCard, path: Path) -> None:
 
     if missing:
         raise WeightsError(
-            f"{path}: arguments lacks {', '.join(missing)}; restore the file", code="card-invalid"
+            f"{path}: arguments lacks {', '.join(missing)}; restore the file",
+            code="card-invalid",
         )
 
     try:

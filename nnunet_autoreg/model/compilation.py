@@ -86,7 +86,8 @@ def fast_path(plan: Plan, device: torch.device, sharded: bool = False) -> FastPa
         return None
     # FlexAttention has no gradient on a CPU, so that there the dense mask is compiled.
     return FastPath(
-        compiled_layer, plan.run.flex_attention and device.type in attention.FLEX_DEVICES
+        compiled_layer,
+        plan.run.flex_attention and device.type in attention.FLEX_DEVICES,
     )
 
 
@@ -108,7 +109,7 @@ def _compiled(function: Layer, backend: str) -> Layer:
     config.optimize_ddp = False
     log.info(
         "compiling the transformer's layers, once for every kind of sequence: about half a minute "
-        "each"
+        "each",
     )
     compiled: Layer = torch.compile(function, dynamic=False, backend=backend)
     return compiled
@@ -249,7 +250,9 @@ class Disagreement:
 
 
 def self_check(
-    path: FastPath, calls: Sequence[tuple[str, Call]], device: torch.device
+    path: FastPath,
+    calls: Sequence[tuple[str, Call]],
+    device: torch.device,
 ) -> Disagreement | None:
     """Compare the fast path with eager float32 and a dense mask.
 
@@ -276,7 +279,11 @@ def self_check(
 
 
 def compare_layer(
-    path: FastPath, kind: str, call: Call, is_attention_alone: bool, device: torch.device
+    path: FastPath,
+    kind: str,
+    call: Call,
+    is_attention_alone: bool,
+    device: torch.device,
 ) -> list[Disagreement]:
     """Return the differences found in one layer.
 
@@ -334,7 +341,9 @@ def compare_layer(
 
 
 def copy_with_strong_attention(
-    layer: nn.Module, is_attention_alone: bool, generator: torch.Generator
+    layer: nn.Module,
+    is_attention_alone: bool,
+    generator: torch.Generator,
 ) -> nn.Module:
     """Return a copy whose attention is not hidden by the rest, as it is where weights are small.
 

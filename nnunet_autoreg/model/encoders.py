@@ -81,7 +81,9 @@ def build_network(
 
     network_class = located(class_path)
     network: nn.Module = network_class(
-        input_channels=num_input_channels, num_classes=num_classes, **values
+        input_channels=num_input_channels,
+        num_classes=num_classes,
+        **values,
     )
 
     if family == RESENC:
@@ -93,7 +95,9 @@ def build_network(
 
 
 def _check_arguments(
-    class_path: str, arguments: Mapping[str, Any], input_shape: Sequence[int]
+    class_path: str,
+    arguments: Mapping[str, Any],
+    input_shape: Sequence[int],
 ) -> None:
     """Refuse missing arguments, and a shape that is not a multiple of the token size."""
     missing = missing_arguments(class_path, arguments)
@@ -107,7 +111,8 @@ def _check_arguments(
         grid_of(as_size(input_shape), token_size_of(class_path, arguments))
     except ValueError as error:
         raise PlanError(
-            f"input shape {tuple(input_shape)}: {error}", code="plan-input-shape"
+            f"input shape {tuple(input_shape)}: {error}",
+            code="plan-input-shape",
         ) from error
 
 

@@ -40,7 +40,7 @@ _HALF_OPS = frozenset(
         torch.Tensor.__matmul__,
         torch.bmm,
         torch.baddbmm,
-    }
+    },
 )
 _SINGLE_OPS = frozenset(
     {
@@ -53,7 +53,7 @@ _SINGLE_OPS = frozenset(
         torch.Tensor.pow,
         torch.rsqrt,
         torch.sum,
-    }
+    },
 )
 
 
@@ -86,7 +86,10 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
     ) -> torch.Tensor:
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -148,7 +151,9 @@ class _Kept:
         return tensor
 
     def piece(
-        self, function: Callable[..., torch.Tensor], arguments: tuple[Any, ...]
+        self,
+        function: Callable[..., torch.Tensor],
+        arguments: tuple[Any, ...],
     ) -> torch.Tensor:
         """Run a function as activation checkpointing does, and count what that keeps."""
         for argument in arguments:
@@ -176,7 +181,9 @@ def _counting(network: nn.Module) -> Iterator[_Kept]:
 
 
 def kept_bytes(
-    network: nn.Module, volume: torch.Tensor, half: bool | None = None
+    network: nn.Module,
+    volume: torch.Tensor,
+    half: bool | None = None,
 ) -> tuple[int, torch.Size]:
     """Return the bytes that autograd keeps for the backward pass, and the output's shape.
 
@@ -191,7 +198,9 @@ def kept_bytes(
 
 
 def training_memory(
-    build: Callable[[], nn.Module], input_shape: Sequence[int], half: bool = True
+    build: Callable[[], nn.Module],
+    input_shape: Sequence[int],
+    half: bool = True,
 ) -> TrainingMemory:
     """Estimate the memory of training a network with AdamW on segmentation patches.
 

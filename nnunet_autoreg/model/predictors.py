@@ -101,7 +101,9 @@ class CrossLayer(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.project = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Linear(2 * width, width),
         )
         self.block = BlockAttention(width, num_heads, block_tokens) if block_tokens > 1 else None
 
@@ -215,7 +217,13 @@ class QueryDecoder(nn.Module):
         mask = mask_of(rule, self.num_heads)
         for layer in self.layers:
             query_BQV = run_layer(
-                layer, self.recompute, query_BQV, features_BSV, mask, queries.rope, tokens.rope
+                layer,
+                self.recompute,
+                query_BQV,
+                features_BSV,
+                mask,
+                queries.rope,
+                tokens.rope,
             )
 
         out: Tensor = self.project(self.norm(query_BQV))

@@ -89,7 +89,11 @@ class SequenceEncoder(nn.Module):
     """Tokens in front of the sequence that have no position: 1 with a START token."""
 
     def __init__(
-        self, network: nn.Module, token_size: Size, block_size: Size, recompute: bool = False
+        self,
+        network: nn.Module,
+        token_size: Size,
+        block_size: Size,
+        recompute: bool = False,
     ):
         super().__init__()
         self.network: Any = network
@@ -204,7 +208,10 @@ class SequenceEncoder(nn.Module):
         return self.contextual(self.tokens(voxels_BMCZYX), rule, positions_BT, member_BTV)
 
     def describe(
-        self, voxels_BMCZYX: Tensor, rule: Rule | None, positions_BT: Tensor | None = None
+        self,
+        voxels_BMCZYX: Tensor,
+        rule: Rule | None,
+        positions_BT: Tensor | None = None,
     ) -> Tensor:
         """Return features (B, T, *) as fine-tuning gets them: the local part sees whole crops.
 
@@ -242,7 +249,11 @@ class PrimusEncoder(SequenceEncoder):
     transfers = ("down_projection.", "eva.")
 
     def __init__(
-        self, network: nn.Module, token_size: Size, block_size: Size, recompute: bool = False
+        self,
+        network: nn.Module,
+        token_size: Size,
+        block_size: Size,
+        recompute: bool = False,
     ):
         super().__init__(network, token_size, block_size, recompute)
         # The decoder's weights would take memory, and be saved, for nothing.
@@ -282,7 +293,11 @@ class ViTEncoder(SequenceEncoder):
     num_starts = 1
 
     def __init__(
-        self, network: nn.Module, token_size: Size, block_size: Size, recompute: bool = False
+        self,
+        network: nn.Module,
+        token_size: Size,
+        block_size: Size,
+        recompute: bool = False,
     ):
         super().__init__(network, token_size, block_size, recompute)
         self.network.decoder = nn.Identity()

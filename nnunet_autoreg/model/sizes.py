@@ -121,7 +121,10 @@ def _primus(family: str, size: str) -> EncoderSize:
 
 
 def _resenc(
-    size: str, features: list[int], blocks: list[int], patch_gib: float | None
+    size: str,
+    features: list[int],
+    blocks: list[int],
+    patch_gib: float | None,
 ) -> EncoderSize:
     is_tiny = size == "tiny"
     num_stages = len(features)

@@ -200,7 +200,10 @@ def hooked(block: nn.Module) -> None:
 
 
 def _eva_block(
-    block: EvaBlock, x_BTV: Tensor, rope: Tensor | None = None, attn_mask: Mask | None = None
+    block: EvaBlock,
+    x_BTV: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Mask | None = None,
 ) -> Tensor:
     assert isinstance(block.attn, EvaAttention), "rotary attention of another layout"
 
@@ -218,7 +221,10 @@ def _eva_block(
 
 
 def self_attention(
-    attn: EvaAttention, x_BTV: Tensor, rope: Tensor | None, mask: Mask | None
+    attn: EvaAttention,
+    x_BTV: Tensor,
+    rope: Tensor | None,
+    mask: Mask | None,
 ) -> Tensor:
     """Return the output (B, T, V) of ``attn``, with its projections, norms and rotary positions."""
     B, T, _ = x_BTV.shape

@@ -36,7 +36,11 @@ class PretrainingUNet(nn.Module):
     """
 
     def __init__(
-        self, network: Any, learned_mark: bool, recompute: bool = False, num_segments: int = 0
+        self,
+        network: Any,
+        learned_mark: bool,
+        recompute: bool = False,
+        num_segments: int = 0,
     ):
         super().__init__()
         self.network: Any = network
@@ -80,7 +84,10 @@ class PretrainingUNet(nn.Module):
         x_BCZYX = skips[-1]
         finer_skips = skips[-2::-1]
         for upsample, stage, skip_BCZYX in zip(
-            decoder.transpconvs, decoder.stages, finer_skips, strict=True
+            decoder.transpconvs,
+            decoder.stages,
+            finer_skips,
+            strict=True,
         ):
             joined_BCZYX = torch.cat([upsample(x_BCZYX), skip_BCZYX], dim=1)
             x_BCZYX = recomputed(stage, self.recompute, joined_BCZYX)

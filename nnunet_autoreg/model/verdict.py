@@ -48,13 +48,16 @@ class Verdict:
 
 
 NO_VERDICT = Verdict(
-    UNKNOWN, "its card has no verdict, because it was written before there was one"
+    UNKNOWN,
+    "its card has no verdict, because it was written before there was one",
 )
 """Of encoders from earlier releases."""
 
 
 def judge(
-    figure: FigureOfMerit, errors: Mapping[str, float], probe: Mapping[str, float] | None
+    figure: FigureOfMerit,
+    errors: Mapping[str, float],
+    probe: Mapping[str, float] | None,
 ) -> tuple[str, str]:
     """Return whether something has been learnt, and the figures that decided.
 

@@ -217,7 +217,12 @@ class UnetrDecoder(nn.Module):
     """
 
     def __init__(
-        self, num_channels: int, width: int, num_classes: int, num_levels: int, num_features: int
+        self,
+        num_channels: int,
+        width: int,
+        num_classes: int,
+        num_levels: int,
+        num_features: int,
     ):
         super().__init__()
         features = [num_features * 2**level for level in range(num_levels)]
@@ -240,7 +245,10 @@ class UnetrDecoder(nn.Module):
         self.apply(InitWeights_He(1e-2))
 
     def forward(
-        self, image_BCZYX: Tensor, taps_BVzyx: Sequence[Tensor], final_BVzyx: Tensor
+        self,
+        image_BCZYX: Tensor,
+        taps_BVzyx: Sequence[Tensor],
+        final_BVzyx: Tensor,
     ) -> Tensor:
         """Return logits (B, classes, Z, Y, X); ``taps_BVzyx`` from shallow to deep."""
         skips = [self.image(image_BCZYX)]
@@ -325,12 +333,14 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
             self.grid = grid_of(as_size(input_shape), token_size)
         except ValueError as error:
             raise PlanError(
-                f"input shape {tuple(input_shape)}: {error}", code="plan-input-shape"
+                f"input shape {tuple(input_shape)}: {error}",
+                code="plan-input-shape",
             ) from error
 
         if embed_dim % eva_numheads:
             raise PlanError(
-                f"width {embed_dim} is not a multiple of {eva_numheads} heads", code="plan-width"
+                f"width {embed_dim} is not a multiple of {eva_numheads} heads",
+                code="plan-width",
             )
 
         # The attributes under which nnU-Net's networks name the parts that are transferred.
@@ -357,7 +367,11 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
             drop_path_rate,
         )
         self.decoder = UnetrDecoder(
-            input_channels, embed_dim, num_classes, num_levels, decoder_features
+            input_channels,
+            embed_dim,
+            num_classes,
+            num_levels,
+            decoder_features,
         )
 
         # The positions follow from the input shape, so that no file holds them.
@@ -395,5 +409,5 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
             NotImplementedError: always, as Primus does.
         """
         raise NotImplementedError(
-            "the memory of a transformer is not proportional to its convolutional feature maps"
+            "the memory of a transformer is not proportional to its convolutional feature maps",
         )

@@ -126,12 +126,16 @@ class Alice(Objective):
         patch_target_NSO = targets(outputs.teacher_patches, state.patch_centre, state.temperature)
         partner_N = _partners(len(class_target_NO), num_members, batch.voxels.device)
         class_loss_N = cross_entropy(
-            class_target_NO[partner_N], outputs.student_classes, settings.student_temperature
+            class_target_NO[partner_N],
+            outputs.student_classes,
+            settings.student_temperature,
         )
 
         # Tokens are compared within an image, so that they need no partner.
         patch_loss_NS = cross_entropy(
-            patch_target_NSO, outputs.student_patches, settings.student_temperature
+            patch_target_NSO,
+            outputs.student_patches,
+            settings.student_temperature,
         )
 
         # Padding carries no loss: it is the same in every image.
@@ -142,11 +146,15 @@ class Alice(Objective):
         error_NTP = (outputs.voxels.float() - truth_NTP).square() * counted_NTP
         terms = {
             "reconstruction": LossTerm(
-                error_NTP.sum(), counts["reconstruction"], settings.reconstruction_weight
+                error_NTP.sum(),
+                counts["reconstruction"],
+                settings.reconstruction_weight,
             ),
             "classes": LossTerm(class_loss_N.sum(), counts["classes"], settings.class_weight),
             "patches": LossTerm(
-                (patch_loss_NS * counted_NS).sum(), counts["patches"], settings.patch_weight
+                (patch_loss_NS * counted_NS).sum(),
+                counts["patches"],
+                settings.patch_weight,
             ),
         }
 
@@ -291,12 +299,12 @@ class Alice(Objective):
         if not shared >= LEAST_SHARED:
             signs.append(
                 f"the teacher gives all tokens the same prototype (entropy {shared:.2g} of the "
-                f"largest, limit {LEAST_SHARED:g})"
+                f"largest, limit {LEAST_SHARED:g})",
             )
         if each > MOST_SHARED:
             signs.append(
                 f"the teacher gives every token all prototypes alike (entropy {each:.4f} of the "
-                f"largest, limit {MOST_SHARED:g})"
+                f"largest, limit {MOST_SHARED:g})",
             )
         return signs
 
@@ -328,7 +336,9 @@ class Alice(Objective):
         crops = self._crops(batch)
         B = len(batch.voxels)
         features_NTV = self._exported().backbone.describe(
-            crops.voxels, crops.valid, crops.positions
+            crops.voxels,
+            crops.valid,
+            crops.positions,
         )
         return TokenFeatures(
             features_NTV.reshape(B, -1, features_NTV.shape[2]),
@@ -461,7 +471,10 @@ class Alice(Objective):
             if not (first.any() and second.any()):
                 continue
             held = consistent_matches(
-                tokens_MTV[0, first], tokens_MTV[1, second], place_T3[first], place_T3[second]
+                tokens_MTV[0, first],
+                tokens_MTV[1, second],
+                place_T3[first],
+                place_T3[second],
             )
             inliers, matched = inliers + held.sum(), matched + len(held)
         return {"inliers": inliers, "matched": matched}
@@ -495,7 +508,10 @@ def entropy(probabilities_O: Tensor) -> Tensor:
 
 
 def consistent_matches(
-    first_NV: Tensor, second_MV: Tensor, place_first_N3: Tensor, place_second_M3: Tensor
+    first_NV: Tensor,
+    second_MV: Tensor,
+    place_first_N3: Tensor,
+    place_second_M3: Tensor,
 ) -> Tensor:
     """Return which tokens of one crop have a believable match in another, (N,) bool.
 

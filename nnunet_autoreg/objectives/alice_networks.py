@@ -79,11 +79,15 @@ class TransformerBackbone(nn.Module):
         self.token_size = token
         self.block_tokens = sequence.block_tokens
         self.block_size = as_size(
-            [side * number for side, number in zip(token, sequence.block_tokens, strict=True)]
+            [side * number for side, number in zip(token, sequence.block_tokens, strict=True)],
         )
 
         self.encoder = build_sequence_encoder(
-            plan.encoder, sequence.crop_size_vox, sequence.block_tokens, 1, self.recompute
+            plan.encoder,
+            sequence.crop_size_vox,
+            sequence.block_tokens,
+            1,
+            self.recompute,
         )
         self.width = self.decoder_width = self.encoder.width
         num_positions = volume(grid_of(sequence.crop_size_vox, token))
@@ -146,7 +150,9 @@ class TransformerBackbone(nn.Module):
     def describe(self, voxels_NCZYX: Tensor, valid_NT: Tensor, positions_NT: Tensor) -> Tensor:
         """Return features (N, T, V) as fine-tuning gets them."""
         features: Tensor = self.encoder.describe(
-            voxels_NCZYX[:, None], self._rule(valid_NT), positions_NT
+            voxels_NCZYX[:, None],
+            self._rule(valid_NT),
+            positions_NT,
         )
         return features
 
@@ -172,7 +178,9 @@ class CnnBackbone(nn.Module):
         self.token_size = plan.encoder.token_size_vox
         network = build_unet(plan)
         self.unet = PretrainingUNet(
-            network, learned_mark=False, recompute=plan.optim.checkpoint_activations
+            network,
+            learned_mark=False,
+            recompute=plan.optim.checkpoint_activations,
         )
         channels = [int(number) for number in network.encoder.output_channels]
         # The decoder's coarsest map has the channels of the stage before the last.
@@ -296,7 +304,9 @@ class Casa(nn.Module):
         self.project = nn.Linear(width, width)
         self.norm_attention = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(
-            nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width)
+            nn.Linear(width, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, width),
         )
         self.norm_out = nn.LayerNorm(width)
 

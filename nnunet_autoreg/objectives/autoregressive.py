@@ -45,7 +45,10 @@ from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 
 def supervised_tokens(
-    order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor, from_start: bool = False
+    order_index_BT: Tensor,
+    prefix_B: Tensor,
+    valid_BT: Tensor,
+    from_start: bool = False,
 ) -> Tensor:
     """Return which tokens are predicted, (B, T) bool.
 
@@ -86,7 +89,11 @@ class AutoregressiveModel(nn.Module):
         settings = settings_of(plan)
         recompute = plan.optim.checkpoint_activations
         self.encoder = build_sequence_encoder(
-            plan.encoder, sequence.crop_size_vox, sequence.block_tokens, num_channels, recompute
+            plan.encoder,
+            sequence.crop_size_vox,
+            sequence.block_tokens,
+            num_channels,
+            recompute,
         )
 
         self.block_num_tokens = volume(sequence.block_tokens)
@@ -137,7 +144,9 @@ class AutoregressiveModel(nn.Module):
             # A query must not see its own block, which it predicts.
             query_rule = strictly_earlier(batch.order_index, valid_BT)
             tokens = TokenPositions(
-                self.encoder.rope(batch.positions), batch.positions, batch.members
+                self.encoder.rope(batch.positions),
+                batch.positions,
+                batch.members,
             )
             if self.head.block_tokens == 1:
                 alone: Tensor = self.head(features_BTV, query_rule, tokens, tokens)
@@ -152,7 +161,9 @@ class AutoregressiveModel(nn.Module):
                 tokens,
             )
             return torch.zeros_like(in_order_BTO).scatter(
-                1, query_order_BT[:, :, None].expand_as(in_order_BTO), in_order_BTO
+                1,
+                query_order_BT[:, :, None].expand_as(in_order_BTO),
+                in_order_BTO,
             )
 
         # Token j of block b says what token j of block b + 1 is.
@@ -161,7 +172,9 @@ class AutoregressiveModel(nn.Module):
         if not self.predicts_first:
             return said_BTP
         return said_BTP.scatter(
-            1, order_BT[:, :1, None].expand(-1, -1, said_BTP.shape[2]), self.head(start_BTV)
+            1,
+            order_BT[:, :1, None].expand(-1, -1, said_BTP.shape[2]),
+            self.head(start_BTV),
         )
 
     def places(self, batch: Batch, index_BN: Tensor) -> TokenPositions:
@@ -184,7 +197,7 @@ class AutoregressiveModel(nn.Module):
     def rule(self, order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> AttentionRule:
         """Return the attention rule of the encoder, start tokens included."""
         return block_causal(
-            *with_starts(order_index_BT, prefix_B, valid_BT, self.encoder.num_starts)
+            *with_starts(order_index_BT, prefix_B, valid_BT, self.encoder.num_starts),
         )
 
     def shift(self, out_BTP: Tensor, order_BT: Tensor) -> Tensor:
@@ -228,13 +241,16 @@ class Autoregressive(Objective):
         # Only real voxels of predicted tokens carry loss.
         weight_BTP = (
             supervised_tokens(asked.order_index, asked.prefix, valid_BT, self.model.predicts_first)[
-                :, :, None
+                :,
+                :,
+                None,
             ]
             & real_BTP
         ).float()
         if batch.loss_mask is not None:
             weight_BTP = weight_BTP * to_tokens(
-                batch.loss_mask[:, :, None], self.token_size
+                batch.loss_mask[:, :, None],
+                self.token_size,
             ).repeat(1, 1, batch.voxels.shape[2])
 
         shown = batch
@@ -242,7 +258,8 @@ class Autoregressive(Objective):
             # Targets were taken above, from the clean voxels; blocks that are predicted stay clean
             # as context of later ones, too.
             shown = replace(
-                batch, voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption)
+                batch,
+                voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption),
             )
 
         output_weight_BTO = output_weight(settings, weight_BTP)
@@ -257,7 +274,9 @@ class Autoregressive(Objective):
                 "copy": _error(previous_BTO, target_BTO, output_weight_BTO),
             }
         return one_term(
-            _error(predicted_BTO, target_BTO, output_weight_BTO), weight_BTP.sum(), trivial
+            _error(predicted_BTO, target_BTO, output_weight_BTO),
+            weight_BTP.sum(),
+            trivial,
         )
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
@@ -272,7 +291,10 @@ class Autoregressive(Objective):
         # What the picture shows as given, and what as predicted.
         given_BT = valid_BT & (batch.order_index < batch.prefix[:, None])
         predicted_BT = supervised_tokens(
-            asked.order_index, asked.prefix, valid_BT, self.model.predicts_first
+            asked.order_index,
+            asked.prefix,
+            valid_BT,
+            self.model.predicts_first,
         )
         parts = (
             predicted_BTP,
@@ -287,7 +309,12 @@ class Autoregressive(Objective):
         )
         loss_mask = loss_mask if batch.loss_mask is None else loss_mask & batch.loss_mask
         return Reconstruction(
-            batch.voxels[:, :, 0], predicted, trivial, given, loss_mask, batch.valid_mask
+            batch.voxels[:, :, 0],
+            predicted,
+            trivial,
+            given,
+            loss_mask,
+            batch.valid_mask,
         )
 
     def as_predicted(self, batch: Batch) -> Batch:
@@ -304,7 +331,9 @@ class Autoregressive(Objective):
         """
         num_channels = batch.voxels.shape[2]
         real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token_size).repeat(
-            1, 1, num_channels
+            1,
+            1,
+            num_channels,
         )
         voxels_BTP = to_tokens(batch.voxels, self.token_size)
         sigma_vox = self.settings.target_smoothing
@@ -314,7 +343,11 @@ class Autoregressive(Objective):
         """Return the mask of valid voxels in given blocks, (B, M, Z, Y, X)."""
         token, (B, M, Z, Y, X) = self.plan.encoder.token_size_vox, asked.valid_mask.shape
         given = (asked.order_index < asked.prefix[:, None]).reshape(
-            B, M, Z // token[0], Y // token[1], X // token[2]
+            B,
+            M,
+            Z // token[0],
+            Y // token[1],
+            X // token[2],
         )
 
         # From tokens to voxels: every token is a cube of equal entries.
@@ -336,7 +369,8 @@ class Autoregressive(Objective):
 
         # Without given positions, tokens are numbered in raster order.
         in_order = torch.arange(
-            batch.order_index.shape[1], device=batch.order_index.device
+            batch.order_index.shape[1],
+            device=batch.order_index.device,
         ).expand_as(batch.order_index)
         return TokenFeatures(
             features_BTV,

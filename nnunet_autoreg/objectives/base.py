@@ -73,7 +73,9 @@ class LossTerms:
 
 
 def one_term(
-    total: Tensor, count: Tensor, references: Mapping[str, Tensor] | None = None
+    total: Tensor,
+    count: Tensor,
+    references: Mapping[str, Tensor] | None = None,
 ) -> LossTerms:
     """Return a loss that has a single term."""
     return LossTerms({"error": LossTerm(total, count)}, references or {})

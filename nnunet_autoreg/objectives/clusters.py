@@ -44,7 +44,11 @@ def codes_of(scores_NK: Tensor, balance_K: Tensor, sharpness: float) -> Tensor:
 
 
 def swapped_losses(
-    first_NK: Tensor, second_NK: Tensor, balance_K: Tensor, sharpness: float, temperature: float
+    first_NK: Tensor,
+    second_NK: Tensor,
+    balance_K: Tensor,
+    sharpness: float,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies of both views, each with the code of the other one, (...,) each.
 

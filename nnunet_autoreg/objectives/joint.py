@@ -317,7 +317,11 @@ class Joint(Objective):
         }
 
     def _bank_rows(
-        self, batch: Batch, slabs: Slabs, embedded_BMRD: Tensor, volumes_BMD: Tensor | None
+        self,
+        batch: Batch,
+        slabs: Slabs,
+        embedded_BMRD: Tensor,
+        volumes_BMD: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return new entries of the banks from a part of a batch, at the numbers of their samples.
 
@@ -364,7 +368,9 @@ class Joint(Objective):
             place = (case - 1) % settings.bank_cases
             known_S = rows["bank_slabs_known"][number] > 0
             state.slab_bank[place] = torch.where(
-                known_S[:, None], rows["bank_slabs"][number], state.slab_bank[place]
+                known_S[:, None],
+                rows["bank_slabs"][number],
+                state.slab_bank[place],
             )
             state.slab_known[place] |= known_S
             if "bank_volumes" in rows and rows["bank_volumes_known"][number] > 0:
@@ -408,7 +414,10 @@ class Joint(Objective):
         state.num_measured[kind] += is_there
 
     def _health_sums(
-        self, scores_BMRK: Tensor, embedded_BMRD: Tensor, valid_BR: Tensor
+        self,
+        scores_BMRK: Tensor,
+        embedded_BMRD: Tensor,
+        valid_BR: Tensor,
     ) -> dict[str, Tensor]:
         """Return the sums over all valid slabs by which ``health`` is judged."""
         # The soft cluster of every slab, as the loss makes it.
@@ -459,17 +468,17 @@ class Joint(Objective):
         if not spread >= LEAST_SPREAD:
             signs.append(
                 f"the projections of all slabs are alike (variance {spread:.2g} of mean square, "
-                f"limit {LEAST_SPREAD:g})"
+                f"limit {LEAST_SPREAD:g})",
             )
         if not used >= LEAST_USED:
             signs.append(
                 f"almost all slabs belong to the same clusters (entropy {used:.2g} of the largest, "
-                f"limit {LEAST_USED:g})"
+                f"limit {LEAST_USED:g})",
             )
         if not each <= MOST_SHARED:
             signs.append(
                 f"every slab belongs to all clusters alike (entropy {each:.4f} of the largest, "
-                f"limit {MOST_SHARED:g})"
+                f"limit {MOST_SHARED:g})",
             )
         return signs
 

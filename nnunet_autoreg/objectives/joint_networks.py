@@ -125,7 +125,12 @@ class SlabAttention(nn.Module):
         self.project = nn.Linear(width, width)
         # With this kernel and padding, R slabs give R / key_every keys.
         self.near_queries = nn.Conv1d(
-            features, features, kernel_size=every + 2, stride=every, padding=1, groups=features
+            features,
+            features,
+            kernel_size=every + 2,
+            stride=every,
+            padding=1,
+            groups=features,
         )
         self.to_offset = nn.Linear(features, 1, bias=False)
         self.distance = nn.Linear(1, BIAS_FEATURES)
@@ -281,7 +286,8 @@ class JointNetwork(nn.Module):
         self.backbone: SlabTransformer | SlabCnn
         self.backbone = SlabTransformer(plan) if is_transformer else SlabCnn(plan)
         self.project = nn.Sequential(
-            nn.LayerNorm(self.backbone.width), nn.Linear(self.backbone.width, settings.width)
+            nn.LayerNorm(self.backbone.width),
+            nn.Linear(self.backbone.width, settings.width),
         )
         self.prototypes = _prototypes(settings.num_slab_clusters, settings.width)
         self.volume_head = VolumeHead(settings)

@@ -58,16 +58,24 @@ class MaskedModel(AutoregressiveModel):
         B, M, C, Z, Y, X = batch.voxels.shape
         grid = grid_of((Z, Y, X), self.token_size)
         rank_BKJ = to_blocks(batch.order_index.reshape(B * M, 1, *grid), self.block_grid).reshape(
-            B, -1, self.block_num_tokens
+            B,
+            -1,
+            self.block_num_tokens,
         )
         # All tokens of a block share its number, so that the first one stands for it.
         chosen_BK = torch.argsort(rank_BKJ[:, :, 0], dim=1)[:, :num_visible]
 
         block_size = as_size(
-            [token * number for token, number in zip(self.token_size, self.block_grid, strict=True)]
+            [
+                token * number
+                for token, number in zip(self.token_size, self.block_grid, strict=True)
+            ],
         )
         all_BJCzyx = to_blocks(batch.voxels.flatten(0, 1), block_size).reshape(
-            B, -1, C, *block_size
+            B,
+            -1,
+            C,
+            *block_size,
         )
         samples_B1 = torch.arange(B, device=chosen_BK.device)[:, None]
         blocks_BKCzyx = all_BJCzyx[samples_B1, chosen_BK]
@@ -80,7 +88,9 @@ class MaskedModel(AutoregressiveModel):
         # Back at the positions of the hidden tokens.
         everywhere_BTO = predicted_BQO.new_zeros(*order_BT.shape, predicted_BQO.shape[2])
         out: Tensor = everywhere_BTO.scatter(
-            1, hidden_BQ[:, :, None].expand_as(predicted_BQO), predicted_BQO
+            1,
+            hidden_BQ[:, :, None].expand_as(predicted_BQO),
+            predicted_BQO,
         )
         return out
 

@@ -116,7 +116,9 @@ class SegmentMap(nn.Module):
 
 
 def measured(
-    features_PF: NDArray[np.float64], num_segments: int, generator: np.random.Generator
+    features_PF: NDArray[np.float64],
+    num_segments: int,
+    generator: np.random.Generator,
 ) -> dict[str, Tensor]:
     """Return the buffers of a ``SegmentMap`` by name, from the features of some voxels.
 

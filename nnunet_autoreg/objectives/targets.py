@@ -63,7 +63,10 @@ def output_weight(settings: PredictionPlan, weight_BTP: Tensor) -> Tensor:
 
 
 def as_intensities(
-    settings: PredictionPlan, predicted_BTO: Tensor, voxels_BTP: Tensor, real_BTP: Tensor
+    settings: PredictionPlan,
+    predicted_BTO: Tensor,
+    voxels_BTP: Tensor,
+    real_BTP: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return predictions in intensities, and those of a head that outputs 0; both (B, T, P).
 
@@ -75,7 +78,9 @@ def as_intensities(
     if settings.target == "normalised_with_statistics":
         num_voxels = voxels_BTP.shape[-1]
         pattern_BTP, mean_BT1, log_deviation_BT1 = torch.split(
-            predicted_BTO, [num_voxels, 1, 1], dim=-1
+            predicted_BTO,
+            [num_voxels, 1, 1],
+            dim=-1,
         )
         predicted_BTP = pattern_BTP * log_deviation_BT1.exp() + mean_BT1
         return predicted_BTP, torch.zeros_like(predicted_BTP)
@@ -85,7 +90,10 @@ def as_intensities(
 
 
 def token_statistics(
-    voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0
+    voxels_BTP: Tensor,
+    real_BTP: Tensor,
+    floor: float,
+    epsilon: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return mean and sqrt(max(var, floor) + epsilon) of every token, (B, T, 1).
 
@@ -100,7 +108,10 @@ def token_statistics(
 
 
 def normalised_target(
-    voxels_BTP: Tensor, real_BTP: Tensor, floor: float, epsilon: float = 0.0
+    voxels_BTP: Tensor,
+    real_BTP: Tensor,
+    floor: float,
+    epsilon: float = 0.0,
 ) -> Tensor:
     """Return voxels normalised per token: (v - mean) / sqrt(max(var, floor) + epsilon).
 

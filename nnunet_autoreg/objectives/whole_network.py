@@ -264,7 +264,13 @@ class WholeNetwork(Objective):
             mean_BT1 = torch.zeros_like(mean_BT1)
             deviation_BT1 = torch.ones_like(deviation_BT1)
         return Targets(
-            values_BTP, mean_BT1, deviation_BT1, known_BTP, real_BTP, eligible_BTP, loss_mask_BTP
+            values_BTP,
+            mean_BT1,
+            deviation_BT1,
+            known_BTP,
+            real_BTP,
+            eligible_BTP,
+            loss_mask_BTP,
         )
 
     def _predict(self, batch: Batch, known_BTP: Tensor) -> Predictions:
@@ -286,7 +292,11 @@ class WholeNetwork(Objective):
         return to_tokens(members_BMCZYX, self.token)
 
     def _cross_entropy(
-        self, scores_BKZYX: Tensor, classes_BMZYX: Tensor, batch: Batch, weight_BTP: Tensor
+        self,
+        scores_BKZYX: Tensor,
+        classes_BMZYX: Tensor,
+        batch: Batch,
+        weight_BTP: Tensor,
     ) -> Tensor:
         """Return each sample's mean cross-entropy over its weighted voxels, (B,)."""
         classes_BZYX = side_by_side(classes_BMZYX[:, :, None])[:, 0]
@@ -295,7 +305,10 @@ class WholeNetwork(Objective):
         return _sample_means(self._as_tokens(entropy_BZYX[:, None], batch), weight_BTP)
 
     def _trivial_entropies(
-        self, classes_BMZYX: Tensor, targets: Targets, nearest_BT: Tensor
+        self,
+        classes_BMZYX: Tensor,
+        targets: Targets,
+        nearest_BT: Tensor,
     ) -> dict[str, Tensor]:
         """Return the cross-entropies of the references, each summed over the samples.
 
@@ -337,7 +350,8 @@ class WholeNetwork(Objective):
         grid = grid_of((Z, Y, X), self.token)
         axes = [torch.arange(n, device=batch.voxels.device) for n in (M * grid[0], *grid[1:])]
         place_T3 = torch.cartesian_prod(*axes).float() * torch.tensor(
-            self.token, device=batch.voxels.device
+            self.token,
+            device=batch.voxels.device,
         )
 
         nearest = []

@@ -29,7 +29,10 @@ A rule of thumb, not measured.
 
 
 def choose_encoder(
-    name: str, hardware: Hardware, pool: Pool, single_tokens: bool = False
+    name: str,
+    hardware: Hardware,
+    pool: Pool,
+    single_tokens: bool = False,
 ) -> tuple[str, str]:
     """Return an encoder's name and the reason for it.
 

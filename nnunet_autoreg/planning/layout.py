@@ -117,7 +117,10 @@ class CropLayout:
 
 
 def choose_layout(
-    encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
+    encoder: EncoderSize,
+    hardware: Hardware,
+    pool: Pool,
+    memory_of: MemoryOf,
 ) -> CropLayout:
     """Return the largest crop that suits the median scan and fits into the memory, and its blocks.
 
@@ -141,7 +144,10 @@ def choose_layout(
 
 
 def _layout_of_convolutional_tokens(
-    encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
+    encoder: EncoderSize,
+    hardware: Hardware,
+    pool: Pool,
+    memory_of: MemoryOf,
 ) -> CropLayout:
     """Return the crop and the blocks of a transformer with a convolutional tokenizer.
 
@@ -182,7 +188,10 @@ def _layout_of_convolutional_tokens(
 
 
 def _layout_of_cnn(
-    encoder: EncoderSize, hardware: Hardware, pool: Pool, memory_of: MemoryOf
+    encoder: EncoderSize,
+    hardware: Hardware,
+    pool: Pool,
+    memory_of: MemoryOf,
 ) -> CropLayout:
     """Return the crop and the blocks of a CNN: a block is as large as the network's total stride.
 

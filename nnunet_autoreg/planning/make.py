@@ -98,7 +98,10 @@ def make_plan(
         name=name,
         data=data,
         encoder=EncoderPlan(
-            encoder.name, encoder.class_path, encoder.arguments, encoder.token_size
+            encoder.name,
+            encoder.class_path,
+            encoder.arguments,
+            encoder.token_size,
         ),
         sequence=SequencePlan(
             crop,
@@ -136,7 +139,9 @@ def _remembering(memory_of: MemoryOf) -> MemoryOf:
 
 
 def plan_encoder(
-    pool: Pool, hardware: Hardware, overrides: Overrides
+    pool: Pool,
+    hardware: Hardware,
+    overrides: Overrides,
 ) -> tuple[EncoderSize, str, str]:
     """Return the encoder, with strides or tokens that suit the scans, and why both were chosen."""
     chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
@@ -149,7 +154,10 @@ def plan_encoder(
         encoder = replace(encoder, arguments=overrides.arguments, token_size=token_size)
 
     encoder, why_token = with_tokens(
-        encoder, pool.spacing_mm, pool.median_shape_vox, overrides.token_size_vox
+        encoder,
+        pool.spacing_mm,
+        pool.median_shape_vox,
+        overrides.token_size_vox,
     )
     if not has_transformer(encoder.family):
         why_token = "total stride; as nnU-Net plans strides by spacing"
@@ -239,7 +247,10 @@ def plan_optim(
 
 
 def choose_checkpointing(
-    encoder: EncoderSize, crop: Size, hardware: Hardware, memory_of: MemoryOf
+    encoder: EncoderSize,
+    crop: Size,
+    hardware: Hardware,
+    memory_of: MemoryOf,
 ) -> tuple[bool, str]:
     """Return whether activations have to be checkpointed so that one crop fits, and the reason.
 
@@ -263,7 +274,10 @@ def choose_checkpointing(
 
 
 def choose_micro_batch(
-    batch_size: int, hardware: Hardware, fixed_bytes: float, bytes_per_crop: float
+    batch_size: int,
+    hardware: Hardware,
+    fixed_bytes: float,
+    bytes_per_crop: float,
 ) -> tuple[int, str]:
     """Return crops on the device at once and the reason.
 

@@ -83,7 +83,10 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def training_batches(
-    batches: StepBatches, steps: range, num_workers: int, pin_memory: bool
+    batches: StepBatches,
+    steps: range,
+    num_workers: int,
+    pin_memory: bool,
 ) -> Generator[Batch, None, None]:
     """Yield the batches of ``steps`` in order.
 
@@ -106,7 +109,7 @@ def training_batches(
             pin_memory=pin_memory,
             worker_init_fn=begin_loader_process,
             generator=torch.Generator(),
-        )
+        ),
     )
     workers = set(multiprocessing.active_children()) - others
 
@@ -116,7 +119,7 @@ def training_batches(
                 item = next(loader)
             except (ConnectionError, EOFError) as error:
                 raise RuntimeError(
-                    f"{DEAD_WORKER} left its connection ({type(error).__name__})"
+                    f"{DEAD_WORKER} left its connection ({type(error).__name__})",
                 ) from error
             if isinstance(item, AutoregError):
                 raise item
@@ -164,7 +167,10 @@ def dead_workers_in_one_line() -> Iterator[None]:
 
 
 def validation_batches(
-    sampler: SequenceSampler, cases: SamplingPool, batch_size: int, num_batches: int
+    sampler: SequenceSampler,
+    cases: SamplingPool,
+    batch_size: int,
+    num_batches: int,
 ) -> dict[str, list[Batch]]:
     """Return the validation batches by their kind of sequences; they are always the same.
 
@@ -188,7 +194,9 @@ def validation_batches(
 
 
 def seconds_per_crop(
-    batches: StepBatches, steps: Sequence[int], weights: Mapping[str, float]
+    batches: StepBatches,
+    steps: Sequence[int],
+    weights: Mapping[str, float],
 ) -> float:
     """Return the mean seconds in which this process draws and collates one crop.
 

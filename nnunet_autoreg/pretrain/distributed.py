@@ -353,5 +353,8 @@ def shard_like(value: Any, pattern: Any) -> Any:
     if value.shape != pattern.shape:
         return value
     return distribute_tensor(
-        value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None
+        value.to(pattern.device),
+        pattern.device_mesh,
+        pattern.placements,
+        src_data_rank=None,
     )

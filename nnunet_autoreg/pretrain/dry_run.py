@@ -92,7 +92,10 @@ def check_network(plan: Plan) -> None:
 
 
 def step_memory(
-    encoder: EncoderSize, crop: Size, recompute: bool = False, half: bool = True
+    encoder: EncoderSize,
+    crop: Size,
+    recompute: bool = False,
+    half: bool = True,
 ) -> tuple[float, float]:
     """Return the estimated bytes of a training step: fixed, and per crop.
 
@@ -194,7 +197,9 @@ def limit_to_share(plan: Plan, num_processes: int) -> Plan:
 
 
 def fit_to_device(
-    job: TrainingJob, make_job: Callable[[Plan], TrainingJob], num_training: int
+    job: TrainingJob,
+    make_job: Callable[[Plan], TrainingJob],
+    num_training: int,
 ) -> TrainingJob:
     """Return the job with a plan that fits this process's device, as tested by a dry step.
 
@@ -331,7 +336,9 @@ def _try_step(build: Callable[[Plan], Trainer], plan: Plan, device: torch.device
 
 
 def _find_disagreement(
-    path: FastPath, recorder: CallRecorder, device: torch.device
+    path: FastPath,
+    recorder: CallRecorder,
+    device: torch.device,
 ) -> Disagreement | None:
     """Return the result of the self-check; a check that cannot be done does not stop a training."""
     calls = [(kind, call) for (kind, _, _), call in recorder.calls.items()]
@@ -344,7 +351,8 @@ def _find_disagreement(
         refuse_interruption(error)
         why = f"{type(error).__name__}: {first_line(error)}"
         log.warning(
-            "attention could not be checked on this device (%s): training continues unchecked", why
+            "attention could not be checked on this device (%s): training continues unchecked",
+            why,
         )
         return None
 
@@ -361,7 +369,7 @@ def with_estimated_seconds(folder: Path, plan: Plan, device: str) -> Plan:
     try:
         with phase("timing a training step"), torch.random.fork_rng(devices=[]):
             trainer = build_trainer(
-                TrainingJob(folder, tried, device, pool, SamplingPool(()), (), is_new=False)
+                TrainingJob(folder, tried, device, pool, SamplingPool(()), (), is_new=False),
             )
             seconds = dry_step(trainer, ENOUGH_S)
             steps = list(_one_of_each_kind(trainer).values())
@@ -370,7 +378,7 @@ def with_estimated_seconds(folder: Path, plan: Plan, device: str) -> Plan:
         if not is_out_of_memory(error):
             raise
         log.info(
-            "a step does not fit into memory and could not be timed; training will make it smaller"
+            "a step does not fit into memory and could not be timed; training will make it smaller",
         )
         return plan
 
@@ -521,7 +529,10 @@ def without_compiling(plan: Plan, error: BaseException) -> tuple[Plan, str]:
 
 
 def without_fast_path(
-    plan: Plan, disagreement: Disagreement, is_flex: bool, device: torch.device
+    plan: Plan,
+    disagreement: Disagreement,
+    is_flex: bool,
+    device: torch.device,
 ) -> tuple[Plan, str]:
     """Return the plan without the kernels that are wrong on this device, and a message.
 

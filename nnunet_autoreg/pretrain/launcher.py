@@ -163,7 +163,11 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
     with interruption_held_back():
         # CUDA does not survive a fork.
         context = start_processes(  # type: ignore[no-untyped-call]
-            begin_process, arguments, size, join=False, start_method="spawn"
+            begin_process,
+            arguments,
+            size,
+            join=False,
+            start_method="spawn",
         )
 
     def stop_main_process() -> None:
@@ -201,7 +205,11 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
 
 
 def begin_process(
-    rank: int, environ: Mapping[str, str], lines: Any, main: Callable[[], int], argv: Sequence[str]
+    rank: int,
+    environ: Mapping[str, str],
+    lines: Any,
+    main: Callable[[], int],
+    argv: Sequence[str],
 ) -> None:
     """Run the command as one process of ``launch_processes``, and exit with its exit code."""
     end_with_parent()
@@ -388,7 +396,10 @@ def wait_and_train(launch: Launch, device: str) -> int:
 
 
 def run_main(
-    job: "TrainingJob", world: "World", local_rank: int, setting: "RunSetting"
+    job: "TrainingJob",
+    world: "World",
+    local_rank: int,
+    setting: "RunSetting",
 ) -> "Trainer":
     """Train as the main process, and write the report; return the trainer for the export.
 
@@ -465,7 +476,8 @@ def run_worker(world: "World", local_rank: int) -> None:
 
 
 def picture_function(
-    trainer: "Trainer", setting: "RunSetting | None" = None
+    trainer: "Trainer",
+    setting: "RunSetting | None" = None,
 ) -> Callable[[], list["Picture | SliceGroup"]]:
     """Return a function that draws pictures of validation samples, or of their groups.
 
@@ -489,7 +501,9 @@ def picture_function(
             pictures: list[Picture | SliceGroup] = [*draw()]
             if not pictures:
                 pictures += galleries_of(
-                    trainer.objective, trainer.validation_batches, trainer.device
+                    trainer.objective,
+                    trainer.validation_batches,
+                    trainer.device,
                 )
             return pictures
 

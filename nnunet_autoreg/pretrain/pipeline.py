@@ -200,7 +200,8 @@ def index_inputs(folder: Path, request: Request) -> Index:
     log_counts(index.rows, folder / INDEX_NAME)
     if not index.rows:
         raise AutoregError(
-            "no scan was found; give other datasets (-d) or folders (-i)", code="run-no-scan"
+            "no scan was found; give other datasets (-d) or folders (-i)",
+            code="run-no-scan",
         )
     if not index.usable:
         raise AutoregError(
@@ -220,7 +221,11 @@ def log_counts(rows: Sequence[ScanRow], index_file: Path) -> None:
 
 
 def plan_run(
-    folder: Path, request: Request, index: Index, device: str, card: EncoderCard | None = None
+    folder: Path,
+    request: Request,
+    index: Index,
+    device: str,
+    card: EncoderCard | None = None,
 ) -> tuple[Plan, list[ScanRow]]:
     """Write ``plan.json``; return the plan and the usable scans.
 
@@ -254,7 +259,12 @@ def plan_run(
         training, _ = split_as_planned(plan, rows)
         volumes, training_volumes = volumes_of(rows), volumes_of(training)
         plan = plan_with_sequences(
-            folder, plan, request, training_volumes, volumes, num_processes()
+            folder,
+            plan,
+            request,
+            training_volumes,
+            volumes,
+            num_processes(),
         )
         plan = with_presets(plan, request)
         num_images = len(training) - len(training_volumes)
@@ -286,7 +296,11 @@ def value_at(plan: Plan, key: str) -> object:
 
 
 def preprocess_and_train(
-    folder: Path, plan: Plan, rows: list[ScanRow], device: str, launcher: Launcher
+    folder: Path,
+    plan: Plan,
+    rows: list[ScanRow],
+    device: str,
+    launcher: Launcher,
 ) -> None:
     """Preprocess missing scans, train to the plan's last step, and export the encoder.
 
@@ -314,7 +328,13 @@ def preprocess_and_train(
     def make_job(plan: Plan) -> TrainingJob:
         with phase("collecting the cases of each kind of sequence"):
             pools = make_sampling_pools(
-                folder, plan, store, cases, training, validation, num_processes()
+                folder,
+                plan,
+                store,
+                cases,
+                training,
+                validation,
+                num_processes(),
             )
         with phase(f"reading label maps of {len(rows)} scans for the probe"):
             probe = labelled_crops(plan, volumes_of(rows), cases, {row.id for row in validation})
@@ -364,7 +384,11 @@ def scans_line(rows: Sequence[ScanRow], index_file: Path) -> str:
 
 
 def start_lines(
-    folder: Path, plan: Plan, rows: Sequence[ScanRow], device: str, is_new: bool
+    folder: Path,
+    plan: Plan,
+    rows: Sequence[ScanRow],
+    device: str,
+    is_new: bool,
 ) -> list[str]:
     """Return six lines about what the run will do.
 
@@ -415,7 +439,11 @@ def time_line(folder: Path, plan: Plan, device: str) -> str:
 
 
 def end_lines(
-    folder: Path, plan: Plan, num_scans: int, seconds: float, verdict: Verdict
+    folder: Path,
+    plan: Plan,
+    num_scans: int,
+    seconds: float,
+    verdict: Verdict,
 ) -> list[str]:
     """Return four lines: what was done, where the results are, and the verdict.
 

@@ -78,7 +78,10 @@ def usable_rows(rows: Sequence[ScanRow]) -> list[ScanRow]:
 
 
 def split(
-    rows: Sequence[ScanRow], fraction: float, seed: int, salt_free: bool = True
+    rows: Sequence[ScanRow],
+    fraction: float,
+    seed: int,
+    salt_free: bool = True,
 ) -> tuple[list[ScanRow], list[ScanRow]]:
     """Return the training scans and the validation scans.
 
@@ -125,7 +128,9 @@ def split_as_planned(plan: Plan, rows: Sequence[ScanRow]) -> tuple[list[ScanRow]
 
 
 def groups_as_planned(
-    plan: Plan, training: Sequence[ScanRow], validation: Sequence[ScanRow]
+    plan: Plan,
+    training: Sequence[ScanRow],
+    validation: Sequence[ScanRow],
 ) -> list[ContrastGroup]:
     """Return the groups of contrasts of a run; no group has scans of both sides."""
     groups = []
@@ -135,7 +140,10 @@ def groups_as_planned(
 
 
 def remove_failed(
-    folder: Path, rows: list[ScanRow], store: Store, has_begun: bool
+    folder: Path,
+    rows: list[ScanRow],
+    store: Store,
+    has_begun: bool,
 ) -> list[ScanRow]:
     """Return the scans that are in the store; write into scans.csv why others are not.
 
@@ -286,7 +294,9 @@ def needs_places(requested: Mapping[str, float], rows: Sequence[ScanRow]) -> boo
 
 
 def known_places(
-    rows: Sequence[ScanRow], boxes: str | None, num_workers: int
+    rows: Sequence[ScanRow],
+    boxes: str | None,
+    num_workers: int,
 ) -> tuple[list[StructureLocation], str]:
     """Return the positions of structures, and their sources.
 
@@ -311,7 +321,9 @@ def known_places(
 
 
 def available_kinds(
-    rows: Sequence[ScanRow], places: Sequence[StructureLocation], source: str
+    rows: Sequence[ScanRow],
+    places: Sequence[StructureLocation],
+    source: str,
 ) -> AvailableKinds:
     """Return which kinds of sequences the training scans ``rows`` allow."""
     # Contrast sequences are made of the set of contrasts that most subjects have.

@@ -156,12 +156,14 @@ class Request:
         for flag, value in {**lengths, "--gpu-memory": self.gpu_memory_gib}.items():
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(
-                    f"{flag} {value:g}: must be a number greater than 0", code="request-number"
+                    f"{flag} {value:g}: must be a number greater than 0",
+                    code="request-number",
                 )
 
         if not 0 <= self.seed < 2**32:
             raise UsageError(
-                f"--seed {self.seed}: must lie between 0 and {2**32 - 1}", code="request-number"
+                f"--seed {self.seed}: must lie between 0 and {2**32 - 1}",
+                code="request-number",
             )
 
     def _check_presets(self) -> None:
@@ -253,7 +255,8 @@ def check_paths(request: Request) -> None:
         # Reading a pipe would wait for its other end forever.
         if not (Path(path).is_file() or Path(path).is_dir()):
             raise UsageError(
-                f"{flag} {path}: is neither a file nor a folder", code="request-path-kind"
+                f"{flag} {path}: is neither a file nor a folder",
+                code="request-path-kind",
             )
 
 
@@ -273,7 +276,8 @@ def parse_kinds(words: Sequence[str]) -> dict[str, float]:
             )
         if kind in weights:
             raise UsageError(
-                f"--sequences {word}: '{kind}' is named twice", code="request-repeated-kind"
+                f"--sequences {word}: '{kind}' is named twice",
+                code="request-repeated-kind",
             )
         try:
             weights[kind] = float(number) if equals else 1.0

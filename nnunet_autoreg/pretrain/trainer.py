@@ -104,7 +104,10 @@ class Trainer:
         if bool(validation) and (world.is_main or self.is_sharded):
             size = validation_batch_size(plan)
             by_kind = validation_batches(
-                objective.sampler, validation, size, NUM_VALIDATION_SAMPLES // size
+                objective.sampler,
+                validation,
+                size,
+                NUM_VALIDATION_SAMPLES // size,
             )
         self.validation_batches = [batch for batches in by_kind.values() for batch in batches]
 
@@ -200,7 +203,7 @@ class Trainer:
                 if stopping:
                     raise InterruptedRunError(
                         f"stopped after step {self.progress.step} of {num_steps}; the state is "
-                        "saved: type the same line again to continue"
+                        "saved: type the same line again to continue",
                     )
 
         # A run that is continued after its last step may have failed by then.
@@ -253,7 +256,12 @@ class Trainer:
         doing.progress = f"step {step:,} of {num_steps:,}, error {error:.3f}, about {left} left"
 
     def _log_step(
-        self, metrics: MetricsFile, step: int, error: float, norm: float, elapsed: float
+        self,
+        metrics: MetricsFile,
+        step: int,
+        error: float,
+        norm: float,
+        elapsed: float,
     ) -> None:
         """Write what the newest steps have shown, and warn once if they wait long for data.
 

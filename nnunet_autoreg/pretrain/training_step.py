@@ -84,7 +84,9 @@ class BatchLoss(nn.Module):
         self.weights: dict[str, float] = {}
 
     def forward(
-        self, batch: Batch, ratios: Mapping[str, Tensor]
+        self,
+        batch: Batch,
+        ratios: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss to differentiate, the sums of all terms, and the statistics.
 
@@ -265,7 +267,9 @@ class TrainingStep:
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, decay_all: bool = False
+    module: nn.Module,
+    weight_decay: float,
+    decay_all: bool = False,
 ) -> list[dict[str, object]]:
     """Return AdamW's groups with and without decay; ``decay_all`` leaves the second one empty."""
     decayed: list[nn.Parameter] = []

@@ -233,10 +233,10 @@ class Validation:
             # Voxels do not change in training, so that their score is computed once.
             if self.voxel_score is None:
                 self.voxel_score = self.probe.score(
-                    lambda batch: self._describe(batch).voxels[0].float().cpu()
+                    lambda batch: self._describe(batch).voxels[0].float().cpu(),
                 )
             feature_score = self.probe.score(
-                lambda batch: self._describe(batch).features[0].float().cpu()
+                lambda batch: self._describe(batch).features[0].float().cpu(),
             )
             scores = {
                 "features": feature_score,
@@ -399,7 +399,11 @@ class HealthWatch:
         statistics = self.train_step.guard.statistics()
         num_steps = self.checkpoints.progress.step
         messages = failure_messages(
-            self.health, self.plan.run, are_all_finite, statistics, num_steps
+            self.health,
+            self.plan.run,
+            are_all_finite,
+            statistics,
+            num_steps,
         )
         # Only the main process has validated, and what it found counts for all.
         messages = self.world.share(messages)
@@ -432,7 +436,10 @@ def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:
     """
     num_positions = int(position_N.max()) + 1 if len(position_N) else 0
     sums = torch.zeros(
-        num_positions, features_NV.shape[1], dtype=features_NV.dtype, device=features_NV.device
+        num_positions,
+        features_NV.shape[1],
+        dtype=features_NV.dtype,
+        device=features_NV.device,
     )
     sums.index_add_(0, position_N, features_NV)
     count = torch.bincount(position_N, minlength=num_positions).clamp(min=1).to(features_NV.dtype)
@@ -493,19 +500,22 @@ def health_warnings(health: Health, run: RunPlan, warm: bool) -> list[str]:
         warnings.append(
             f"nothing learnt yet: the validation error {error:.4f} is not below "
             f"{' and '.join(not_beaten) or 'anything'}; it should fall within the next few hundred "
-            "steps, else change the rate"
+            "steps, else change the rate",
         )
     if health.probe is not None and health.probe["features"] <= health.probe["voxels"]:
         warnings.append(
             "the features predict labels no better than raw voxels "
             f"({health.probe['features']:.3f} against {health.probe['voxels']:.3f} balanced "
-            "accuracy): train longer"
+            "accuracy): train longer",
         )
     return warnings
 
 
 def verdict_of(
-    health: Health | None, num_scans: int, num_validation_scans: int, min_scans: int
+    health: Health | None,
+    num_scans: int,
+    num_validation_scans: int,
+    min_scans: int,
 ) -> Verdict:
     """Return whether a finished run has learnt something, with the figures.
 
@@ -541,12 +551,12 @@ def collapse_messages(health: Health, run: RunPlan) -> list[str]:
     if variance is not None and not variance >= run.min_token_variance:
         messages.append(
             f"the features hardly depend on the image (token variance {variance:.2g}, limit "
-            f"{run.min_token_variance:g})"
+            f"{run.min_token_variance:g})",
         )
     if rank is not None and not rank >= run.min_effective_rank:
         messages.append(
             f"the features spread over {rank:.1f} directions only (limit "
-            f"{run.min_effective_rank:g})"
+            f"{run.min_effective_rank:g})",
         )
     return [*messages, *health.own_signs]
 
@@ -573,7 +583,7 @@ def failure_messages(
     elif health is None and statistics.in_row:
         messages.append(
             f"the last {statistics.in_row} steps were bad, and there is no validation scan that "
-            "could show that all is well"
+            "could show that all is well",
         )
     if health is None:
         return messages

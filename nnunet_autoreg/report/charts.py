@@ -226,7 +226,7 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
         if last_copy > FAR_ABOVE * highest:
             curves = others
             notes.append(
-                f"{does_copy[0].upper()}{does_copy[1:]} costs {last_copy:.3g}, above this chart."
+                f"{does_copy[0].upper()}{does_copy[1:]} costs {last_copy:.3g}, above this chart.",
             )
         else:
             notes.append(f"Dashed: {does_copy}.")
@@ -235,7 +235,9 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
 
 
 def health_charts(
-    series: Series, plan: Plan | None = None, units: Mapping[str, str] | None = None
+    series: Series,
+    plan: Plan | None = None,
+    units: Mapping[str, str] | None = None,
 ) -> list[Chart]:
     """Return the charts of the features' health, the probe, and every metric that has no other.
 
@@ -580,7 +582,11 @@ def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> Non
         unit = f" ({chart.unit})" if chart.unit else ""
         title_pad = 18 + 14 * num_legend_rows
         axis.set_title(
-            f"{chart.title}{unit}", loc="left", x=LEFT_OF_AXES, pad=title_pad, fontsize=11
+            f"{chart.title}{unit}",
+            loc="left",
+            x=LEFT_OF_AXES,
+            pad=title_pad,
+            fontsize=11,
         )
         note = textwrap.fill(chart.note, 60)
         axis.set_xlabel(f"step\n{note}" if note else "step", color=palette.SOFT)

@@ -272,7 +272,9 @@ def _draw_groups(axis: Any, fingerprint: Fingerprint) -> None:
 
 
 def _make_logarithmic(
-    axis: Any, x_limits: tuple[float, float], y_limits: tuple[float, float]
+    axis: Any,
+    x_limits: tuple[float, float],
+    y_limits: tuple[float, float],
 ) -> None:
     """Give both axes a logarithmic scale with plain numbers, a grid, and a legend below."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter

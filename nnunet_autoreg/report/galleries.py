@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def galleries_of(
-    objective: "Objective", batches: Sequence["Batch"], device: "torch.device"
+    objective: "Objective",
+    batches: Sequence["Batch"],
+    device: "torch.device",
 ) -> list[SliceGroup]:
     """Return the groups of slices that an objective makes with its present weights.
 
@@ -40,7 +42,7 @@ def html_of(galleries: Sequence[SliceGroup]) -> str:
         title = escape(gallery.title)
         parts.append(
             f'<figure aria-label="{title}"><h3>{title}</h3>'
-            f'<div class="panels">{"".join(cells)}</div></figure>'
+            f'<div class="panels">{"".join(cells)}</div></figure>',
         )
     return "\n".join(parts)
 

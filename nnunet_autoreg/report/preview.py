@@ -73,7 +73,11 @@ class DrawnSequence:
 
 
 def draw_preview(
-    folder: Path, plan: Plan, rows: Sequence[ScanRow], store: Store, num_workers: int
+    folder: Path,
+    plan: Plan,
+    rows: Sequence[ScanRow],
+    store: Store,
+    num_workers: int,
 ) -> Path:
     """Preprocess a few scans, sample sequences from them as in training, and draw them.
 
@@ -98,7 +102,10 @@ def draw_preview(
     groups = []
     if "contrast" in kinds:
         groups = store_groups(
-            plan, store, contrast_groups(chosen, plan.data.salt_free), num_workers
+            plan,
+            store,
+            contrast_groups(chosen, plan.data.salt_free),
+            num_workers,
         )
 
     picture = folder / PICTURE_NAME
@@ -124,7 +131,9 @@ def draw_preview(
 
 
 def choose_rows(
-    plan: Plan, rows: Sequence[ScanRow], places: Sequence[StructureLocation]
+    plan: Plan,
+    rows: Sequence[ScanRow],
+    places: Sequence[StructureLocation],
 ) -> list[ScanRow]:
     """Return enough scans for the picture.
 
@@ -163,7 +172,9 @@ def spread_over_datasets(rows: Sequence[ScanRow]) -> list[ScanRow]:
 
 
 def scans_with_structures(
-    plan: Plan, rows: Sequence[ScanRow], places: Sequence[StructureLocation]
+    plan: Plan,
+    rows: Sequence[ScanRow],
+    places: Sequence[StructureLocation],
 ) -> list[ScanRow]:
     """Return scans of different subjects that share structures."""
     num_members = plan.sequence.semantic_members
@@ -257,7 +268,10 @@ def block_indices(plan: Plan, sample: Sample) -> NDArray[np.int64]:
 
 
 def draw_picture(
-    path: Path, plan: Plan, sequences: Sequence[DrawnSequence], names: Mapping[Path, str]
+    path: Path,
+    plan: Plan,
+    sequences: Sequence[DrawnSequence],
+    names: Mapping[Path, str],
 ) -> None:
     """Write the picture, one panel per sequence."""
     import matplotlib
@@ -337,7 +351,9 @@ def draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path, 
 
 
 def views_of(
-    plan: Plan, one: DrawnSequence, names: Mapping[Path, str]
+    plan: Plan,
+    one: DrawnSequence,
+    names: Mapping[Path, str],
 ) -> list[tuple[str, Callable[[Any], None]]]:
     """Return (title, function that draws on an axis) of every view.
 
@@ -351,7 +367,7 @@ def views_of(
     if one.has_several_images:
         title = "the crop in the " + ("scan" if origin.kind == "contrast" else "first scan")
     views: list[tuple[str, Callable[[Any], None]]] = [
-        (title, partial(draw_context, case=origin.cases[0], one=one, plan=plan))
+        (title, partial(draw_context, case=origin.cases[0], one=one, plan=plan)),
     ]
 
     if not one.has_several_images:
@@ -561,7 +577,10 @@ def _block_region(plan: Plan, shape: Sequence[int], position: int) -> tuple[int 
 
 
 def _middle_slice(
-    plan: Plan, sample: Sample, shape: Sequence[int], position: int
+    plan: Plan,
+    sample: Sample,
+    shape: Sequence[int],
+    position: int,
 ) -> NDArray[np.float32]:
     """Return the middle slice of one block, NaN outside the scan.
 

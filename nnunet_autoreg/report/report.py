@@ -163,7 +163,8 @@ def report(
 
     # Only --dry-run --show draws this picture.
     sequences = _embedded(
-        folder / "sequences.png", "Some sequences as the network sees them, drawn before training."
+        folder / "sequences.png",
+        "Some sequences as the network sees them, drawn before training.",
     )
     if sequences:
         sequences = page.section("sequences", "What the network has to predict", sequences)
@@ -192,7 +193,7 @@ def report(
             "pictures": _pictures_or_galleries(plan, pictures, setting),
             "cost": _cost(plan, setting, series),
             "plan": _plan(plan),
-        }
+        },
     )
 
 
@@ -352,14 +353,16 @@ def next_section(plan: Plan, series: Series, setting: RunSetting) -> str:
     learns, _ = verdict(plan, series)
     if not learns and _last(series, "heldout_error") is not None:
         advice = page.paragraph(
-            f"Train longer first: {longer_training(plan.optim.num_steps)}."
+            f"Train longer first: {longer_training(plan.optim.num_steps)}.",
         ) + page.commands([command_of(plan)])
         text = f"To use the encoder anyway: {text[0].lower()}{text[1:]}"
     return advice + page.paragraph(text) + page.commands(lines)
 
 
 def _pictures_or_galleries(
-    plan: Plan, pictures: Sequence[Picture | SliceGroup], setting: RunSetting
+    plan: Plan,
+    pictures: Sequence[Picture | SliceGroup],
+    setting: RunSetting,
 ) -> str:
     """Return pictures of predictions for validation scans, or of groups of their slices."""
     galleries = [picture for picture in pictures if isinstance(picture, SliceGroup)]
@@ -396,7 +399,7 @@ def _side_by_side(picture: Picture) -> str:
     """Return the images of a sequence beside each other, one row for every plane."""
     parts = [
         '<p class="soft">The images of this sequence, each through the middle of its crop: they '
-        "should show the same structure.</p>"
+        "should show the same structure.</p>",
     ]
     for planes in zip(*picture.images, strict=True):
         cells = [
@@ -458,7 +461,7 @@ def _plan(plan: Plan) -> str:
     """
     data = to_jsonable(plan)
     values = dict(
-        _leaves({key: data[key] for key in data if key not in ("request", "reasons")}, prefix="")
+        _leaves({key: data[key] for key in data if key not in ("request", "reasons")}, prefix=""),
     )
 
     with_reasons = []
@@ -480,7 +483,7 @@ def _plan(plan: Plan) -> str:
                 f"{len(others)} further values",
                 page.table("Further values", ("setting", "value"), others),
             ),
-        ]
+        ],
     )
 
 

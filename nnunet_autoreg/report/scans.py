@@ -14,7 +14,7 @@ HIDDEN = "[name]"
 HASH = re.compile(rf"[0-9a-f]{{{NUM_HEX}}}")
 PATH = re.compile(
     r"(?<![\w)])(?:/[^\s'\",;:()]+|[A-Za-z]:\\\S+)"
-    r"|\S+\.(?:nii|gz|nrrd|mha|mhd|hdr|img|dcm|ima|dicom|zip)\b"
+    r"|\S+\.(?:nii|gz|nrrd|mha|mhd|hdr|img|dcm|ima|dicom|zip)\b",
 )
 """What looks like the path or name of a scan."""
 
@@ -53,7 +53,7 @@ def scans_section(rows: Sequence[ScanRow], num_training: int, num_validation: in
                 ("dataset", "modality", "channel or contrast", "scans", "modality known from"),
                 _dataset_rows(rows),
                 ("", "", "", "n", "wide"),
-            )
+            ),
         )
     return "\n".join(parts)
 

@@ -154,7 +154,9 @@ def _axes_of_view(scan_axes: Sequence[int] | None) -> list[int]:
 
 
 def upright(
-    part: Floats, augmentation: "FlipTranspose | None", scan_axes: Sequence[int] | None
+    part: Floats,
+    augmentation: "FlipTranspose | None",
+    scan_axes: Sequence[int] | None,
 ) -> Floats:
     """Return volumes (M, Z, Y, X) in radiological orientation.
 
@@ -176,7 +178,9 @@ def upright(
 
 
 def _planes(
-    sample: Mapping[str, Floats], spacing_mm: Spacing, is_oriented: bool
+    sample: Mapping[str, Floats],
+    spacing_mm: Spacing,
+    is_oriented: bool,
 ) -> tuple[Plane, ...]:
     """Return three planes through the member of a sample in which most voxels were predicted."""
     # Another member may be given as a whole, with nothing to compare.
@@ -196,7 +200,9 @@ def _planes(
 
 
 def _middle_planes(
-    sample: Mapping[str, Floats], spacing_mm: Spacing, is_oriented: bool
+    sample: Mapping[str, Floats],
+    spacing_mm: Spacing,
+    is_oriented: bool,
 ) -> tuple[tuple[Plane, ...], ...]:
     """Return three planes through the middle of every image of a sample; () of a single image.
 
@@ -218,7 +224,8 @@ def _middle_planes(
 
 
 def _volumes_of(
-    sample: Mapping[str, Floats], member: int
+    sample: Mapping[str, Floats],
+    member: int,
 ) -> tuple[dict[str, Floats], tuple[float, float]]:
     """Return the volumes of one image, each (Z, Y, X), and its grey range."""
     volumes = {name: part[member] for name, part in sample.items()}

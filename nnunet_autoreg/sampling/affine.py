@@ -55,7 +55,9 @@ def in_plane_axes(spacing_mm: Sequence[float]) -> tuple[int, ...]:
 
 
 def draw_affine(
-    plan: Plan, spacing_mm: Sequence[float], generator: np.random.Generator
+    plan: Plan,
+    spacing_mm: Sequence[float],
+    generator: np.random.Generator,
 ) -> Affine | None:
     """Draw a rotation and a zoom, each with the plan's probability; None if there is neither.
 
@@ -87,7 +89,7 @@ def _cross_product_matrix(z: float, y: float, x: float) -> NDArray[np.float64]:
             [0, -x, y],
             [x, 0, -z],
             [-y, z, 0],
-        ]
+        ],
     )
 
 
@@ -148,7 +150,11 @@ class CropSource:
 
 
 def read_source(
-    case: StoredCase, start: Size, size: Size, affine: Affine, max_source: float
+    case: StoredCase,
+    start: Size,
+    size: Size,
+    affine: Affine,
+    max_source: float,
 ) -> CropSource:
     """Read the part of a case that the rotated and zoomed crop covers, and no more.
 
@@ -218,7 +224,11 @@ def resampled(source: CropSource, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     grid_ZYX3 = torch.stack(normalised[::-1], dim=-1)
     with torch.autocast(device.type, enabled=False):
         voxels_CZYX = F.grid_sample(
-            source.voxels[None], grid_ZYX3[None], "bilinear", "border", align_corners=False
+            source.voxels[None],
+            grid_ZYX3[None],
+            "bilinear",
+            "border",
+            align_corners=False,
         )[0]
     return torch.where(valid_mask, voxels_CZYX, 0.0), valid_mask
 

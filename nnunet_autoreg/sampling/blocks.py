@@ -76,7 +76,9 @@ def sequence_ids(
 
 
 def draw_order_index(
-    ids: NDArray[np.int64], order: str, generator: np.random.Generator
+    ids: NDArray[np.int64],
+    order: str,
+    generator: np.random.Generator,
 ) -> NDArray[np.int64]:
     """Return the position of every token's block in the order, 0..K-1, shape (T,).
 

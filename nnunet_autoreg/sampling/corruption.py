@@ -103,7 +103,9 @@ def stacked(drawn: Sequence[Corruption]) -> Corruptions:
 
 
 def corrupted(
-    voxels_BMCZYX: Tensor, known_BMZYX: Tensor, corruptions: Corruptions | None
+    voxels_BMCZYX: Tensor,
+    known_BMZYX: Tensor,
+    corruptions: Corruptions | None,
 ) -> Tensor:
     """Return the voxels with the known ones corrupted.
 

@@ -64,7 +64,10 @@ def gather(
                 structures.append(structure)
 
     return SamplingPool(
-        tuple(cases.values()), tuple(stored_groups), tuple(structures), tuple(images)
+        tuple(cases.values()),
+        tuple(stored_groups),
+        tuple(structures),
+        tuple(images),
     )
 
 

@@ -60,12 +60,12 @@ def plan_weights(available: AvailableKinds) -> tuple[dict[str, float], str]:
         weights["semantic"] = SEMANTIC_WEIGHT
         reasons.append(
             f"{available.semantic_source} say where {len(available.structures)} structures "
-            "lie (read for positions only)"
+            "lie (read for positions only)",
         )
 
     if not reasons:
         reasons = [
-            "no subject has several contrasts, and no label maps or boxes say where structures lie"
+            "no subject has several contrasts, and no label maps or boxes say where structures lie",
         ]
     return weights, "; ".join(reasons)
 

@@ -56,7 +56,9 @@ class MembersDraw:
 
 
 def choose_contrasts(
-    plan: Plan, group: StoredGroup, generator: np.random.Generator
+    plan: Plan,
+    group: StoredGroup,
+    generator: np.random.Generator,
 ) -> list[tuple[int, StoredCase]]:
     """Draw the members from a group, as (code, case) in the fixed order of contrasts."""
     chosen = generator.choice(len(group.members), plan.sequence.contrast_members, replace=False)
@@ -151,7 +153,13 @@ def _draw(
         affine = draw_affine(plan, spacing_mm, affine_generator)
 
     return MembersDraw(
-        tuple(starts), tuple(codes), flip_transpose, window, prefix, order_index, affine
+        tuple(starts),
+        tuple(codes),
+        flip_transpose,
+        window,
+        prefix,
+        order_index,
+        affine,
     )
 
 

@@ -53,7 +53,10 @@ def descriptor(voxels_ZYX: NDArray[np.float32], where: Sequence[float]) -> NDArr
 
 
 def places_alike(
-    rows: Sequence[ScanRow], cases: Mapping[str, StoredCase], crop: Size, num_subjects: int
+    rows: Sequence[ScanRow],
+    cases: Mapping[str, StoredCase],
+    crop: Size,
+    num_subjects: int,
 ) -> list[StructureLocation]:
     """Return structures named "alike N": a place, and the places most like it in other subjects.
 
@@ -117,7 +120,9 @@ def _among(
 
 
 def _places_with_contrast(
-    case: StoredCase, crop: Size, number: int
+    case: StoredCase,
+    crop: Size,
+    number: int,
 ) -> list[tuple[tuple[float, float, float], NDArray[np.float32]]]:
     """Return the places with most contrast among some random ones: (centre, descriptor).
 
@@ -142,7 +147,9 @@ def _places_with_contrast(
 
 
 def _nearest(
-    descriptors: NDArray[np.float32], subjects: NDArray[np.int64], num_others: int
+    descriptors: NDArray[np.float32],
+    subjects: NDArray[np.int64],
+    num_others: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return, for every place, the nearest places of the nearest other subjects.
 

@@ -138,7 +138,10 @@ class SequenceSampler:
         return self._draw_semantic(pool, generator, affine_generator)
 
     def _draw_views(
-        self, kind: str, pool: SamplingPool, generator: np.random.Generator
+        self,
+        kind: str,
+        pool: SamplingPool,
+        generator: np.random.Generator,
     ) -> tuple[Sample, SampleOrigin]:
         """Draw two views of one volume, or of one 2D image."""
         is_image = kind == "images"
@@ -168,7 +171,12 @@ class SequenceSampler:
         # The cases of a group have one shape and one spacing.
         shape_vox, spacing_mm = cases[0].shape_vox, cases[0].spacing_mm
         drawn = members.draw_contrast(
-            plan, shape_vox, spacing_mm, codes, generator, affine_generator
+            plan,
+            shape_vox,
+            spacing_mm,
+            codes,
+            generator,
+            affine_generator,
         )
         sample = members.apply(plan, "contrast", cases, drawn)
         return sample, SampleOrigin("contrast", group.name, cases, names, drawn)
@@ -186,7 +194,11 @@ class SequenceSampler:
         cases = tuple(place.case for place in places)
         names = tuple(place.subject for place in places)
         drawn = members.draw_semantic(
-            plan, places, structure.spacing_mm, generator, affine_generator
+            plan,
+            places,
+            structure.spacing_mm,
+            generator,
+            affine_generator,
         )
         sample = members.apply(plan, "semantic", cases, drawn)
         return sample, SampleOrigin("semantic", structure.name, cases, names, drawn)

@@ -127,7 +127,11 @@ def draw(
 
 
 def _draw_affine(
-    plan: Plan, size: Size, spacing_mm: Spacing, z_step: float, generator: np.random.Generator
+    plan: Plan,
+    size: Size,
+    spacing_mm: Spacing,
+    z_step: float,
+    generator: np.random.Generator,
 ) -> Affine:
     """Draw how a view is rotated, zoomed, mirrored and transposed.
 

@@ -80,7 +80,7 @@ class StoredCase:
             if first < 0 or length < 1 or first + length > side:
                 raise ValueError(
                     f"the crop of {size} voxels at {start} extends beyond the case of "
-                    f"{self.shape_vox}"
+                    f"{self.shape_vox}",
                 )
 
         z, y, x = box_at(start, size)
@@ -99,7 +99,9 @@ class StoredCase:
         return np.asarray(crop, dtype=np.float32)
 
     def read_padded(
-        self, start_zyx: Sequence[int], size_zyx: Sequence[int]
+        self,
+        start_zyx: Sequence[int],
+        size_zyx: Sequence[int],
     ) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Return the crop, zero where it extends beyond the case, and where it lies inside.
 
@@ -147,7 +149,8 @@ def _opened(case: StoredCase) -> Any:
     array = blosc2.open(str(case.path), mode="r", dparams={"nthreads": 1}, **mapped)
     if tuple(array.shape) != (1, *case.shape_vox):
         raise _damaged(
-            case.path, f"it holds {tuple(array.shape[1:])} voxels, its record says {case.shape_vox}"
+            case.path,
+            f"it holds {tuple(array.shape[1:])} voxels, its record says {case.shape_vox}",
         )
 
     # Few files may be open at once.

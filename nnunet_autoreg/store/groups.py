@@ -185,7 +185,12 @@ def _make_group(root: Path, task: GroupTask) -> None:
         # The whole stack goes in, because the box that it is cropped to has to be that of all
         # members.
         data_CZYX = crop_resample_normalise(
-            stack_CZYX, source_mm, task.spacing_mm, scheme, use_mask, window
+            stack_CZYX,
+            source_mm,
+            task.spacing_mm,
+            scheme,
+            use_mask,
+            window,
         )
         for i, own_scheme in enumerate(task.schemes):
             if own_scheme != scheme:
@@ -262,7 +267,10 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
 
 
 def store_groups(
-    plan: Plan, store: Store, groups: Sequence[ContrastGroup], num_workers: int
+    plan: Plan,
+    store: Store,
+    groups: Sequence[ContrastGroup],
+    num_workers: int,
 ) -> list[tuple[ContrastGroup, list[StoredCase]]]:
     """Preprocess the groups that have enough of the plan's contrasts, each on one voxel grid.
 

@@ -57,7 +57,10 @@ def layout_of(shape_vox: Size) -> tuple[Size, Size]:
 
 
 def blocks_touched(
-    start_zyx: Sequence[int], size_zyx: Sequence[int], block_vox: Size, chunk_vox: Size
+    start_zyx: Sequence[int],
+    size_zyx: Sequence[int],
+    block_vox: Size,
+    chunk_vox: Size,
 ) -> int:
     """Return the number of blocks that hold a part of a crop.
 
@@ -72,7 +75,10 @@ def blocks_touched(
 
 
 def chunks_touched(
-    start_zyx: Sequence[int], size_zyx: Sequence[int], shape_vox: Size, chunk_vox: Size
+    start_zyx: Sequence[int],
+    size_zyx: Sequence[int],
+    shape_vox: Size,
+    chunk_vox: Size,
 ) -> list[int]:
     """Return the numbers of the chunks that hold a part of a crop, counted in C order."""
     _, ny, nx = (math.ceil(n / c) for n, c in zip(shape_vox, chunk_vox, strict=True))

@@ -165,7 +165,10 @@ class Store:
         return {t.row.id: t.key for t in tasks if t.key not in lost}
 
     def num_missing(
-        self, rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None
+        self,
+        rows: Sequence[ScanRow],
+        spacing_mm: SpacingOf,
+        ct_window: IntensityWindow | None,
     ) -> tuple[int, int]:
         """Count cases that ``ensure`` would have to make now, and all cases of these rows."""
         tasks = plan_tasks(rows, spacing_mm, ct_window)
@@ -177,7 +180,10 @@ class Store:
         return [task for key, task in by_key.items() if read_record(self._path(key)) is None]
 
     def _missing_after_check(
-        self, tasks: Sequence[StoreTask], missing: list[StoreTask], num_workers: int
+        self,
+        tasks: Sequence[StoreTask],
+        missing: list[StoreTask],
+        num_workers: int,
     ) -> list[StoreTask]:
         """Return the missing cases. If one of them was found damaged, check all others first."""
         num_damaged = sum(damage_mark(self._path(task.key)).exists() for task in missing)
@@ -257,7 +263,7 @@ class Store:
         if needed > free:
             log.warning(
                 "store: the disk may be full before the end; finished cases are kept, and the same "
-                "command continues later"
+                "command continues later",
             )
 
 
@@ -276,7 +282,9 @@ def case_path(root: Path, key: str) -> Path:
 
 
 def plan_tasks(
-    rows: Sequence[ScanRow], spacing_mm: SpacingOf, ct_window: IntensityWindow | None
+    rows: Sequence[ScanRow],
+    spacing_mm: SpacingOf,
+    ct_window: IntensityWindow | None,
 ) -> list[StoreTask]:
     """Return how each scan is preprocessed.
 
@@ -349,7 +357,8 @@ def load_unchanged(row: ScanRow) -> RawScan:
     scan = load(Path(row.source), row.part)
     if not has_content(scan, row.content_hash):
         raise ScanError(
-            "changed", f"{row.id} changed after it was checked; run the same line again"
+            "changed",
+            f"{row.id} changed after it was checked; run the same line again",
         )
     return scan
 
@@ -374,7 +383,12 @@ def _make_case(root: Path, task: StoreTask) -> None:
     array_CZYX = scan.array_CZYX.transpose(0, *(a + 1 for a in axes))
     source_mm = [scan.spacing_mm[a] for a in axes]
     data_CZYX = crop_resample_normalise(
-        array_CZYX, source_mm, task.spacing_mm, task.scheme, task.use_mask, task.ct_window
+        array_CZYX,
+        source_mm,
+        task.spacing_mm,
+        task.scheme,
+        task.use_mask,
+        task.ct_window,
     )
 
     record = CaseRecord(

@@ -110,7 +110,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         if (REPO / name).is_dir():
             shutil.copytree(
-                REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+                REPO / name,
+                folder / name,
+                ignore=shutil.ignore_patterns("__pycache__"),
             )
         elif (REPO / name).exists():
             shutil.copy(REPO / name, folder / name)
@@ -195,12 +197,15 @@ def test_the_switch_leaves_stock_nnunet_as_it_is(installed: Environment) -> None
     assert installed.start(**off) == "False []"
 
     answer = installed.look_up(
-        "AutoregPlanner", "AutoregPretrainedTrainer", "ExperimentPlanner", **off
+        "AutoregPlanner",
+        "AutoregPretrainedTrainer",
+        "ExperimentPlanner",
+        **off,
     )
 
     assert answer["AutoregPlanner"] is None
     assert answer["AutoregPretrainedTrainer"].startswith(
-        "RuntimeError: Could not find requested nnunet trainer"
+        "RuntimeError: Could not find requested nnunet trainer",
     )
     assert answer["ExperimentPlanner"] == FOUND["ExperimentPlanner"]
 
@@ -213,7 +218,8 @@ def test_commands_are_installed_and_end_misuse_with_2(installed: Environment) ->
 
 @pytest.mark.parametrize("broken", ["__init__.py", "bridge.py"])
 def test_a_broken_package_stays_silent_at_start_and_harms_no_stock_name(
-    disposable: Environment, broken: str
+    disposable: Environment,
+    broken: str,
 ) -> None:
     (disposable.site_packages / "nnunet_autoreg" / broken).write_text("def (:\n")
 
@@ -229,7 +235,7 @@ def test_a_broken_trainer_of_ours_gives_a_clear_error_for_our_name_only(
     disposable: Environment,
 ) -> None:
     (disposable.site_packages / "nnunet_autoreg" / "trainers" / "autoreg_trainers.py").write_text(
-        "import no_such_thing\n"
+        "import no_such_thing\n",
     )
     assert disposable.start() == "True []"
 
@@ -254,11 +260,18 @@ def test_uninstalling_removes_the_package_the_pth_and_the_hook(disposable: Envir
 
 
 def test_an_editable_install_of_ours_is_made_live_by_the_doctors_link(
-    source: Path, library: Path, tmp_path: Path
+    source: Path,
+    library: Path,
+    tmp_path: Path,
 ) -> None:
     environment = make_environment(tmp_path / "venv", library)
     environment.pip(
-        "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", source
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--editable",
+        source,
     )
     doctor = environment.python.parent / "autoreg_doctor"
 
@@ -275,7 +288,8 @@ def test_an_editable_install_of_ours_is_made_live_by_the_doctors_link(
 
 @pytest.fixture(scope="module")
 def nnunet_checkout(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """nnU-Net's source tree in the installed version, downloaded once and kept in pytest's cache;
     skips where it cannot be had.
@@ -303,7 +317,7 @@ def nnunet_checkout(
         if done.returncode or not archive.is_file():
             pytest.skip(
                 f"the source of nnunetv2 {release} cannot be downloaded: "
-                f"{(done.stderr.strip() or 'no message')[-200:]}"
+                f"{(done.stderr.strip() or 'no message')[-200:]}",
             )
     folder = tmp_path_factory.mktemp("checkout")
     shutil.unpack_archive(archive, folder)
@@ -311,13 +325,21 @@ def nnunet_checkout(
 
 
 def test_an_editable_nnunet_stays_whole_and_finds_us(
-    wheel: Path, nnunet_checkout: Path, tmp_path: Path
+    wheel: Path,
+    nnunet_checkout: Path,
+    tmp_path: Path,
 ) -> None:
     environment = make_environment(
-        tmp_path / "venv", link_library(tmp_path / "library", "nnunetv2")
+        tmp_path / "venv",
+        link_library(tmp_path / "library", "nnunetv2"),
     )
     environment.pip(
-        "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", nnunet_checkout
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--editable",
+        nnunet_checkout,
     )
     environment.pip("install", "--no-deps", "--no-index", wheel)
 

@@ -101,7 +101,9 @@ def test_a_borrowed_signature_is_as_we_know_it(where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "name"), DEFAULTS, ids=lambda text: text.partition(":")[2] or text
+    ("where", "name"),
+    DEFAULTS,
+    ids=lambda text: text.partition(":")[2] or text,
 )
 def test_a_default_that_we_lean_on_is_as_we_know_it(where: str, name: str) -> None:
     assert inspect.signature(resolve(where)).parameters[name].default == DEFAULTS[where, name]

@@ -60,7 +60,9 @@ class StockProject(Project):
 
 @pytest.fixture(scope="module")
 def project(
-    shared_data: Path, write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    shared_data: Path,
+    write_run: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[StockProject]:
     """A pretrained and a scratch model of one epoch, validated."""
     root = tmp_path_factory.mktemp("stock")
@@ -68,7 +70,10 @@ def project(
         set_folders(patch, root)
         patch.setattr(f"{TRAINER_MODULE}.nnUNetPredictor", quick_predictor)
         copy_cases(
-            shared_data / "nnUNet_raw" / DATASET, root / "nnUNet_raw" / DATASET, NUM_CASES, 1
+            shared_data / "nnUNet_raw" / DATASET,
+            root / "nnUNet_raw" / DATASET,
+            NUM_CASES,
+            1,
         )
         write_run(root / "nnUNet_results", "brain", encoder="resenc_tiny")
         plan_and_preprocess(4)
@@ -85,7 +90,8 @@ def networks(plans: dict[str, Any]) -> set[str]:
 
 
 def test_the_zip_predicts_the_same_mask_without_our_plugin(
-    project: StockProject, tmp_path: Path
+    project: StockProject,
+    tmp_path: Path,
 ) -> None:
     import SimpleITK as sitk  # noqa: N813
     from nnunetv2.inference.predict_from_raw_data import predict_entry_point

@@ -50,7 +50,11 @@ class Clinic:
 
     def typed(self, command, **changes):
         return subprocess.run(
-            command, env=self.environment(**changes), capture_output=True, text=True, check=False
+            command,
+            env=self.environment(**changes),
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     def line(self, name, *arguments, settings=(), scans=None, steps=STEPS):
@@ -77,7 +81,8 @@ class Clinic:
 
     def pretrain(self, name, *arguments, settings=(), scans=None, steps=STEPS, **changes):
         return self.typed(
-            self.line(name, *arguments, settings=settings, scans=scans, steps=steps), **changes
+            self.line(name, *arguments, settings=settings, scans=scans, steps=steps),
+            **changes,
         )
 
     def train(self, *arguments, trainer="AutoregPretrainedTrainer", plans="AutoregPlans"):
@@ -183,7 +188,9 @@ def base(home):
 def add_labelled_scans(clinic, shared_data):
     """A small labelled dataset among nnU-Net's raw ones."""
     copy_cases(
-        shared_data / "nnUNet_raw" / DATASET, clinic.root / "nnUNet_raw" / DATASET, NUM_CASES
+        shared_data / "nnUNet_raw" / DATASET,
+        clinic.root / "nnUNet_raw" / DATASET,
+        NUM_CASES,
     )
 
 
@@ -218,7 +225,9 @@ def planned(home, shared_data):
     file = home.root / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json"
     plans = json.loads(file.read_text())
     plans["autoreg"]["recipe"].update(
-        num_epochs=2, num_iterations_per_epoch=1, num_val_iterations_per_epoch=1
+        num_epochs=2,
+        num_iterations_per_epoch=1,
+        num_val_iterations_per_epoch=1,
     )
     file.write_text(json.dumps(plans))
     return file

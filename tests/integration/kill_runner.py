@@ -104,15 +104,20 @@ def arm(point):
         "validation": lambda: at_call(2, Validation, "_features", before),
         "while a checkpoint is written": lambda: at_call(3, torch, "save", half_saved),
         "between writing and renaming a checkpoint": lambda: on_replace(
-            "checkpoint_latest.pth", before
+            "checkpoint_latest.pth",
+            before,
         ),
         "between the two renames of a checkpoint": lambda: on_replace(
-            "checkpoint_previous.pth", after
+            "checkpoint_previous.pth",
+            after,
         ),
         "while writing metrics.jsonl": lambda: at_call(12, MetricsFile, "_append", half_a_line),
         "export": lambda: at_call(1, safetensors.torch, "save_file", half_exported),
         "after the export, before the finished mark": lambda: at_call(
-            1, EncoderCard, "save", before
+            1,
+            EncoderCard,
+            "save",
+            before,
         ),
     }[point]()
 

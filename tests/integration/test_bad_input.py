@@ -106,7 +106,10 @@ def test_a_run_with_only_truncated_checkpoints_is_refused_and_left_alone(home, b
     before = home.bytes_of(base)
 
     home.refused(
-        home.pretrain("base", steps="5"), 1, "checkpoint_latest.pth", "move the checkpoints away"
+        home.pretrain("base", steps="5"),
+        1,
+        "checkpoint_latest.pth",
+        "move the checkpoints away",
     )
     assert home.bytes_of(base) == before
 
@@ -178,7 +181,7 @@ def test_a_run_without_its_scans_ends_and_continues_when_they_are_back(home, tmp
     scans = tmp_path / "usb disk"
     scans.mkdir()
     image = SimpleITK.GetImageFromArray(
-        np.random.default_rng(0).normal(300, 90, size=(20, 28, 20)).astype(np.float32)
+        np.random.default_rng(0).normal(300, 90, size=(20, 28, 20)).astype(np.float32),
     )
     SimpleITK.WriteImage(image, str(scans / "scan.nii.gz"))
     assert home.pretrain("unplugged", "--dry-run", scans=scans).returncode == 0
@@ -262,7 +265,10 @@ def test_a_second_run_in_the_folder_is_refused_and_sigterm_saves_the_state(home,
 def alive(group):
     """Process ids of a process group, zombies left out."""
     listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True, check=True
+        ["ps", "-A", "-o", "pid=,pgid=,stat="],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     rows = [row.split() for row in listed.splitlines()]
     return [
@@ -275,7 +281,7 @@ def test_a_kill_during_preprocessing_leaves_no_process_behind(home, tmp_path):
     scans.mkdir()
     for number in range(3):
         image = SimpleITK.GetImageFromArray(
-            np.random.default_rng(number).normal(300, 90, size=(48, 48, 48)).astype(np.float32)
+            np.random.default_rng(number).normal(300, 90, size=(48, 48, 48)).astype(np.float32),
         )
         image.SetSpacing((1.0, 1.0, 1.0 + 0.1 * number))
         SimpleITK.WriteImage(image, str(scans / f"Größe {number}.nii"))
@@ -285,7 +291,9 @@ def test_a_kill_during_preprocessing_leaves_no_process_behind(home, tmp_path):
     # A case is finished when its record is written, after its voxels.
     records = set(store.rglob("*.json"))
     process = home.started(
-        command, tmp_path / "log", lambda _: set(store.rglob("*.json")) - records
+        command,
+        tmp_path / "log",
+        lambda _: set(store.rglob("*.json")) - records,
     )
     process.kill()
     process.wait()

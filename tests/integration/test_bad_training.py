@@ -30,7 +30,10 @@ def test_forgotten_plans_end_in_one_line_with_and_without_stock_plans(home, plan
     stock.write_text(json.dumps({**content, "plans_name": "nnUNetPlans"}))
     try:
         home.refused(
-            home.train(plans=None), 1, 'nnUNetPlans.json has no "autoreg" block', "-p AutoregPlans"
+            home.train(plans=None),
+            1,
+            'nnUNetPlans.json has no "autoreg" block',
+            "-p AutoregPlans",
         )
     finally:
         stock.unlink()
@@ -38,7 +41,10 @@ def test_forgotten_plans_end_in_one_line_with_and_without_stock_plans(home, plan
 
 def test_plans_that_do_not_exist_are_named_with_the_line_that_makes_them(home, planned):
     home.refused(
-        home.train(plans="OtherPlans"), 1, "OtherPlans.json does not exist", "-pl AutoregPlanner"
+        home.train(plans="OtherPlans"),
+        1,
+        "OtherPlans.json does not exist",
+        "-pl AutoregPlanner",
     )
 
 
@@ -83,7 +89,7 @@ def test_training_with_weights_of_another_shape_ends_in_one_line(home, plans, ba
     save_file({**tensors, key: tensors[key][:40].copy()}, base / "encoder.safetensors")
     changed = json.loads(plans.read_text())
     changed["autoreg"]["weights"]["sha256"] = hashlib.sha256(
-        (base / "encoder.safetensors").read_bytes()
+        (base / "encoder.safetensors").read_bytes(),
     ).hexdigest()
     plans.write_text(json.dumps(changed))
     home.refused(home.train(), 1, key, "(40, 48)", "(48, 48)")
@@ -110,7 +116,9 @@ def test_killed_and_finished_trainings_continue_with_c(home, planned, tmp_path):
         "cpu",
     ]
     process = home.started(
-        command, tmp_path / "log", lambda _: (fold / "checkpoint_best.pth").exists()
+        command,
+        tmp_path / "log",
+        lambda _: (fold / "checkpoint_best.pth").exists(),
     )
     process.kill()
     process.wait()

@@ -155,7 +155,7 @@ def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
 
     assert (
         last.startswith(
-            "autoreg_benchmark: the pretraining 'all' saw 2 of the patients that are scored"
+            "autoreg_benchmark: the pretraining 'all' saw 2 of the patients that are scored",
         )
         and "--exclude" in last
     )

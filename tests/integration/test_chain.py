@@ -29,7 +29,10 @@ def home(tmp_path_factory, shared_data):
     make_folders(home)
     (home / "elsewhere").mkdir()
     copy_cases(
-        shared_data / "nnUNet_raw" / NAME, home / "nnUNet_raw" / NAME, NUM_CASES, num_tests=2
+        shared_data / "nnUNet_raw" / NAME,
+        home / "nnUNet_raw" / NAME,
+        NUM_CASES,
+        num_tests=2,
     )
     return home
 
@@ -67,7 +70,9 @@ def pretrain_and_plan(home):
     assert "2d" not in plans["configurations"]
     assert plans["autoreg"]["weights"]["name"] == "brain"
     plans["autoreg"]["recipe"].update(
-        num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1
+        num_epochs=1,
+        num_iterations_per_epoch=2,
+        num_val_iterations_per_epoch=1,
     )
     file.write_text(json.dumps(plans))
 

@@ -58,7 +58,9 @@ def write_classes(dataset: Path) -> None:
 
 @pytest.fixture(scope="module")
 def project(
-    shared_data: Path, write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    shared_data: Path,
+    write_run: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Path]:
     """nnU-Net's three folders with some cases, planned and preprocessed for a mini encoder."""
     root = tmp_path_factory.mktemp("classification")
@@ -163,12 +165,19 @@ def test_validating_again_gives_the_same_scores(project: Path, finished: Any) ->
 
 
 def test_a_finished_training_that_is_continued_keeps_its_weights(
-    project: Path, finished: Any
+    project: Path,
+    finished: Any,
 ) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     made = get_trainer_from_args(
-        NAME, "3d_fullres", 0, "AutoregClassificationTrainer_2epochs", "AutoregPlans", True, CPU
+        NAME,
+        "3d_fullres",
+        0,
+        "AutoregClassificationTrainer_2epochs",
+        "AutoregPlans",
+        True,
+        CPU,
     )
     maybe_load_checkpoint(made, True, False)
 
@@ -201,7 +210,12 @@ def test_new_scans_are_classified_after_export_and_install(
     trainer = "AutoregClassificationTrainer_2epochs"
     archive = tmp_path / "model.zip"
     model_export.export_pretrained_model(
-        NAME, str(archive), ("3d_fullres",), trainer, "AutoregPlans", (0,)
+        NAME,
+        str(archive),
+        ("3d_fullres",),
+        trainer,
+        "AutoregPlans",
+        (0,),
     )
     elsewhere = tmp_path / "results"
     elsewhere.mkdir()
@@ -237,7 +251,9 @@ def test_new_scans_are_classified_after_export_and_install(
 
 
 def test_a_classified_training_case_has_the_score_of_validation(
-    project: Path, finished: Any, tmp_path: Path
+    project: Path,
+    finished: Any,
+    tmp_path: Path,
 ) -> None:
     from nnunet_autoreg.cli.classify import main
     from nnunet_autoreg.cli.evaluate_classification import main as evaluate
@@ -256,7 +272,8 @@ def test_a_classified_training_case_has_the_score_of_validation(
     with (tmp_path / "out" / "classes.csv").open() as handle:
         (row,) = csv.DictReader(handle)
     assert float(row["larger:anterior"]) == pytest.approx(
-        float(validated[0]["larger:anterior"]), abs=1e-4
+        float(validated[0]["larger:anterior"]),
+        abs=1e-4,
     )
     truth = project / "nnUNet_raw" / NAME / "classesTr.csv"
     scores = tmp_path / "metrics.json"
@@ -270,20 +287,28 @@ def test_stock_prediction_names_the_right_command(project: Path, finished: Any) 
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(
-        use_mirroring=False, perform_everything_on_device=False, device=CPU, allow_tqdm=False
+        use_mirroring=False,
+        perform_everything_on_device=False,
+        device=CPU,
+        allow_tqdm=False,
     )
     predictor.initialize_from_trained_model_folder(
-        str(model_folder(project)), (0,), "checkpoint_final.pth"
+        str(model_folder(project)),
+        (0,),
+        "checkpoint_final.pth",
     )
 
     with refused(PlanError, "classification-no-segmentation", "autoreg_classify"):
         predictor.predict_single_npy_array(
-            np.ones((1, 32, 48, 40), np.float32), {"spacing": [1.0, 1.0, 1.0]}
+            np.ones((1, 32, 48, 40), np.float32),
+            {"spacing": [1.0, 1.0, 1.0]},
         )
 
 
 def test_wrong_models_are_refused_with_a_remedy(
-    project: Path, finished: Any, tmp_path: Path
+    project: Path,
+    finished: Any,
+    tmp_path: Path,
 ) -> None:
     from nnunet_autoreg.cli.classify import main
 

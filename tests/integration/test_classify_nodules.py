@@ -74,7 +74,10 @@ def checkpoint(shared_data: Path, tmp_path: Path) -> Path:
 
 
 def test_an_imported_encoder_of_ar_ssl4m_classifies_nodules(
-    raw: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
 

@@ -32,7 +32,8 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "detection.py"
 
 @pytest.fixture(scope="module")
 def project(
-    write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    write_run: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Path]:
     """nnU-Net's three folders with ten toy cases, planned and preprocessed for a mini encoder."""
     root = tmp_path_factory.mktemp("detection")
@@ -82,7 +83,9 @@ def trained(fold: int = 0, trainer: str = "AutoregDetectionTrainer", **options: 
         CPU,
     )
     maybe_load_checkpoint(
-        made, options.get("continue_training", False), options.get("only_validation", False)
+        made,
+        options.get("continue_training", False),
+        options.get("only_validation", False),
     )
     if not options.get("only_validation", False):
         made.run_training()
@@ -117,7 +120,8 @@ def test_the_planner_writes_the_detection_block_that_dataset_json_asks_for(proje
 
 
 def test_training_writes_boxes_and_scores_and_val_reproduces_them(
-    project: Path, finished: Any
+    project: Path,
+    finished: Any,
 ) -> None:
     folder = fold_folder(project)
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
@@ -141,7 +145,8 @@ def test_training_writes_boxes_and_scores_and_val_reproduces_them(
 
 
 def test_a_checkpoint_holds_the_average_and_the_weights_of_training(
-    project: Path, finished: Any
+    project: Path,
+    finished: Any,
 ) -> None:
     saved = torch.load(fold_folder(project) / "checkpoint_final.pth", weights_only=False)
     names = [name for name, _ in finished.unwrapped().named_parameters()]
@@ -163,7 +168,13 @@ def test_a_stopped_training_continues_with_its_own_weights(project: Path, finish
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     made = get_trainer_from_args(
-        NAME, "3d_fullres", 0, "AutoregDetectionTrainer", "AutoregPlans", True, CPU
+        NAME,
+        "3d_fullres",
+        0,
+        "AutoregDetectionTrainer",
+        "AutoregPlans",
+        True,
+        CPU,
     )
     maybe_load_checkpoint(made, True, False)
 
@@ -176,15 +187,22 @@ def test_a_stopped_training_continues_with_its_own_weights(project: Path, finish
 
 
 def test_stock_prediction_gives_the_auxiliary_segmentation(
-    project: Path, finished: Any, tmp_path: Path
+    project: Path,
+    finished: Any,
+    tmp_path: Path,
 ) -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(
-        use_mirroring=False, perform_everything_on_device=False, device=CPU, allow_tqdm=False
+        use_mirroring=False,
+        perform_everything_on_device=False,
+        device=CPU,
+        allow_tqdm=False,
     )
     predictor.initialize_from_trained_model_folder(
-        str(fold_folder(project).parent), (0,), "checkpoint_final.pth"
+        str(fold_folder(project).parent),
+        (0,),
+        "checkpoint_final.pth",
     )
     segmentation = predictor.predict_single_npy_array(
         np.zeros((1, SIDE, SIDE, SIDE), np.float32) + np.eye(SIDE, dtype=np.float32),
@@ -195,7 +213,8 @@ def test_stock_prediction_gives_the_auxiliary_segmentation(
 
 
 def test_the_pretrained_encoder_is_loaded_and_the_heads_are_not_part_of_it(
-    project: Path, finished: Any
+    project: Path,
+    finished: Any,
 ) -> None:
     log = "".join(file.read_text() for file in fold_folder(project).glob("training_log_*.txt"))
 
@@ -204,7 +223,10 @@ def test_the_pretrained_encoder_is_loaded_and_the_heads_are_not_part_of_it(
 
 
 def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_go_on(
-    project: Path, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    project: Path,
+    finished: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import SimpleITK
 
@@ -244,7 +266,7 @@ def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_go_on(
 
     assert (
         evaluate(
-            ["-p", str(tmp_path / "out"), "-g", str(labels), "-o", str(tmp_path / "scores.json")]
+            ["-p", str(tmp_path / "out"), "-g", str(labels), "-o", str(tmp_path / "scores.json")],
         )
         == 0
     )
@@ -255,7 +277,9 @@ def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_go_on(
 
 
 def test_wrong_models_and_scans_are_refused_with_a_remedy(
-    project: Path, finished: Any, tmp_path: Path
+    project: Path,
+    finished: Any,
+    tmp_path: Path,
 ) -> None:
     from nnunet_autoreg.cli.detect import main
 

@@ -33,19 +33,24 @@ def test_the_objects_of_real_label_maps_score_1_and_lie_in_their_lesions(shared_
         image = SimpleITK.ReadImage(str(file))
         array = SimpleITK.GetArrayFromImage(image)
         frame = frame_of_itk(
-            array.shape, image.GetSpacing(), image.GetOrigin(), image.GetDirection()
+            array.shape,
+            image.GetSpacing(),
+            image.GetOrigin(),
+            image.GetDirection(),
         )
         objects = find_instances(array, classes, rules).objects
         counted[name] = len(objects)
         found = [Detection(o.box_zyx, 1, "lesion", 0.9) for o in objects if not o.ignored]
         write_scan_file(
-            tmp_path / "found" / f"{name}.json", make_scan_file(name, frame, found, {"lesion": 1})
+            tmp_path / "found" / f"{name}.json",
+            make_scan_file(name, frame, found, {"lesion": 1}),
         )
         for box in read_scan_file(tmp_path / "found" / f"{name}.json").boxes:
             index = image.TransformPhysicalPointToContinuousIndex(box.center_mm_lps)
             z0, y0, x0, z1, y1, x1 = box.box_zyx
             assert index == pytest.approx(
-                [(x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2, (z0 + z1 - 1) / 2], abs=1e-3
+                [(x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2, (z0 + z1 - 1) / 2],
+                abs=1e-3,
             )
             assert np.any(array[int(z0) : int(z1), int(y0) : int(y1), int(x0) : int(x1)])
 
@@ -62,7 +67,7 @@ def test_the_objects_of_real_label_maps_score_1_and_lie_in_their_lesions(shared_
                 str(tmp_path / "s.json"),
                 "--bootstrap",
                 "0",
-            ]
+            ],
         )
         == 0
     )

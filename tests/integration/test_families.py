@@ -45,7 +45,9 @@ def make_project(
 
     def make(dataset: str, encoder: str, **card: Any) -> PlannedProject:
         copy_cases(
-            shared_data / "nnUNet_raw" / dataset, tmp_path / "nnUNet_raw" / dataset, NUM_CASES
+            shared_data / "nnUNet_raw" / dataset,
+            tmp_path / "nnUNet_raw" / dataset,
+            NUM_CASES,
         )
         write_run(tmp_path / "nnUNet_results", "brain", encoder=encoder, **card)
         return PlannedProject(tmp_path, dataset)
@@ -122,7 +124,7 @@ def test_anisotropic_scans_get_the_strides_and_kernels_of_nnunet(
     assert network["strides"][:2] == [[1, 1, 1], [1, 2, 2]]
     assert "kernels in stages 0: 3x3x3 -> 1x3x3" in printed
     assert plans["autoreg"]["reasons"]["recipe.decoder_first_fraction"].startswith(
-        "on, the stem is adapted: kernel"
+        "on, the stem is adapted: kernel",
     )
 
     project.shorten(decoder_first_fraction=0.5)
@@ -173,7 +175,8 @@ def test_regions_and_an_ignore_label_with_deep_supervision(
 
 
 def test_a_cascade_of_cnns_starts_its_one_hot_channels_at_zero(
-    make_project: Callable[..., PlannedProject], monkeypatch: pytest.MonkeyPatch
+    make_project: Callable[..., PlannedProject],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     project = make_project(HIPPOCAMPUS, "resenc_tiny", spacing_mm=(0.4, 0.4, 0.4))
     project.plan(("3d_lowres", "3d_fullres"), overwrite_target_spacing=(0.3, 0.3, 0.3))

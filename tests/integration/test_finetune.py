@@ -29,7 +29,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def project(
-    shared_data: Path, write_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    shared_data: Path,
+    write_run: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Path]:
     """nnU-Net's three folders with ten hippocampi, planned and preprocessed for the tiny encoder of
     the run 'brain'.
@@ -68,13 +70,16 @@ def shorten(root: Path, **recipe: Any) -> None:
             "num_iterations_per_epoch": 2,
             "num_val_iterations_per_epoch": 1,
             **recipe,
-        }
+        },
     )
     plans_file(root).write_text(json.dumps(plans))
 
 
 def train(
-    trainer: str, plans: str = "AutoregPlans", configuration: str = "3d_fullres", **options: Any
+    trainer: str,
+    plans: str = "AutoregPlans",
+    configuration: str = "3d_fullres",
+    **options: Any,
 ) -> None:
     from nnunetv2.run.run_training import run_training
 
@@ -87,7 +92,9 @@ def fold(root: Path, trainer: str) -> Path:
 
 def checkpoint(root: Path, trainer: str) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(
-        fold(root, trainer) / "checkpoint_final.pth", map_location=CPU, weights_only=False
+        fold(root, trainer) / "checkpoint_final.pth",
+        map_location=CPU,
+        weights_only=False,
     )
     return found
 
@@ -130,7 +137,8 @@ def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
 
 
 def test_planning_again_keeps_only_the_users_configurations(
-    project: Path, capsys: pytest.CaptureFixture[str]
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
@@ -159,7 +167,8 @@ def test_planning_again_keeps_only_the_users_configurations(
 
 
 def test_a_reader_that_nnunet_does_not_have_is_named(
-    project: Path, caplog: pytest.LogCaptureFixture
+    project: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
@@ -176,7 +185,8 @@ def test_a_reader_that_nnunet_does_not_have_is_named(
 
 
 def test_planning_without_suitable_weights_ends_in_one_line(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
@@ -187,7 +197,9 @@ def test_planning_without_suitable_weights_ends_in_one_line(
 
 
 def test_a_training_resumes_and_predicts_without_the_weights(
-    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     trainer = "AutoregPretrainedTrainer"
     monkeypatch.setenv("autoreg_weights", "other")
@@ -211,7 +223,8 @@ def test_a_training_resumes_and_predicts_without_the_weights(
     second = checkpoint(project, trainer)
     assert (first["current_epoch"], second["current_epoch"]) == (1, 2)
     assert not torch.equal(
-        first["network_weights"]["eva.pos_embed"], second["network_weights"]["eva.pos_embed"]
+        first["network_weights"]["eva.pos_embed"],
+        second["network_weights"]["eva.pos_embed"],
     )
     train(trainer, only_run_validation=True, val_with_best=True)
     assert predict(project, trainer, tmp_path) == (35, 51, 35)
@@ -244,7 +257,8 @@ def test_the_scratch_twin_trains_without_any_weights(project: Path) -> None:
 
 
 def test_a_results_folder_of_an_older_trainer_class_still_predicts(
-    project: Path, tmp_path: Path
+    project: Path,
+    tmp_path: Path,
 ) -> None:
     # Earlier releases had a class statement for each of four lengths, 5 epochs among them.
     shorten(project)

@@ -38,7 +38,13 @@ def weights_command(clinic, *arguments):
 
 def test_ar_ssl4m_is_fine_tuned_by_the_commands_of_nnunet(clinic):
     done = weights_command(
-        clinic, "import", str(clinic.root / "ar_ssl4m.pth"), "--heads", "12", "--name", "theirs"
+        clinic,
+        "import",
+        str(clinic.root / "ar_ssl4m.pth"),
+        "--heads",
+        "12",
+        "--name",
+        "theirs",
     )
     assert done.returncode == 0, done.stderr
 
@@ -66,7 +72,9 @@ def test_ar_ssl4m_is_fine_tuned_by_the_commands_of_nnunet(clinic):
     assert all(side % 16 == 0 for side in configuration["patch_size"])
 
     plans["autoreg"]["recipe"].update(
-        num_epochs=1, num_iterations_per_epoch=1, num_val_iterations_per_epoch=1
+        num_epochs=1,
+        num_iterations_per_epoch=1,
+        num_val_iterations_per_epoch=1,
     )
     file.write_text(json.dumps(plans))
     done = clinic.train()

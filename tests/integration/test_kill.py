@@ -141,7 +141,7 @@ def test_a_flipped_bit_in_a_checkpoint_falls_back_to_the_one_before(place, whole
     told = [line for line in place.output("flipped").splitlines() if "its checksum differs" in line]
     assert len(told) == 1
     assert told[0].endswith(
-        "is now checkpoint_latest.pth.damaged; continuing from checkpoint_previous.pth, step 6"
+        "is now checkpoint_latest.pth.damaged; continuing from checkpoint_previous.pth, step 6",
     )
     assert (place.folder("flipped") / "encoder.safetensors").read_bytes() == (
         whole / "encoder.safetensors"
@@ -170,10 +170,13 @@ def test_a_loader_process_ends_with_the_main_process(tmp_path):
         "batches = training_batches(list(range(1000)), range(1000), 1, False)\n"
         "next(batches)\n"
         "print(multiprocessing.active_children()[0].pid, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n",
     )
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -197,7 +200,8 @@ def whole_alice(place):
 
 
 @pytest.mark.parametrize(
-    "point", ["in the middle of a step", "between the two renames of a checkpoint", "export"]
+    "point",
+    ["in the middle of a step", "between the two renames of a checkpoint", "export"],
 )
 def test_a_killed_run_of_alice_goes_on_with_the_same_teacher(place, whole_alice, point):
     name = f"alice_{point}".replace(" ", "_")

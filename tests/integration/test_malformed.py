@@ -102,7 +102,9 @@ def tilted(folder: Path) -> None:
 def doubled(folder: Path) -> None:
     d.write_series(folder)
     d.write(
-        folder / "again.dcm", d.slice_values(3, t00080018=("UI", "1.2.999")), d.volume(seed=2)[3]
+        folder / "again.dcm",
+        d.slice_values(3, t00080018=("UI", "1.2.999")),
+        d.volume(seed=2)[3],
     )
 
 
@@ -121,14 +123,19 @@ def radial(folder: Path) -> None:
         angle = np.pi * number / 8
         direction = (float(np.cos(angle)), float(np.sin(angle)), 0, 0, 0, 1)
         d.write(
-            folder / f"{number}.dcm", d.slice_values(number, t00200037=("DS", direction)), pixels
+            folder / f"{number}.dcm",
+            d.slice_values(number, t00200037=("DS", direction)),
+            pixels,
         )
 
 
 def colour(folder: Path) -> None:
     for number in range(8):
         values = d.slice_values(
-            number, t00280002=("US", [3]), t00280004=("CS", "RGB"), t00280006=("US", [0])
+            number,
+            t00280002=("US", [3]),
+            t00280004=("CS", "RGB"),
+            t00280006=("US", [0]),
         )
         d.write(folder / f"{number}.dcm", values, np.zeros((18, 60), np.uint16))
 
@@ -142,7 +149,7 @@ def compressed(folder: Path) -> None:
             + b"nonsense"
         )
         values = d.slice_values(number) | {
-            0x7FE00010: ("OB", fragments + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0))
+            0x7FE00010: ("OB", fragments + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)),
         }
         path = d.write(folder / f"{number}.dcm", values, syntax="1.2.840.10008.1.2.4.90")
         content = bytearray(path.read_bytes())
@@ -201,7 +208,10 @@ def damaged_member(folder: Path) -> None:
 
 
 def image(
-    name: str, array: Any, spacing: tuple[float, ...] = (1.0, 1.0, 2.0), vector: bool = False
+    name: str,
+    array: Any,
+    spacing: tuple[float, ...] = (1.0, 1.0, 2.0),
+    vector: bool = False,
 ) -> Make:
     def make(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -249,7 +259,8 @@ def text_header(name: str, old: str, new: str) -> Make:
 NAN = d.volume().astype(np.float32)
 NAN[2, 3, 4] = np.nan
 LABELS = np.repeat(np.repeat(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), 8, 1), 8, 2).repeat(
-    4, 0
+    4,
+    0,
 )
 SHOT = "1.2.840.10008.5.1.4.1.1.7"
 IMAGE_TYPE = "t00080008"
@@ -515,7 +526,8 @@ def test_malformed_dicom_gets_one_row_with_its_reason(tmp_path: Path, case: str)
 
 @pytest.mark.parametrize("case", FILES)
 def test_malformed_files_and_archives_get_one_row_with_their_reason(
-    tmp_path: Path, case: str
+    tmp_path: Path,
+    case: str,
 ) -> None:
     make, status, named = FILES[case]
     make(tmp_path / "pool")
@@ -580,7 +592,9 @@ def plant(pool: Path) -> None:
     with zipfile.ZipFile(pool / "export.zip", "w") as archive:
         for number, pixels in enumerate(d.volume(seed=4)):
             path = d.write(
-                pool.parent / "x.dcm", d.slice_values(number, "1.7", **planted()), pixels
+                pool.parent / "x.dcm",
+                d.slice_values(number, "1.7", **planted()),
+                pixels,
             )
             archive.write(path, f"Dumbledore^Albus/{number}.dcm")
 

@@ -163,7 +163,7 @@ def test_other_settings_are_refused_and_more_steps_are_not(workplace):
 
     plan_file = folder_of(workplace, "a") / "plan.json"
     plan_file.write_text(
-        plan_file.read_text().replace('"variance_floor": 0.01', '"variance_floor": 0.5')
+        plan_file.read_text().replace('"variance_floor": 0.01', '"variance_floor": 0.5'),
     )
     edited = run(workplace, "a", "--steps", "5", *SMALL)
     assert edited.returncode == 2
@@ -198,7 +198,14 @@ def test_existing_weights_start_a_run(workplace):
 
     weights = folder_of(workplace, "first") / "encoder.safetensors"
     second = run(
-        workplace, "second", "--steps", "1", "--init", str(weights), *SMALL, "optim.lr=1e-12"
+        workplace,
+        "second",
+        "--steps",
+        "1",
+        "--init",
+        str(weights),
+        *SMALL,
+        "optim.lr=1e-12",
     )
     assert second.returncode == 0, second.stderr
     assert "100.0 % of the encoder's parameters come from the file" in second.stderr
@@ -207,7 +214,14 @@ def test_existing_weights_start_a_run(workplace):
     assert all(np.allclose(a[key], b[key], atol=1e-9) for key in a)
 
     other = run(
-        workplace, "third", "--steps", "1", "--init", str(weights), "--set", "run.log_every=1"
+        workplace,
+        "third",
+        "--steps",
+        "1",
+        "--init",
+        str(weights),
+        "--set",
+        "run.log_every=1",
     )
     assert other.returncode == 1
     assert len(other.stderr.strip().splitlines()[-1]) > 0
@@ -228,7 +242,8 @@ def test_bad_scans_are_left_out_with_their_reason_and_the_run_goes_on(workplace)
         "series": np.random.default_rng(0).normal(size=(3, 16, 16, 16)).astype(np.float32),
     }.items():
         SimpleITK.WriteImage(
-            SimpleITK.GetImageFromArray(array, isVector=False), str(folder / f"{name}.nii.gz")
+            SimpleITK.GetImageFromArray(array, isVector=False),
+            str(folder / f"{name}.nii.gz"),
         )
 
     done = run(workplace, "bad", "--steps", "2", *SMALL)
@@ -261,7 +276,11 @@ def test_no_usable_scan_and_missing_variables_end_in_one_line(workplace):
     command = [COMMAND, "-i", str(empty), "--name", "x", "--device", "cpu"]
 
     done = subprocess.run(
-        command, env=environment(workplace), capture_output=True, text=True, check=False
+        command,
+        env=environment(workplace),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     assert done.returncode == 1

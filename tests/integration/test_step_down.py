@@ -25,7 +25,7 @@ def line(tmp_path, shared_data, monkeypatch):
     scans = tmp_path / "scans"
     scans.mkdir()
     for image in sorted(
-        (shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz")
+        (shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"),
     )[:3]:
         shutil.copy(image, scans)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -53,7 +53,7 @@ def line(tmp_path, shared_data, monkeypatch):
                 "sequence.block_tokens=1,1,1",
                 "sequence.crop_size_vox=16,24,16",
                 "run.log_every=1",
-            ]
+            ],
         )
 
     return typed

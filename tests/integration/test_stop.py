@@ -44,7 +44,10 @@ class StoppedRuns(PhantomRuns):
     def left(self):
         """Process ids of the line's session, ended ones left out."""
         listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,sess=,stat="], capture_output=True, text=True, check=True
+            ["ps", "-A", "-o", "pid=,sess=,stat="],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         rows = [row.split() for row in listed.splitlines()]
         return [
@@ -111,7 +114,8 @@ def test_sigterm_ends_every_phase_with_one_line_and_no_child(place, point, way):
 
 
 @pytest.mark.parametrize(
-    ("point", "way"), [("indexing", "workers"), ("compilation", "compiler"), ("validation", "c")]
+    ("point", "way"),
+    [("indexing", "workers"), ("compilation", "compiler"), ("validation", "c")],
 )
 def test_ctrl_c_that_reaches_all_processes_ends_them_with_one_line(place, point, way):
     name = f"pressed {point}".replace(" ", "_")

@@ -18,7 +18,7 @@ def workplace(tmp_path: Path, shared_data: Path) -> Path:
     """Eight real scans and empty nnU-Net folders."""
     (tmp_path / "scans").mkdir()
     for image in sorted(
-        (shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz")
+        (shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"),
     )[:8]:
         shutil.copy(image, tmp_path / "scans")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -49,7 +49,11 @@ def start(workplace: Path, *arguments: str) -> "subprocess.Popen[str]":
     ]
     environment = {**os.environ, **folders, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        line,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

@@ -88,7 +88,7 @@ class Place(phantom_place.PhantomPlace):
         deadline, metrics = time.monotonic() + PATIENCE_S, self.folder(name) / "metrics.jsonl"
         while not (metrics.exists() and f'"step": {step}, ' in metrics.read_text()):
             assert process.poll() is None and time.monotonic() < deadline, self.log(
-                name
+                name,
             ).read_text()[-2000:]
             time.sleep(0.05)
 
@@ -179,7 +179,8 @@ def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole)
     assert set(errors) == set(place.errors("alone")) == set(place.errors("changing"))
     for name in ("alone", "changing"):
         assert [place.errors(name)[key] for key in errors] == pytest.approx(
-            list(errors.values()), rel=1e-5
+            list(errors.values()),
+            rel=1e-5,
         )
 
 
@@ -193,7 +194,7 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes_exactly(place, wh
 
     said = place.log("killed").read_text()
     assert said.splitlines()[-1].startswith(
-        "autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for lack of memory; all "
+        "autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for lack of memory; all ",
     )
     assert "Traceback" not in said
     assert damage_of(place.folder("killed") / LATEST_NAME) == ""
@@ -257,7 +258,7 @@ def test_under_torchrun_a_killed_process_stops_the_run(place, whole):
     assert own == [
         "autoreg_pretrain: one of 2 processes has ended, or cannot be reached any more; torchrun "
         "says which; the last checkpoint "
-        "is kept: type the same line again to continue"
+        "is kept: type the same line again to continue",
     ]
     assert damage_of(place.folder("lost") / LATEST_NAME) == ""
 

@@ -120,7 +120,9 @@ def test_an_export_killed_at_this_point_is_completed_by_the_same_line(runner, tm
 
 
 def test_an_import_over_a_run_of_other_weights_is_refused_after_a_kill_too(
-    runner, tmp_path, write_run
+    runner,
+    tmp_path,
+    write_run,
 ):
     line = ("import", str(runner.root / "whole"), "--name", "imported")
     runner.run(tmp_path, *line, point="before the folder is renamed")

@@ -77,7 +77,8 @@ def gradient(trainer: Trainer) -> torch.Tensor:
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 4, 5, 9])
 def test_parts_give_the_gradient_of_the_whole_batch(
-    trained: Callable[..., Any], micro: int
+    trained: Callable[..., Any],
+    micro: int,
 ) -> None:
     (whole, loss), (parts, loss_of_parts) = trained(None), trained(micro)
     assert float((gradient(whole) - gradient(parts)).norm() / gradient(whole).norm()) < 1e-6
@@ -96,7 +97,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels(
     mean.backward()
 
     expected = torch.cat(
-        [p.grad.flatten() for p in objective.module.parameters() if p.grad is not None]
+        [p.grad.flatten() for p in objective.module.parameters() if p.grad is not None],
     )
 
     assert float((gradient(whole) - expected).norm() / expected.norm()) < 1e-6
@@ -115,7 +116,8 @@ def test_a_batch_falls_into_parts_whole_and_in_order() -> None:
 
 
 def test_the_pace_is_measured_on_steps_that_leave_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.MAX_STEPS", 3)
     objective = Autoregressive(PLAN)

@@ -192,7 +192,8 @@ def test_student_and_teacher_start_from_other_weights(tmp_path: Path, write_run:
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_t2_all_state_survives_a_checkpoint_and_training_goes_on_the_same(
-    tmp_path: Path, encoder: str
+    tmp_path: Path,
+    encoder: str,
 ) -> None:
     plan = planned(encoder)
     objective = built(plan)
@@ -414,7 +415,11 @@ def test_t8_pairs_of_affine_copies_show_the_same_place() -> None:
     rows, cases = [], {}
     for number, (zoom, shift) in enumerate(zip(zooms, shifts, strict=True)):
         voxels = ndimage.affine_transform(
-            anatomy / anatomy.std(), zoom, offset=shift, output_shape=(30, 30, 30), order=1
+            anatomy / anatomy.std(),
+            zoom,
+            offset=shift,
+            output_shape=(30, 30, 30),
+            order=1,
         )
         name, shape = str(number), (30, 30, 30)
         cases[name] = Copy(voxels.astype(np.float32))

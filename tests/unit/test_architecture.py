@@ -151,7 +151,8 @@ def test_the_rule_itself_tells_up_from_down() -> None:
     assert may_import("records", "errors") and not may_import("errors", "records")
     assert may_import("model.card", "plan") and not may_import("plan", "model.card")
     assert may_import("pretrain.trainer", "report.metrics") and not may_import(
-        "report.metrics", "pretrain.trainer"
+        "report.metrics",
+        "pretrain.trainer",
     )
     assert not may_import("pretrain.trainer", "detection.boxes")
     assert may_import("objectives.x", "sampling.y") and not may_import("sampling.y", "objectives.x")
@@ -237,7 +238,10 @@ def test_importing_a_light_module_loads_no_torch() -> None:
         "    assert not loaded, f'importing {module} loads {loaded}'\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     assert done.returncode == 0, done.stderr
@@ -263,7 +267,10 @@ def test_a_commands_help_loads_no_torch_and_ends_with_0(module: str) -> None:
         f"    sys.exit(ended.code or [name for name in {HEAVY!r} if name in sys.modules] or 0)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     assert (done.returncode, done.stderr) == (0, "")

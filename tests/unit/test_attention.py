@@ -30,7 +30,7 @@ def cases():
     raster = torch.arange(300).expand(2, -1)
     mixed = torch.stack([torch.randperm(300, generator=generator) for _ in range(2)])
     blocks = torch.stack(
-        [torch.randperm(75, generator=generator).repeat_interleave(4) for _ in range(2)]
+        [torch.randperm(75, generator=generator).repeat_interleave(4) for _ in range(2)],
     )
     members = torch.arange(75).repeat(4).expand(2, -1)
     valid_mask = torch.ones(2, 300, dtype=torch.bool)
@@ -87,7 +87,8 @@ def by_hand(kind, order_index, prefix, valid):
 def test_the_dense_mask_is_the_rule_in_words(kind, name):
     order_index, prefix, valid = (t[:, :160] if t.dim() == 2 else t for t in CASES[name])
     assert torch.equal(
-        RULES[kind](order_index, prefix, valid).dense(), by_hand(kind, order_index, prefix, valid)
+        RULES[kind](order_index, prefix, valid).dense(),
+        by_hand(kind, order_index, prefix, valid),
     )
 
 
@@ -145,7 +146,9 @@ def test_flexattention_agrees_with_the_dense_mask(kind, name):
 
 def test_early_tiles_of_a_raster_sequence_see_no_late_ones():
     mask = block_causal(
-        torch.arange(512)[None], torch.tensor([1]), torch.ones(1, 512, dtype=torch.bool)
+        torch.arange(512)[None],
+        torch.tensor([1]),
+        torch.ones(1, 512, dtype=torch.bool),
     ).block_mask()
 
     assert mask.kv_num_blocks.tolist() == [[[1, 1, 1, 1]]]
@@ -163,7 +166,9 @@ received = {}
 
 
 @torch.library.custom_op(
-    "autoreg_test::receive", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+    "autoreg_test::receive",
+    mutates_args=(),
+    tags=(torch.Tag.flexible_layout,),
 )
 def receive(values: torch.Tensor, name: str) -> torch.Tensor:
     """Note a list as a kernel inside compiled code gets it, in whatever strides the compiler
@@ -278,7 +283,9 @@ def test_a_block_gives_what_it_gives_by_itself_bit_for_bit(arguments):
     made, mask = block(**arguments), block_causal(order_index, prefix, valid).dense()
     x = torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(2))
     rope = torch.randn(
-        24 - arguments.get("registers", 0), 24, generator=torch.Generator().manual_seed(3)
+        24 - arguments.get("registers", 0),
+        24,
+        generator=torch.Generator().manual_seed(3),
     )
     with torch.no_grad():
         for table in (rope, None):
@@ -291,10 +298,15 @@ def test_blocks_of_our_own_get_the_mask_and_the_positions():
             return x + rope + attn_mask[:, 0].sum(-1, keepdim=True)
 
     rule = block_causal(
-        torch.tensor([[0, 1, 2]]), torch.tensor([2]), torch.ones(1, 3, dtype=torch.bool)
+        torch.tensor([[0, 1, 2]]),
+        torch.tensor([2]),
+        torch.ones(1, 3, dtype=torch.bool),
     )
     assert run_blocks(
-        [Own(), Own()], torch.zeros(1, 3, 1), torch.ones(3, 1), rule
+        [Own(), Own()],
+        torch.zeros(1, 3, 1),
+        torch.ones(3, 1),
+        rule,
     ).flatten().tolist() == [6, 6, 8]
 
 

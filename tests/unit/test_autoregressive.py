@@ -52,7 +52,10 @@ def make_plan(encoder="primus", **sequence):
     arguments = {**size.arguments, **smaller}
     settings = {"crop_size_vox": (16, 32, 24), **sequence}
     planned = EncoderPlan(
-        name, size.class_path, arguments, token_size_of(size.class_path, arguments)
+        name,
+        size.class_path,
+        arguments,
+        token_size_of(size.class_path, arguments),
     )
     objective = PredictionPlan()
     return check(
@@ -64,7 +67,7 @@ def make_plan(encoder="primus", **sequence):
             objective,
             OptimPlan(10, 2, 1e-3, 1),
             RunPlan(0, 10, 10),
-        )
+        ),
     )
 
 
@@ -74,14 +77,14 @@ def make_batch(plan, prefix, seed=0, num_samples=1):
     size = plan.sequence.crop_size_vox
     voxels = torch.randn(num_samples, 1, 1, *size, generator=generator)
     ids = torch.from_numpy(
-        block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens)
+        block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens),
     )
     if plan.sequence.order == "random":
         order_index = torch.stack(
             [
                 torch.randperm(int(ids.max()) + 1, generator=generator)[ids]
                 for _ in range(num_samples)
-            ]
+            ],
         )
     else:
         order_index = ids.expand(num_samples, -1).clone()
@@ -108,7 +111,7 @@ def change_block(batch, plan, position_in_order):
     """The same batch with other voxels in the block of this rank (first sample)."""
     tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
     tokens[0, batch.order_index[0] == position_in_order] = noise_like(
-        tokens[0, batch.order_index[0] == position_in_order]
+        tokens[0, batch.order_index[0] == position_in_order],
     )
     voxels = from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
     return replace(batch, voxels=voxels[:, None])
@@ -196,7 +199,9 @@ def test_the_longest_prefix_supervises_exactly_the_last_block(objective):
     num_blocks = objective.module.num_blocks
     batch = make_batch(objective.plan, num_blocks - 1)
     chosen = supervised_tokens(
-        batch.order_index, batch.prefix, torch.ones_like(batch.order_index, dtype=torch.bool)
+        batch.order_index,
+        batch.prefix,
+        torch.ones_like(batch.order_index, dtype=torch.bool),
     )
 
     assert int(chosen.sum()) == objective.module.block_num_tokens
@@ -262,7 +267,7 @@ def test_the_head_gets_no_gradient_from_given_blocks():
     batch = make_batch(plan, prefix=23)
     features = []
     hook = objective.module.head.register_forward_pre_hook(
-        lambda module, inputs: features.append(inputs[0].requires_grad_())
+        lambda module, inputs: features.append(inputs[0].requires_grad_()),
     )
     terms = objective.loss(batch)
     hook.remove()

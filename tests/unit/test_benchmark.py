@@ -74,7 +74,7 @@ def request(**changes: Any) -> BenchmarkRequest:
             "steps": (50,),
             "batch": 2,
             **changes,
-        }
+        },
     ).check()
 
 
@@ -87,7 +87,7 @@ def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
             request(arms=("masked", "stock"), encoders=("a", "b"), recipe=("scratch_rate=1e-2",)),
             [50],
             2,
-        )
+        ),
     )
 
     assert [(k.seed, k.arm, k.encoder, k.recipe) for k in keys[:3]] == [
@@ -127,7 +127,8 @@ def test_impossible_requests_are_refused(changes: dict[str, Any], code: str, nam
 
 
 def test_the_line_typed_becomes_the_request(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / DATASET).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
@@ -145,12 +146,17 @@ def test_the_line_typed_becomes_the_request(
                 "masked",
                 "--weights",
                 "brain",
-            ]
-        )
+            ],
+        ),
     )
 
     assert typed == BenchmarkRequest(
-        DATASET, (5, 20), 3, ("pretrained", "masked"), ("brain",), budget_min=(30.0,)
+        DATASET,
+        (5, 20),
+        3,
+        ("pretrained", "masked"),
+        ("brain",),
+        budget_min=(30.0,),
     )
     assert typed.families == ("brain",)
     with refused(UsageError, "usage-number", "--jobs 0"):
@@ -344,7 +350,10 @@ def test_more_labels_later_leave_the_numbers_of_earlier_folds_alone(bench: Bench
 
 def test_a_budget_gives_all_arms_the_steps_of_the_slowest(bench: Bench) -> None:
     asked = request(
-        arms=("pretrained", "scratch", "stock"), steps=(), batch=None, budget_min=(1.0,)
+        arms=("pretrained", "scratch", "stock"),
+        steps=(),
+        batch=None,
+        budget_min=(1.0,),
     )
     bench = replace(bench, request=asked)
     write_folds(bench, runs_of(asked, [50], 2))
@@ -363,7 +372,8 @@ def test_a_budget_gives_all_arms_the_steps_of_the_slowest(bench: Bench) -> None:
 
 
 def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
         preparing,
@@ -443,7 +453,10 @@ def test_labels_that_cannot_be_drawn_are_refused_at_once(bench: Bench) -> None:
 
 def test_the_hours_before_a_benchmark_follow_from_measured_steps(bench: Bench) -> None:
     asked = request(
-        arms=("pretrained", "scratch", "stock"), steps=(), batch=None, budget_min=(1.0,)
+        arms=("pretrained", "scratch", "stock"),
+        steps=(),
+        batch=None,
+        budget_min=(1.0,),
     )
     bench = replace(bench, request=asked)
     keys = list(runs_of(asked, [100], 6))
@@ -460,7 +473,9 @@ def test_the_hours_before_a_benchmark_follow_from_measured_steps(bench: Bench) -
     run_missing(bench, keys[:3], 1, FakeRunner(pace={"nnUNetTrainer": 0.4}))
     assert time_left(bench, keys[:3], 1) == TimeLeft(0, 0, has_scoring=True)
     assert time_left(bench, keys, 1) == TimeLeft(
-        3, pytest.approx(100 * (0.5 + 0.5 + 0.4) + 3 * 1.0), has_scoring=True
+        3,
+        pytest.approx(100 * (0.5 + 0.5 + 0.4) + 3 * 1.0),
+        has_scoring=True,
     )
 
 
@@ -563,7 +578,8 @@ def test_the_tolerance_of_the_surface_follows_the_data(bench: Bench) -> None:
 
 
 def test_a_folder_of_other_things_or_of_another_dataset_is_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked = request()
     record = open_record(tmp_path / "new", asked, CASES)
@@ -631,7 +647,9 @@ def pretrained_on(folder: Path, *rows: ScanRow) -> Path:
     ids=["the case", "another scan of the patient", "the file by another way"],
 )
 def test_weights_that_saw_a_scored_patient_are_refused(
-    tmp_path: Path, scored: Scored, row: ScanRow
+    tmp_path: Path,
+    scored: Scored,
+    row: ScanRow,
 ) -> None:
     if row.source == "SCORED IMAGE":
         row = replace(row, source=str(scored.images["p2_ES"][0]))
@@ -642,7 +660,8 @@ def test_weights_that_saw_a_scored_patient_are_refused(
 
 
 def test_weights_that_saw_others_pass_and_doubts_are_warned_of(
-    tmp_path: Path, scored: Scored
+    tmp_path: Path,
+    scored: Scored,
 ) -> None:
     others = scan(DATASET, "p1_ED"), scan(DATASET, "p2_ES", status="excluded")
     assert check_pretraining(pretrained_on(tmp_path / "brain", *others), scored, Path("x")) == ""
@@ -655,7 +674,8 @@ def test_weights_that_saw_others_pass_and_doubts_are_warned_of(
 
 
 def test_a_copy_of_a_scored_scan_in_a_folder_is_found_by_its_content(
-    tmp_path: Path, shared_data: Path
+    tmp_path: Path,
+    shared_data: Path,
 ) -> None:
     from nnunet_autoreg.corpus.content import content_hash
     from nnunet_autoreg.corpus.read import load_scan
@@ -680,7 +700,9 @@ def test_an_index_that_could_not_tell_tiny_values_apart_is_warned_of(tmp_path: P
     newer = replace(scan("backup", "x"), content_hash=content_hash(load_scan(image)))
 
     assert "earlier version" in check_pretraining(
-        pretrained_on(tmp_path / "earlier", earlier), scored, Path("x")
+        pretrained_on(tmp_path / "earlier", earlier),
+        scored,
+        Path("x"),
     )
     with pytest.raises(AutoregError):
         check_pretraining(pretrained_on(tmp_path / "newer", newer), scored, Path("x"))
@@ -776,7 +798,8 @@ def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Benc
 
 
 def test_missing_pretrainings_are_timed_beforehand(
-    typing: Bench, capsys: pytest.CaptureFixture[str]
+    typing: Bench,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     budget = {"steps": (), "budget_min": (30.0,), "arms": ("pretrained", "masked")}
     own = replace(typing, request=request(weights=(), encoders=("primus_tiny",), **budget))
@@ -807,7 +830,7 @@ def test_missing_pretrainings_are_timed_beforehand(
 
     write_json(own.layout.pretraining("benchmark_primus_tiny") / "encoder.json", {"sha256": "x"})
     assert [one.name for one in preparing.expected_pretrainings(own)] == [
-        "benchmark_primus_tiny_masked"
+        "benchmark_primus_tiny_masked",
     ]
 
 

@@ -139,7 +139,7 @@ def line(
 def test_dice_is_the_mean_over_cases_of_the_mean_over_labels_that_have_one() -> None:
     assert mean_dice(line()) == pytest.approx((0.6 + 0.4) / 2)
     assert mean_dice(
-        line(dice={"a": [None, 0.8], "b": [None, None], "c": [0.2, 0.4]})
+        line(dice={"a": [None, 0.8], "b": [None, None], "c": [0.2, 0.4]}),
     ) == pytest.approx((0.8 + 0.3) / 2)
     assert math.isnan(mean_dice(line(dice={"a": [None]})))
 
@@ -166,7 +166,7 @@ def test_equal_differences_have_an_interval_of_no_width() -> None:
 
     assert found.mean == 0.25
     assert found.over_both == pytest.approx((0.25, 0.25)) and found.over_cases == pytest.approx(
-        (0.25, 0.25)
+        (0.25, 0.25),
     )
 
 
@@ -223,14 +223,14 @@ def test_lines_come_back_and_a_torn_last_one_is_dropped_and_overwritten(tmp_path
 def test_the_table_pairs_each_arm_with_its_twin_and_with_stock() -> None:
     lines = [line("pretrained", s, {"a": [0.5 + 0.1 * s], "b": [0.5]}) for s in (0, 1)]
     lines += [line("scratch", s, {"a": [0.4], "b": [0.4]}) for s in (0, 1)] + [
-        line("stock", 0, {"a": [0.8], "b": [0.7]})
+        line("stock", 0, {"a": [0.8], "b": [0.7]}),
     ]
     rows = {row.key.arm: row for row in rows_of(lines)}
     assert list(rows) == ["pretrained", "scratch", "stock"]
 
     ours = rows["pretrained"]
     assert ours.to_scratch is not None and ours.to_scratch.mean == pytest.approx(
-        (0.1 + 0.1 + 0.2 + 0.1) / 4
+        (0.1 + 0.1 + 0.2 + 0.1) / 4,
     )
     assert (
         ours.to_stock is not None
@@ -358,10 +358,10 @@ def test_the_summary_of_nnunet_gives_dice_by_case_and_none_for_no_object(
                         "reference_file": "/gt/case.a_01.nii.gz",
                         "prediction_file": "",
                         "metrics": metrics,
-                    }
-                ]
-            }
-        )
+                    },
+                ],
+            },
+        ),
     )
 
     assert read_dice(tmp_path / "summary.json", ".nii.gz") == {"case.a_01": {"1": 0.75, "2": None}}
@@ -382,7 +382,8 @@ def test_the_picture_is_drawn_for_single_runs_pairs_and_empty_intervals(
 
 
 def test_the_learning_curve_shows_every_length_with_intervals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines = []
     for steps, seed, labels in product((50, 200), (0, 1), (2, 5)):
@@ -411,7 +412,8 @@ def test_the_learning_curve_shows_every_length_with_intervals(
 
 @pytest.mark.parametrize("drawn, shown", [((0.01, 0.03), (0, 0.1)), ((0.98, 0.99), (0.9, 1))])
 def test_an_axis_of_scores_spans_a_tenth_within_zero_and_one(
-    drawn: tuple[float, float], shown: tuple[float, float]
+    drawn: tuple[float, float],
+    shown: tuple[float, float],
 ) -> None:
     scores, differences = Figure().subplots(1, 2)
 
@@ -439,7 +441,9 @@ def test_the_interval_of_a_mean_is_that_of_its_patients_and_seeds() -> None:
 
 
 def with_surface(
-    tolerance_mm: float, scores: dict[str, list[float | None]], **changes: Any
+    tolerance_mm: float,
+    scores: dict[str, list[float | None]],
+    **changes: Any,
 ) -> dict[str, Any]:
     surface = {}
     for case, values in scores.items():

@@ -46,7 +46,9 @@ def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv(bridge.SWITCH, raising=False)
     monkeypatch.setattr(
-        sys, "meta_path", [f for f in sys.meta_path if not hasattr(f, "is_autoreg_bridge")]
+        sys,
+        "meta_path",
+        [f for f in sys.meta_path if not hasattr(f, "is_autoreg_bridge")],
     )
     yield utilities
     for name in [name for name in sys.modules if name.split(".")[0] == "nnunetv2"]:
@@ -69,7 +71,8 @@ def lookup_module() -> ModuleType:
 
 
 def test_a_name_that_stock_does_not_find_is_answered_from_the_table(
-    nnunet: Path, our_trainers: ModuleType
+    nnunet: Path,
+    our_trainers: ModuleType,
 ) -> None:
     bridge.install()
     find = lookup_module().recursive_find_python_class
@@ -79,7 +82,9 @@ def test_a_name_that_stock_does_not_find_is_answered_from_the_table(
         == "our AutoregPretrainedTrainer"
     )
     assert find(
-        "folder", class_name="AutoregScratchTrainer_5epochs", current_module=TRAINERS_SEARCH
+        "folder",
+        class_name="AutoregScratchTrainer_5epochs",
+        current_module=TRAINERS_SEARCH,
     ) == ("our AutoregScratchTrainer_5epochs")
     assert find(
         "a folder of nnUNet_extTrainer",
@@ -101,13 +106,15 @@ def test_stock_answers_pass_through_untouched(nnunet: Path) -> None:
 
 def test_a_class_of_the_same_name_inside_stock_wins(nnunet: Path, our_trainers: ModuleType) -> None:
     (nnunet / "find_class_by_name.py").write_text(
-        LOOKUP.replace('"nnUNetTrainer"', '"AutoregPretrainedTrainer"')
+        LOOKUP.replace('"nnUNetTrainer"', '"AutoregPretrainedTrainer"'),
     )
     bridge.install()
 
     assert (
         lookup_module().recursive_find_python_class(
-            "f", "AutoregPretrainedTrainer", TRAINERS_SEARCH
+            "f",
+            "AutoregPretrainedTrainer",
+            TRAINERS_SEARCH,
         )
         == "the stock trainer"
     )
@@ -124,7 +131,9 @@ def test_a_class_of_the_same_name_inside_stock_wins(nnunet: Path, our_trainers: 
     ],
 )
 def test_a_trainer_is_not_offered_where_something_else_is_searched(
-    nnunet: Path, our_trainers: ModuleType, searched: str
+    nnunet: Path,
+    our_trainers: ModuleType,
+    searched: str,
 ) -> None:
     bridge.install()
     assert (
@@ -134,7 +143,8 @@ def test_a_trainer_is_not_offered_where_something_else_is_searched(
 
 
 def test_a_module_that_cannot_be_imported_is_named_with_the_cause(
-    nnunet: Path, monkeypatch: pytest.MonkeyPatch
+    nnunet: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(bridge.PLANNERS, "AutoregPlanner", "nnunet_autoreg.planners.no_such_module")
     bridge.install()
@@ -149,7 +159,8 @@ def test_a_module_that_cannot_be_imported_is_named_with_the_cause(
 
 
 def test_installing_late_reaches_every_module_that_holds_the_lookup(
-    nnunet: Path, our_trainers: ModuleType
+    nnunet: Path,
+    our_trainers: ModuleType,
 ) -> None:
     user = importlib.import_module("nnunetv2.utilities.find_objects")
 
@@ -200,7 +211,7 @@ def test_the_hooked_module_keeps_its_import_metadata(nnunet: Path) -> None:
     assert "exec_module" not in vars(spec.loader)
     assert "return {" in inspect.getsource(module)
     assert str(inspect.signature(module.recursive_find_python_class)).startswith(
-        "(folder, class_name, current_module"
+        "(folder, class_name, current_module",
     )
     assert module.recursive_find_python_class.__doc__ == "Stock."
 
@@ -216,7 +227,8 @@ def test_a_reload_is_wrapped_again(nnunet: Path, our_trainers: ModuleType) -> No
 
 
 def test_an_import_that_fails_leaves_no_trace_on_the_next_one(
-    nnunet: Path, our_trainers: ModuleType
+    nnunet: Path,
+    our_trainers: ModuleType,
 ) -> None:
     bridge.install()
     (nnunet / "find_class_by_name.py").write_text("raise InterruptedError")
@@ -232,7 +244,8 @@ def test_an_import_that_fails_leaves_no_trace_on_the_next_one(
 
 
 def test_another_finder_that_asks_all_others_does_not_loop(
-    nnunet: Path, our_trainers: ModuleType
+    nnunet: Path,
+    our_trainers: ModuleType,
 ) -> None:
     class Asker:
         """As lazy-import and instrumentation tools do: ask everybody else, then wrap what comes
@@ -293,7 +306,11 @@ def test_no_name_breaks_the_folder_names_of_nnunet() -> None:
 @pytest.mark.parametrize("base", bridge.TRAINERS)
 @pytest.mark.parametrize("length", ["_5epochs", "_17epochs"])
 def test_every_trainer_is_found_by_a_name_with_any_length(
-    nnunet: Path, our_trainers: ModuleType, monkeypatch: pytest.MonkeyPatch, base: str, length: str
+    nnunet: Path,
+    our_trainers: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    length: str,
 ) -> None:
     monkeypatch.setitem(bridge.TRAINERS, base, our_trainers.__name__)
     bridge.install()
@@ -312,7 +329,8 @@ def test_every_trainer_is_found_by_a_name_with_any_length(
     ],
 )
 def test_a_name_is_split_into_its_base_and_its_length(
-    name: str, expected: tuple[str, int | None]
+    name: str,
+    expected: tuple[str, int | None],
 ) -> None:
     assert bridge.split_length(name) == expected
 
@@ -368,7 +386,10 @@ def run_pth_line(folder: Path) -> subprocess.CompletedProcess[str]:
     )
     # -I and -S: no site-packages, so that neither an installed bridge nor its package helps.
     return subprocess.run(
-        [sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-S", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
 

@@ -198,7 +198,9 @@ def test_the_neighbours_of_an_ordinal_class_share_the_smoothing() -> None:
     ],
 )
 def test_the_balance_is_planned_from_the_counts(
-    tasks: tuple[ClassificationTask, ...], rows: list[tuple[int, ...]], balance: str
+    tasks: tuple[ClassificationTask, ...],
+    rows: list[tuple[int, ...]],
+    balance: str,
 ) -> None:
     plan = make_plan(table_of(tasks, rows), 2, CLASS_PATHS[RESENC], 250)
 
@@ -213,7 +215,12 @@ def test_the_recipe_is_adamw_with_layer_decay_for_transformers() -> None:
     rows = [(0,)] * 4 + [(1,)] * 5
     plan = make_plan(table_of((SEX,), rows), 2, CLASS_PATHS[PRIMUS], 250)
     stock = Recipe(
-        150, 1e-3, 1e-2, optimizer=SGD, deep_supervision=True, decoder_first_fraction=0.1
+        150,
+        1e-3,
+        1e-2,
+        optimizer=SGD,
+        deep_supervision=True,
+        decoder_first_fraction=0.1,
     )
 
     recipe = classification_recipe(stock, plan)
@@ -247,7 +254,9 @@ def test_a_plan_is_read_as_it_was_written() -> None:
     ],
 )
 def test_impossible_values_of_a_plan_are_refused(
-    changes: dict[str, Any], code: str, named: str
+    changes: dict[str, Any],
+    code: str,
+    named: str,
 ) -> None:
     with refused(PlanError, code, "plans.json", named):
         check(plan_of(SEX, GRADE, **changes), "plans.json")

@@ -35,7 +35,9 @@ THREE = ClassificationTask("grade", ("1", "2", "3"), ordinal=True)
 
 
 def random_predictions(
-    task: ClassificationTask, num_cases: int = 40, seed: int = 0
+    task: ClassificationTask,
+    num_cases: int = 40,
+    seed: int = 0,
 ) -> tuple[list[int], np.ndarray]:
     """Classes and probabilities that agree somewhat; some probabilities are tied."""
     random = np.random.default_rng(seed)
@@ -47,7 +49,9 @@ def random_predictions(
 
 
 def judged(
-    task: ClassificationTask, resamples: int = 20, patients: list[str] | None = None
+    task: ClassificationTask,
+    resamples: int = 20,
+    patients: list[str] | None = None,
 ) -> mt.Judged:
     truth, probabilities = random_predictions(task)
     names = patients or [f"p{n}" for n in range(len(truth))]
@@ -63,16 +67,16 @@ def test_scores_of_two_classes_equal_those_of_scikit_learn(row: int) -> None:
     positive = found.probabilities_SK[:, 1]
 
     assert mt.auc(found)[row] == pytest.approx(
-        oracle.roc_auc_score(found.truth_S, positive, sample_weight=weights)
+        oracle.roc_auc_score(found.truth_S, positive, sample_weight=weights),
     )
     assert mt.balanced_accuracy(found)[row] == pytest.approx(
-        oracle.balanced_accuracy_score(found.truth_S, found.predicted_S, sample_weight=weights)
+        oracle.balanced_accuracy_score(found.truth_S, found.predicted_S, sample_weight=weights),
     )
     assert mt.macro_f1(found)[row] == pytest.approx(
-        oracle.f1_score(found.truth_S, found.predicted_S, average="macro", sample_weight=weights)
+        oracle.f1_score(found.truth_S, found.predicted_S, average="macro", sample_weight=weights),
     )
     assert mt.brier(found)[row] == pytest.approx(
-        2 * oracle.brier_score_loss(found.truth_S, positive, sample_weight=weights)
+        2 * oracle.brier_score_loss(found.truth_S, positive, sample_weight=weights),
     )
 
 
@@ -89,10 +93,10 @@ def test_scores_of_three_classes_equal_those_of_scikit_learn(row: int) -> None:
 
     assert mt.auc(found)[row] == pytest.approx(np.mean(each))
     assert mt.confusion(found)[row] == pytest.approx(
-        oracle.confusion_matrix(found.truth_S, found.predicted_S, sample_weight=weights)
+        oracle.confusion_matrix(found.truth_S, found.predicted_S, sample_weight=weights),
     )
     assert mt.macro_f1(found)[row] == pytest.approx(
-        oracle.f1_score(found.truth_S, found.predicted_S, average="macro", sample_weight=weights)
+        oracle.f1_score(found.truth_S, found.predicted_S, average="macro", sample_weight=weights),
     )
 
 
@@ -256,7 +260,9 @@ def predictions(tmp_path: Path) -> Path:
 
 
 def test_the_command_writes_scores_and_a_picture(
-    predictions: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    predictions: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     import matplotlib.image
 
@@ -305,7 +311,9 @@ def test_predictions_that_cannot_be_scored_are_refused(predictions: Path, tmp_pa
 
 
 def test_a_task_without_a_known_class_is_named_and_left_out(
-    predictions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    predictions: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     truth = write_table(tmp_path / "some.csv", ["c0,p0,F,", "c1,p1,M,"], "case,patient,sex,grade")
     line = ["-p", str(predictions / "out"), "-g", str(truth), "-o", str(tmp_path / "m.json")]
@@ -328,7 +336,8 @@ EDITS: list[dict[str, dict[str, float]]] = [
 
 @pytest.mark.parametrize("edited", EDITS)
 def test_an_edited_result_of_a_scan_never_reaches_the_table(
-    tmp_path: Path, edited: dict[str, dict[str, float]]
+    tmp_path: Path,
+    edited: dict[str, dict[str, float]],
 ) -> None:
     file = tmp_path / "a.json"
     whole = {"sex": {"F": 0.3, "M": 0.7}, "grade": {"1": 0.2, "2": 0.3, "3": 0.5}}

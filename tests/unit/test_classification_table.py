@@ -28,7 +28,10 @@ ROWS = ["a1,A,x", "a2,A,x", "b1,B,x", "c1,C,y", "d1,D,y"]
 
 
 def read(
-    folder: Path, rows: list[str], header: str = "case,patient,diagnosis", **dataset: Any
+    folder: Path,
+    rows: list[str],
+    header: str = "case,patient,diagnosis",
+    **dataset: Any,
 ) -> ClassTable:
     return read_table(write_table(folder / "classesTr.csv", rows, header), dataset, CASES)
 
@@ -106,7 +109,10 @@ def test_patients_come_from_the_table_or_from_the_names(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_table_is_refused_with_file_and_value(
-    tmp_path: Path, rows: list[str], code: str, named: str
+    tmp_path: Path,
+    rows: list[str],
+    code: str,
+    named: str,
 ) -> None:
     with refused(ClassesError, code, tmp_path / "classesTr.csv", named):
         read(tmp_path, rows)
@@ -208,7 +214,9 @@ def test_a_fold_that_cannot_be_trained_is_refused() -> None:
 
 
 def test_label_maps_are_written_where_they_lack(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import SimpleITK
 
@@ -249,7 +257,8 @@ def test_the_body_is_found_in_ct_and_in_scans_without_zeros() -> None:
 
 
 def test_datasets_that_cannot_be_prepared_are_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows = {row[:2]: row[3:] for row in ROWS}
     dataset = write_dataset(tmp_path, rows, labels={"background": 0})
@@ -268,7 +277,8 @@ def test_datasets_that_cannot_be_prepared_are_refused(
 
 
 def test_a_class_of_dataset_json_that_no_case_has_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     read(tmp_path, ROWS, classification={"diagnosis": ["x", "y", "z"]})
 

@@ -15,7 +15,7 @@ PARSERS = ("benchmark", "demo", "doctor", "pretrain", "probe", "weights")
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = importlib.import_module(
-        f"nnunet_autoreg.cli.{command}"
+        f"nnunet_autoreg.cli.{command}",
     ).parser()
     return parser
 

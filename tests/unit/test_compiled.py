@@ -78,13 +78,15 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def value_and_gradient(
-    loss: object, module: torch.nn.Module, batch: Batch
+    loss: object,
+    module: torch.nn.Module,
+    batch: Batch,
 ) -> tuple[float, torch.Tensor]:
     module.zero_grad()
     terms = loss(batch)  # type: ignore[operator]
     terms.total.backward()
     return float(terms.total.detach()), torch.cat(
-        [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        [p.grad.flatten() for p in module.parameters() if p.grad is not None],
     )
 
 
@@ -94,7 +96,9 @@ WAYS = [("raster", "next", False), ("random", "query", False), ("raster", "next"
 @pytest.mark.parametrize(("order", "predictor", "recompute"), WAYS)
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_flexattention_gives_the_loss_and_gradient_of_plain_attention(
-    order: str, predictor: str, recompute: bool
+    order: str,
+    predictor: str,
+    recompute: bool,
 ) -> None:
     plan, batch = make_plan(recompute, order=order, predictor=predictor), make_batch(order)
     torch.manual_seed(0)
@@ -102,7 +106,9 @@ def test_flexattention_gives_the_loss_and_gradient_of_plain_attention(
     plain, gradient = value_and_gradient(objective.loss, objective.module, batch)
 
     found, compiled_gradient = value_and_gradient(
-        run_by(fast_path(plan, CPU), objective.loss), objective.module, batch
+        run_by(fast_path(plan, CPU), objective.loss),
+        objective.module,
+        batch,
     )
 
     assert found == pytest.approx(plain, rel=1e-5)
@@ -123,10 +129,13 @@ def losses(plan: Plan, num_steps: int = 2) -> list[float]:
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize(
-    ("order", "predictor", "kinds"), [("raster", "next", 1), ("random", "query", 2)]
+    ("order", "predictor", "kinds"),
+    [("raster", "next", 1), ("random", "query", 2)],
 )
 def test_all_layers_share_a_graph_and_a_second_trainer_compiles_nothing(
-    order: str, predictor: str, kinds: int
+    order: str,
+    predictor: str,
+    kinds: int,
 ) -> None:
     plan = make_plan(order=order, predictor=predictor, depth=3)
     before = num_graphs()
@@ -170,7 +179,8 @@ def test_a_cpu_compiles_layers_when_the_environment_asks(monkeypatch: pytest.Mon
 
 
 def test_training_goes_on_eagerly_when_a_layer_cannot_be_compiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(graph: torch.fx.GraphModule, _: object) -> object:
         raise FileNotFoundError("no compiler")
@@ -222,7 +232,9 @@ def test_nothing_is_compiled_on_a_cpu_by_request_or_if_sharded() -> None:
     assert run_by(fast_path(plan, CPU), objective.loss) == objective.loss
     assert is_compiled(plan, cuda, sharded=False) and not is_compiled(plan, cuda, sharded=True)
     assert not is_compiled(
-        Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)}), cuda, sharded=False
+        Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)}),
+        cuda,
+        sharded=False,
     )
 
 
@@ -239,7 +251,8 @@ def test_failing_to_compile_is_told_from_failing_to_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [make_plan(order="random", predictor="query"), narrow_cnn.plan_of()]
+    "plan",
+    [make_plan(order="random", predictor="query"), narrow_cnn.plan_of()],
 )
 def test_every_objective_takes_the_layout_of_a_gpu(plan: Plan) -> None:
     """A transformer's tables have four axes, which torch's own conversion of a module refuses."""

@@ -20,7 +20,7 @@ def task(tmp_path, monkeypatch):
     (folder / "raw_splitted" / "imagesTr").mkdir(parents=True)
     (folder / "raw_splitted" / "labelsTr").mkdir()
     (folder / "dataset.json").write_text(
-        json.dumps({"labels": {"0": "benign", "1": "malign"}, "modalities": {"0": "CT"}})
+        json.dumps({"labels": {"0": "benign", "1": "malign"}, "modalities": {"0": "CT"}}),
     )
     ids = np.zeros((4, 6, 8), np.uint16)
     ids[1, 2:4, 3:5], ids[1, 2:4, 5] = 1, 300
@@ -30,7 +30,7 @@ def task(tmp_path, monkeypatch):
         SimpleITK.WriteImage(image, str(folder / f"raw_splitted/labelsTr/{case}.nii.gz"))
         SimpleITK.WriteImage(image, str(folder / f"raw_splitted/imagesTr/{case}_0000.nii.gz"))
         (folder / f"raw_splitted/labelsTr/{case}.json").write_text(
-            json.dumps({"instances": instances})
+            json.dumps({"instances": instances}),
         )
     (tmp_path / "raw").mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
@@ -72,7 +72,7 @@ def test_test_images_need_no_maps_and_training_images_do(task, tmp_path, caplog)
     (raw / "imagesTs").mkdir()
     for split, case in (("Ts", "t"), ("Ts", "._t"), ("Tr", "c")):
         (raw / f"images{split}" / f"{case}_0000.nii.gz").write_bytes(
-            (raw / "imagesTr" / "a_0000.nii.gz").read_bytes()
+            (raw / "imagesTr" / "a_0000.nii.gz").read_bytes(),
         )
     (raw / "labelsTr" / "._a.nii.gz").write_bytes(b"x")
 
@@ -134,6 +134,6 @@ def test_what_cannot_be_converted_leaves_nothing_behind(task, tmp_path):
     fails(PlanError, "convert-task-format", ["dataset.json", '"labels"'], *line[:-1], "17")
     for names, wrong in ((["a", "b", "a"], "'a'"), (["ignore"], "'ignore'")):
         (task / "dataset.json").write_text(
-            json.dumps({"labels": dict(enumerate(names)), "modalities": {"0": "CT"}})
+            json.dumps({"labels": dict(enumerate(names)), "modalities": {"0": "CT"}}),
         )
         fails(PlanError, "convert-class-name", ["dataset.json", wrong], *line[:-1], "17")

@@ -105,7 +105,8 @@ def test_usual_voxel_sizes_lie_on_no_border(mm: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [jittered, lambda a: a * np.float32(0.5) + 10, lambda a: (a - a.mean()) / a.std()]
+    "change",
+    [jittered, lambda a: a * np.float32(0.5) + 10, lambda a: (a - a.mean()) / a.std()],
 )
 def test_a_copy_that_was_rounded_scaled_or_normalised_is_a_duplicate(change: Any) -> None:
     array = fractions()

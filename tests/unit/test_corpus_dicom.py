@@ -74,7 +74,9 @@ def test_slices_are_sorted_by_position_not_by_name_or_number(tmp_path: Path) -> 
     for number, pixels in enumerate(array):
         changes = {"t00200013": ("IS", str((number * 5) % 8))}
         d.write(
-            tmp_path / "pool" / f"{(number * 3) % 8}.dcm", d.slice_values(number, **changes), pixels
+            tmp_path / "pool" / f"{(number * 3) % 8}.dcm",
+            d.slice_values(number, **changes),
+            pixels,
         )
 
     np.testing.assert_array_equal(array_of(only(tmp_path / "pool")), ras(array))
@@ -186,7 +188,8 @@ def time_series(folder: Path, **tag_of_time: Any) -> Any:
         for z in range(8):
             changes = {name: (vr, values[time]) for name, (vr, values) in tag_of_time.items()}
             changes.update(
-                t00080018=("UI", f"1.2.9.{time}.{z}"), t00200013=("IS", str(2 * z + time))
+                t00080018=("UI", f"1.2.9.{time}.{z}"),
+                t00200013=("IS", str(2 * z + time)),
             )
             d.write(
                 folder / f"{z}_{time}.dcm",
@@ -206,7 +209,9 @@ def time_series(folder: Path, **tag_of_time: Any) -> Any:
     ],
 )
 def test_a_4d_series_is_refused_with_the_flag_and_split_when_asked(
-    tmp_path: Path, tag: dict[str, Any], name: str
+    tmp_path: Path,
+    tag: dict[str, Any],
+    name: str,
 ) -> None:
     arrays = time_series(tmp_path / "pool", **tag)
     (whole,) = found(tmp_path / "pool")
@@ -254,7 +259,7 @@ def test_stacks_of_other_orientation_in_one_series_are_scans_of_their_own(tmp_pa
     assert [axial.part, sagittal.part] == ["series=1.2.3;stack=0", "series=1.2.3;stack=1"]
     assert array_of(axial).shape == (8, 18, 20)
     assert load_scan(sagittal.path, sagittal.part).spacing_mm == (1.5, 1.0, 3.0) and array_of(
-        sagittal
+        sagittal,
     ).shape == (18, 20, 6)
 
 
@@ -264,17 +269,21 @@ def test_an_enhanced_file_is_a_scan_of_sorted_and_rescaled_frames(
     array = d.volume(6)
     order = [3, 0, 5, 1, 4, 2]
     values = d.multiframe_values(
-        [(0.0, 0.0, 2.5 * order[i]) for i in range(6)], slopes=[1.0 + order[i] for i in range(6)]
+        [(0.0, 0.0, 2.5 * order[i]) for i in range(6)],
+        slopes=[1.0 + order[i] for i in range(6)],
     )
     d.write(tmp_path / "pool" / "enhanced.dcm", values, array[order])
 
     one = only(tmp_path / "pool")
 
     assert one.part == "series=1.2.3;instance=1.2.3.9.0" and read_header(
-        one.path, one.part
+        one.path,
+        one.part,
     ).spacing_mm == (2.5, 1.5, 1.0)
     np.testing.assert_allclose(
-        array_of(one), ras(array * (1.0 + np.arange(6))[:, None, None] - 1000), rtol=1e-5
+        array_of(one),
+        ras(array * (1.0 + np.arange(6))[:, None, None] - 1000),
+        rtol=1e-5,
     )
     np.testing.assert_array_equal(array_of(only(tmp_path / "pool" / "enhanced.dcm")), array_of(one))
 
@@ -283,7 +292,9 @@ def test_an_enhanced_file_of_two_volumes_is_split(tmp_path: Path) -> None:
     arrays = np.stack([d.volume(5), d.volume(5, seed=1)])
     extra: list[d.Values] = [{0x00209128: ("UL", [i // 5 + 1])} for i in range(10)]
     values = d.multiframe_values(
-        [(0.0, 0.0, 2.0 * (i % 5)) for i in range(10)], d.ENHANCED_MR, extra=extra
+        [(0.0, 0.0, 2.0 * (i % 5)) for i in range(10)],
+        d.ENHANCED_MR,
+        extra=extra,
     )
 
     d.write(tmp_path / "pool" / "x.dcm", values, arrays.reshape(10, 18, 20))
@@ -310,7 +321,8 @@ def test_zipped_dicom_and_nifti_are_read_in_place(tmp_path: Path) -> None:
     zipped(tmp_path / "export", tmp_path / "pool" / "export.zip")
     before = sorted(tmp_path.rglob("*"))
     nifti, other, dicom = sorted(
-        found(tmp_path / "pool"), key=lambda c: c.part != "" and c.part.startswith("series")
+        found(tmp_path / "pool"),
+        key=lambda c: c.part != "" and c.part.startswith("series"),
     )
     if other.part:
         nifti, other = other, nifti
@@ -327,7 +339,10 @@ def test_zipped_dicom_and_nifti_are_read_in_place(tmp_path: Path) -> None:
 
 
 def as_nifti(
-    candidate: Candidate, target: Path, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]
+    candidate: Candidate,
+    target: Path,
+    axes: tuple[int, int, int],
+    flips: tuple[bool, bool, bool],
 ) -> Path:
     """The series through SimpleITK's own series reader, its axes permuted and flipped (the geometry
     with them).
@@ -335,8 +350,9 @@ def as_nifti(
     reader: Any = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(
         SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(
-            str(candidate.path), candidate.part.removeprefix("series=")
-        )
+            str(candidate.path),
+            candidate.part.removeprefix("series="),
+        ),
     )
     image = SimpleITK.Flip(SimpleITK.PermuteAxes(reader.Execute(), axes), flips)
     SimpleITK.WriteImage(image, str(target))
@@ -353,7 +369,9 @@ def as_nifti(
     ],
 )
 def test_the_same_scan_as_dicom_and_as_nifti_gives_the_same_voxels(
-    tmp_path: Path, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]
+    tmp_path: Path,
+    axes: tuple[int, int, int],
+    flips: tuple[bool, bool, bool],
 ) -> None:
     for number in range(8):
         place = np.array([-10, -20, 30]) + 2.0 * number * np.array([0.198997, 0, 0.98])
@@ -414,7 +432,9 @@ def test_every_real_file_is_accounted_for(shared_data: Path) -> None:
     ],
 )
 def test_axes_are_turned_to_superior_anterior_right(
-    direction: Any, stored: tuple[int, ...], expected: tuple[bool, ...]
+    direction: Any,
+    stored: tuple[int, ...],
+    expected: tuple[bool, ...],
 ) -> None:
     assert turn_of(direction) == (stored, expected)
 
@@ -426,7 +446,8 @@ def test_turning_agrees_with_simpleitk() -> None:
     wanted = SimpleITK.GetArrayFromImage(SimpleITK.DICOMOrient(image, "RAS"))
 
     np.testing.assert_array_equal(
-        turned(d.volume(), turn_of(np.array(image.GetDirection()).reshape(3, 3))), wanted
+        turned(d.volume(), turn_of(np.array(image.GetDirection()).reshape(3, 3))),
+        wanted,
     )
 
 
@@ -469,7 +490,9 @@ def test_parts_survive_being_written() -> None:
     ],
 )
 def test_contrast_words_come_from_a_fixed_list(
-    modality: str, tags: dict[str, str], word: str
+    modality: str,
+    tags: dict[str, str],
+    word: str,
 ) -> None:
     dataset = pydicom.Dataset()
     for keyword, value in tags.items():
@@ -499,7 +522,7 @@ def test_bids_names_tell_subject_session_and_contrast(tmp_path: Path) -> None:
     rows = found(tmp_path / "pool")
 
     assert [(c.id, c.subject, c.contrast, c.modality) for c in rows if not c.status] == [
-        ("pool/anat/sub-1_T2w", "pool/anat/sub-1", "T2w", "MR")
+        ("pool/anat/sub-1_T2w", "pool/anat/sub-1", "T2w", "MR"),
     ]
     assert [(c.id, c.status, c.reason[:12]) for c in rows if c.status] == [
         ("pool/anat/(label maps)", "labels", "2 label maps"),
@@ -518,7 +541,9 @@ def test_label_names_are_those_of_bids_and_nnunet_only() -> None:
 
 def test_subject_and_session_do_not_show_when_a_candidate_is_printed(tmp_path: Path) -> None:
     d.write_series(
-        tmp_path / "pool", t00100020=("LO", "Dumbledore-1881"), t0020000D=("UI", "1.2.123456789")
+        tmp_path / "pool",
+        t00100020=("LO", "Dumbledore-1881"),
+        t0020000D=("UI", "1.2.123456789"),
     )
     one = only(tmp_path / "pool")
 

@@ -24,7 +24,7 @@ def make_dataset(root: Path, name: str = "Dataset007_Brain", cases: int = 2) -> 
             touch(folder / "imagesTr" / f"b_{case}_{channel:04d}.nii.gz")
         touch(folder / "labelsTr" / f"b_{case}.nii.gz")
     (folder / "dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "T1", "1": "CT"}, "file_ending": ".nii.gz"})
+        json.dumps({"channel_names": {"0": "T1", "1": "CT"}, "file_ending": ".nii.gz"}),
     )
     return folder
 
@@ -38,7 +38,8 @@ def left_out(found: list[Candidate]) -> dict[str, str]:
 
 
 def test_every_channel_of_a_dataset_is_a_scan_with_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     touch(make_dataset(tmp_path) / "imagesTs" / "b_9_0000.nii.gz")
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
@@ -66,7 +67,8 @@ def test_a_part_of_a_dataset_is_recognised(tmp_path: Path, part: str, num: int) 
 
 
 def test_a_file_reached_twice_is_one_candidate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make_dataset(tmp_path / "raw")
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
@@ -74,14 +76,16 @@ def test_a_file_reached_twice_is_one_candidate(
     (tmp_path / "links" / "again.nii.gz").symlink_to(folder / "imagesTr" / "b_1_0000.nii.gz")
 
     found = find_scans(
-        ["Dataset007_Brain"], [tmp_path / "raw", folder, tmp_path / "links", tmp_path / "links"]
+        ["Dataset007_Brain"],
+        [tmp_path / "raw", folder, tmp_path / "links", tmp_path / "links"],
     )
 
     assert len(scans(found)) == 4
 
 
 def test_the_file_list_of_a_dataset_json_is_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "Dataset007_Brain"
     folder.mkdir()
@@ -95,7 +99,7 @@ def test_the_file_list_of_a_dataset_json_is_followed(
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
 
     assert [(c.id, c.case, c.channel) for c in find_scans(["7"], [])] == [
-        ("Dataset007_Brain/p1_0000", "p1", "T1")
+        ("Dataset007_Brain/p1_0000", "p1", "T1"),
     ]
 
 
@@ -177,7 +181,9 @@ def test_a_missing_folder_is_refused_with_a_close_match(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(
-    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: encoding)
     folder = tmp_path / "pool"
@@ -196,7 +202,9 @@ def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
 def test_a_shell_of_another_encoding_is_named_with_its_remedy(
-    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("schädel.nii.gz", "skull.nii.gz"):
         (tmp_path / name).write_bytes(b"x")
@@ -216,7 +224,8 @@ def test_natural_order_counts_numbers() -> None:
 
 
 def test_a_damaged_dataset_json_of_a_dataset_asked_for_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make_dataset(tmp_path)
     (folder / "dataset.json").write_text("{")
@@ -227,10 +236,14 @@ def test_a_damaged_dataset_json_of_a_dataset_asked_for_is_named(
 
 
 @pytest.mark.parametrize(
-    ("reader", "is_own"), [("MyReader", True), ("NibabelIOWithReorient", False)]
+    ("reader", "is_own"),
+    [("MyReader", True), ("NibabelIOWithReorient", False)],
 )
 def test_a_reader_of_the_users_own_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, reader: str, is_own: bool
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    reader: str,
+    is_own: bool,
 ) -> None:
     folder = make_dataset(tmp_path)
     described = json.loads((folder / "dataset.json").read_text())

@@ -21,7 +21,10 @@ from nnunet_autoreg.records import from_jsonable, to_jsonable
 
 
 def row(
-    name: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], **changes: object
+    name: str,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    **changes: object,
 ) -> ScanRow:
     values: dict[str, object] = {
         "id": name,
@@ -56,7 +59,8 @@ def make_index(*rows: ScanRow, hu: tuple[float, ...] = ()) -> Index:
     ],
 )
 def test_a_clearly_coarser_axis_comes_to_the_front(
-    spacing: tuple[float, ...], axes: tuple[int, ...]
+    spacing: tuple[float, ...],
+    axes: tuple[int, ...],
 ) -> None:
     assert transpose_axes(spacing) == axes
 
@@ -67,12 +71,14 @@ def test_medians_are_taken_over_transposed_scans() -> None:
             row("a", (10, 20, 30), (4.0, 1.0, 1.0)),
             row("b", (20, 30, 10), (1.0, 1.0, 4.0)),
             row("c", (10, 20, 30), (4.0, 1.0, 1.0)),
-        )
+        ),
     )
 
     assert found.spacing_mm == (4.0, 1.0, 1.0)
     assert found.modalities["MR"].spacing_mm == Spread(
-        (4.0, 1.0, 1.0), (4.0, 1.0, 1.0), (4.0, 1.0, 1.0)
+        (4.0, 1.0, 1.0),
+        (4.0, 1.0, 1.0),
+        (4.0, 1.0, 1.0),
     )
     assert found.modalities["MR"].extent_mm.median == (40.0, 20.0, 30.0) and found.modalities[
         "MR"
@@ -142,7 +148,7 @@ def test_a_fingerprint_survives_json() -> None:
 def test_a_pool_without_usable_scans_says_what_was_met() -> None:
     with refused(UsageError, "no-usable-scan", "2 labelmap"):
         fingerprint(
-            make_index(*(row(n, (9, 9, 9), (1.0, 1.0, 1.0), status="labelmap") for n in "ab"))
+            make_index(*(row(n, (9, 9, 9), (1.0, 1.0, 1.0), status="labelmap") for n in "ab")),
         )
     with refused(UsageError, "no-usable-scan", 0):
         fingerprint(make_index())
@@ -152,7 +158,9 @@ BRAIN, CINE = (1.0, 1.0, 1.0), (10.0, 1.5, 1.5)
 
 
 def scans(
-    *counted: tuple[int, tuple[float, float, float]], modality: str = "MR", side: int = 100
+    *counted: tuple[int, tuple[float, float, float]],
+    modality: str = "MR",
+    side: int = 100,
 ) -> list[ScanGeometry]:
     return [
         ScanGeometry(modality, spacing, (side, side, side))
@@ -162,7 +170,8 @@ def scans(
 
 
 def targets(
-    found: list[ScanGeometry], policy: str = "median"
+    found: list[ScanGeometry],
+    policy: str = "median",
 ) -> list[tuple[int, tuple[float, float, float]]]:
     return [(len(group.members), group.spacing_mm) for group in group_scans(found, policy)]
 
@@ -173,7 +182,7 @@ def test_cine_and_brain_scans_of_one_pool_keep_their_own_spacing() -> None:
 
 def test_spacings_within_a_factor_of_two_share_the_median() -> None:
     assert targets(scans((3, (1.0, 1.0, 1.0)), (1, (1.2, 1.2, 1.2)), (1, (1.5, 1.5, 1.5)))) == [
-        (5, BRAIN)
+        (5, BRAIN),
     ]
 
 
@@ -227,7 +236,7 @@ def test_small_images_are_not_made_coarser_than_they_are() -> None:
     )
     assert targets(large + small[:2]) == [(9, (1.5, 1.5, 1.5))]
     assert targets(
-        scans((7, (1.0, 1.0, 1.0)), side=150) + scans((3, (1.5, 1.5, 1.5)), side=40)
+        scans((7, (1.0, 1.0, 1.0)), side=150) + scans((3, (1.5, 1.5, 1.5)), side=40),
     ) == [(10, (1.0, 1.0, 1.0))]
 
 
@@ -283,7 +292,8 @@ def test_air_and_padding_are_no_part_of_the_intensities() -> None:
     ct[8:10, 8:10, 8:10] = -900  # air inside the body counts
 
     assert body_percentiles(ct, "CT")[0] == -900 and body_percentiles(ct, "CT")[2] == pytest.approx(
-        150, abs=1
+        150,
+        abs=1,
     )
     assert (
         body_percentiles(np.full((8, 8, 8), -1000, np.float32), "CT")

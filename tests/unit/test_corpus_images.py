@@ -58,7 +58,11 @@ def pool(tmp_path: Path) -> Path:
 
 def test_all_kinds_of_2d_images_are_found_and_read_beside_volumes(pool: Path) -> None:
     index = index_scans(
-        find_scans([], [pool], images=True, salt="pepper"), set(), 1, salt="pepper", images=True
+        find_scans([], [pool], images=True, salt="pepper"),
+        set(),
+        1,
+        salt="pepper",
+        images=True,
     )
 
     usable = {Path(row.source).name: row for row in index.usable}
@@ -106,7 +110,8 @@ def test_an_image_with_three_equal_colours_keeps_its_values(tmp_path: Path) -> N
     grey = picture(tmp_path / "grey.png")
     three = np.repeat(grey[:, :, None], 3, axis=2)
     SimpleITK.WriteImage(
-        SimpleITK.GetImageFromArray(three, isVector=True), str(tmp_path / "three.png")
+        SimpleITK.GetImageFromArray(three, isVector=True),
+        str(tmp_path / "three.png"),
     )
 
     assert np.array_equal(load_scan_or_image(tmp_path / "three.png").array_CZYX[0, 0], grey)
@@ -139,7 +144,10 @@ def test_the_axis_of_one_voxel_comes_first(tmp_path: Path, axis: int) -> None:
     ],
 )
 def test_pictures_that_show_nothing_are_refused(
-    tmp_path: Path, values: np.ndarray, code: str, value: str
+    tmp_path: Path,
+    values: np.ndarray,
+    code: str,
+    value: str,
 ) -> None:
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(tmp_path / "a.png"))
 
@@ -148,7 +156,8 @@ def test_pictures_that_show_nothing_are_refused(
 
 
 def test_a_jpeg_cut_short_is_refused_and_prints_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     picture(tmp_path / "whole.jpg")
     data = (tmp_path / "whole.jpg").read_bytes()
@@ -163,7 +172,9 @@ def test_a_jpeg_cut_short_is_refused_and_prints_nothing(
 
 @pytest.mark.parametrize("read", [header_of_scan_or_image, load_scan_or_image])
 def test_the_header_of_an_image_is_read_once(
-    pool: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[..., Any]
+    pool: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[..., Any],
 ) -> None:
     opened = []
 
@@ -259,7 +270,10 @@ def with_rows(number: int) -> Callable[[bytes], bytes]:
     ],
 )
 def test_a_damaged_radiograph_gets_the_true_reason(
-    tmp_path: Path, change: Callable[[bytes], bytes], status: str, value: str
+    tmp_path: Path,
+    change: Callable[[bytes], bytes],
+    status: str,
+    value: str,
 ) -> None:
     path = radiograph(tmp_path / "pool" / "a.dcm", dicom_files.volume(1)[0])
     path.write_bytes(change(path.read_bytes()))

@@ -52,7 +52,10 @@ def save(path: Path, array: Any, spacing: tuple[float, float, float] = (1.0, 1.0
 
 
 def make_index(
-    folder: Path, exclude: set[str] | None = None, num_workers: int = 1, modality: str | None = None
+    folder: Path,
+    exclude: set[str] | None = None,
+    num_workers: int = 1,
+    modality: str | None = None,
 ) -> Index:
     return index_scans(find_scans([], [folder]), exclude or set(), num_workers, modality)
 
@@ -132,7 +135,8 @@ def test_a_copy_of_an_excluded_scan_is_excluded_too(
 
 
 def test_an_exclusion_that_matches_nothing_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     save(tmp_path / "pool" / "case1.nii.gz", mr(0))
     make_index(tmp_path / "pool", {"case11"})
@@ -221,7 +225,7 @@ def test_real_scans_get_their_true_modality_from_values_alone(shared_data: Path)
         channels = json.loads((dataset / "dataset.json").read_text())["channel_names"]
         assert intensity.looks_like_hounsfield(array) == ("CT" in channels.values()), dataset.name
     assert intensity.looks_like_hounsfield(
-        read_scan(shared_data / "nifti" / "example_ct.nii.gz").array_CZYX[0]
+        read_scan(shared_data / "nifti" / "example_ct.nii.gz").array_CZYX[0],
     )
 
 
@@ -280,8 +284,8 @@ def test_exclusions_are_read_from_text_lists_and_splits(tmp_path: Path) -> None:
             [
                 {"train": ["a", "b"], "val": ["c"], "test": ["d"]},
                 {"train": ["c", "b"], "val": ["a"]},
-            ]
-        )
+            ],
+        ),
     )
     assert read_exclude(splits) == {"c", "d"}
 
@@ -297,7 +301,9 @@ def test_an_exclusion_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_left_out_candidates_pass_through_unread(tmp_path: Path) -> None:
     row = index_scans(
-        [Candidate("x/y", tmp_path / "y", "x", "", status="dicom", reason="3 files")], set(), 1
+        [Candidate("x/y", tmp_path / "y", "x", "", status="dicom", reason="3 files")],
+        set(),
+        1,
     ).rows[0]
     assert (row.status, row.reason, row.shape_vox) == ("dicom", "3 files", None)
 
@@ -309,7 +315,11 @@ def described(path: Path, **changes: str) -> list[Candidate]:
 def test_subjects_and_sessions_are_hashed_and_left_out_without_a_salt(tmp_path: Path) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     candidates = described(
-        tmp_path / "pool", subject="DOE^JOHN ", session="1.2.3", contrast="T1w", part=""
+        tmp_path / "pool",
+        subject="DOE^JOHN ",
+        session="1.2.3",
+        contrast="T1w",
+        part="",
     )
     row = index_scans(candidates, set(), 1, salt="s").rows[0]
 
@@ -325,7 +335,8 @@ def test_subjects_and_sessions_are_hashed_and_left_out_without_a_salt(tmp_path: 
 
 
 def test_no_identifier_reaches_the_index_or_the_journal(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("DEBUG", "nnunet_autoreg")
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
@@ -364,14 +375,23 @@ def test_no_identifier_reaches_the_index_or_the_journal(
     ],
 )
 def test_manifest_then_option_then_file_decide_the_modality(
-    tmp_path: Path, found: str, override: str | None, in_manifest: str, expected: tuple[str, str]
+    tmp_path: Path,
+    found: str,
+    override: str | None,
+    in_manifest: str,
+    expected: tuple[str, str],
 ) -> None:
     path = save(tmp_path / "pool" / "a.nii.gz", mr(0))
     manifest = Manifest(
-        tmp_path / "m.csv", {str(path): ManifestEntry(modality=in_manifest, label_class="liver")}
+        tmp_path / "m.csv",
+        {str(path): ManifestEntry(modality=in_manifest, label_class="liver")},
     )
     row = index_scans(
-        described(tmp_path / "pool", modality=found), set(), 1, override, manifest=manifest
+        described(tmp_path / "pool", modality=found),
+        set(),
+        1,
+        override,
+        manifest=manifest,
     ).rows[0]
 
     assert (row.modality, row.modality_rule, row.label_class) == (*expected, "liver")
@@ -401,7 +421,10 @@ def interrupted_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: in
         patch.setattr(index_module, "facts_of", counted)
         with pytest.raises(KeyboardInterrupt) if after < 4 else nullcontext():
             index_scans(
-                find_scans([], [tmp_path / "pool"]), set(), 1, journal=tmp_path / ".journal"
+                find_scans([], [tmp_path / "pool"]),
+                set(),
+                1,
+                journal=tmp_path / ".journal",
             )
     return read
 
@@ -419,7 +442,8 @@ def pool_of_4(tmp_path: Path) -> Path:
 
 
 def test_an_index_that_was_cut_short_goes_on_where_it_stopped(
-    pool_of_4: Path, monkeypatch: pytest.MonkeyPatch
+    pool_of_4: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = make_index(pool_of_4 / "pool")
 
@@ -427,7 +451,10 @@ def test_an_index_that_was_cut_short_goes_on_where_it_stopped(
     assert interrupted_index(pool_of_4, monkeypatch, 4) == ["d.nii.gz"]
 
     index = index_scans(
-        find_scans([], [pool_of_4 / "pool"]), set(), 1, journal=pool_of_4 / ".journal"
+        find_scans([], [pool_of_4 / "pool"]),
+        set(),
+        1,
+        journal=pool_of_4 / ".journal",
     )
 
     assert index.rows == whole.rows
@@ -435,7 +462,8 @@ def test_an_index_that_was_cut_short_goes_on_where_it_stopped(
 
 
 def test_a_file_that_changed_meanwhile_is_read_again(
-    pool_of_4: Path, monkeypatch: pytest.MonkeyPatch
+    pool_of_4: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupted_index(pool_of_4, monkeypatch, 2)
     before = (pool_of_4 / "pool" / "b.nii.gz").stat()
@@ -447,23 +475,31 @@ def test_a_file_that_changed_meanwhile_is_read_again(
 
 
 def test_another_modality_asked_for_reads_the_scans_again(
-    pool_of_4: Path, monkeypatch: pytest.MonkeyPatch
+    pool_of_4: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupted_index(pool_of_4, monkeypatch, 4)
     index = index_scans(
-        find_scans([], [pool_of_4 / "pool"]), set(), 1, "MR", journal=pool_of_4 / ".journal"
+        find_scans([], [pool_of_4 / "pool"]),
+        set(),
+        1,
+        "MR",
+        journal=pool_of_4 / ".journal",
     )
 
     assert {row.modality_rule for row in index.usable} == {
-        "--modality"
+        "--modality",
     } and not index.ct_samples_hu.size
 
 
 @pytest.mark.parametrize(
-    "torn", [b'["abc", {"status": "o', b"\x00\x00\n", b'["abc", {"what": 1}]\n']
+    "torn",
+    [b'["abc", {"status": "o', b"\x00\x00\n", b'["abc", {"what": 1}]\n'],
 )
 def test_a_torn_journal_loses_its_last_line_only(
-    pool_of_4: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
+    pool_of_4: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    torn: bytes,
 ) -> None:
     interrupted_index(pool_of_4, monkeypatch, 2)
     journal = pool_of_4 / ".journal"
@@ -508,7 +544,8 @@ def test_a_folder_of_slices_has_a_stamp_of_its_files(tmp_path: Path) -> None:
 
 
 def test_headers_tell_what_they_can_before_any_voxel_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     save(tmp_path / "pool" / "a.nii.gz", mr(0))
     save(tmp_path / "pool" / "b.nii.gz", np.zeros((2, 16, 16), np.int16))
@@ -545,7 +582,7 @@ def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         "content_hash,status,reason,modality_rule"
     )
     (tmp_path / "scans.csv").write_text(
-        f"{names}\np/a,p,a,,MR,/p/a.nii.gz,4x5x6,1.0x1.0x2.0,4x4x4,ab,ok,,--modality\n"
+        f"{names}\np/a,p,a,,MR,/p/a.nii.gz,4x5x6,1.0x1.0x2.0,4x4x4,ab,ok,,--modality\n",
     )
     row = read_index(tmp_path / "scans.csv")[0]
 
@@ -580,7 +617,8 @@ def as_image(series: Path) -> Any:
 
 
 def test_a_series_and_its_copies_in_other_formats_are_one_scan(
-    pet_series: Path, tmp_path: Path
+    pet_series: Path,
+    tmp_path: Path,
 ) -> None:
     image = as_image(pet_series)
     (tmp_path / "pool").mkdir()
@@ -591,13 +629,15 @@ def test_a_series_and_its_copies_in_other_formats_are_one_scan(
     ):
         SimpleITK.WriteImage(copy, str(tmp_path / "pool" / name))
     index = index_scans(
-        [*find_scans([], [pet_series]), *find_scans([], [tmp_path / "pool"])], set(), 1
+        [*find_scans([], [pet_series]), *find_scans([], [tmp_path / "pool"])],
+        set(),
+        1,
     )
 
     original = index.rows[0]
 
     assert (original.status, original.modality) == ("ok", "PET") and original.part.startswith(
-        "series="
+        "series=",
     )
     assert {row.case: row.reason for row in index.rows[1:]} == {
         "same": f"same voxels and spacing as {original.id}",
@@ -607,7 +647,8 @@ def test_a_series_and_its_copies_in_other_formats_are_one_scan(
 
 
 def test_an_excluded_dicom_folder_excludes_its_series_and_copies_elsewhere(
-    pet_series: Path, tmp_path: Path
+    pet_series: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "pool").mkdir()
     SimpleITK.WriteImage(
@@ -617,18 +658,19 @@ def test_an_excluded_dicom_folder_excludes_its_series_and_copies_elsewhere(
     inside = index_scans(find_scans([], [pet_series.parent]), {str(pet_series)}, 1)
 
     assert {row.reason for row in inside.rows if row.status == "excluded"} == {
-        f"excluded by the user ('{pet_series}')"
+        f"excluded by the user ('{pet_series}')",
     }
 
     elsewhere = make_index(tmp_path / "pool", {str(pet_series.parent)})
 
     assert [(row.status, row.reason) for row in elsewhere.rows] == [
-        ("excluded", f"same voxels as the excluded {pet_series}")
+        ("excluded", f"same voxels as the excluded {pet_series}"),
     ]
 
 
 def test_a_series_is_excluded_with_a_folder_of_some_of_its_slices(
-    pet_series: Path, tmp_path: Path
+    pet_series: Path,
+    tmp_path: Path,
 ) -> None:
     for number, path in enumerate(sorted(pet_series.iterdir())):
         folder = tmp_path / "pool" / f"{number // 20}"
@@ -638,5 +680,5 @@ def test_a_series_is_excluded_with_a_folder_of_some_of_its_slices(
     index = index_scans(candidates, {str(tmp_path / "pool" / "1")}, 1)
 
     assert [row.reason for row in index.rows] == [
-        "excluded by the user (an excluded folder holds this series too)"
+        "excluded by the user (an excluded folder holds this series too)",
     ]

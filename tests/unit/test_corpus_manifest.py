@@ -36,7 +36,7 @@ def test_a_row_overrules_what_was_found_and_an_empty_cell_does_not(
             tmp_path,
             f"path,subject,session,contrast,class,modality\na.nii.gz,P1,S1,,tumour,pet\n"
             f"{tmp_path}/sub/b.nii.gz,,,FLAIR,,\n",
-        )
+        ),
     )
     described, entries = describe(candidates(tmp_path), manifest)
 
@@ -62,11 +62,12 @@ def test_tabs_a_byte_order_mark_capitals_and_quoted_commas_are_read(tmp_path: Pa
 
 
 def test_paths_that_do_not_exist_or_hold_no_scan_are_counted_and_shown(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "nnunet_autoreg")
     manifest = read_manifest(
-        write(tmp_path, "path,subject\na.nii.gz,1\ngone.nii.gz,2\nmanifest.csv,3\n")
+        write(tmp_path, "path,subject\na.nii.gz,1\ngone.nii.gz,2\nmanifest.csv,3\n"),
     )
     describe(candidates(tmp_path), manifest)
 
@@ -96,7 +97,10 @@ def test_paths_that_do_not_exist_or_hold_no_scan_are_counted_and_shown(
     ],
 )
 def test_a_manifest_that_cannot_be_meant_is_refused(
-    tmp_path: Path, text: str, code: str, value: str
+    tmp_path: Path,
+    text: str,
+    code: str,
+    value: str,
 ) -> None:
     with refused(UsageError, code, value, tmp_path / "manifest.csv"):
         read_manifest(write(tmp_path, text))

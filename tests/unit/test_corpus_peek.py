@@ -14,7 +14,10 @@ from nnunet_autoreg.corpus.read import ScanHeader
 
 
 def save(
-    path: Path, array: Any, spacing: tuple[float, ...] = (1.5, 1.25, 2.0), vector: bool = False
+    path: Path,
+    array: Any,
+    spacing: tuple[float, ...] = (1.5, 1.25, 2.0),
+    vector: bool = False,
 ) -> Path:
     image = SimpleITK.GetImageFromArray(array, isVector=vector)
     image.SetSpacing(spacing)

@@ -22,7 +22,10 @@ def noise(shape: tuple[int, ...] = (16, 18, 20), seed: int = 0) -> Any:
 
 
 def save(
-    path: Path, array: Any, spacing: tuple[float, ...] = (1.0, 1.0, 2.0), vector: bool = False
+    path: Path,
+    array: Any,
+    spacing: tuple[float, ...] = (1.0, 1.0, 2.0),
+    vector: bool = False,
 ) -> Path:
     image = SimpleITK.GetImageFromArray(array, isVector=vector)
     if image.GetDimension() == len(spacing):
@@ -142,14 +145,14 @@ def test_a_slice_is_not_3d(tmp_path: Path) -> None:
 
 def test_a_series_is_4d_but_one_volume_with_a_fourth_axis_is_a_scan(tmp_path: Path) -> None:
     status, reason = status_of(
-        save(tmp_path / "a.nii.gz", noise((3, 16, 18, 20)).astype(np.float32))
+        save(tmp_path / "a.nii.gz", noise((3, 16, 18, 20)).astype(np.float32)),
     )
 
     assert status == "4d" and "3 volumes" in reason
 
     for name in ("b.nii.gz", "b.mha"):
         scan = read.load_scan(
-            save(tmp_path / name, noise((1, 16, 18, 20)).astype(np.float32), (1.0, 1.0, 2.0, 1.0))
+            save(tmp_path / name, noise((1, 16, 18, 20)).astype(np.float32), (1.0, 1.0, 2.0, 1.0)),
         )
         assert scan.array_CZYX.shape == (1, 16, 18, 20) and scan.spacing_mm == (2.0, 1.0, 1.0)
 
@@ -181,7 +184,8 @@ def test_a_constant_scan_is_refused_with_its_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_voxel_sizes_are_noticed_though_itk_replaces_them(
-    tmp_path: Path, size: float
+    tmp_path: Path,
+    size: float,
 ) -> None:
     path = patch(save(tmp_path / "a.nii", noise()), (80, "3f", (size, 1, 2)))
     assert status_of(path)[0] == "spacing"
@@ -190,7 +194,7 @@ def test_impossible_voxel_sizes_are_noticed_though_itk_replaces_them(
 def test_a_zero_voxel_size_in_other_formats_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.mha", noise())
     path.write_bytes(
-        path.read_bytes().replace(b"ElementSpacing = 1 1 2", b"ElementSpacing = 0 1 2")
+        path.read_bytes().replace(b"ElementSpacing = 1 1 2", b"ElementSpacing = 0 1 2"),
     )
 
     assert status_of(path)[0] == "spacing"
@@ -269,7 +273,9 @@ def test_a_label_map_is_told_by_few_whole_numbers(tmp_path: Path) -> None:
 
 def test_a_map_of_many_organs_is_told_by_its_areas(tmp_path: Path) -> None:
     organs = np.repeat(
-        np.repeat(np.repeat(np.arange(1, 28).reshape(3, 3, 3), 8, 0), 8, 1), 8, 2
+        np.repeat(np.repeat(np.arange(1, 28).reshape(3, 3, 3), 8, 0), 8, 1),
+        8,
+        2,
     ).astype(np.uint8)
     assert status_of(save(tmp_path / "organs.nii.gz", organs))[0] == "labelmap"
 
@@ -331,12 +337,14 @@ def test_the_datatype_counts_and_not_bitpix(tmp_path: Path, bits: int, ending: s
     found = read.load_scan(path)
 
     np.testing.assert_array_equal(
-        found.array_CZYX, read.load_scan(save(tmp_path / "right.nii", noise())).array_CZYX
+        found.array_CZYX,
+        read.load_scan(save(tmp_path / "right.nii", noise())).array_CZYX,
     )
 
 
 @pytest.mark.parametrize(
-    "rest", [b"x", b"garbage at the end of the file", b"\0" * 512, b"\0" * 5 + b"rest"]
+    "rest",
+    [b"x", b"garbage at the end of the file", b"\0" * 512, b"\0" * 5 + b"rest"],
 )
 def test_what_follows_a_gzip_stream_is_passed_over(tmp_path: Path, rest: bytes) -> None:
     path = save(tmp_path / "a.nii.gz", noise())

@@ -82,7 +82,9 @@ COVERAGES = {
 @pytest.mark.parametrize("coverage", COVERAGES)
 @pytest.mark.parametrize("mark", MARKS)
 def test_volumes_of_other_coverage_are_stacks_of_their_own(
-    tmp_path: Path, mark: str, coverage: str
+    tmp_path: Path,
+    mark: str,
+    coverage: str,
 ) -> None:
     second = COVERAGES[coverage]
     arrays = [d.volume(8), d.volume(len(second), seed=1)]
@@ -157,7 +159,9 @@ def test_packages_that_fit_between_each_other_stay_one_volume(tmp_path: Path, ma
 @pytest.mark.parametrize("distance", [{}, {DISTANCE: ("DS", "1.0")}, {DISTANCE: ("DS", "0.1")}])
 @pytest.mark.parametrize("mark", ["acquisition time", "instance number"])
 def test_packages_of_unknown_thickness_stay_one_volume(
-    tmp_path: Path, mark: str, distance: dict[str, Any]
+    tmp_path: Path,
+    mark: str,
+    distance: dict[str, Any],
 ) -> None:
     array = d.volume(16)
     for number in range(2):
@@ -218,7 +222,8 @@ def test_the_second_pass_may_run_backwards(tmp_path: Path) -> None:
     ],
 )
 def test_volumes_at_the_same_places_are_split_by_what_tells_them_apart(
-    tmp_path: Path, mark: str
+    tmp_path: Path,
+    mark: str,
 ) -> None:
     arrays = [d.volume(8), d.volume(8, seed=1)]
     # Trigger times differ from slice to slice of one volume as well, so that they tell volumes
@@ -294,7 +299,9 @@ def test_one_sop_instance_for_all_files_does_not_make_them_copies(tmp_path: Path
 
 @pytest.mark.parametrize(("step", "decimals"), [(0.625, 1), (1.25, 1), (0.7, 1), (3.3, 0)])
 def test_rounded_positions_are_even_within_their_rounding(
-    tmp_path: Path, step: float, decimals: int
+    tmp_path: Path,
+    step: float,
+    decimals: int,
 ) -> None:
     heights = [round(-50 + step * k, decimals) for k in range(32)]
     write_pass(tmp_path / "pool", d.volume(32), 1, heights, sop_class=d.CT)
@@ -302,7 +309,8 @@ def test_rounded_positions_are_even_within_their_rounding(
     (found,) = usable(tmp_path / "pool")
 
     assert load_scan(found.path, found.part).spacing_mm[0] == pytest.approx(
-        step, abs=10**-decimals / 31
+        step,
+        abs=10**-decimals / 31,
     )
 
 
@@ -315,7 +323,8 @@ def test_rounded_positions_are_even_within_their_rounding(
     ],
 )
 def test_what_rounding_does_not_explain_is_still_refused(
-    tmp_path: Path, heights: list[float]
+    tmp_path: Path,
+    heights: list[float],
 ) -> None:
     write_pass(tmp_path / "pool", d.volume(len(heights)), 1, heights)
 
@@ -347,7 +356,11 @@ def test_secondary_images_give_way_to_originals_of_their_study_only(tmp_path: Pa
     derived(tmp_path / "pool" / "a", "DERIVED\\SECONDARY")
     other_study = {"t0020000D": ("UI", "1.2.78")}
     d.write_series(
-        tmp_path / "pool" / "b", d.volume(seed=6), sop_class=d.MR, series="1.5", **other_study
+        tmp_path / "pool" / "b",
+        d.volume(seed=6),
+        sop_class=d.MR,
+        series="1.5",
+        **other_study,
     )
     assert len(usable(tmp_path / "pool")) == 2
 
@@ -374,7 +387,11 @@ def test_a_manifest_overrules_that_images_are_derived(tmp_path: Path, words: str
     assert [
         row.status
         for row in index_scans(
-            found, set(), 1, salt="x", manifest=read_manifest(tmp_path / "m.csv")
+            found,
+            set(),
+            1,
+            salt="x",
+            manifest=read_manifest(tmp_path / "m.csv"),
         ).rows
     ] == ["ok", "ok"]
 
@@ -396,7 +413,10 @@ def test_a_mosaic_is_named_with_the_tool_that_converts_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("same_patient", "warned"), [(True, True), (False, False)])
 def test_one_patient_id_for_everybody_is_warned_of(
-    tmp_path: Path, caplog: Any, same_patient: bool, warned: bool
+    tmp_path: Path,
+    caplog: Any,
+    same_patient: bool,
+    warned: bool,
 ) -> None:
     for number in range(3):
         tags = {
@@ -404,7 +424,10 @@ def test_one_patient_id_for_everybody_is_warned_of(
             "t0020000D": ("UI", f"1.7.{number}"),
         }
         d.write_series(
-            tmp_path / "pool" / str(number), d.volume(seed=number), series=f"1.8.{number}", **tags
+            tmp_path / "pool" / str(number),
+            d.volume(seed=number),
+            series=f"1.8.{number}",
+            **tags,
         )
 
     index_scans(find_scans([], [tmp_path / "pool"], salt="x"), set(), 1, salt="x")

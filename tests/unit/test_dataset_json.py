@@ -104,7 +104,8 @@ def listed_dataset(root: Path) -> Path:
 
 
 def test_variables_in_listed_paths_are_expanded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = listed_dataset(tmp_path)
     monkeypatch.setenv("MY_SCANS", str(tmp_path / "store"))
@@ -115,7 +116,8 @@ def test_variables_in_listed_paths_are_expanded(
 
 
 def test_a_variable_that_is_not_set_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = listed_dataset(tmp_path)
     monkeypatch.delenv("MY_SCANS", raising=False)
@@ -127,7 +129,8 @@ def test_a_variable_that_is_not_set_is_named(
 
 
 def test_listed_label_maps_give_places_and_are_no_scans(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     listed_dataset(tmp_path)
     monkeypatch.setenv("MY_SCANS", str(tmp_path / "store"))
@@ -162,7 +165,7 @@ def test_case_ids_with_dots_keep_their_label_maps_and_boxes(tmp_path: Path) -> N
     (tmp_path / "boxes.csv").write_text(
         "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n"
         f"{cases[0]}_0000,a,1,1,1,3,3,3\n"
-        "1,b,1,1,1,3,3,3\n"
+        "1,b,1,1,1,3,3,3\n",
     )
 
     boxes = locations_of_boxes(read_boxes(tmp_path / "boxes.csv"), rows)
@@ -197,7 +200,8 @@ def test_regions_serve_places_and_probe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"channel_names": ["CT"]}', '{"dataset": {"p": 3}}']
+    "content",
+    ["{", "[]", '{"channel_names": ["CT"]}', '{"dataset": {"p": 3}}'],
 )
 def test_what_is_no_dataset_json_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset.json").write_text(content)
@@ -214,7 +218,9 @@ class Stored:
     shape_vox = SHAPE
 
     def read_padded(
-        self, start: tuple[int, ...], size: tuple[int, ...]
+        self,
+        start: tuple[int, ...],
+        size: tuple[int, ...],
     ) -> tuple[np.ndarray, np.ndarray]:
         return np.random.default_rng(0).normal(size=size).astype(np.float32), np.ones(size, bool)
 
@@ -228,7 +234,10 @@ def crops_of(folder: Path) -> list[LabelledCrop]:
         encoder=SimpleNamespace(token_size_vox=(4, 4, 4)),
     )
     return labelled_crops(
-        cast(Any, plan), rows, cast(Any, {row.id: Stored() for row in rows}), {rows[0].id}
+        cast(Any, plan),
+        rows,
+        cast(Any, {row.id: Stored() for row in rows}),
+        {rows[0].id},
     )
 
 
@@ -242,11 +251,14 @@ def test_the_probe_works_for_regions_and_for_case_ids_with_dots(tmp_path: Path) 
 
 
 def test_a_probe_that_could_never_give_a_result_is_left_out_with_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     # The labels name none of the values of the label maps.
     folder = make_dataset(
-        tmp_path, [f"c{n}" for n in range(4)], labels={"background": 0, "other": 7}
+        tmp_path,
+        [f"c{n}" for n in range(4)],
+        labels={"background": 0, "other": 7},
     )
 
     assert crops_of(folder) == []

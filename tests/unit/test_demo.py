@@ -72,7 +72,11 @@ def test_the_probe_is_read_draw_by_draw_over_the_seeds():
 
 @pytest.mark.parametrize("is_child", [False, True], ids=["the demo", "its command"])
 def test_an_interruption_names_the_step_and_what_remains(
-    quiet_scans, monkeypatch, tmp_path, capsys, is_child
+    quiet_scans,
+    monkeypatch,
+    tmp_path,
+    capsys,
+    is_child,
 ):
     folder = tmp_path / "out"
 

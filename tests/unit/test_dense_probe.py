@@ -37,7 +37,10 @@ def scan(number: int, patient: str | None = None) -> ProbeCase:
     intensity = np.array([0.0, 1.0, -1.0])[labels]
     image = intensity + 0.05 * generator.normal(size=SHAPE)
     return ProbeCase(
-        f"case{number}", patient or f"patient{number}", image.astype(np.float32), labels
+        f"case{number}",
+        patient or f"patient{number}",
+        image.astype(np.float32),
+        labels,
     )
 
 
@@ -71,7 +74,11 @@ def test_the_same_call_gives_the_same_figures() -> None:
     pool, scored = [scan(n) for n in range(4)], [scan(7)]
 
     assert dense_probe(intensities, pool, scored, 3, SETTINGS) == dense_probe(
-        intensities, pool, scored, 3, SETTINGS
+        intensities,
+        pool,
+        scored,
+        3,
+        SETTINGS,
     )
 
 
@@ -119,7 +126,12 @@ def test_a_network_that_wants_larger_shapes_gets_them() -> None:
         return intensities(image)
 
     results = dense_probe(
-        noted, pool, scored, 3, SETTINGS, input_shape=lambda shape: round_up(shape, (8, 8, 8))
+        noted,
+        pool,
+        scored,
+        3,
+        SETTINGS,
+        input_shape=lambda shape: round_up(shape, (8, 8, 8)),
     )
 
     assert shapes == {(16, 16, 16)}
@@ -133,7 +145,12 @@ def test_sets_of_levels_are_scored_apart() -> None:
         return [torch.zeros(1, *SHAPE), torch.from_numpy(image)[None]]
 
     results = dense_probe(
-        two_levels, pool, scored, 3, SETTINGS, {"first": [0], "second": [1], "both": [0, 1]}
+        two_levels,
+        pool,
+        scored,
+        3,
+        SETTINGS,
+        {"first": [0], "second": [1], "both": [0, 1]},
     )
 
     dice = {result.levels: result.dice for result in results}
@@ -146,7 +163,11 @@ def test_samples_hold_every_class_and_stand_for_all_voxels() -> None:
     case = scan(0)
 
     sample = sample_voxels(
-        case, intensities(case.image), SHAPE, 3, ProbeSettings(voxels_per_class=20)
+        case,
+        intensities(case.image),
+        SHAPE,
+        3,
+        ProbeSettings(voxels_per_class=20),
     )
 
     assert torch.bincount(sample.labels).tolist() == [160, 20, 20]
@@ -211,7 +232,9 @@ def test_raw_voxels_are_the_image_and_its_means() -> None:
     ids=["a patient on both sides", "a label too many", "too few patients"],
 )
 def test_what_cannot_be_probed_is_refused(
-    pool: list[ProbeCase], scored: list[ProbeCase], num_classes: int
+    pool: list[ProbeCase],
+    scored: list[ProbeCase],
+    num_classes: int,
 ) -> None:
     with pytest.raises(UsageError):
         dense_probe(intensities, pool, scored, num_classes, SETTINGS)

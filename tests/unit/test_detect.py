@@ -93,7 +93,9 @@ def take_nrrd(model: Path) -> None:
 
 
 def test_the_same_line_goes_on_and_every_file_is_there(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
 
@@ -115,7 +117,10 @@ def test_the_same_line_goes_on_and_every_file_is_there(
 
 
 def test_results_of_another_model_are_not_gone_on_with(
-    run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    results: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run() == 0
 
@@ -124,7 +129,8 @@ def test_results_of_another_model_are_not_gone_on_with(
     assert model["checkpoint"] == "checkpoint_final.pth" and list(model["sha256"]) == ["0"]
 
     shutil.copy(
-        results / "fold_0" / "checkpoint_final.pth", results / "fold_0" / "checkpoint_best.pth"
+        results / "fold_0" / "checkpoint_final.pth",
+        results / "fold_0" / "checkpoint_best.pth",
     )
     change = "model.checkpoint: 'checkpoint_final.pth' -> 'checkpoint_best.pth'"
 
@@ -142,7 +148,9 @@ def test_results_of_another_model_are_not_gone_on_with(
 
 
 def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run() == 0
 
@@ -163,7 +171,9 @@ def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
 
 
 def test_what_is_to_be_drawn_in_another_way_is_done_again(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
 
@@ -196,7 +206,9 @@ def test_what_is_to_be_drawn_in_another_way_is_done_again(
 
 
 def test_a_run_that_is_cut_off_leaves_no_files_of_the_run_before(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
 
@@ -245,10 +257,13 @@ def test_folds_and_mirrorings_are_members_of_the_ensemble(run: Run, tmp_path: Pa
 
 
 def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
-    run: Run, results: Path, tmp_path: Path
+    run: Run,
+    results: Path,
+    tmp_path: Path,
 ) -> None:
     shutil.copy(
-        results / "fold_0" / "checkpoint_final.pth", results / "fold_1" / "checkpoint_final.pth"
+        results / "fold_0" / "checkpoint_final.pth",
+        results / "fold_1" / "checkpoint_final.pth",
     )
 
     assert run("-f", "0", "--max-boxes", "5") == 0
@@ -263,7 +278,8 @@ def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
 
     for a, b in zip(one["boxes"], two["boxes"], strict=True):
         assert b["score"] == pytest.approx(a["score"], abs=1e-5) and b["box_zyx"] == pytest.approx(
-            a["box_zyx"], abs=1e-3
+            a["box_zyx"],
+            abs=1e-3,
         )
 
     # Two networks of the same mind have one segmentation.
@@ -271,14 +287,16 @@ def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
 
 
 def test_fold_all_has_to_be_asked_for_and_knows_no_false_positives(
-    run: Run, results: Path, tmp_path: Path
+    run: Run,
+    results: Path,
+    tmp_path: Path,
 ) -> None:
     write_checkpoint(results, "all", seed=3)
     line = ["-d", "950", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]
 
     assert main(line) == 0 and found(tmp_path / "out")["model"]["folds"] == ["0", "1"]
     assert run("-f", "all", "--overwrite") == 0 and found(tmp_path / "out")["model"]["folds"] == [
-        "all"
+        "all",
     ]
     with refused(UsageError, "fppi-fold-all", "--min-score"):
         run("-f", "all", "--fppi", "1", "--overwrite", raises=True)
@@ -291,7 +309,10 @@ def test_fold_all_has_to_be_asked_for_and_knows_no_false_positives(
 
 
 def test_false_positives_per_scan_become_scores(
-    run: Run, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run,
+    results: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     curve = {"fp_per_scan": [0.0, 1.0], "sensitivity": [None, None], "threshold": [None, 0.55]}
     summary = {
@@ -301,7 +322,7 @@ def test_false_positives_per_scan_become_scores(
     }
     (results / "fold_0" / "validation_detection").mkdir()
     (results / "fold_0" / "validation_detection" / "summary_detection.json").write_text(
-        json.dumps(summary)
+        json.dumps(summary),
     )
 
     assert run("--fppi", "1") == 0 and not caplog.text
@@ -347,7 +368,7 @@ def test_a_configuration_may_inherit_its_detector(run: Run, results: Path, tmp_p
     (results / "plans.json").write_text(json.dumps(plans))
     for name in ("large", "other", "unknown"):
         results.rename(
-            results := results.with_name(f"AutoregDetectionTrainer__AutoregPlans__{name}")
+            results := results.with_name(f"AutoregDetectionTrainer__AutoregPlans__{name}"),
         )
         if name == "large":
             assert run("-c", name) == 0
@@ -358,7 +379,11 @@ def test_a_configuration_may_inherit_its_detector(run: Run, results: Path, tmp_p
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_scan_with_voxels_that_are_no_numbers_is_left_out(
-    value: float, run: Run, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    value: float,
+    run: Run,
+    results: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     take_nrrd(results)
     write_scan(tmp_path / "in" / "a_0000.nrrd")
@@ -374,7 +399,10 @@ def test_a_scan_with_voxels_that_are_no_numbers_is_left_out(
 
 
 def test_a_network_whose_scores_are_no_numbers_stops_the_run(
-    run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    results: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_checkpoint(results, "0", seed=0, damaged=True)
 
@@ -408,7 +436,10 @@ def test_boxes_that_are_no_numbers_stop_too() -> None:
 
 
 def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
-    run: Run, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run,
+    results: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     take_nrrd(results)
     scans = tmp_path / "in"
@@ -438,7 +469,9 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
 
 
 def test_no_line_about_a_scan_names_its_folder(
-    results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    results: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     take_nrrd(results)
     folder = tmp_path / "Doe^Jane"
@@ -454,7 +487,9 @@ def test_no_line_about_a_scan_names_its_folder(
 
 
 def test_channels_that_do_not_fit_each_other_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
 ) -> None:
     bridge.install()
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -473,7 +508,9 @@ def test_channels_that_do_not_fit_each_other_are_left_out(
 
 
 def test_wrong_options_are_refused_with_a_remedy(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "taken").write_text("")
     (tmp_path / "empty").mkdir()
@@ -508,7 +545,7 @@ def test_the_smallest_box_that_is_one_survives_being_written_and_read(tmp_path: 
     boxes = []
     for low in np.linspace(0, 7.98, 400).tolist():
         boxes.append(
-            Detection((low, low, low, low + 0.01, low + 0.01, low + 0.01), 1, "solid", 0.5)
+            Detection((low, low, low, low + 0.01, low + 0.01, low + 0.01), 1, "solid", 0.5),
         )
     record = make_scan_file("s", frame, boxes, {"solid": 1})
     write_scan_file(tmp_path / "s.json", record)

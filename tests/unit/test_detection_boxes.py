@@ -24,7 +24,8 @@ def some_boxes(number, seed, extent=60.0, largest=24.0):
     random = np.random.default_rng(seed)
     low = random.uniform(0, extent, (number, 3))
     return torch.tensor(
-        np.concatenate([low, low + random.uniform(1, largest, (number, 3))], 1), dtype=torch.float32
+        np.concatenate([low, low + random.uniform(1, largest, (number, 3))], 1),
+        dtype=torch.float32,
     )
 
 
@@ -33,7 +34,7 @@ CUBE = torch.tensor([[0.0, 0, 0, 2, 2, 2]])
 
 def test_iou_counts_voxels_of_half_open_boxes():
     others = torch.tensor(
-        [[1.0, 0, 0, 3, 2, 2], [2.0, 0, 0, 4, 2, 2], [0.0, 0, 0, 2, 2, 2], [0.0, 0, 0, 0, 2, 2]]
+        [[1.0, 0, 0, 3, 2, 2], [2.0, 0, 0, 4, 2, 2], [0.0, 0, 0, 2, 2, 2], [0.0, 0, 0, 0, 2, 2]],
     )
 
     assert bx.iou(CUBE, others)[0].tolist() == pytest.approx([4 / 12, 0, 1, 0])
@@ -122,7 +123,11 @@ def test_clusters_weigh_boxes_by_votes_and_punish_missing_ones():
     boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0.0, 0, 0, 4, 4, 2], [20.0, 20, 20, 24, 24, 24]])
     scores = torch.tensor([0.8, 0.4, 0.6])
     merged, score, labels, votes = bx.cluster(
-        boxes, scores, torch.zeros(3, dtype=torch.long), 0.4, expected_N=torch.full((3,), 3.0)
+        boxes,
+        scores,
+        torch.zeros(3, dtype=torch.long),
+        0.4,
+        expected_N=torch.full((3,), 3.0),
     )
 
     # First cluster: weights 1 and IoU 1/2, votes .8 and .2; one of three is missing: 1.0 / (1.5 +
@@ -259,7 +264,10 @@ def test_atss_positives_contain_monais(centre_inside):
         objects = some_boxes(12, 10 + seed, extent=52, largest=26)
         objects[:, 3:] = torch.maximum(objects[:, 3:], objects[:, :3] + 6)
         _, theirs = oracle.ATSSMatcher(4, center_in_gt=centre_inside)(
-            objects, grid.boxes_A6, [8000, 1000], 3
+            objects,
+            grid.boxes_A6,
+            [8000, 1000],
+            3,
         )
         ours = match(objects, grid, centre_inside=centre_inside)
         theirs_all += int((theirs >= 0).sum())
@@ -278,7 +286,9 @@ def batch(objects, grid, classes=2):
 
 GRID = lay_out(plan_of(((4, 4, 4),), ((4, 4, 4),)), [(4, 4, 4)])
 NOTHING = PatchObjects(
-    torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+    torch.zeros(0, 6),
+    torch.zeros(0, dtype=torch.long),
+    torch.zeros(0, dtype=torch.bool),
 )
 ONE = PatchObjects(torch.tensor([[4.0, 4, 4, 8, 8, 8]]), torch.tensor([1]), torch.tensor([False]))
 
@@ -353,13 +363,16 @@ def test_focal_loss_and_box_loss_by_hand():
 
     # ln 2 x 0.5 x (0.75 + 0.25), over one positive.
     assert focal(logits, target, torch.ones(1, 2, dtype=torch.bool), 1).item() == pytest.approx(
-        np.log(2) / 2
+        np.log(2) / 2,
     )
 
     anchors, wanted = CUBE[None], torch.tensor([[[1.0, 0, 0, 3, 2, 2]]])
 
     assert box_loss(
-        torch.zeros(1, 1, 6), anchors, wanted, torch.ones(1, 1, dtype=torch.bool)
+        torch.zeros(1, 1, 6),
+        anchors,
+        wanted,
+        torch.ones(1, 1, dtype=torch.bool),
     ).item() == pytest.approx(2 / 3)
 
 
@@ -380,7 +393,8 @@ def test_the_segmentation_loss_is_half_cross_entropy_and_half_dice():
     # Half of 128 voxels' probability 0.5 against 32 voxels: Dice = 2 x 16 / (64 + 32), negated by
     # nnU-Net.
     assert segmentation_loss()(logits, target).item() == pytest.approx(
-        0.5 * np.log(2) - 0.5 * 32 / 96, abs=1e-4
+        0.5 * np.log(2) - 0.5 * 32 / 96,
+        abs=1e-4,
     )
 
 
@@ -415,5 +429,6 @@ def test_a_gpu_matches_and_scores_as_the_cpu_does():
 
     assert losses[0].regression.item() == pytest.approx(losses[1].regression.item(), rel=1e-4)
     assert losses[0].classification.item() == pytest.approx(
-        losses[1].classification.item(), rel=1e-4
+        losses[1].classification.item(),
+        rel=1e-4,
     )

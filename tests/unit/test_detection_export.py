@@ -57,7 +57,9 @@ def test_instances_are_the_segmentation_inside_the_boxes() -> None:
     labels[3:6, 3:5, 3:8] = 2
     labels[7, 7, 7] = 2
     drawn = draw_instances(
-        record().boxes, labels, [ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,))]
+        record().boxes,
+        labels,
+        [ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,))],
     )
 
     assert (drawn == 1).sum() == 3 * 2 * 5 and (drawn == 2).sum() == 64 - 1 and drawn[7, 7, 7] == 0
@@ -160,7 +162,7 @@ def test_other_formats_are_brought_to_the_reader_with_their_geometry(tmp_path: P
     with ready(scans["deep_scan_one"]) as files:
         read = SimpleITK.ReadImage(files[0])
         assert read.GetSpacing() == (1.0, 2.0, 3.0) and read.GetOrigin() == pytest.approx(
-            (5.0, 6.0, 7.0)
+            (5.0, 6.0, 7.0),
         )
         assert np.array_equal(SimpleITK.GetArrayFromImage(read), array)
 
@@ -187,7 +189,8 @@ def test_scans_whose_results_would_overwrite_each_other_are_refused(tmp_path: Pa
 
 
 def test_scans_that_are_not_named_as_cases_are_left_out_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "sub").mkdir()
     for name in (
@@ -203,7 +206,10 @@ def test_scans_that_are_not_named_as_cases_are_left_out_with_a_warning(
 
     assert [s.name for s in find(tmp_path, ".nii.gz", 1)] == ["a"]
     assert logged(
-        caplog, "4 files", "(a_0001.nii.gz, b.nii.gz, sub/c.nrrd and 1 more)", "case_0000.nii.gz"
+        caplog,
+        "4 files",
+        "(a_0001.nii.gz, b.nii.gz, sub/c.nrrd and 1 more)",
+        "case_0000.nii.gz",
     )
 
     caplog.clear()
@@ -214,14 +220,15 @@ def test_scans_that_are_not_named_as_cases_are_left_out_with_a_warning(
 
 
 def test_results_of_an_earlier_run_below_the_scans_are_no_scans(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     array = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
     for name in ("scan.nii.gz", "found/scan_boxes.nii.gz"):
         write_image(tmp_path / name, array)
 
     assert [s.name for s in find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")] == [
-        "scan"
+        "scan",
     ] and not caplog.text
     # Results around the scans hide none of them.
     assert len(find(tmp_path, ".nii.gz", 1, output=tmp_path.parent)) == 2
@@ -260,7 +267,7 @@ def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
     with ready(scans[0]) as files:
         read = SimpleITK.ReadImage(files[0])
     names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(
-        str(next(scans[0].candidate.path.rglob("*.dcm")).parent)
+        str(next(scans[0].candidate.path.rglob("*.dcm")).parent),
     )  # type: ignore[union-attr]
     expected = SimpleITK.ReadImage(names)
 
@@ -268,7 +275,8 @@ def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
 
     for corner in ((0, 0, 0), tuple(n - 1 for n in read.GetSize())):
         assert read.TransformIndexToPhysicalPoint(corner) == pytest.approx(
-            expected.TransformIndexToPhysicalPoint(corner), abs=1e-2
+            expected.TransformIndexToPhysicalPoint(corner),
+            abs=1e-2,
         )
         assert read[corner] == pytest.approx(expected[corner])
 
@@ -287,11 +295,11 @@ def boxed(tmp_path: Path) -> Path:
     for case in ("a", "b"):
         write_image(tmp_path / "imagesTr" / f"{case}_0000.nii.gz", np.zeros((6, 7, 8), np.float32))
     (tmp_path / "dataset.json").write_text(
-        json.dumps({"labels": {"background": 0, "x": 1, "y": 2}, "file_ending": ".nii.gz"})
+        json.dumps({"labels": {"background": 0, "x": 1, "y": 2}, "file_ending": ".nii.gz"}),
     )
     (tmp_path / "boxesTr").mkdir()
     (tmp_path / "boxesTr" / "a.json").write_text(
-        '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 4], "label": 2}]}'
+        '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 4], "label": 2}]}',
     )
     return tmp_path
 
@@ -322,7 +330,7 @@ def test_boxes_that_training_leaves_out_are_left_undrawn(boxed: Path) -> None:
 
     described = json.loads((boxed / "dataset.json").read_text())
     (boxed / "dataset.json").write_text(
-        json.dumps({**described, "autoreg_detection": {"detect_labels": ["x"]}})
+        json.dumps({**described, "autoreg_detection": {"detect_labels": ["x"]}}),
     )
     (boxed / "boxesTr" / "b.json").write_text(
         json.dumps(
@@ -330,9 +338,9 @@ def test_boxes_that_training_leaves_out_are_left_undrawn(boxed: Path) -> None:
                 "boxes": [
                     {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True},
                     {"box_zyx": [2, 2, 2, 4, 4, 4], "label": 1},
-                ]
-            }
-        )
+                ],
+            },
+        ),
     )
     # What macOS leaves on other file systems is no image.
     (boxed / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"x")
@@ -348,7 +356,8 @@ def test_boxes_that_training_leaves_out_are_left_undrawn(boxed: Path) -> None:
 
 
 def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(
-    boxed: Path, monkeypatch: pytest.MonkeyPatch
+    boxed: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import shutil
 
@@ -381,7 +390,8 @@ def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(
 
 
 def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(
-    boxed: Path, monkeypatch: pytest.MonkeyPatch
+    boxed: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raw = boxed.parent / "raw"
     raw.mkdir()
@@ -397,7 +407,7 @@ def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(
 
 def test_a_box_outside_of_its_image_is_named(boxed: Path) -> None:
     (boxed / "boxesTr" / "b.json").write_text(
-        '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 9], "label": 2}]}'
+        '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 9], "label": 2}]}',
     )
 
     with refused(ObjectsError, "box-outside", "b.json: boxes[0]", "6 x 7 x 8"):

@@ -55,8 +55,8 @@ def predicted(tmp_path: Path) -> Path:
                 "labels": {"background": 0, "lesion": 1, "cyst": 2},
                 "file_ending": ".nii.gz",
                 "numTraining": 1,
-            }
-        )
+            },
+        ),
     )
     (folder / "plans.json").write_text(
         json.dumps(
@@ -65,14 +65,15 @@ def predicted(tmp_path: Path) -> Path:
                 "plans_name": "nnUNetPlans",
                 "image_reader_writer": "SimpleITKIO",
                 "configurations": {},
-            }
-        )
+            },
+        ),
     )
     return folder
 
 
 def test_components_are_scored_by_their_highest_probability(
-    predicted: Path, tmp_path: Path
+    predicted: Path,
+    tmp_path: Path,
 ) -> None:
     import SimpleITK
 
@@ -119,7 +120,8 @@ def test_components_are_scored_by_their_highest_probability(
 
 
 def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
-    predicted: Path, tmp_path: Path
+    predicted: Path,
+    tmp_path: Path,
 ) -> None:
     from nnunet_autoreg.cli.evaluate_detection import main as evaluate
 
@@ -184,7 +186,9 @@ def test_what_is_missing_for_a_segmentation_is_refused(predicted: Path, tmp_path
 
 
 def test_one_damaged_file_of_probabilities_stops_nothing(
-    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    predicted: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     np.savez_compressed(predicted / "case_2.npz", probabilities=np.zeros((3, 1, 1, 1)))
@@ -223,7 +227,9 @@ def test_probabilities_that_would_fill_the_memory_are_not_unpacked(
 
 
 def test_probabilities_whose_writing_was_cut_off_stop_nothing(
-    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    predicted: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     whole = (predicted / "case_1.npz").read_bytes()
@@ -236,7 +242,9 @@ def test_probabilities_whose_writing_was_cut_off_stop_nothing(
 
 
 def test_probabilities_that_are_no_numbers_stop_nothing(
-    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    predicted: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (predicted / "case_2.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     np.savez_compressed(predicted / "case_2.npz", probabilities=np.full((3, *SHAPE), np.nan))
@@ -248,7 +256,9 @@ def test_probabilities_that_are_no_numbers_stop_nothing(
 
 
 def test_the_same_line_goes_on_unless_its_input_or_a_rule_has_changed(
-    predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    predicted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     result = tmp_path / "out" / "case_1.json"
     line = ["--from-seg", str(predicted), "-o", str(tmp_path / "out")]
@@ -282,7 +292,8 @@ def test_the_same_line_goes_on_unless_its_input_or_a_rule_has_changed(
 
 
 def test_a_region_inside_another_adds_nothing_to_its_probability(
-    predicted: Path, tmp_path: Path
+    predicted: Path,
+    tmp_path: Path,
 ) -> None:
     dataset = json.loads((predicted / "dataset.json").read_text())
     regions = {
@@ -291,7 +302,7 @@ def test_a_region_inside_another_adds_nothing_to_its_probability(
     }
     rules = {"detect_labels": ["whole"], "min_voxels": 1}
     (predicted / "dataset.json").write_text(
-        json.dumps({**dataset, **regions, "autoreg_detection": rules})
+        json.dumps({**dataset, **regions, "autoreg_detection": rules}),
     )
     probabilities = np.zeros((2, *SHAPE), np.float16)
     probabilities[0], probabilities[1] = 0.5, 0.25
@@ -305,7 +316,8 @@ def test_a_region_inside_another_adds_nothing_to_its_probability(
 
 
 def test_a_merged_class_adds_the_probabilities_of_its_labels(
-    predicted: Path, tmp_path: Path
+    predicted: Path,
+    tmp_path: Path,
 ) -> None:
     dataset = json.loads((predicted / "dataset.json").read_text())
     rules = {"merge": {"any": ["lesion", "cyst"]}, "min_voxels": 1}

@@ -87,13 +87,13 @@ def test_an_ellipsoid_resampled_by_nnunet_comes_back_to_its_location(transpose):
         places = np.nonzero(labels[0])
         true = np.array([float(p.min()) for p in places] + [float(p.max()) + 1 for p in places])
         common = np.prod(
-            np.clip(np.minimum(found[3:], true[3:]) - np.maximum(found[:3], true[:3]), 0, None)
+            np.clip(np.minimum(found[3:], true[3:]) - np.maximum(found[:3], true[:3]), 0, None),
         )
         overlaps.append(
-            common / (np.prod(found[3:] - found[:3]) + np.prod(true[3:] - true[:3]) - common)
+            common / (np.prod(found[3:] - found[:3]) + np.prod(true[3:] - true[:3]) - common),
         )
         away_mm.append(
-            np.linalg.norm(((found[3:] + found[:3]) - (true[3:] + true[:3])) / 2 * spacing)
+            np.linalg.norm(((found[3:] + found[:3]) - (true[3:] + true[:3])) / 2 * spacing),
         )
 
     assert np.mean(overlaps) >= 0.90 and np.mean(away_mm) <= 0.35
@@ -154,7 +154,8 @@ def test_world_coordinates_are_nibabels_however_the_image_is_stored(tmp_path):
     middle = [(p.min() + p.max() + 1) / 2 for p in places]
 
     assert frame_of_affine(turned.affine, data.shape).to_ras(middle) == pytest.approx(
-        ours.to_ras([3.5, 12, 6]), abs=1e-3
+        ours.to_ras([3.5, 12, 6]),
+        abs=1e-3,
     )
 
 
@@ -164,14 +165,14 @@ def test_frames_come_from_the_properties_of_every_reader_of_nnunet():
             "spacing": SPACING_XYZ,
             "origin": ORIGIN_XYZ,
             "direction": turn().ravel().tolist(),
-        }
+        },
     }
     frame = frame_of_properties(itk, (10, 30, 20))
     nibabel = {
         "nibabel_stuff": {
             "original_affine": np.eye(4),
             "reoriented_affine": np.array(frame.affine_ras),
-        }
+        },
     }
 
     assert frame_of_properties(nibabel, (10, 30, 20)) == frame
@@ -207,7 +208,8 @@ def test_a_scan_file_comes_back_as_it_was_and_its_numbers_agree(tmp_path):
     small = read.boxes[1]
 
     assert small.box_ijk == (2.5, 9.5, 1.5, 8.5, 13.5, 4.5) and small.size_mm == pytest.approx(
-        (4.2, 3.6, 9.9), abs=1e-4
+        (4.2, 3.6, 9.9),
+        abs=1e-4,
     )
 
     affine = np.array(read.affine_ras)
@@ -215,7 +217,7 @@ def test_a_scan_file_comes_back_as_it_was_and_its_numbers_agree(tmp_path):
 
     assert affine[:3, :3] @ middle + affine[:3, 3] == pytest.approx(small.center_mm_ras, abs=1e-3)
     assert small.center_mm_lps == pytest.approx(
-        (-small.center_mm_ras[0], -small.center_mm_ras[1], small.center_mm_ras[2])
+        (-small.center_mm_ras[0], -small.center_mm_ras[1], small.center_mm_ras[2]),
     )
     assert np.mean(small.corners_mm_ras, 0) == pytest.approx(small.center_mm_ras, abs=1e-3)
 

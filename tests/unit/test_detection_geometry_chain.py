@@ -105,7 +105,8 @@ def shifted_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def every_voxel(plan: AnchorPlan, cells: Any, device: Any) -> AnchorGrid:
         corners = torch.stack(
-            torch.meshgrid(*(torch.arange(float(n)) for n in cells[0]), indexing="ij"), -1
+            torch.meshgrid(*(torch.arange(float(n)) for n in cells[0]), indexing="ij"),
+            -1,
         ).reshape(-1, 3)
         return AnchorGrid(
             torch.cat([corners, corners + torch.tensor([8.0, 4.0, 8.0])], 1),
@@ -135,7 +136,11 @@ def model(reader: str = "SimpleITKIO") -> Any:
 
     def preprocess(files: list[str], name: str) -> tuple[torch.Tensor, dict[str, Any]]:
         data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
-            files, None, manager, configuration, DATASET
+            files,
+            None,
+            manager,
+            configuration,
+            DATASET,
         )
         return torch.from_numpy(data), properties
 
@@ -159,10 +164,15 @@ def model(reader: str = "SimpleITKIO") -> Any:
 
 
 @pytest.mark.parametrize(
-    ("reader", "mirror"), [(READERS[0], True), *((reader, False) for reader in READERS)]
+    ("reader", "mirror"),
+    [(READERS[0], True), *((reader, False) for reader in READERS)],
 )
 def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
-    image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, mirror: bool
+    image_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reader: str,
+    mirror: bool,
 ) -> None:
     import SimpleITK
 
@@ -179,7 +189,8 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
     middle = [(BOX[a] + BOX[a + 3]) / 2 - 0.5 for a in (2, 1, 0)]
 
     assert box.center_mm_lps == pytest.approx(
-        image.TransformContinuousIndexToPhysicalPoint(middle), abs=0.5
+        image.TransformContinuousIndexToPhysicalPoint(middle),
+        abs=0.5,
     )
     assert box.size_mm == pytest.approx((8, 8, 8), abs=0.5)
 
@@ -197,7 +208,7 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
 
     # The drawn frame lies on the box too, in the stored array.
     frame = np.argwhere(
-        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "a_boxes.nii.gz")))
+        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "a_boxes.nii.gz"))),
     )
 
     assert [*frame.min(0), *(frame.max(0) + 1)] == list(BOX)
@@ -212,14 +223,18 @@ def test_ids_are_resampled_as_nnunet_resamples_the_labels(image_file: Path, tmp_
     made = model()
     image = SimpleITK.ReadImage(str(image_file))
     labels: Any = SimpleITK.GetImageFromArray(
-        (SimpleITK.GetArrayFromImage(image) == 1).astype(np.uint8)
+        (SimpleITK.GetArrayFromImage(image) == 1).astype(np.uint8),
     )
     labels.CopyInformation(image)
     raw = tmp_path / "raw" / "labelsTr" / "a.nii.gz"
     raw.parent.mkdir(parents=True)
     SimpleITK.WriteImage(labels, str(raw))
     data, seg, properties = made.configuration.preprocessor_class(verbose=False).run_case(
-        [str(image_file)], str(raw), made.stock.plans_manager, made.configuration, DATASET
+        [str(image_file)],
+        str(raw),
+        made.stock.plans_manager,
+        made.configuration,
+        DATASET,
     )
     folder = tmp_path / "preprocessed"
     folder.mkdir()

@@ -94,7 +94,7 @@ def test_every_label_is_a_class_unless_the_dataset_says_otherwise():
     assert names(detect_labels=["cyst"]) == [("cyst", 3, (3,))]
     assert names(merge={"tumour": ["core", "edema"]}) == [("tumour", 1, (1, 2)), ("cyst", 3, (3,))]
     assert names(merge={"tumour": ["core", "edema"]}, detect_labels=["tumour"]) == [
-        ("tumour", 1, (1, 2))
+        ("tumour", 1, (1, 2)),
     ]
     assert ignore_value(DATASET) == 4 and ignore_value({"labels": {"background": 0}}) is None
 
@@ -147,7 +147,11 @@ def ids():
 def test_an_instance_map_keeps_its_ids_and_an_object_may_have_parts(tmp_path):
     (tmp_path / "a.json").write_text('{"instances": {"1": 2, "7": 1}}')
     found = known_instances(
-        ids(), labels_of_instances(tmp_path / "a.json"), [LESION, CYST], Rules(min_voxels=4), "a"
+        ids(),
+        labels_of_instances(tmp_path / "a.json"),
+        [LESION, CYST],
+        Rules(min_voxels=4),
+        "a",
     )
 
     assert found.objects == (

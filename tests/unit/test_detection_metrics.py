@@ -60,7 +60,8 @@ def pooled(scans, class_index=0, rule=HitRule(), **options):  # noqa: B008
 
 def test_the_highest_score_takes_the_best_object_and_a_second_one_is_false():
     one = scan(
-        [(cube(0), 0), (cube(2), 0)], [(cube(1), 0, 0.5), (cube(0), 0, 0.9), (cube(0), 0, 0.4)]
+        [(cube(0), 0), (cube(2), 0)],
+        [(cube(1), 0, 0.5), (cube(0), 0, 0.9), (cube(0), 0, 0.4)],
     )
     matched = match_scan(one, 0, HitRule("iou", 0.1))
 
@@ -106,14 +107,18 @@ def test_a_region_ignores_only_what_has_its_centre_in_it():
         assert match_scan(one, 0, parse_hit_rule(rule)).ignored.tolist() == [False, False, True]
 
     assert match_scan(
-        replace(one, mask_overlap_DG=np.ones((3, 1))), 0, parse_hit_rule("mask:0.2")
+        replace(one, mask_overlap_DG=np.ones((3, 1))),
+        0,
+        parse_hit_rule("mask:0.2"),
     ).ignored.tolist() == [False, False, True]
 
 
 def test_hit_rules_by_hand():
     # Centres 3 mm apart in z (1.5 voxels of 2 mm); the object's largest side is 8 mm.
     one = scan(
-        [((0, 0, 0, 4, 4, 4), 0)], [((1.5, 0, 0, 5.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0)
+        [((0, 0, 0, 4, 4, 4), 0)],
+        [((1.5, 0, 0, 5.5, 4, 4), 0, 0.9)],
+        spacing=(2.0, 1.0, 1.0),
     )
 
     def is_hit(text):
@@ -125,7 +130,9 @@ def test_hit_rules_by_hand():
     assert is_hit("centre") and is_hit("radius") and is_hit("radius:3") and not is_hit("radius:2.9")
 
     far = scan(
-        [((0, 0, 0, 4, 4, 4), 0)], [((2.5, 0, 0, 6.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0)
+        [((0, 0, 0, 4, 4, 4), 0)],
+        [((2.5, 0, 0, 6.5, 4, 4), 0, 0.9)],
+        spacing=(2.0, 1.0, 1.0),
     )
     for rule in (HitRule("centre", 0), HitRule("radius", 0)):
         assert match_scan(far, 0, rule).object_of.tolist() == [-1]
@@ -149,10 +156,14 @@ def test_masks_overlap_by_their_voxels_and_boxes_alone_cannot_be_scored_so():
 
     assert str(rule) == "mask:0.2"
     assert match_scan(
-        replace(one, mask_overlap_DG=np.array([[0.2]])), 0, rule
+        replace(one, mask_overlap_DG=np.array([[0.2]])),
+        0,
+        rule,
     ).object_of.tolist() == [0]
     assert match_scan(
-        replace(one, mask_overlap_DG=np.array([[0.19]])), 0, rule
+        replace(one, mask_overlap_DG=np.array([[0.19]])),
+        0,
+        rule,
     ).object_of.tolist() == [-1]
     with refused(UsageError, "hit-rule-without-voxels", "mask:0.2", "iou:T"):
         match_scan(one, 0, rule)
@@ -200,7 +211,8 @@ def test_average_precision_by_hand():
     # Hit, false, hit of 2 objects: precision 1 up to recall 1/2 (51 recalls), then 2/3 (50
     # recalls).
     one = scan(
-        [(cube(0), 0), (cube(10), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.8), (cube(10), 0, 0.7)]
+        [(cube(0), 0), (cube(10), 0)],
+        [(cube(0), 0, 0.9), (cube(30), 0, 0.8), (cube(10), 0, 0.7)],
     )
 
     assert mt.average_precision(pooled([one])) == pytest.approx((51 + 50 * 2 / 3) / 101)
@@ -215,7 +227,8 @@ def test_a_scan_drawn_twice_weighs_as_much_as_two_scans():
     twice = [scans[0], scans[0], scans[2], scans[3]]
 
     assert mt.average_precision(pooled(scans), weights) == pytest.approx(
-        mt.average_precision(pooled(twice)), abs=0.02
+        mt.average_precision(pooled(twice)),
+        abs=0.02,
     )
     assert mt.cpm(pooled(scans), weights) == pytest.approx(mt.cpm(pooled(twice)), abs=1e-9)
 
@@ -239,7 +252,7 @@ def random_scans(random, number, classes=3):
                         np.concatenate([low, low + random.uniform(4, 14, 3)]),
                         class_index,
                         random.uniform(0, 0.8),
-                    )
+                    ),
                 )
         scans.append(scan(true, found, name=f"s{n}"))
     return scans
@@ -252,7 +265,10 @@ def test_average_precision_equals_monais():
     for seed in range(3):
         scans = random_scans(np.random.default_rng(seed), 12)
         metric = coco.COCOMetric(
-            ["a", "b", "c"], iou_list=[0.1, 0.5], max_detection=[100], verbose=False
+            ["a", "b", "c"],
+            iou_list=[0.1, 0.5],
+            max_detection=[100],
+            verbose=False,
         )
         theirs, _ = metric(
             matching.matching_batch(
@@ -263,26 +279,30 @@ def test_average_precision_equals_monais():
                 [s.scores_D for s in scans],
                 [s.true_boxes_G6 for s in scans],
                 [s.true_classes_G for s in scans],
-            )
+            ),
         )
         ours = evaluate(scans, [A, B, C], EvaluationSettings(num_resamples=0))
         for iou in ("0.1", "0.5"):
             assert ours["ap"][iou]["mean"] == pytest.approx(
-                theirs[f"AP_IoU_0.{iou[2:]}0_MaxDet_100"], abs=1e-4
+                theirs[f"AP_IoU_0.{iou[2:]}0_MaxDet_100"],
+                abs=1e-4,
             )
             for name in "abc":
                 assert ours["ap"][iou]["per_class"][name] == pytest.approx(
-                    theirs[f"{name}_AP_IoU_{iou}0_MaxDet_100"], abs=1e-4
+                    theirs[f"{name}_AP_IoU_{iou}0_MaxDet_100"],
+                    abs=1e-4,
                 )
         assert ours["map"]["0.1:0.5:0.05"]["mean"] == pytest.approx(
-            theirs["mAP_IoU_0.10_0.50_0.05_MaxDet_100"], abs=1e-4
+            theirs["mAP_IoU_0.10_0.50_0.05_MaxDet_100"],
+            abs=1e-4,
         )
         assert 0.2 < ours["ap"]["0.5"]["mean"] < 0.95
 
 
 def test_froc_by_hand_with_tied_scores_and_empty_scans():
     one = scan(
-        [(cube(0), 0), (cube(10), 0)], [(cube(0), 0, 0.9), (cube(30), 0, 0.5), (cube(10), 0, 0.5)]
+        [(cube(0), 0), (cube(10), 0)],
+        [(cube(0), 0, 0.9), (cube(30), 0, 0.5), (cube(10), 0, 0.5)],
     )
     empty = scan([], [(cube(0), 0, 0.7)])
     curve = mt.froc(pooled([one, empty]))
@@ -380,7 +400,7 @@ def test_sizes_ignore_objects_and_false_positives_of_other_sizes():
             [(small, 0), (large, 0)],
             [(small, 0, 0.9), (cube(50, 12), 0, 0.8)],
             spacing=(1.0, 1.0, 1.0),
-        )
+        ),
     ]
     strata = evaluate(scans, [A], EvaluationSettings(size_edges_mm=(5.0,), num_resamples=0))[
         "sizes"
@@ -409,7 +429,7 @@ def test_intervals_are_the_same_every_time_and_hold_the_value():
 
     assert low < first["ap"]["0.5"]["mean"] < high
     assert interval([float("nan"), 0.5]) is None and interval(
-        [0.2, float("nan"), 0.4]
+        [0.2, float("nan"), 0.4],
     ) == pytest.approx((0.205, 0.395))
 
 
@@ -431,7 +451,9 @@ def test_impossible_settings_are_refused(change, code, value):
 
 def test_the_results_are_plain_json():
     results = evaluate(
-        random_scans(np.random.default_rng(4), 3), [A, B, C], EvaluationSettings(num_resamples=10)
+        random_scans(np.random.default_rng(4), 3),
+        [A, B, C],
+        EvaluationSettings(num_resamples=10),
     )
 
     assert json.loads(json.dumps(results, allow_nan=False)) == results

@@ -118,7 +118,11 @@ def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> 
     heads = detector.detection["heads"]
     maps = [torch.zeros(1, 32, 2, 2, 2), torch.zeros(1, 32, 1, 1, 1)]
     marked = torch.arange(6.0)[None, :, None, None, None] + 100 * torch.arange(8.0).reshape(
-        1, 1, 2, 2, 2
+        1,
+        1,
+        2,
+        2,
+        2,
     )
     heads.classifier, heads.regressor = (
         FixedAnswer(marked),

@@ -57,12 +57,12 @@ def test_objects_come_from_the_instance_map_else_boxes_else_the_labels(
 
     (tmp_path / "boxesTr").mkdir()
     (tmp_path / "boxesTr" / "a.json").write_text(
-        '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 4], "label": 1}]}'
+        '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 4], "label": 1}]}',
     )
     found = source(tmp_path).read("a")
 
     assert [o.box_zyx for o in found.instances.objects] == [
-        (0, 0, 0, 4, 4, 4)
+        (0, 0, 0, 4, 4, 4),
     ] and not found.has_masks
     assert found.instances.ids_ZYX is not None and found.instances.ids_ZYX[1, 1, 1] == 1
 
@@ -79,7 +79,8 @@ def test_objects_come_from_the_instance_map_else_boxes_else_the_labels(
 
 
 def test_without_the_raw_dataset_the_copied_objects_are_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raw, preprocessed = (
         tmp_path / "raw" / "Dataset900_X",
@@ -126,7 +127,7 @@ def test_objects_that_contradict_the_image_or_each_other_are_named(tmp_path: Pat
     write(tmp_path / "labelsTr" / "a.nii.gz", cube())
     (tmp_path / "boxesTr").mkdir()
     (tmp_path / "boxesTr" / "a.json").write_text(
-        '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 40], "label": 1}]}'
+        '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 40], "label": 1}]}',
     )
 
     with refused(ObjectsError, "box-outside", "a.json", "8 x 10 x 12"):
@@ -151,7 +152,7 @@ def test_sizes_are_transposed_and_resampled(tmp_path: Path) -> None:
 
     # 2 x 4 x 4 voxels of 2 x 1 x 1 mm, axes y, z, x, at 1 x 2 x 0.5 mm.
     assert sizes_of(source(tmp_path).read("a"), 1, (1.0, 2.0, 0.5), (1, 0, 2)) == [
-        [(4.0, 2.0, 8.0)]
+        [(4.0, 2.0, 8.0)],
     ]
 
 
@@ -180,7 +181,12 @@ def maker(tmp_path: Path) -> IdMapMaker:
     image, labels = np.zeros((1, *shape), np.float32), np.zeros((1, *shape), np.int8)
     nnUNetDatasetBlosc2.save_case(image, labels, properties, str(folder / "a"), **options)
     return IdMapMaker(
-        folder, source(tmp_path / "raw"), (1, 0, 2), (1.0, 4.0, 1.0), (8, 8, 8), halved
+        folder,
+        source(tmp_path / "raw"),
+        (1, 0, 2),
+        (1.0, 4.0, 1.0),
+        (8, 8, 8),
+        halved,
     )
 
 
@@ -221,7 +227,8 @@ def test_id_maps_are_transposed_cropped_and_resampled_once(maker: IdMapMaker) ->
 
 
 def test_a_scan_without_objects_is_fine_and_an_absent_class_is_named(
-    maker: IdMapMaker, caplog: pytest.LogCaptureFixture
+    maker: IdMapMaker,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     write(maker.source.labels / "a.nii.gz", np.zeros((8, 10, 12), np.uint8))
     with caplog.at_level("INFO", "nnunet_autoreg"):
@@ -233,7 +240,8 @@ def test_a_scan_without_objects_is_fine_and_an_absent_class_is_named(
 
 
 def test_an_index_of_other_rules_is_not_used(
-    maker: IdMapMaker, caplog: pytest.LogCaptureFixture
+    maker: IdMapMaker,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = instances_folder(maker.preprocessed)
     prepare_instances(maker, ["a"])

@@ -58,12 +58,17 @@ def make_dataset(root: Path, direction: tuple[float, ...]) -> tuple[Path, Any]:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reader", sorted(readers()))
 def test_boxes_hold_the_object_in_the_array_that_is_trained_on(
-    tmp_path: Path, reader: str, direction: str
+    tmp_path: Path,
+    reader: str,
+    direction: str,
 ) -> None:
     root, _ = make_dataset(tmp_path / "Dataset001_A", DIRECTIONS[direction])
     kind = readers()[reader]
     source = ObjectSource(
-        root / "labelsTr", root, json.loads((root / "dataset.json").read_text()), kind
+        root / "labelsTr",
+        root,
+        json.loads((root / "dataset.json").read_text()),
+        kind,
     )
 
     image = kind().read_images([str(root / "imagesTr" / "a_0000.nii.gz")])[0][0]
@@ -77,7 +82,9 @@ def test_boxes_hold_the_object_in_the_array_that_is_trained_on(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reader", sorted(readers()))
 def test_boxes_come_back_to_the_stored_array_and_its_place(
-    tmp_path: Path, reader: str, direction: str
+    tmp_path: Path,
+    reader: str,
+    direction: str,
 ) -> None:
     root, image = make_dataset(tmp_path / "Dataset001_A", DIRECTIONS[direction])
     array, properties = readers()[reader]().read_images([str(root / "imagesTr" / "a_0000.nii.gz")])

@@ -30,7 +30,10 @@ def scan(
     found = [(BOX, *hit) for hit in hits] + [(AWAY, *wrong) for wrong in false]
     boxes, labels, scores = ([one[i] for one in found] for i in range(3))
     return scan_boxes(
-        "s", (1, 1, 1), ([BOX] * len(true), true, [False] * len(true)), (boxes, labels, scores)
+        "s",
+        (1, 1, 1),
+        ([BOX] * len(true), true, [False] * len(true)),
+        (boxes, labels, scores),
     )
 
 
@@ -50,14 +53,19 @@ def summary(model: Path, fold: int, scans: list[ScanBoxes], is_old: bool = False
 
 
 def found_thresholds(
-    model: Path, fppi: float, folds: tuple[str, ...] = ("0", "1"), num_mirrorings: int = 1
+    model: Path,
+    fppi: float,
+    folds: tuple[str, ...] = ("0", "1"),
+    num_mirrorings: int = 1,
 ) -> dict[str, float]:
     return score_thresholds(model, folds, ["a", "b"], fppi, num_mirrorings)
 
 
 def test_a_class_without_objects_has_a_curve_of_its_false_positives_alone(tmp_path: Path) -> None:
     figures = evaluate(
-        [scan([0], [(1, 0.75), (1, 0.25)], [(0, 0.9)]), scan([], [(1, 0.5)])], (A, B), SETTINGS
+        [scan([0], [(1, 0.75), (1, 0.25)], [(0, 0.9)]), scan([], [(1, 0.5)])],
+        (A, B),
+        SETTINGS,
     )
 
     assert json.loads(json.dumps(figures, allow_nan=False))["froc"]["curve"]["b"] == {
@@ -77,12 +85,14 @@ def test_a_class_without_objects_has_a_curve_of_its_false_positives_alone(tmp_pa
     draw_froc(tmp_path / "froc.png", figures)
 
     assert (tmp_path / "froc.png").read_bytes().startswith(b"\x89PNG") and thresholds(
-        figures, (A, B)
+        figures,
+        (A, B),
     )[1] == 0.0
 
 
 def test_a_picture_without_any_object_is_drawn_without_a_legend(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     draw_froc(tmp_path / "froc.png", evaluate([scan([], [(1, 0.5)])], (A, B), SETTINGS))
 
@@ -105,7 +115,8 @@ def test_false_positives_of_a_fold_without_objects_of_the_class_count(tmp_path: 
 
 
 def test_a_class_without_objects_has_a_threshold_by_its_false_positives(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     summary(tmp_path, 0, [scan([0], [(1, 0.8)], [(0, 0.9)])])
     summary(tmp_path, 1, [scan([0], [(1, 0.7)], [(0, 0.9)])])
@@ -116,7 +127,8 @@ def test_a_class_without_objects_has_a_threshold_by_its_false_positives(
 
 
 def test_of_what_validation_never_found_everything_is_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     summary(tmp_path, 0, [scan([0], [], [(0, 0.9)])])
     summary(tmp_path, 1, [scan([0], [], [(0, 0.8)])])
@@ -126,7 +138,8 @@ def test_of_what_validation_never_found_everything_is_kept(
 
 
 def test_summaries_of_earlier_versions_are_used_as_far_as_they_go(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     summary(tmp_path, 0, [scan([0, 1], [(1, 0.3)], [(0, 0.9), (1, 0.9)])])
     summary(tmp_path, 1, [scan([0], [], [(0, 0.9)])], is_old=True)
@@ -141,7 +154,8 @@ def test_summaries_of_earlier_versions_are_used_as_far_as_they_go(
 
 
 def test_other_mirrorings_are_warned_about_and_missing_scores_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     summary(tmp_path, 0, [scan([0], [], [(0, 0.9)])])
     found_thresholds(tmp_path, 1, ("0",), num_mirrorings=8)
@@ -153,7 +167,7 @@ def test_other_mirrorings_are_warned_about_and_missing_scores_refused(
         found_thresholds(tmp_path, 1, ("0", "all"))
 
     (tmp_path / "fold_0" / "validation_detection" / "summary_detection.json").write_text(
-        '{"model": {}}'
+        '{"model": {}}',
     )
 
     with refused(UsageError, "fppi-summary", "fold_0", "'scans'"):

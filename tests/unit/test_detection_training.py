@@ -72,7 +72,8 @@ def test_a_plan_is_read_as_written_and_impossible_values_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "named"), [("version", 2, "2"), ("nonsense", 1, "'nonsense'")]
+    ("key", "value", "named"),
+    [("version", 2, "2"), ("nonsense", 1, "'nonsense'")],
 )
 def test_a_plan_of_another_format_is_refused(key: str, value: int, named: str) -> None:
     plans: dict[str, Any] = {"configurations": {"3d_fullres": {}}}
@@ -183,7 +184,7 @@ def test_tile_weights_fall_to_the_border_and_mirroring_twice_is_neutral() -> Non
             [3.0, 3.0, 3.0, 5.0, 5.0, 5.0],
             [0.0, 3.0, 3.0, 0.0, 5.0, 5.0],
             [1.0, 3.0, 3.0, 3.0, 5.0, 5.0],
-        ]
+        ],
     )
 
     assert tile_weights(boxes, (8, 8, 8)).tolist() == [1.0, 0.5, 0.75]
@@ -200,7 +201,11 @@ def test_boxes_of_one_member_are_suppressed_and_of_two_members_merged() -> None:
     # The first has the lower score, but the second was cut by its tile.
     one = merge(
         Candidates(
-            boxes, scores, labels, torch.tensor([1.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.long)
+            boxes,
+            scores,
+            labels,
+            torch.tensor([1.0, 0.5, 1.0]),
+            torch.zeros(3, dtype=torch.long),
         ),
         num_members=1,
     )
@@ -208,7 +213,8 @@ def test_boxes_of_one_member_are_suppressed_and_of_two_members_merged() -> None:
     assert one.boxes_N6.tolist() == boxes[[0, 2]].tolist() and one.votes_N.tolist() == [1, 1]
 
     two = merge(
-        Candidates(boxes, scores, labels, torch.ones(3), torch.tensor([0, 1, 0])), num_members=2
+        Candidates(boxes, scores, labels, torch.ones(3), torch.tensor([0, 1, 0])),
+        num_members=2,
     )
 
     assert two.votes_N.tolist() == [2, 1]
@@ -224,7 +230,10 @@ class BrightIsObject(torch.nn.Module):
         scores = (bright * 20 - 10).flatten()[None, :, None]
         cells = (bright.shape[2], bright.shape[3], bright.shape[4])
         return Output(
-            torch.cat([-image, image], 1), scores, torch.zeros(1, scores.shape[1], 6), (cells,)
+            torch.cat([-image, image], 1),
+            scores,
+            torch.zeros(1, scores.shape[1], 6),
+            (cells,),
         )
 
 
@@ -303,7 +312,10 @@ def test_losses_have_all_gradients_with_and_without_objects_and_masks(
     has_masks: bool,
 ) -> None:
     detection_loss = DetectionLoss(
-        replace(PLAN, has_masks=has_masks), make_segmentation_loss(False, None, False), None, None
+        replace(PLAN, has_masks=has_masks),
+        make_segmentation_loss(False, None, False),
+        None,
+        None,
     )
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
     labels[..., :4, :4, :4] = 1
@@ -330,7 +342,8 @@ def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
 
     logits = torch.ones(1, 2, 4, 1, 1)
     found = detection_loss.confusion(
-        Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()), labels
+        Output(logits, torch.zeros(1, 0, 1), torch.zeros(1, 0, 6), ()),
+        labels,
     )
 
     assert [found[name].tolist() for name in ("tp_hard", "fp_hard", "fn_hard")] == [
@@ -343,7 +356,10 @@ def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
 
 def test_anchors_and_boxes_in_voxels_of_the_ignore_label_do_not_count() -> None:
     detection_loss = DetectionLoss(
-        replace(PLAN, classification="focal"), make_segmentation_loss(False, 2, False), None, 2
+        replace(PLAN, classification="focal"),
+        make_segmentation_loss(False, 2, False),
+        None,
+        2,
     )
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
     logits = torch.full((1, 8, 1), -4.0)
@@ -351,18 +367,23 @@ def test_anchors_and_boxes_in_voxels_of_the_ignore_label_do_not_count() -> None:
     logits[0, 7] = 4.0
     output = Output(torch.zeros(1, 2, 8, 8, 8), logits, torch.zeros(1, 8, 6), ((2, 2, 2),))
     wrong = detection_loss.losses(
-        output, labels, [objects([0, 0, 0, 4, 4, 4])]
+        output,
+        labels,
+        [objects([0, 0, 0, 4, 4, 4])],
     ).classification.item()
     labels[..., 5:, 5:, 5:] = 2
     uncounted = detection_loss.losses(
-        output, labels, [objects([0, 0, 0, 4, 4, 4])]
+        output,
+        labels,
+        [objects([0, 0, 0, 4, 4, 4])],
     ).classification.item()
     # Focal loss by hand: one positive that is missed, six negatives that are not, and the one that
     # is wrong.
     score, large, small = 1 / (1 + math.exp(4)), math.log1p(math.exp(4)), math.log1p(math.exp(-4))
 
     assert uncounted == pytest.approx(
-        0.75 * (1 - score) * large + 6 * 0.25 * score * small, rel=1e-5
+        0.75 * (1 - score) * large + 6 * 0.25 * score * small,
+        rel=1e-5,
     )
     assert wrong - uncounted == pytest.approx(0.25 * (1 - score) * large, rel=1e-5)
 
@@ -396,7 +417,8 @@ def test_the_number_of_threads_that_the_user_set_is_kept(monkeypatch: pytest.Mon
 def test_norms_and_biases_are_not_decayed_even_by_sgd() -> None:
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.InstanceNorm3d(2, affine=True))
     groups = without_decay_on_norms(
-        [{"params": list(network.parameters()), "rate_factor": 1.0, "weight_decay": 0.1}], network
+        [{"params": list(network.parameters()), "rate_factor": 1.0, "weight_decay": 0.1}],
+        network,
     )
 
     assert [(g["weight_decay"], len(g["params"]), g["rate_factor"]) for g in groups] == [
@@ -418,7 +440,7 @@ def test_scores_of_patches_leave_out_absent_classes() -> None:
 
 def test_boxes_are_cut_between_tiles_and_not_at_the_borders_of_the_image() -> None:
     boxes = torch.tensor(
-        [[0.0, 2, 2, 4, 4, 4], [2, 2, 2, 8, 4, 4], [2, 2, 2, 4, 4, 8], [1, 2, 2, 7, 4, 4]]
+        [[0.0, 2, 2, 4, 4, 4], [2, 2, 2, 8, 4, 4], [2, 2, 2, 4, 4, 8], [1, 2, 2, 7, 4, 4]],
     )
 
     # A tile of 8 at z 0 of 12, y and x filling the image.

@@ -24,8 +24,12 @@ def summary_of(model: Path, fold: int | str, tried: dict[float, float] | None) -
     if tried is not None:
         file.write_text(
             json.dumps(
-                {"sweep": {"tried": {f"{iou:g}": {MEASURE: score} for iou, score in tried.items()}}}
-            )
+                {
+                    "sweep": {
+                        "tried": {f"{iou:g}": {MEASURE: score} for iou, score in tried.items()},
+                    },
+                },
+            ),
         )
     return file
 
@@ -49,7 +53,8 @@ def test_without_other_folds_there_is_none(tmp_path: Path) -> None:
 
 
 def test_a_fold_whose_summary_cannot_be_used_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     summary_of(tmp_path, 1, None).write_text("{")
     summary_of(tmp_path, 3, {0.2: 0.5})

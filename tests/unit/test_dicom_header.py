@@ -133,7 +133,10 @@ def test_values_of_kind_un_are_read_by_the_dictionary(tmp_path: Path) -> None:
     ],
 )
 def test_text_is_decoded_by_the_files_character_set(
-    tmp_path: Path, character_set: str, stored: bytes, expected: str
+    tmp_path: Path,
+    character_set: str,
+    stored: bytes,
+    expected: str,
 ) -> None:
     changes: d.Values = {0x00080005: ("CS", character_set), 0x0008103E: ("LO", stored)}
 
@@ -219,7 +222,7 @@ def test_a_kind_that_stands_in_front_only_is_known(tmp_path: Path) -> None:
     length = element(2, 0, b"UL", struct.pack("<I", len(directory)))
     entries = element(4, 0x1130, b"CS", b"MEDIUM") + element(4, 0x1212, b"US", b"\0\0")
     (tmp_path / "DICOMDIR-copy.dcm").write_bytes(
-        b"\0" * 128 + b"DICM" + length + directory + entries
+        b"\0" * 128 + b"DICM" + length + directory + entries,
     )
 
     rows = {one.path.name: one for one in find_scans([], [tmp_path])}
@@ -250,7 +253,8 @@ def test_a_small_deflated_file_does_not_fill_the_memory(tmp_path: Path, num_byte
 
 
 def test_nothing_of_a_header_reaches_a_log_or_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     changes: d.Values = {
         0x00080060: ("CS", "ct of Dumbledore"),

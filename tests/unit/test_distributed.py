@@ -111,7 +111,10 @@ ALICE_WAYS = {
 JOINT_PLAN = replace(
     PLAN,
     sequence=SequencePlan(
-        (16, 16, 16), order="random", weights={"views": 1.0, "images": 1.0}, spatial_share=0.5
+        (16, 16, 16),
+        order="random",
+        weights={"views": 1.0, "images": 1.0},
+        spatial_share=0.5,
     ),
     objective=JointPlan(
         "joint",
@@ -183,7 +186,11 @@ def untrained(plan: Plan, objective: Any, world: World) -> Trainer:
 
 
 def alice_in(
-    world: World, network: str, micro: int | None, sharding: str, batch_size: int
+    world: World,
+    network: str,
+    micro: int | None,
+    sharding: str,
+    batch_size: int,
 ) -> Trainer:
     torch.manual_seed(0)
     plan = with_parts(ALICE_PLAN, micro, sharding, batch_size)
@@ -228,7 +235,10 @@ class Mixed:
 
 
 def trainer_in(
-    world: World, micro: int | None, sharding: str = "none", batch_size: int = 5
+    world: World,
+    micro: int | None,
+    sharding: str = "none",
+    batch_size: int = 5,
 ) -> Trainer:
     torch.manual_seed(0)
     plan = with_parts(PLAN, micro, sharding, batch_size)
@@ -247,7 +257,11 @@ def trained(trainer: Trainer, first: int = 0, last: int = STEPS) -> list[float]:
 def state_of(trainer: Trainer, step: int = STEPS) -> dict[str, Any]:
     trainer.progress.step = step
     return snapshot(
-        trainer.objective, trainer.optimizer, trainer.guard, trainer.progress, trainer.world
+        trainer.objective,
+        trainer.optimizer,
+        trainer.guard,
+        trainer.progress,
+        trainer.world,
     )
 
 
@@ -301,7 +315,7 @@ def together(rank: int, port: int, folder: Path) -> None:
         # Only the main process has the file; what it holds afterwards, all do.
         trainer = trainer_in(world, None, sharding, 6)
         content = world.share(
-            shareable(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None
+            shareable(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None,
         )
         restore(content, trainer.objective, trainer.optimizer, trainer.guard, world)
         own = {
@@ -313,7 +327,9 @@ def together(rank: int, port: int, folder: Path) -> None:
         found[f"generators, {sharding}"] = [
             torch.equal(*pair)
             for pair in zip(
-                states, (start["generators"][0]["torch"], torch.get_rng_state()), strict=True
+                states,
+                (start["generators"][0]["torch"], torch.get_rng_state()),
+                strict=True,
             )
         ]
     if rank == 0:
@@ -357,7 +373,8 @@ def copied(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def two(
-    alone: dict[int, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    alone: dict[int, dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("two")
@@ -380,7 +397,9 @@ def two(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_have_the_losses_and_weights_of_one(
-    alone: dict[int, dict[str, Any]], two: dict[str, Any], way: str
+    alone: dict[int, dict[str, Any]],
+    two: dict[str, Any],
+    way: str,
 ) -> None:
     batch_size = WAYS[way][2]
     one = alone[batch_size]
@@ -391,7 +410,8 @@ def test_two_processes_have_the_losses_and_weights_of_one(
 
     good = [n for n in range(STEPS) if n != SPOILED]
     assert [two[way]["losses"][n] for n in good] == pytest.approx(
-        [one["losses"][n] for n in good], rel=1e-5
+        [one["losses"][n] for n in good],
+        rel=1e-5,
     )
 
     for name, weights in one["state"]["network_weights"].items():
@@ -400,7 +420,8 @@ def test_two_processes_have_the_losses_and_weights_of_one(
         assert torch.allclose(found, weights, atol=2e-5), name
     for name, weights in two[way]["encoder"].items():
         assert torch.equal(
-            weights, two[way]["state"]["network_weights"][f"encoder.network.{name}"]
+            weights,
+            two[way]["state"]["network_weights"][f"encoder.network.{name}"],
         ), name
 
 
@@ -413,10 +434,12 @@ def test_of_sharded_weights_the_main_process_alone_holds_the_whole(two: dict[str
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_that_is_bad_on_one_process_is_skipped_on_all(
-    alone: dict[int, dict[str, Any]], two: dict[str, Any], way: str
+    alone: dict[int, dict[str, Any]],
+    two: dict[str, Any],
+    way: str,
 ) -> None:
     assert not np.isfinite(two[way]["losses"][SPOILED]) and not np.isfinite(
-        alone[5]["losses"][SPOILED]
+        alone[5]["losses"][SPOILED],
     )
     assert (two[way]["statistics"].nonfinite, two[way]["statistics"].in_row) == (1, 0)
 
@@ -429,7 +452,9 @@ def test_a_step_that_is_bad_on_one_process_is_skipped_on_all(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_two_processes_save_one_goes_on_from(
-    alone: dict[int, dict[str, Any]], two: dict[str, Any], way: str
+    alone: dict[int, dict[str, Any]],
+    two: dict[str, Any],
+    way: str,
 ) -> None:
     one = alone[WAYS[way][2]]
     trainer = trainer_in(ALONE, None, "none", WAYS[way][2])
@@ -444,14 +469,18 @@ def test_what_two_processes_save_one_goes_on_from(
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_what_one_process_saves_two_go_on_from(
-    alone: dict[int, dict[str, Any]], two: dict[str, Any], sharding: str
+    alone: dict[int, dict[str, Any]],
+    two: dict[str, Any],
+    sharding: str,
 ) -> None:
     assert two[f"from alone, {sharding}"] == pytest.approx(alone[6]["next"], rel=1e-5)
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_checkpoint_read_by_the_main_process_reaches_all_exactly(
-    alone: dict[int, dict[str, Any]], two: dict[str, Any], sharding: str
+    alone: dict[int, dict[str, Any]],
+    two: dict[str, Any],
+    sharding: str,
 ) -> None:
     state, (main, other) = two[f"shareable, {sharding}"]
     start = alone[6]["state"]
@@ -485,7 +514,9 @@ def test_shareable_content_is_sent_without_weights_but_whole_alone(
     received = pickle.loads(outline)
     name, weights = next(iter(start["network_weights"].items()))
     assert received["network_weights"][name] == DeferredTensor(
-        tuple(weights.shape), weights.dtype, None
+        tuple(weights.shape),
+        weights.dtype,
+        None,
     )
     assert (
         received["generators"][0]["python"] == start["generators"][0]["python"]
@@ -523,7 +554,8 @@ def test_shares_have_no_overlap_and_no_gap_and_are_as_even_as_can_be(num: int, s
 
 @pytest.mark.parametrize("way", ALICE_WAYS)
 def test_alice_has_one_teacher_in_all_processes_and_that_of_one(
-    two: dict[str, Any], way: str
+    two: dict[str, Any],
+    way: str,
 ) -> None:
     network, _, sharding, batch_size = ALICE_WAYS[way]
     alone = alice_in(ALONE, network, None, "none", batch_size)
@@ -551,7 +583,8 @@ def test_alice_has_one_teacher_in_all_processes_and_that_of_one(
 
 @pytest.mark.parametrize("way", JOINT_WAYS)
 def test_joint_clusters_have_one_bank_in_all_processes_and_that_of_one(
-    two: dict[str, Any], way: str
+    two: dict[str, Any],
+    way: str,
 ) -> None:
     _, sharding, batch_size = JOINT_WAYS[way]
     alone = joint_in(ALONE, None, "none", batch_size)
@@ -583,8 +616,8 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused() -> None:
 def test_a_lost_process_is_told_from_an_error_of_ones_own() -> None:
     assert is_lost_peer(
         RuntimeError(
-            "[third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
-        )
+            "[third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1",
+        ),
     )
     assert is_lost_peer(dist.DistBackendError("NCCL error"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -65,7 +65,9 @@ def card(name: str, finished_at: str) -> EncoderCard:
 
 
 def test_without_problems_every_line_is_ok_and_pretraining_is_next(
-    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(doctor, "probe", lambda: WELL)
 
@@ -104,7 +106,9 @@ def test_a_damaged_card_is_counted_and_shown_with_its_path(folders: Path) -> Non
 
 
 def test_a_problem_has_a_remedy_and_the_first_one_comes_next(
-    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("nnUNet_raw")
     monkeypatch.setattr(doctor, "probe", lambda: {**WELL, "live": False})
@@ -137,10 +141,14 @@ def test_a_folder_that_is_missing_or_no_folder_fails_by_name(folders: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("variable", "status"), [("nnUNet_raw", "warn"), ("nnUNet_results", "fail")]
+    ("variable", "status"),
+    [("nnUNet_raw", "warn"), ("nnUNet_results", "fail")],
 )
 def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
-    folders: Path, monkeypatch: pytest.MonkeyPatch, variable: str, status: str
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    status: str,
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     check = doctor.check_folder(variable, doctor.FOLDERS[variable])
@@ -152,7 +160,9 @@ def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
     [("2.8.1", "ok"), ("2.10.0", "ok"), ("2.8.0", "fail"), ("2.5", "fail"), ("3.0.0", "fail")],
 )
 def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
-    monkeypatch: pytest.MonkeyPatch, version: str, status: str
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    status: str,
 ) -> None:
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: version)
     check = doctor.check_nnunet()
@@ -173,7 +183,7 @@ def test_a_bridge_that_is_off_not_read_or_broken_has_its_own_remedy() -> None:
     assert doctor.check_bridge({**WELL, "live": False}, None).remedy == "autoreg_doctor --link"
 
     broken = {k: v for k, v in WELL.items() if k != "trainer"} | {
-        "trainer_error": "ImportError: no\n such module"
+        "trainer_error": "ImportError: no\n such module",
     }
     check = doctor.check_bridge(broken, None)
 
@@ -222,7 +232,9 @@ def test_a_fresh_interpreter_that_fails_is_shown_with_its_last_line(
 
 
 def test_a_slow_import_is_not_called_a_broken_one(
-    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def take_long(*_: object, **__: object) -> None:
         raise subprocess.TimeoutExpired("python", doctor.PROBE_LIMIT_S)
@@ -247,7 +259,8 @@ def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_link_writes_the_guarded_line_and_unlink_removes_it(
-    site_packages: Path, capsys: pytest.CaptureFixture[str]
+    site_packages: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert doctor.main(["--link"]) == 0
 
@@ -264,7 +277,9 @@ def test_link_writes_the_guarded_line_and_unlink_removes_it(
 
 
 def test_link_and_unlink_leave_a_foreign_file_alone(
-    site_packages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    site_packages: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     foreign = site_packages / "nnunet_autoreg_link.pth"
     foreign.write_text("/somewhere/else\n")
@@ -276,7 +291,9 @@ def test_link_and_unlink_leave_a_foreign_file_alone(
 
 
 def test_a_link_without_effect_is_an_error(
-    site_packages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    site_packages: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: False)
     assert doctor.main(["--link"]) == 1
@@ -284,7 +301,8 @@ def test_a_link_without_effect_is_an_error(
 
 
 def test_link_refuses_while_the_bridge_is_switched_off(
-    site_packages: Path, monkeypatch: pytest.MonkeyPatch
+    site_packages: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(bridge.SWITCH, "0")
     assert doctor.main(["--link"]) == 2
@@ -310,7 +328,10 @@ def test_misuse_ends_with_2() -> None:
     ],
 )
 def test_a_command_turns_errors_into_one_line_and_a_code(
-    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     @common.command
     def main(argv: list[str] | None = None) -> int:
@@ -321,7 +342,9 @@ def test_a_command_turns_errors_into_one_line_and_a_code(
 
 
 def test_shared_memory_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # As the semaphores of Python's process pools fail: without a file name.
     @common.command
@@ -342,7 +365,8 @@ def test_shared_memory_that_cannot_be_written_is_named(
     [MemoryError(), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes")],
 )
 def test_too_little_memory_ends_in_one_line(
-    capsys: pytest.CaptureFixture[str], error: Exception
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
 ) -> None:
     import torch  # noqa: F401
 
@@ -375,7 +399,10 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
         "sys.exit(main())\n"
     )
     run = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert run.stdout is not None and run.stderr is not None
 

@@ -78,7 +78,11 @@ def test_every_named_encoder_can_be_built_and_states_its_tokens_and_family(name:
     shallow = {**size.arguments, **({"eva_depth": 2} if "eva_depth" in size.arguments else {})}
     with torch.device("meta"):
         network: Any = build_network(
-            size.class_path, shallow, [4 * t for t in size.token_size], 1, 3
+            size.class_path,
+            shallow,
+            [4 * t for t in size.token_size],
+            1,
+            3,
         )
         output = network(torch.empty(1, 1, *(4 * t for t in size.token_size)))
 
@@ -88,7 +92,9 @@ def test_every_named_encoder_can_be_built_and_states_its_tokens_and_family(name:
     assert all(
         b >= n
         for b, n in zip(
-            size.block_tokens, smallest_block(size.family, size.token_size), strict=True
+            size.block_tokens,
+            smallest_block(size.family, size.token_size),
+            strict=True,
         )
     )
     assert not missing_arguments(size.class_path, size.arguments)
@@ -116,7 +122,7 @@ def test_the_presets_have_the_sizes_of_their_papers() -> None:
     )
     assert [encoder_size(f"resenc_{s}").patch_gib for s in ("m", "l", "xl")] == [8, 24, 40]
     assert encoder_size("primus_v2_m").arguments["embed_dim"] == 864 and encoder_size(
-        "vit_b16"
+        "vit_b16",
     ).token_size == (16, 16, 16)
     # Total stride of strides 1, (1, 2, 2), 2: per axis.
     assert token_size_of(CLASS_PATHS["resenc"], {"strides": [1, [1, 2, 2], 2]}) == (2, 4, 4)
@@ -124,7 +130,8 @@ def test_the_presets_have_the_sizes_of_their_papers() -> None:
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_what_transfers_fills_the_downstream_encoder_and_nothing_else(
-    name: str, tmp_path: Any
+    name: str,
+    tmp_path: Any,
 ) -> None:
     encoder, plan = small_encoder(name), small_plan(name)
     state = encoder.transferable_state()
@@ -208,7 +215,8 @@ def test_run_over_a_whole_crop_the_local_part_would_leak(name: str) -> None:
         assert torch.equal(encoder.tokens(volume)[0, first], encoder.tokens(other)[0, first])
         whole = as_size(CROP)
         assert not torch.equal(
-            encoder.tokens(volume, whole)[0, first], encoder.tokens(other, whole)[0, first]
+            encoder.tokens(volume, whole)[0, first],
+            encoder.tokens(other, whole)[0, first],
         )
 
 

@@ -187,7 +187,7 @@ def test_boxes_alone_can_be_the_truth_and_are_drawn_on_images(folders, tmp_path,
     truth = tmp_path / "boxes"
     truth.mkdir()
     (truth / "a.json").write_text(
-        json.dumps({"boxes": [{"box_zyx": LESION, "label": 1}, {"box_zyx": CYST, "label": 2}]})
+        json.dumps({"boxes": [{"box_zyx": LESION, "label": 1}, {"box_zyx": CYST, "label": 2}]}),
     )
 
     assert run(truth, found, out) == 0
@@ -210,7 +210,7 @@ def test_a_file_of_detections_can_itself_be_the_truth(folders):
 def test_detections_in_the_ignore_label_do_not_count(folders):
     truth, found, out = folders
     (truth.parent / "dataset.json").write_text(
-        json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}})
+        json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}}),
     )
     write_map(truth / "a.nii.gz", [(1, LESION), (3, (0, 10, 0, 6, 16, 6))])
 
@@ -228,7 +228,7 @@ def test_detections_in_the_ignore_label_do_not_count(folders):
 def test_the_ignore_label_has_no_meaning_in_an_instance_map(folders):
     truth, found, out = folders
     (truth.parent / "dataset.json").write_text(
-        json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}})
+        json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}}),
     )
     write_map(truth / "a.nii.gz", [(3, LESION)])
     (truth / "a.json").write_text('{"instances": {"3": 1}}')
@@ -335,7 +335,8 @@ def test_maps_of_what_was_found_are_turned_too(folders):
     truth, found, out = folders
     for name in "abc":
         write_map(
-            found / f"{name}_instances.nii.gz", [(1, LESION), (2, CYST)] if name == "a" else []
+            found / f"{name}_instances.nii.gz",
+            [(1, LESION), (2, CYST)] if name == "a" else [],
         )
         rewrite(found / f"{name}_instances.nii.gz", flipped(1))
 
@@ -368,7 +369,10 @@ def test_truth_at_another_location_is_refused_with_both(folders, tmp_path):
     # they are.
     boxes = tmp_path / "boxes"
     turned = make_scan_file(
-        "a", frame_of_itk(SHAPE, (1, 1, 2), (0, 15, 0), (1, 0, 0, 0, -1, 0, 0, 0, 1)), [], CLASSES
+        "a",
+        frame_of_itk(SHAPE, (1, 1, 2), (0, 15, 0), (1, 0, 0, 0, -1, 0, 0, 0, 1)),
+        [],
+        CLASSES,
     )
     write_scan_file(boxes / "a.json", turned)
     fails(ObjectsError, "truth-other-axes", ["a.json"], boxes, found, out)
@@ -514,11 +518,11 @@ def test_truth_and_detections_that_contradict_each_other_are_refused(folders, tm
         (boxes / f"{name}.json").write_text('{"boxes": []}')
     fails(ObjectsError, "truth-without-spacing", ["z.json"], boxes, found, out, "--all-scans")
     (truth.parent / "dataset.json").write_text(
-        '{"labels": {"background": 0, "lesion": 2, "cyst": 1}}'
+        '{"labels": {"background": 0, "lesion": 2, "cyst": 1}}',
     )
     fails(ObjectsError, "detections-other-label", ["'lesion'", 2, 1], truth, found, out)
     (truth.parent / "dataset.json").write_text(
-        '{"labels": {"background": 0, "lesions": 1, "cyst": 2}}'
+        '{"labels": {"background": 0, "lesions": 1, "cyst": 2}}',
     )
     fails(ObjectsError, "detections-unknown-class", ["'lesion'"], truth, found, out)
 
@@ -526,7 +530,7 @@ def test_truth_and_detections_that_contradict_each_other_are_refused(folders, tm
 def test_a_class_the_detector_does_not_know_counts_as_missed(folders, caplog):
     truth, found, out = folders
     (truth.parent / "dataset.json").write_text(
-        json.dumps({"labels": {"background": 0, **CLASSES, "node": 3}})
+        json.dumps({"labels": {"background": 0, **CLASSES, "node": 3}}),
     )
     write_map(truth / "b.nii.gz", [(3, LESION)])
 
@@ -591,7 +595,7 @@ def test_pictures_show_scans_from_all_over_and_slices_through_objects():
     )
 
     assert [scan.true_boxes_G6[0, 0] for scan in pick_scans(full)] == [0, 3, 6, 9] and len(
-        pick_scans(full[:2])
+        pick_scans(full[:2]),
     ) == 2
     assert [len(scan.true_boxes_G6) for scan in pick_scans([*empty, *full])] == [1, 1, 1, 0]
     assert pick_slices(with_objects((2, 0, 0, 10, 1, 1)), 20) == [4, 6, 8]
@@ -608,10 +612,12 @@ def test_axial_slices_are_drawn_anterior_up_and_patient_right_on_the_left():
     array = np.zeros((2, 3, 4))
 
     assert background(array, frame_of_affine(np.eye(4), (2, 3, 4))) == Background(
-        array, flip_y=True, flip_x=True
+        array,
+        flip_y=True,
+        flip_x=True,
     )
     assert background(array, frame_of_affine(np.diag([-1, -1, 1, 1]), (2, 3, 4))) == Background(
-        array
+        array,
     )
 
     sagittal = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])

@@ -213,7 +213,8 @@ def test_thick_slices_are_turned_and_zoomed_in_their_plane_alone() -> None:
 
 def test_patches_depend_on_draw_step_and_number_alone(data: evidence_data.ResidentSet) -> None:
     scans = evidence_augment.LabelledScans(
-        data.scans_on(data.division.pool[:3], CPU), data.facts.spacing_mm
+        data.scans_on(data.division.pool[:3], CPU),
+        data.facts.spacing_mm,
     )
 
     first = scans.batch(seed=1, step=7, batch=2, crop_vox=(8, 8, 8))
@@ -227,7 +228,8 @@ def test_patches_depend_on_draw_step_and_number_alone(data: evidence_data.Reside
 
 def test_the_last_patch_of_a_batch_holds_foreground(data: evidence_data.ResidentSet) -> None:
     scans = evidence_augment.LabelledScans(
-        data.scans_on(data.division.pool[:3], CPU), data.facts.spacing_mm
+        data.scans_on(data.division.pool[:3], CPU),
+        data.facts.spacing_mm,
     )
     held = [
         scans.batch(seed=0, step=step, batch=2, crop_vox=(4, 4, 4))[1].amax((1, 2, 3, 4))
@@ -374,7 +376,9 @@ def test_a_torn_line_is_left_out_and_the_next_stands_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("settings", [(), ("objective.num_segments=4",)])
 def test_a_pretraining_in_slices_is_the_one_without(
-    tmp_path: Path, data: evidence_data.ResidentSet, settings: tuple[str, ...]
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
+    settings: tuple[str, ...],
 ) -> None:
     job = replace(pretraining(), settings=settings)
     whole, sliced = ResultFile(tmp_path / "whole.jsonl"), ResultFile(tmp_path / "sliced.jsonl")
@@ -416,7 +420,8 @@ def test_a_slice_that_ends_prints_where_it_stopped(
 
 
 def test_pairs_for_alice_are_found_without_labels_between_patients(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
 ) -> None:
     job = replace(pretraining(steps=1), arm="alice", objective="alice")
     plan = evidence_pretrain.plan_of(job, data, CPU)
@@ -434,7 +439,8 @@ def test_pairs_for_alice_are_found_without_labels_between_patients(
 
 
 def test_a_run_whose_plan_changed_is_refused(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
 ) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
     evidence_pretrain.pretrain(pretraining(), data, tmp_path, results, after_reads(1), CPU)
@@ -447,7 +453,8 @@ def test_a_run_whose_plan_changed_is_refused(
 
 
 def test_both_trainings_in_miniature_leave_lines_that_a_table_compares(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
 ) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
     evidence_pretrain.pretrain(pretraining(steps=2), data, tmp_path, results, Deadline(None), CPU)
@@ -468,7 +475,8 @@ def test_both_trainings_in_miniature_leave_lines_that_a_table_compares(
 
 
 def test_a_transformer_is_trained_and_scores_scans_by_patches(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
 ) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
     before = replace(pretraining(steps=1), encoder="primus_tiny", objective="masked")
@@ -495,7 +503,8 @@ def test_patches_that_overlap_make_up_the_whole_scan() -> None:
 
 
 def test_the_decoder_is_pretrained_too_where_the_recipe_asks_for_it(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
 ) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
     evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, results, Deadline(None), CPU)
@@ -517,7 +526,8 @@ def test_the_decoder_is_pretrained_too_where_the_recipe_asks_for_it(
 
 
 def test_a_finetuning_in_slices_is_the_one_without(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
 ) -> None:
     job = finetuning("scratch", None)
     whole, sliced = ResultFile(tmp_path / "whole.jsonl"), ResultFile(tmp_path / "sliced.jsonl")
@@ -532,13 +542,21 @@ def test_a_finetuning_in_slices_is_the_one_without(
 
 
 def test_a_probe_is_of_the_same_draws_and_done_once(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
 ) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
     evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, results, Deadline(None), CPU)
     for init, seed in (("random", None), ("ar", 0), ("ar", 0)):
         job = evidence_probe.ProbeJob(
-            "ixi", init, seed, "resenc_tiny", (1,), 2, "development", voxels_per_class=20
+            "ixi",
+            init,
+            seed,
+            "resenc_tiny",
+            (1,),
+            2,
+            "development",
+            voxels_per_class=20,
         )
         evidence_probe.probe(job, data, tmp_path, results, CPU)
 
@@ -553,7 +571,8 @@ def test_a_probe_is_of_the_same_draws_and_done_once(
 
 
 def test_random_weights_can_take_the_architecture_of_an_arm(
-    tmp_path: Path, data: evidence_data.ResidentSet
+    tmp_path: Path,
+    data: evidence_data.ResidentSet,
 ) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
     evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, results, Deadline(None), CPU)

@@ -155,7 +155,8 @@ def test_a_scan_is_prepared_as_in_pretraining(results: Path) -> None:
 
 
 def test_the_command_writes_a_vector_and_a_grid_for_every_scan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_scan(tmp_path / "scans" / "a_0000.nii.gz", (24, 40, 32))
     write_scan(tmp_path / "scans" / "b_0000.nii.gz", (16, 16, 16), seed=1)
@@ -176,7 +177,8 @@ def test_the_command_writes_a_vector_and_a_grid_for_every_scan(
 
 
 def test_scans_that_show_nothing_or_do_not_fit_are_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import SimpleITK
 
@@ -203,7 +205,8 @@ def test_scans_that_show_nothing_or_do_not_fit_are_left_out(
 
 
 def test_too_little_memory_for_tiles_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_scan(tmp_path / "scans" / "a_0000.nii.gz", (16, 16, 16))
     line = ["-w", "tokens", "-i", str(tmp_path / "scans"), "-o", str(tmp_path / "f.npz")]
@@ -250,7 +253,8 @@ def write_label(file: Path, shape: tuple[int, int, int], box: tuple[slice, ...])
 
 
 def test_the_mean_can_be_taken_over_the_box_around_a_label(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shape = (32, 32, 32)
     for name in ("a", "b", "c", "d", "e"):
@@ -325,7 +329,9 @@ SNIPPETS = SNIPPET.findall(PAGE.read_text(encoding="utf-8"))
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_the_programs_of_the_page_run(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "monai" in SNIPPETS[number]:
         pytest.importorskip("monai", reason="MONAI is not installed; pip install monai")

@@ -79,20 +79,35 @@ def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def unet(
-    arguments: dict[str, Any] = SIZE.arguments, channels: int = 1, deep_supervision: bool = False
+    arguments: dict[str, Any] = SIZE.arguments,
+    channels: int = 1,
+    deep_supervision: bool = False,
 ) -> nn.Module:
     torch.manual_seed(99)
     return build_network(
-        SIZE.class_path, arguments, CROP, channels, 3, deep_supervision=deep_supervision
+        SIZE.class_path,
+        arguments,
+        CROP,
+        channels,
+        3,
+        deep_supervision=deep_supervision,
     )
 
 
 def loaded(
-    network: nn.Module, folder: Path, channels: int = 1, with_decoder: bool = True
+    network: nn.Module,
+    folder: Path,
+    channels: int = 1,
+    with_decoder: bool = True,
 ) -> WeightTable:
     file = folder / "encoder.safetensors"
     return load_encoder(
-        network, file, read_card(folder), Target(channels, CROP), 0.95, with_decoder
+        network,
+        file,
+        read_card(folder),
+        Target(channels, CROP),
+        0.95,
+        with_decoder,
     )
 
 
@@ -152,7 +167,8 @@ def test_stages_are_matched_from_the_finest_where_there_are_fewer(run: Path) -> 
             "transpconvs.{}.weight",
         ):
             assert torch.equal(
-                state[f"decoder.{name.format(mine)}"], given[f"decoder.{name.format(theirs)}"]
+                state[f"decoder.{name.format(mine)}"],
+                given[f"decoder.{name.format(theirs)}"],
             )
     assert set(statuses(table).values()) == {"loaded"}
     deepest = ("encoder.stages.3.", "decoder.stages.0.", "decoder.transpconvs.0.")
@@ -162,22 +178,34 @@ def test_stages_are_matched_from_the_finest_where_there_are_fewer(run: Path) -> 
 
 
 def test_a_decoder_with_fewer_stages_fills_the_finest_ones(
-    tmp_path: Path, write_run: Write, run: Path
+    tmp_path: Path,
+    write_run: Write,
+    run: Path,
 ) -> None:
     small = write_run(
-        tmp_path, "small", crop=CROP, encoder="resenc_tiny", decoder=True, arguments=FEWER_STAGES
+        tmp_path,
+        "small",
+        crop=CROP,
+        encoder="resenc_tiny",
+        decoder=True,
+        arguments=FEWER_STAGES,
     )
     network = unet()
     before = {key: value.clone() for key, value in network.state_dict().items()}
 
     table = load_encoder(
-        network, small / "encoder.safetensors", read_card(small), Target(1, CROP), 0.1
+        network,
+        small / "encoder.safetensors",
+        read_card(small),
+        Target(1, CROP),
+        0.1,
     )
 
     state, given = network.state_dict(), load_file(small / "encoder.safetensors")
     assert torch.equal(state["decoder.transpconvs.2.weight"], given["decoder.transpconvs.1.weight"])
     assert torch.equal(
-        state["decoder.transpconvs.0.weight"], before["decoder.transpconvs.0.weight"]
+        state["decoder.transpconvs.0.weight"],
+        before["decoder.transpconvs.0.weight"],
     )
     random = {key.split(".")[2] for key, status in statuses(table).items() if status == "random"}
     assert random == {"0"}
@@ -271,7 +299,8 @@ def test_heads_and_second_names_in_a_file_are_ignored_and_listed(run: Path) -> N
     assert {entry.key for entry in table.unused} == set(stray)
     state = network.state_dict()
     assert torch.equal(
-        state["encoder.stem.convs.0.conv.weight"], tensors["encoder.stem.convs.0.conv.weight"]
+        state["encoder.stem.convs.0.conv.weight"],
+        tensors["encoder.stem.convs.0.conv.weight"],
     )
     assert not torch.any(state["decoder.seg_layers.2.weight"] == 7.0)
 
@@ -294,7 +323,8 @@ def test_a_decoder_that_the_card_does_not_list_is_not_loaded(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [["encoder."], ["decoder."], ["decoder.stages."], ["decoder.seg_layers."]]
+    "keys",
+    [["encoder."], ["decoder."], ["decoder.stages."], ["decoder.seg_layers."]],
 )
 def test_a_card_that_lists_another_decoder_is_refused(run: Path, keys: list[str]) -> None:
     card = read_json(run / "encoder.json")
@@ -312,7 +342,11 @@ def test_consumers_of_the_encoder_alone_leave_the_decoder_random(run: Path, tmp_
     before = {key: value.clone() for key, value in network.state_dict().items()}
 
     table = load_planned_encoder(
-        network, block_of(run), tmp_path, Target(1, CROP), with_decoder=False
+        network,
+        block_of(run),
+        tmp_path,
+        Target(1, CROP),
+        with_decoder=False,
     )
 
     state = network.state_dict()
@@ -332,7 +366,8 @@ def test_a_recipe_can_leave_the_decoder_at_random(run: Path, tmp_path: Path) -> 
 
 
 def test_a_plan_that_expects_a_decoder_refuses_weights_without(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "old", crop=CROP, encoder="resenc_tiny")
     block = block_of(folder)
@@ -344,10 +379,13 @@ def test_a_plan_that_expects_a_decoder_refuses_weights_without(
 
 
 @pytest.mark.parametrize(
-    "arguments", [SIZE.arguments, FEWER_STAGES, ANISOTROPIC], ids=["equal", "fewer", "anisotropic"]
+    "arguments",
+    [SIZE.arguments, FEWER_STAGES, ANISOTROPIC],
+    ids=["equal", "fewer", "anisotropic"],
 )
 def test_rates_know_the_loaded_decoder_without_the_file(
-    run: Path, arguments: dict[str, Any]
+    run: Path,
+    arguments: dict[str, Any],
 ) -> None:
     network = unet(arguments)
     table = loaded(network, run)
@@ -399,10 +437,13 @@ def test_the_scratch_twin_has_the_length_of_the_pretrained_run(run: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)]
+    ("optimizer", "kind"),
+    [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)],
 )
 def test_a_cnn_is_trained_by_the_optimiser_of_its_recipe(
-    run: Path, optimizer: str, kind: type
+    run: Path,
+    optimizer: str,
+    kind: type,
 ) -> None:
     network = unet()
     block = block_of(run, optimizer=optimizer, weight_decay=0.01)
@@ -456,7 +497,7 @@ def test_plans_of_earlier_trainings_are_read_without_a_decoder() -> None:
         {
             "plans_name": "AutoregPlans",
             "autoreg": {"encoder": encoder, "weights": weights, "recipe": recipe},
-        }
+        },
     )
 
     assert not block.transfers_decoder
@@ -479,7 +520,8 @@ def test_foreign_exports_hold_the_encoder_alone(run: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "stray", ["decoder.seg_layers.0.weight", "decoder.encoder.stem.convs.0.conv.weight", "mark"]
+    "stray",
+    ["decoder.seg_layers.0.weight", "decoder.encoder.stem.convs.0.conv.weight", "mark"],
 )
 def test_a_pretraining_writes_only_what_its_card_lists(stray: str) -> None:
     adaptation = Adaptation("encoder.stages", "encoder.stem", (), None, DECODER_PREFIXES)
@@ -506,7 +548,8 @@ def test_the_card_says_whether_there_is_a_decoder(run: Path) -> None:
 
 def test_whole_network_pretraining_leaves_what_fine_tuning_loads(run: Path) -> None:
     pretraining = PretrainingUNet(
-        build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=True
+        build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1),
+        learned_mark=True,
     )
     state, adaptation = pretraining.transferable_state(), pretraining.adaptation()
     check_exported_keys(state, adaptation)
@@ -522,7 +565,8 @@ def test_whole_network_pretraining_leaves_what_fine_tuning_loads(run: Path) -> N
 
 def test_a_pretraining_can_start_from_a_whole_network(run: Path) -> None:
     pretraining = PretrainingUNet(
-        build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1), learned_mark=False
+        build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1),
+        learned_mark=False,
     )
 
     table = loaded(pretraining.network, run)

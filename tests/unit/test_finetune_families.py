@@ -61,7 +61,11 @@ def network_of(
 ) -> nn.Module:
     torch.manual_seed(99)
     return build_network(
-        ENCODERS[name].class_path, arguments or ENCODERS[name].arguments, patch, channels, 3
+        ENCODERS[name].class_path,
+        arguments or ENCODERS[name].arguments,
+        patch,
+        channels,
+        3,
     )
 
 
@@ -80,7 +84,10 @@ def loaded(network: nn.Module, folder: Path, target: Target, share: float = 0.95
     ids=["resenc", "primus_v2", "primus_v3", "vit"],
 )
 def test_an_encoder_of_any_family_is_loaded_under_all_its_names(
-    tmp_path: Path, write_run: Write, name: str, arguments: dict[str, Any] | None
+    tmp_path: Path,
+    write_run: Write,
+    name: str,
+    arguments: dict[str, Any] | None,
 ) -> None:
     changes = {} if arguments is None else {"arguments": arguments, "token_size_vox": (8, 8, 8)}
     folder = write_run(tmp_path, "brain", crop=CROP, encoder=name, **changes)
@@ -128,7 +135,9 @@ def test_a_file_may_use_the_other_name_of_a_tensor(tmp_path: Path, write_run: Wr
 
 @pytest.mark.parametrize("name", ["resenc_tiny", "primus_v2_tiny", "primus_v3_tiny"])
 def test_every_convolution_that_reads_the_image_gets_its_channels(
-    tmp_path: Path, write_run: Write, name: str
+    tmp_path: Path,
+    write_run: Write,
+    name: str,
 ) -> None:
     """On an image repeated over the channels the adapted network gives what the one-channel network
     gives.
@@ -149,13 +158,15 @@ def test_every_convolution_that_reads_the_image_gets_its_channels(
 
 @pytest.mark.parametrize("name", ["primus_v2_tiny", "primus_v3_tiny"])
 def test_positions_of_a_convolutional_tokenizer_are_interpolated(
-    tmp_path: Path, write_run: Write, name: str
+    tmp_path: Path,
+    write_run: Write,
+    name: str,
 ) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder=name)
     table = loaded(network_of(name, (24, 24, 32)), folder, Target(1, (24, 24, 32)))
 
     assert [e.note for e in table.entries if e.status == "adapted"] == [
-        "positions 2x3x2 -> 3x3x4, trilinear"
+        "positions 2x3x2 -> 3x3x4, trilinear",
     ]
 
 
@@ -168,7 +179,10 @@ def test_a_summed_kernel_is_exact_on_images_constant_along_the_axis() -> None:
     expected = functional.conv3d(slice_.expand(-1, -1, 3, -1, -1), kernel, padding=(0, 1, 1))
 
     torch.testing.assert_close(
-        functional.conv3d(slice_, flat, padding=(0, 1, 1)), expected, rtol=1e-4, atol=1e-4
+        functional.conv3d(slice_, flat, padding=(0, 1, 1)),
+        expected,
+        rtol=1e-4,
+        atol=1e-4,
     )
     assert note == "kernel 3x3x3 -> 1x3x3, summed"
 
@@ -182,14 +196,18 @@ def test_a_padded_kernel_gives_exactly_the_same_result() -> None:
     expected = functional.conv3d(image, kernel, padding=(1, 0, 1))
 
     torch.testing.assert_close(
-        functional.conv3d(image, deep, padding=1), expected, rtol=1e-5, atol=1e-5
+        functional.conv3d(image, deep, padding=1),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert note == "kernel 3x1x3 -> 3x3x3, padded with zeros"
     assert fit_kernel(torch.zeros(4, 2, 5, 5, 5), (3, 3, 3))[1] == ""
 
 
 def test_anisotropic_data_get_their_own_strides_and_all_weights(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     arguments, told = reconciled(ANISOTROPIC, planned("resenc_tiny"))
 
@@ -212,7 +230,7 @@ def test_anisotropic_data_get_their_own_strides_and_all_weights(
     assert table.encoder_share == 1.0
     # The stem and the two convolutions of the one block of stage 0, in one group of the table.
     assert "adapted     3 tensors" in table.lines()[2] and table.lines()[2].endswith(
-        "(kernel 3x3x3 -> 1x3x3, summed)"
+        "(kernel 3x3x3 -> 1x3x3, summed)",
     )
     assert network(torch.zeros(1, 1, *patch)).shape == (1, 3, *patch)
 
@@ -243,7 +261,8 @@ def test_a_patch_with_fewer_stages_uses_the_first_ones(tmp_path: Path, write_run
 
 
 def test_the_last_stage_of_a_deeper_network_may_start_at_random(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     given = load_file(folder / "encoder.safetensors")
@@ -266,7 +285,8 @@ def test_other_widths_or_blocks_are_another_encoder(tmp_path: Path, write_run: W
     with refused(WeightsError, "weights-other-encoder", "brain"):
         loaded(
             network_of(
-                "resenc_tiny", arguments={**RESENC.arguments, "features_per_stage": [8, 16, 32, 64]}
+                "resenc_tiny",
+                arguments={**RESENC.arguments, "features_per_stage": [8, 16, 32, 64]},
             ),
             folder,
             Target(1, CROP),
@@ -274,7 +294,8 @@ def test_other_widths_or_blocks_are_another_encoder(tmp_path: Path, write_run: W
     with refused(WeightsError, "weights-other-encoder", folder, "encoder.stages.1.blocks.1."):
         loaded(
             network_of(
-                "resenc_tiny", arguments={**RESENC.arguments, "n_blocks_per_stage": [1, 1, 2, 2]}
+                "resenc_tiny",
+                arguments={**RESENC.arguments, "n_blocks_per_stage": [1, 1, 2, 2]},
             ),
             folder,
             Target(1, CROP),
@@ -282,7 +303,8 @@ def test_other_widths_or_blocks_are_another_encoder(tmp_path: Path, write_run: W
 
 
 def test_channels_are_matched_by_name_or_start_from_the_mean(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     names = ("T1", "T2", "FLAIR")
     folder = write_run(
@@ -376,18 +398,24 @@ def test_what_a_family_cannot_do_is_refused_by_name() -> None:
 
     with refused(PlanError, "plan-family", "recipe.drop_path_rate=0.2", "resenc_tiny"):
         check_block(
-            AutoregBlock(planned("resenc_tiny"), None, Recipe(1, 1e-3, 1e-2)), "AutoregPlans.json"
+            AutoregBlock(planned("resenc_tiny"), None, Recipe(1, 1e-3, 1e-2)),
+            "AutoregPlans.json",
         )
     with refused(PlanError, "plan-family", "recipe.deep_supervision=true", "primus_tiny"):
         check_block(
             AutoregBlock(
-                planned("primus_tiny"), None, Recipe(1, 1e-3, 1e-3, deep_supervision=True)
+                planned("primus_tiny"),
+                None,
+                Recipe(1, 1e-3, 1e-3, deep_supervision=True),
             ),
             "AutoregPlans.json",
         )
 
     evil = EncoderPlan(
-        "evil", RESENC.class_path, {**RESENC.arguments, "norm_op": "subprocess.Popen"}, (8, 8, 8)
+        "evil",
+        RESENC.class_path,
+        {**RESENC.arguments, "norm_op": "subprocess.Popen"},
+        (8, 8, 8),
     )
 
     with refused(PlanError, "plan-network-argument", "norm_op='subprocess.Popen'", "torch.nn"):
@@ -400,7 +428,9 @@ def test_stock_plans_build_the_same_cnn_by_nnunets_own_function() -> None:
     arguments, _ = reconciled(ANISOTROPIC, planned("resenc_tiny"))
     arguments = {key: value for key, value in arguments.items() if key != "dropout_op"}
     block = AutoregBlock(
-        planned("resenc_tiny"), None, Recipe(1, **recipe_values(planned("resenc_tiny")))
+        planned("resenc_tiny"),
+        None,
+        Recipe(1, **recipe_values(planned("resenc_tiny"))),
     )
     full = {
         "normalization_schemes": ["ZScoreNormalization"],
@@ -438,7 +468,9 @@ def test_stock_plans_build_the_same_cnn_by_nnunets_own_function() -> None:
     ],
 )
 def test_only_a_cnn_with_nnunets_normalisation_runs_on_stock_nnunet(
-    encoder: str, scheme: str, expected: bool
+    encoder: str,
+    scheme: str,
+    expected: bool,
 ) -> None:
     plans = {"configurations": {"3d_fullres": {"normalization_schemes": [scheme]}, "mine": {}}}
 
@@ -450,7 +482,9 @@ def test_a_plans_architecture_rebuilds_a_cnn_and_stops_stock_trainers() -> None:
 
     arguments, _ = reconciled(ANISOTROPIC, planned("resenc_tiny"))
     block = AutoregBlock(
-        planned("resenc_tiny"), None, Recipe(1, **recipe_values(planned("resenc_tiny")))
+        planned("resenc_tiny"),
+        None,
+        Recipe(1, **recipe_values(planned("resenc_tiny"))),
     )
     entry = architecture_entry(block, (8, 24, 16), arguments)
     assert entry["arch_kwargs"]["strides"][1] == [1, 2, 2]
@@ -475,7 +509,9 @@ def test_a_plans_architecture_rebuilds_a_cnn_and_stops_stock_trainers() -> None:
     ],
 )
 def test_the_line_after_training_predicts_with_the_folds_that_exist(
-    tmp_path: Path, folds: tuple[str, ...], words: str
+    tmp_path: Path,
+    folds: tuple[str, ...],
+    words: str,
 ) -> None:
     model = tmp_path / "AutoregPretrainedTrainer_5epochs__AutoregPlans__3d_fullres"
     for fold in folds:

@@ -40,13 +40,18 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
 
 
 def test_the_same_encoder_is_loaded_as_it_is_and_the_decoder_left_alone(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     net = network()
     decoder = {k: v.clone() for k, v in net.state_dict().items() if k.startswith("up_projection")}
     table = load_encoder(
-        net, folder / "encoder.safetensors", read_card(folder), Target(1, CROP), 0.95
+        net,
+        folder / "encoder.safetensors",
+        read_card(folder),
+        Target(1, CROP),
+        0.95,
     )
 
     state = net.state_dict()
@@ -63,13 +68,18 @@ def test_the_same_encoder_is_loaded_as_it_is_and_the_decoder_left_alone(
 
 
 def test_one_channel_is_repeated_over_four_and_a_cascade_starts_at_zero(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     old = load_file(folder / "encoder.safetensors")["down_projection.proj.weight"]
     net = network(channels=6)
     table = load_encoder(
-        net, folder / "encoder.safetensors", read_card(folder), Target(4, CROP), 0.95
+        net,
+        folder / "encoder.safetensors",
+        read_card(folder),
+        Target(4, CROP),
+        0.95,
     )
 
     new = net.state_dict()["down_projection.proj.weight"]
@@ -90,7 +100,8 @@ def test_several_channels_are_summed_into_one(tmp_path: Path, write_run: Write) 
     load_encoder(net, folder / "encoder.safetensors", read_card(folder), Target(1, CROP), 0.95)
 
     torch.testing.assert_close(
-        net.state_dict()["down_projection.proj.weight"], old.sum(1, keepdim=True)
+        net.state_dict()["down_projection.proj.weight"],
+        old.sum(1, keepdim=True),
     )
     with refused(WeightsError, "weights-channels", "3 input channels", "2"):
         load_encoder(
@@ -116,19 +127,25 @@ def test_positions_keep_the_order_z_y_x_of_the_tokens() -> None:
 
 
 def test_another_patch_size_interpolates_the_positions_and_says_so(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     patch = (24, 24, 32)
     net = network(patch)
     table = load_encoder(
-        net, folder / "encoder.safetensors", read_card(folder), Target(1, patch), 0.95
+        net,
+        folder / "encoder.safetensors",
+        read_card(folder),
+        Target(1, patch),
+        0.95,
     )
 
     old = load_file(folder / "encoder.safetensors")["eva.pos_embed"]
 
     torch.testing.assert_close(
-        net.state_dict()["eva.pos_embed"], interpolate_positions(old, (2, 3, 2), (3, 3, 4))
+        net.state_dict()["eva.pos_embed"],
+        interpolate_positions(old, (2, 3, 2), (3, 3, 4)),
     )
     assert any(
         "eva.pos_embed (positions 2x3x2 -> 3x3x4, trilinear)" in line for line in table.lines()
@@ -215,11 +232,15 @@ def test_rotary_tables_in_a_file_are_not_loaded(tmp_path: Path, write_run: Write
 
 
 def test_weights_of_another_encoder_than_the_plans_are_refused(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     card = read_card(write_run(tmp_path, "brain", crop=CROP))
     planned = EncoderPlan(
-        "primus_tiny", SIZE.class_path, {**SIZE.arguments, "eva_depth": 12}, (8, 8, 8)
+        "primus_tiny",
+        SIZE.class_path,
+        {**SIZE.arguments, "eva_depth": 12},
+        (8, 8, 8),
     )
 
     with refused(WeightsError, "weights-other-encoder", "'brain'", "arguments.eva_depth: 12 -> 6"):
@@ -227,12 +248,15 @@ def test_weights_of_another_encoder_than_the_plans_are_refused(
 
 
 def test_a_plan_notices_that_its_weights_file_was_replaced(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
     encoder = EncoderPlan("primus_tiny", SIZE.class_path, SIZE.arguments, (8, 8, 8))
     weights = PlannedWeights(
-        "brain", "autoreg_pretraining/brain/encoder.safetensors", read_card(folder).sha256
+        "brain",
+        "autoreg_pretraining/brain/encoder.safetensors",
+        read_card(folder).sha256,
     )
     block = AutoregBlock(encoder, weights, Recipe(1, 1e-4, 1e-4))
     assert load_planned_encoder(network(), block, tmp_path, Target(1, CROP)).encoder_share == 1.0
@@ -247,7 +271,10 @@ def test_a_plan_notices_that_its_weights_file_was_replaced(
 
     with refused(WeightsError, "weights-none-planned", "AutoregScratchTrainer"):
         load_planned_encoder(
-            network(), AutoregBlock(encoder, None, Recipe(1, 1e-4, 1e-4)), tmp_path, Target(1, CROP)
+            network(),
+            AutoregBlock(encoder, None, Recipe(1, 1e-4, 1e-4)),
+            tmp_path,
+            Target(1, CROP),
         )
 
 

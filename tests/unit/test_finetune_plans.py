@@ -53,7 +53,12 @@ def test_the_batch_fills_the_memory_up_to_five_percent_of_the_data() -> None:
     small = SegmentationTask(20, (64.0, 64.0, 64.0), (1.0, 1.0, 1.0), 1, 3)
     memory = bytes_per_voxel(GIB / 64**3)
     roomy = fit_configuration(
-        planned("primus_s"), small, Budget(8, False), memory, dataset_vox=MANY_VOX, max_share=0.05
+        planned("primus_s"),
+        small,
+        Budget(8, False),
+        memory,
+        dataset_vox=MANY_VOX,
+        max_share=0.05,
     )
     assert (roomy.patch_size, roomy.batch_size) == ((64, 64, 64), 7)
 
@@ -68,7 +73,12 @@ def test_the_batch_fills_the_memory_up_to_five_percent_of_the_data() -> None:
     assert few.batch_size == 4
 
     fewest = fit_configuration(
-        planned("primus_s"), small, Budget(8, False), memory, dataset_vox=20 * 64**3, max_share=0.05
+        planned("primus_s"),
+        small,
+        Budget(8, False),
+        memory,
+        dataset_vox=20 * 64**3,
+        max_share=0.05,
     )
     assert fewest.batch_size == 2
 
@@ -116,14 +126,20 @@ def test_tiny_encoders_stay_small_unless_memory_is_given() -> None:
     assert volume(small.patch_size) <= 64**3 and small.batch_size == 8
 
     large = fit_configuration(
-        planned("primus_tiny"), BRAIN, Budget(8, True), memory, dataset_vox=MANY_VOX, max_share=0.05
+        planned("primus_tiny"),
+        BRAIN,
+        Budget(8, True),
+        memory,
+        dataset_vox=MANY_VOX,
+        max_share=0.05,
     )
 
     assert volume(large.patch_size) > 64**3 and large.batch_size > 8
 
 
 def test_a_block_has_the_encoder_and_the_file_of_the_weights(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "brain")
     choice = Choice(read_card(folder), (folder / "encoder.safetensors").resolve(), "because")
@@ -139,14 +155,17 @@ def test_a_block_has_the_encoder_and_the_file_of_the_weights(
     elsewhere = make_block(choice, BRAIN, Budget(8, False), tmp_path / "other")
 
     assert elsewhere.weights is not None and elsewhere.weights.file == str(
-        (folder / "encoder.safetensors").resolve()
+        (folder / "encoder.safetensors").resolve(),
     )
 
 
 def test_many_labels_train_longer_and_scratch_has_an_encoder() -> None:
     many = SegmentationTask(51, BRAIN.median_shape_vox, BRAIN.spacing_mm, 1, 3)
     block = make_block(
-        Choice(None, None, "autoreg_weights=none"), many, Budget(8, False), Path("results")
+        Choice(None, None, "autoreg_weights=none"),
+        many,
+        Budget(8, False),
+        Path("results"),
     )
 
     assert block.recipe.num_epochs == 300
@@ -201,10 +220,12 @@ def test_only_valid_configurations_of_the_user_are_kept() -> None:
             "orphan": {"inherits_from": "3d_lowres"},
             "on_orphan": {"inherits_from": "orphan"},
             "staged": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
-        }
+        },
     }
     kept, dropped = kept_configurations(
-        old, {"configurations": {"3d_fullres": full}}, TINY.class_path
+        old,
+        {"configurations": {"3d_fullres": full}},
+        TINY.class_path,
     )
 
     assert list(kept) == ["bs4", "on_bs4"]
@@ -224,7 +245,7 @@ def test_configurations_of_a_cnn_are_checked_with_their_strides() -> None:
         "spacing": [3, 1, 1],
         "data_identifier": "AutoregPlans_3d_fullres",
         "architecture": {
-            "arch_kwargs": {"class_path": cnn.class_path, **cnn.arguments, "strides": strides}
+            "arch_kwargs": {"class_path": cnn.class_path, **cnn.arguments, "strides": strides},
         },
     }
     old = {
@@ -235,11 +256,13 @@ def test_configurations_of_a_cnn_are_checked_with_their_strides() -> None:
                 **full,
                 "architecture": {"arch_kwargs": {"class_path": TINY.class_path, **TINY.arguments}},
             },
-        }
+        },
     }
 
     kept, dropped = kept_configurations(
-        old, {"configurations": {"3d_fullres": full}}, cnn.class_path
+        old,
+        {"configurations": {"3d_fullres": full}},
+        cnn.class_path,
     )
 
     assert list(kept) == ["flat"]
@@ -255,7 +278,10 @@ def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_
     card = read_card(folder)
     many = SegmentationTask(40, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
     block = make_block(
-        Choice(card, folder / "encoder.safetensors", "because"), many, Budget(8, False), tmp_path
+        Choice(card, folder / "encoder.safetensors", "because"),
+        many,
+        Budget(8, False),
+        tmp_path,
     )
     assert (block.recipe.optimizer, block.recipe.pretrained_rate, block.recipe.scratch_rate) == (
         "sgd",
@@ -295,7 +321,8 @@ def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_
 
 
 def test_a_pretrained_decoder_is_planned_random_and_a_trained_one_loaded(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "brain", encoder="resenc_tiny")
     card = read_card(folder)
@@ -325,10 +352,13 @@ def test_plans_names_that_would_break_or_overwrite_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "option"), [("cuda", ""), ("cpu", " -device cpu"), ("mps", " -device mps")]
+    ("device", "option"),
+    [("cuda", ""), ("cpu", " -device cpu"), ("mps", " -device mps")],
 )
 def test_nnunets_commands_get_a_device_where_there_is_no_cuda(
-    monkeypatch: pytest.MonkeyPatch, device: str, option: str
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    option: str,
 ) -> None:
     monkeypatch.setattr(machine, "default_device", lambda: device)
 

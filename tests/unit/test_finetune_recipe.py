@@ -35,7 +35,11 @@ BLOCK = {
 
 def tiny() -> nn.Module:
     return build_network(
-        ENCODERS["primus_tiny"].class_path, ENCODERS["primus_tiny"].arguments, (16, 16, 16), 1, 3
+        ENCODERS["primus_tiny"].class_path,
+        ENCODERS["primus_tiny"].arguments,
+        (16, 16, 16),
+        1,
+        3,
     )
 
 
@@ -62,7 +66,10 @@ def test_the_rate_rises_linearly_and_then_follows_the_polynomial() -> None:
     ],
 )
 def test_the_length_of_the_warm_up_follows_the_rule(
-    epochs: int, per_epoch: int, batch: int, warmup: int
+    epochs: int,
+    per_epoch: int,
+    batch: int,
+    warmup: int,
 ) -> None:
     assert make_schedule(RECIPE, 1e-4, epochs, per_epoch, batch).warmup_iterations == warmup
 

@@ -40,7 +40,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     (tmp_path / "nnUNet_raw" / DATASET / "dataset.json").write_text(json.dumps(description))
     (tmp_path / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").write_text(
-        '{"median_relative_size_after_cropping": 1.0}'
+        '{"median_relative_size_after_cropping": 1.0}',
     )
     return tmp_path
 
@@ -53,7 +53,13 @@ def planned(name: str) -> EncoderPlan:
 def fit(name: str, task: SegmentationTask, budget: Budget) -> Fit:
     planner = stock_planner(planned(name), DATASET, budget)
     return fit_resenc(
-        planner, planned(name), task, budget, {}, dataset_vox=dataset_vox(task), max_share=0.05
+        planner,
+        planned(name),
+        task,
+        budget,
+        {},
+        dataset_vox=dataset_vox(task),
+        max_share=0.05,
     )
 
 
@@ -62,12 +68,16 @@ def dataset_vox(task: SegmentationTask) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "stock"), [("resenc_m", "nnUNetPlannerResEncM"), ("resenc_l", "nnUNetPlannerResEncL")]
+    ("name", "stock"),
+    [("resenc_m", "nnUNetPlannerResEncM"), ("resenc_l", "nnUNetPlannerResEncL")],
 )
 @pytest.mark.parametrize("task", [SARCOMA, BRAIN], ids=["anisotropic", "isotropic"])
 @pytest.mark.usefixtures("dataset")
 def test_patch_batch_strides_and_kernels_are_those_of_nnunet(
-    name: str, stock: str, task: SegmentationTask, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    stock: str,
+    task: SegmentationTask,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from nnunetv2.experiment_planning.experiment_planners.residual_unets import (
         residual_encoder_unet_planners as stock_planners,
@@ -77,9 +87,13 @@ def test_patch_batch_strides_and_kernels_are_those_of_nnunet(
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     with torch.device("meta"):
         theirs: dict[str, Any] = getattr(stock_planners, stock)(
-            DATASET
+            DATASET,
         ).get_plans_for_configuration(
-            task.spacing_mm, task.median_shape_vox, "", dataset_vox(task), {}
+            task.spacing_mm,
+            task.median_shape_vox,
+            "",
+            dataset_vox(task),
+            {},
         )
     network = theirs["architecture"]["arch_kwargs"]
     assert found.patch_size == tuple(int(p) for p in theirs["patch_size"])
@@ -99,7 +113,7 @@ def test_more_memory_gives_a_larger_patch() -> None:
     assert volume(small.patch_size) <= 64**3 and 2 <= small.batch_size <= 8
     assert volume(large.patch_size) > 64**3
     assert volume(fit("resenc_m", BRAIN, Budget(24.0, True)).patch_size) > volume(
-        fit("resenc_m", BRAIN, Budget(8.0, True)).patch_size
+        fit("resenc_m", BRAIN, Budget(8.0, True)).patch_size,
     )
 
 

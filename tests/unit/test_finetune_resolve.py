@@ -29,7 +29,8 @@ Write = Callable[..., Path]
 
 
 def test_the_newest_run_of_similar_modality_and_spacing_is_chosen(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     write_run(tmp_path, "old", finished_at="2026-01-01T00:00:00Z")
     write_run(tmp_path, "new", finished_at="2026-03-01T00:00:00Z")
@@ -45,12 +46,13 @@ def test_the_newest_run_of_similar_modality_and_spacing_is_chosen(
     assert "the newest finished run that suits: MR, spacing ratio 1.00" in choice.reason
     assert choice.rejected[0] == "chest: pretrained on CT, but the channels are MRI"
     assert choice.rejected[1].startswith(
-        "coarse: its spacing 1 x 1 x 2.5 mm differs by a factor of 2.5"
+        "coarse: its spacing 1 x 1 x 2.5 mm differs by a factor of 2.5",
     )
 
 
 def test_ct_needs_a_run_with_ct_and_axes_are_compared_sorted(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     write_run(tmp_path, "mr")
     write_run(
@@ -74,7 +76,11 @@ FINE = Verdict(LEARNT, "the validation error 0.5000 is below 1.0000", min_scans=
     [(NOT_BETTER, 50, ["not learnt", "1.2000"]), (FINE, 9, ["9 scans", "10", "data.min_scans"])],
 )
 def test_a_run_that_learnt_nothing_or_saw_few_scans_needs_a_name(
-    tmp_path: Path, write_run: Write, verdict: Verdict, num_scans: int, values: list[str]
+    tmp_path: Path,
+    write_run: Write,
+    verdict: Verdict,
+    num_scans: int,
+    values: list[str],
 ) -> None:
     write_run(tmp_path, "weak", verdict=verdict, num_scans=num_scans)
 
@@ -88,7 +94,8 @@ def test_a_run_that_learnt_nothing_or_saw_few_scans_needs_a_name(
 
 
 def test_runs_with_a_good_or_unknown_or_without_a_verdict_are_chosen(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     unknown = Verdict(UNKNOWN, "no scan was left for validation", min_scans=10)
     for number, verdict in enumerate((FINE, unknown, None), start=1):
@@ -115,7 +122,8 @@ def test_several_channels_suit_one_but_not_another_number(tmp_path: Path, write_
 
 
 def test_a_damaged_run_is_not_chosen_and_the_reason_is_given(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     damaged = write_run(tmp_path, "damaged", finished_at="2026-05-01T00:00:00Z")
     (damaged / "encoder.safetensors").write_bytes(b"short")
@@ -156,7 +164,8 @@ def test_the_user_may_name_a_run_a_folder_or_a_file(tmp_path: Path, write_run: W
 
 
 def test_unsuitable_weights_that_the_user_names_cause_warnings(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     write_run(tmp_path, "coarse", spacing_mm=(4.0, 4.0, 4.0), modalities=("CT",))
     choice = choose_weights(tmp_path, MR, "coarse")
@@ -193,7 +202,9 @@ def test_weights_that_cannot_be_used_are_refused(tmp_path: Path, write_run: Writ
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_with_a_value_that_is_not_finite_are_refused(
-    tmp_path: Path, write_run: Write, value: float
+    tmp_path: Path,
+    write_run: Write,
+    value: float,
 ) -> None:
     folder = write_run(tmp_path, "brain")
     tensor = spoil(folder, value)
@@ -203,7 +214,8 @@ def test_weights_with_a_value_that_is_not_finite_are_refused(
 
 
 def test_a_run_with_a_value_that_is_not_finite_is_not_chosen(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     write_run(tmp_path, "good", finished_at="2026-01-01T00:00:00Z")
     tensor = spoil(write_run(tmp_path, "newer", finished_at="2026-05-01T00:00:00Z"), float("nan"))
@@ -234,7 +246,8 @@ def test_an_interrupted_import_is_not_a_run(tmp_path: Path, write_run: Write) ->
 
 
 def test_another_setting_at_training_time_is_ignored_with_a_warning(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     folder = write_run(tmp_path, "brain")
     planned = PlannedWeights("brain", "autoreg_pretraining/brain/encoder.safetensors", "00")
@@ -273,7 +286,9 @@ def test_the_nearest_spacing_of_the_same_modality_counts(tmp_path: Path, write_r
     assert "spacing ratio 1.00" in choose_weights(tmp_path, CT, None).reason
     with refused(WeightsError, "weights-none-suits", "3 x 1 x 1 mm", "3.3"):
         choose_weights(
-            tmp_path, DatasetTraits("Dataset099_Cardiac", ("CT",), (10.0, 1.5, 1.5)), None
+            tmp_path,
+            DatasetTraits("Dataset099_Cardiac", ("CT",), (10.0, 1.5, 1.5)),
+            None,
         )
 
 
@@ -293,7 +308,8 @@ def test_the_next_step_of_a_run_follows_from_its_verdict(tmp_path: Path, write_r
 
 
 def test_the_list_names_every_encoder_and_how_it_may_be_used(
-    tmp_path: Path, write_run: Write
+    tmp_path: Path,
+    write_run: Write,
 ) -> None:
     write_run(tmp_path, "good", verdict=FINE, num_scans=22, spacing_mm=(3.0, 1.0, 1.0))
     write_run(tmp_path, "weak", verdict=NOT_BETTER)
@@ -306,7 +322,7 @@ def test_the_list_names_every_encoder_and_how_it_may_be_used(
 
     assert sorted(rows) == ["broken", "good", "older", "theirs", "weak"]
     assert rows["good"] == (
-        "good", "primus_tiny", "MR", "3 x 1 x 1 mm", "22", "2026-01-01", "learnt"
+        "good", "primus_tiny", "MR", "3 x 1 x 1 mm", "22", "2026-01-01", "learnt",
     )  # fmt: skip
     assert rows["weak"][-1] == "not learnt, used by name only"
     assert (rows["older"][2], rows["older"][-1]) == ("CT/MR", "unknown")
@@ -315,7 +331,10 @@ def test_the_list_names_every_encoder_and_how_it_may_be_used(
 
 
 def test_the_list_is_printed_in_columns(
-    tmp_path: Path, write_run: Write, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path,
+    write_run: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     from nnunet_autoreg.cli.weights import main
 

@@ -52,7 +52,8 @@ def weights_of_checkpoint(folder: Path) -> tuple[int, torch.Tensor]:
 
 @pytest.mark.parametrize("objective", [Collapsing(4), Unreal()])
 def test_a_failed_run_keeps_its_last_good_state_and_fails_again(
-    tmp_path: Path, objective: Linear
+    tmp_path: Path,
+    objective: Linear,
 ) -> None:
     for _ in range(2):
         with pytest.raises(AutoregError) as caught:
@@ -104,7 +105,9 @@ def test_a_state_saved_by_an_older_version_is_looked_at_before_export(tmp_path: 
     ],
 )
 def test_every_kind_of_failure_is_found(
-    health: Health | None, finite: bool, statistics: StepStatistics
+    health: Health | None,
+    finite: bool,
+    statistics: StepStatistics,
 ) -> None:
     assert len(failure_messages(health, PLAN.run, finite, statistics, 6)) == 1
 
@@ -145,7 +148,8 @@ class Removing(Linear):
 
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_a_folder_removed_in_training_is_noticed_at_the_next_write(
-    tmp_path: Path, is_replaced: bool
+    tmp_path: Path,
+    is_replaced: bool,
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -184,7 +188,7 @@ def test_a_licence_that_cannot_be_read_stops_nothing(tmp_path: Path, text: str) 
     (folder / "dataset.json").write_text(text)
 
     assert stated_licences([row_of(folder / "imagesTr" / "x_0000.nii.gz", folder.name)]) == {
-        folder.name: ""
+        folder.name: "",
     }
 
     (tmp_path / "licences.json").write_text(text)
@@ -216,5 +220,5 @@ def test_a_dataset_json_of_another_kind_leaves_the_folder_a_plain_one(tmp_path: 
 
     for given in (folder, tmp_path, folder / "imagesTr"):
         assert [found.path.name for found in find_scans([], [given]) if not found.status] == [
-            "a.nii.gz"
+            "a.nii.gz",
         ]

@@ -75,7 +75,8 @@ def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
     """
 
     def with_room_for(
-        num_voxels: float, asked: list[tuple[int, bool, tuple[int, ...]]]
+        num_voxels: float,
+        asked: list[tuple[int, bool, tuple[int, ...]]],
     ) -> Callable[[Plan], Trainer]:
         def made(plan: Plan) -> Trainer:
             objective = Autoregressive(plan)
@@ -89,7 +90,7 @@ def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
                         len(batch.prefix),
                         plan.optim.checkpoint_activations,
                         plan.sequence.crop_size_vox,
-                    )
+                    ),
                 )
                 if batch.voxels.numel() > room:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -104,7 +105,8 @@ def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
 
 
 def test_what_fits_stays_and_the_peak_is_kept(
-    trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    trainer_of: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
     plan = fit_plan(PLAN, trainer_of(5 * 16 * 16 * 24, []), CPU)
@@ -121,7 +123,8 @@ def test_what_fits_stays_and_the_peak_is_kept(
 
 
 def test_crops_at_once_are_halved_first_and_the_batch_size_stays(
-    trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    trainer_of: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked: list[Any] = []
 
@@ -167,7 +170,8 @@ def test_where_nothing_fits_the_remedy_is_named(trainer_of: Callable[..., Any]) 
     with refused(AutoregError, "fit-no-smaller-crop", "--encoder", "--name"):
         fit_plan(PLAN, trainer_of(10, []), CPU)
     checkpointed = replace(
-        PLAN, optim=replace(PLAN.optim, micro_batch_size=1, checkpoint_activations=True)
+        PLAN,
+        optim=replace(PLAN.optim, micro_batch_size=1, checkpoint_activations=True),
     )
 
     with refused(AutoregError, "fit-crop-by-user", "sequence.crop_size_vox", "--encoder"):
@@ -199,7 +203,8 @@ def test_a_smaller_crop_is_cut_in_whole_blocks_and_members_follow() -> None:
     ],
 )
 def test_a_smaller_crop_keeps_its_proportions_as_far_as_whole_blocks_allow(
-    crop: Size, expected: Size
+    crop: Size,
+    expected: Size,
 ) -> None:
     reduced = smaller_crop(replace(PLAN, sequence=SequencePlan(crop)))
     assert reduced is not None and reduced.sequence.crop_size_vox == expected
@@ -221,7 +226,9 @@ NO_ROOM = (
     ],
 )
 def test_want_of_memory_on_a_cpu_steps_the_plan_down_as_on_a_gpu(
-    error: Exception, trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    trainer_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def with_room_for_two(trainer: Trainer) -> float:
         if trainer.train_step.micro_batch_size > 2:
@@ -245,7 +252,8 @@ def test_torch_says_on_this_machine_what_is_taken_for_want_of_memory() -> None:
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(
-    trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    trainer_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(trainer: Trainer) -> float:
         raise ZeroDivisionError
@@ -256,7 +264,8 @@ def test_other_errors_are_not_taken_for_want_of_memory(
 
 
 def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(
-    trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    trainer_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def without_a_compiler(trainer: Trainer) -> float:
         if trainer.plan.run.compile:
@@ -270,11 +279,13 @@ def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(
 
 
 def test_a_dry_run_times_a_step_before_any_scan_is_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept = []
     monkeypatch.setattr(
-        "nnunet_autoreg.pretrain.dry_run.write_plan", lambda folder, plan: kept.append(plan)
+        "nnunet_autoreg.pretrain.dry_run.write_plan",
+        lambda folder, plan: kept.append(plan),
     )
 
     plan = with_estimated_seconds(tmp_path, PLAN, "cpu")
@@ -291,7 +302,8 @@ def test_a_dry_run_times_a_step_before_any_scan_is_stored(
 
 
 def test_a_step_that_does_not_fit_has_no_time_and_leaves_the_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def too_large(*arguments: object) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -78,10 +78,12 @@ def test_a_turn_mirrors_and_then_reorders_arrays_and_tensors_alike():
         assert np.array_equal(flip_transpose.tensor(torch.from_numpy(volume)).numpy(), expected)
         several = np.stack([volume, -volume])[:, None]
         assert np.array_equal(
-            flip_transpose.array(several), np.stack([expected, -expected])[:, None]
+            flip_transpose.array(several),
+            np.stack([expected, -expected])[:, None],
         )
         assert np.array_equal(
-            flip_transpose.tensor(torch.from_numpy(several)).numpy(), flip_transpose.array(several)
+            flip_transpose.tensor(torch.from_numpy(several)).numpy(),
+            flip_transpose.array(several),
         )
 
     assert FlipTranspose((True, False, False), (2, 0, 1)).array(volume)[1, 0].tolist() == [
@@ -99,10 +101,12 @@ def check_turned(sample, voxels, valid_mask, before):
     batch = collate([before, sample])
     augmented = batch.to(CPU)
     assert np.array_equal(sample.augmented().voxels, voxels) and np.array_equal(
-        sample.augmented().valid_mask, valid_mask
+        sample.augmented().valid_mask,
+        valid_mask,
     )
     assert np.array_equal(augmented.voxels[1].numpy(), voxels) and np.array_equal(
-        augmented.valid_mask[1].numpy(), valid_mask
+        augmented.valid_mask[1].numpy(),
+        valid_mask,
     )
     assert np.array_equal(augmented.voxels[0].numpy(), before.augmented().voxels)
     assert (
@@ -133,7 +137,9 @@ def test_spatial_crops_with_padding_are_turned_as_the_loaders_turned_them(flip_t
         replace(drawn, flip_transpose=FlipTranspose((False, True, True), (1, 2, 0))),
     )
     sample = spatial.apply(
-        plan, Ramp((10, 6, 30)), replace(drawn, start=(-3, -1, 4), flip_transpose=flip_transpose)
+        plan,
+        Ramp((10, 6, 30)),
+        replace(drawn, start=(-3, -1, 4), flip_transpose=flip_transpose),
     )
 
     voxels, valid_mask = Ramp((10, 6, 30)).read_padded((-3, -1, 4), (16, 16, 16))
@@ -148,7 +154,11 @@ def test_all_members_of_a_sequence_are_turned_alike(flip_transpose):
     plan, group = contrast_plan(member_crop_vox=(8, 8, 8)), contrast_material(1).groups[0]
     cases = [case for _, case in group.members]
     drawn = members.draw_contrast(
-        plan, cases[0].shape_vox, (1.0, 1.0, 1.0), range(4), rng.generator(0, "x")
+        plan,
+        cases[0].shape_vox,
+        (1.0, 1.0, 1.0),
+        range(4),
+        rng.generator(0, "x"),
     )
     drawn = replace(drawn, starts=((-2, 5, 25),) * 4)
     other = members.apply(plan, "contrast", cases, replace(drawn, flip_transpose=UNCHANGED))
@@ -198,7 +208,10 @@ def test_strided_slices_are_flipped_before_sub_volumes_are_cut(flip_transpose):
 
 def test_strided_sequences_never_swap_the_axis_of_their_slices():
     plan = make_plan(
-        crop_size_vox=(32, 16, 16), weights={"strided": 1.0}, num_subvolumes=2, stride_vox=8
+        crop_size_vox=(32, 16, 16),
+        weights={"strided": 1.0},
+        num_subvolumes=2,
+        stride_vox=8,
     )
     drawn = [
         strided.draw(plan, (40, 40, 40), rng.generator(0, "x", i), (1.0, 1.0, 1.0)).flip_transpose
@@ -212,7 +225,9 @@ def test_strided_sequences_never_swap_the_axis_of_their_slices():
 
 def test_a_batch_keeps_its_turns_in_parts_and_in_loader_processes():
     batches = StepBatches(
-        SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(5)
+        SequenceSampler(make_plan()),
+        [Ramp((30, 30, 30)), Ramp((16, 40, 20))],
+        range(5),
     )
     (batch,) = training_batches(batches, range(3, 4), num_workers=1, pin_memory=False)
 
@@ -228,7 +243,7 @@ def test_a_batch_keeps_its_turns_in_parts_and_in_loader_processes():
 def test_without_flips_and_swaps_a_batch_is_shared_and_not_copied():
     plan = make_plan(flip=False, swap_axes=False)
     batch = collate(
-        [SequenceSampler(plan).draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(2)]
+        [SequenceSampler(plan).draw([Ramp((30, 30, 30))], TRAINING, 0, i) for i in range(2)],
     )
 
     assert batch.flip_transposes == () and batch.to(CPU).voxels is batch.voxels
@@ -289,7 +304,7 @@ def test_semantic_samples_carry_one_turn_for_all_their_patients():
         for step in range(60)
     ]
     assert {flip_transpose.flips for flip_transpose in flip_transposes} == set(FLIPS) and len(
-        {flip_transpose.axes for flip_transpose in flip_transposes}
+        {flip_transpose.axes for flip_transpose in flip_transposes},
     ) > 1
 
 
@@ -302,14 +317,15 @@ def test_pictures_show_sequences_turned_the_usual_way_round(kind):
     sample, again = upright(plan, shown)
 
     assert sample.flip_transpose == UNCHANGED and again.drawn.flip_transpose == FlipTranspose(
-        (False, True, True)
+        (False, True, True),
     )
 
     start = again.drawn.starts[0] if kind == "contrast" else again.drawn.start
     voxels, valid_mask = shown.cases[0].read_padded(start, sample.voxels.shape[2:])
 
     assert np.array_equal(sample.voxels[0, 0], voxels[0, :, ::-1, ::-1]) and np.array_equal(
-        sample.valid_mask[0], valid_mask[:, ::-1, ::-1]
+        sample.valid_mask[0],
+        valid_mask[:, ::-1, ::-1],
     )
 
 
@@ -329,5 +345,6 @@ def test_turning_on_a_gpu_gives_the_same_bits_and_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
 
     assert torch.equal(augmented.voxels.cpu(), batch.to(CPU).voxels) and torch.equal(
-        augmented.valid_mask.cpu(), batch.to(CPU).valid_mask
+        augmented.valid_mask.cpu(),
+        batch.to(CPU).valid_mask,
     )

@@ -37,7 +37,13 @@ CPU = Hardware("cpu", 24.0)
 def plan_for(pool=POOL, hardware=CPU, **overrides):
     asked = Overrides(**{"encoder": "primus_tiny", **overrides})
     return make_plan(
-        "run", pool, hardware, asked, 0, {}, lambda encoder, crop, recompute: (1e9, 5e8)
+        "run",
+        pool,
+        hardware,
+        asked,
+        0,
+        {},
+        lambda encoder, crop, recompute: (1e9, 5e8),
     )
 
 

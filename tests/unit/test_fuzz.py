@@ -74,7 +74,11 @@ Read = Callable[[Path], object]
 
 
 def fuzz(
-    name: str, file: Path, contents: st.SearchStrategy[bytes], read: Read, folder: Path
+    name: str,
+    file: Path,
+    contents: st.SearchStrategy[bytes],
+    read: Read,
+    folder: Path,
 ) -> None:
     """Write every content to ``file`` and read it under the watch."""
     with watching(name, folder) as watch:
@@ -281,7 +285,9 @@ def test_any_plan_is_read_or_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoder", ["primus_tiny", "resenc_tiny"])
 def test_any_card_of_weights_is_read_or_refused(
-    encoder: str, write_run: Callable[..., Path], tmp_path: Path
+    encoder: str,
+    write_run: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     run = write_run(tmp_path, "x", encoder=encoder, decoder=encoder == "resenc_tiny")
     card = json.loads((run / CARD_NAME).read_text())
@@ -320,7 +326,7 @@ DETECTIONS = to_jsonable(
         frame_of_affine(np.diag([1.0, 1.0, 2.0, 1.0]), (8, 9, 10)),
         [Detection((0.0, 0.0, 0.0, 2.0, 3.0, 4.0), 1, "tumour", 0.5)],
         {"tumour": 1},
-    )
+    ),
 )
 INSTANCES = {"instances": {"1": 1, "2": 2}}
 INDEX = {
@@ -336,10 +342,10 @@ INDEX = {
                     "box_zyx": [0.0, 0.0, 0.0, 2.0, 3.0, 4.0],
                     "num_voxels": 3,
                     "ignored": False,
-                }
+                },
             ],
             "has_masks": True,
-        }
+        },
     },
 }
 
@@ -513,7 +519,7 @@ def programs(draw: st.DrawFn) -> bytes:
             pickle.BINGET + b"\0",
             pickle.LONG_BINGET + b"\xff\xff\xff\x7f",
             *(getattr(pickle, name) for name in OPCODES.split()),
-        ]
+        ],
     )
     return b"\x80\x02" + b"".join(draw(st.lists(pieces, max_size=25))) + b"."
 
@@ -658,7 +664,9 @@ def test_any_folder_of_the_hub_is_imported_or_refused(run_folder: Path, tmp_path
 
 
 def test_the_command_ends_any_weights_file_in_one_line(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = {f"encoder.{k}": v for k, v in read_tensors(run_folder / WEIGHTS_NAME).items()}
 

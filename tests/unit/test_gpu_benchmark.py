@@ -37,7 +37,8 @@ def on_disk(path: Path) -> list[dict[str, object]]:
 
 
 def test_every_line_is_on_disk_before_the_next_is_made(
-    recording: ModuleType, tmp_path: Path
+    recording: ModuleType,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "new" / "lines.jsonl"
     recorder = recording.Recorder(out, {"device": "cpu"})
@@ -55,7 +56,8 @@ def test_every_line_is_on_disk_before_the_next_is_made(
 
 
 def test_a_part_that_fails_leaves_what_it_had_and_a_line(
-    recording: ModuleType, tmp_path: Path
+    recording: ModuleType,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "lines.jsonl"
 
@@ -81,7 +83,9 @@ def is_running(number: int) -> bool:
 
 
 def test_a_command_past_its_limit_is_ended_with_its_children(
-    recording: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recording: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(recording, "GRACE_S", 0.2)
     note = tmp_path / "child"
@@ -159,10 +163,12 @@ def test_attention_is_compared_for_samples_that_differ(gpu: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "encoder", ["primus_tiny", "resenc_tiny", "primus_m", "resenc_l", "vit_b16"]
+    "encoder",
+    ["primus_tiny", "resenc_tiny", "primus_m", "resenc_l", "vit_b16"],
 )
 def test_a_plan_has_the_crop_and_the_two_parts_that_are_measured(
-    gpu: ModuleType, encoder: str
+    gpu: ModuleType,
+    encoder: str,
 ) -> None:
     size = gpu.encoder_size(encoder)
 

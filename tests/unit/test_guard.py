@@ -44,7 +44,8 @@ def test_later_values_count_with_the_weight_of_the_window():
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
+    ("loss", "norm"),
+    [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)],
 )
 def test_what_is_not_finite_is_bad_from_the_first_step_on(loss, norm):
     assert verdict(guard_after([]), loss, norm) == 1

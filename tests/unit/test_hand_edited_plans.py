@@ -82,7 +82,8 @@ def test_any_wrong_value_in_a_plan_is_refused_or_harmless(name: str) -> None:
 
 @pytest.mark.parametrize(("objective", "deepest"), [("alice", "decoder_depth"), ("joint", "depth")])
 def test_any_wrong_value_in_a_plan_of_other_objectives_is_refused(
-    objective: str, deepest: str
+    objective: str,
+    deepest: str,
 ) -> None:
     plan = with_objective(plan_for("primus_tiny", (48, 48, 40)), objective)
     data = json.loads(json.dumps(to_jsonable(kind_of(objective).fit(plan, 4, 6))))

@@ -51,7 +51,9 @@ def test_equal_directions_count_whole_and_unequal_ones_by_their_entropy():
 
 def test_one_direction_is_rank_1_whatever_noise_of_rounding_it_carries():
     line = torch.linspace(-1, 1, 2000)[:, None] * torch.randn(
-        1, 256, generator=torch.Generator().manual_seed(0)
+        1,
+        256,
+        generator=torch.Generator().manual_seed(0),
     )
     assert effective_rank(line) == pytest.approx(1, abs=0.01)
 
@@ -246,7 +248,7 @@ def test_the_probe_fits_on_no_test_subject_and_no_unknown_token():
         return torch.tensor([[0.0], [1.0], [9.0]])
 
     probe = Probe(
-        [crop(1, [0, 1, -1], False), crop(2, [1, 0, -1], True), crop(3, [0, 1, -1], False)]
+        [crop(1, [0, 1, -1], False), crop(2, [1, 0, -1], True), crop(3, [0, 1, -1], False)],
     )
     assert probe.works and probe.chance == 0.5
     assert (
@@ -297,7 +299,8 @@ def dataset(tmp_path):
     labels[0, 1, 2], labels[5, 6, 7] = 1, 2
     for number in range(8):
         SimpleITK.WriteImage(
-            SimpleITK.GetImageFromArray(labels), str(root / "labelsTr" / f"c{number}.nii.gz")
+            SimpleITK.GetImageFromArray(labels),
+            str(root / "labelsTr" / f"c{number}.nii.gz"),
         )
         for channel in range(2 if number == 0 else 1):
             (root / "imagesTr" / f"c{number}_{channel:04d}.nii.gz").touch()
@@ -385,6 +388,9 @@ def test_validation_errors_are_given_by_kind_where_there_are_several():
     )
 
     alone = Validation(
-        OfKinds(), {"spatial": batches["spatial"]}, (), torch.device("cpu")
+        OfKinds(),
+        {"spatial": batches["spatial"]},
+        (),
+        torch.device("cpu"),
     ).measure()
     assert alone.kinds == {} and "heldout_error_spatial" not in alone.metrics()

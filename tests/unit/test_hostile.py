@@ -91,7 +91,8 @@ def test_an_honest_card_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_that_no_encoder_has_are_refused_by_name(
-    tmp_path: Path, changes: dict[str, Any]
+    tmp_path: Path,
+    changes: dict[str, Any],
 ) -> None:
     key = next(iter(changes))
 
@@ -130,7 +131,8 @@ def test_a_pipe_given_as_an_option_is_refused_and_not_waited_for(tmp_path: Path,
 
 
 def test_weights_that_are_pipes_are_no_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("x.pth", "x.safetensors"):
         os.mkfifo(tmp_path / name)
@@ -192,7 +194,9 @@ def test_a_quoted_name_is_one_printable_word_of_the_shell(text: str) -> None:
     quoted = shell_quoted(text)
 
     printed = subprocess.run(
-        ["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True
+        ["bash", "-c", f"printf %s {quoted}"],
+        capture_output=True,
+        check=True,
     ).stdout
 
     assert quoted.isprintable()
@@ -228,7 +232,8 @@ def test_the_terminal_gets_no_character_that_it_obeys(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "text", ["=1+1", "+a", "-cmd", "@SUM(A1)", "\t=1", "'=1", "''", "'", "it's"]
+    "text",
+    ["=1+1", "+a", "-cmd", "@SUM(A1)", "\t=1", "'=1", "''", "'", "it's"],
 )
 def test_a_cell_is_no_formula_and_comes_back_as_it_was(text: str) -> None:
     assert to_cell(text)[0] not in "=+-@\t\r"

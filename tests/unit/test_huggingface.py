@@ -64,7 +64,8 @@ def front_matter(text: str) -> dict[str, str]:
 
 
 def test_an_export_for_hugging_face_holds_weights_config_and_a_model_card(
-    run_folder: Path, exported: Path
+    run_folder: Path,
+    exported: Path,
 ) -> None:
     text = (exported / "README.md").read_text()
     config = json.loads((exported / "config.json").read_text())
@@ -93,7 +94,10 @@ def test_an_export_for_hugging_face_holds_weights_config_and_a_model_card(
     [(("", "MRI"), "1 (MRI)"), (("",), "1 (unnamed)"), (("T1", "T2"), "1 (T1, T2)")],
 )
 def test_channels_without_a_name_are_not_listed(
-    write_run: Callable[..., Path], tmp_path: Path, names: tuple[str, ...], text: str
+    write_run: Callable[..., Path],
+    tmp_path: Path,
+    names: tuple[str, ...],
+    text: str,
 ) -> None:
     """Scans of a plain folder have none."""
     card = read_card(write_run(tmp_path, "run", channel_names=names))
@@ -102,7 +106,9 @@ def test_channels_without_a_name_are_not_listed(
 
 
 def test_a_folder_for_hugging_face_is_imported_bit_by_bit(
-    tmp_path: Path, run_folder: Path, exported: Path
+    tmp_path: Path,
+    run_folder: Path,
+    exported: Path,
 ) -> None:
     card, _ = import_weights(exported, "theirs", tmp_path, ImportOptions())
 
@@ -120,7 +126,9 @@ def test_a_folder_for_hugging_face_is_imported_bit_by_bit(
 
 
 def test_a_repeated_export_is_no_error_and_another_is_refused(
-    tmp_path: Path, run_folder: Path, exported: Path
+    tmp_path: Path,
+    run_folder: Path,
+    exported: Path,
 ) -> None:
     weights = run_folder / "encoder.safetensors"
     before = [file.stat().st_mtime_ns for file in sorted(exported.iterdir())]
@@ -160,7 +168,9 @@ def test_the_command_exports_inspects_and_imports(
 
 
 def test_pretraining_starts_from_a_folder_for_hugging_face(
-    tmp_path: Path, run_folder: Path, exported: Path
+    tmp_path: Path,
+    run_folder: Path,
+    exported: Path,
 ) -> None:
     of_folder = prepare_starting_point(str(exported), tmp_path / "new")
     of_file = prepare_starting_point(str(exported / "model.safetensors"), tmp_path / "other")
@@ -188,7 +198,8 @@ def test_pretraining_starts_from_a_folder_for_hugging_face(
     ],
 )
 def test_the_licence_of_weights_follows_from_all_that_they_were_made_from(
-    licences: dict[str, str], expected: str
+    licences: dict[str, str],
+    expected: str,
 ) -> None:
     assert licence_id(licences) == expected
 
@@ -198,7 +209,9 @@ def test_texts_of_others_cannot_change_the_form_of_a_model_card(run_folder: Path
 
     licence = "mine\n---\n| x | <script>"
     card = replace(
-        read_card(run_folder), licences={"a": licence}, modalities=('MR"\nlicense: mit',)
+        read_card(run_folder),
+        licences={"a": licence},
+        modalities=('MR"\nlicense: mit',),
     )
 
     text = model_card(card)
@@ -230,7 +243,11 @@ def change_config(folder: Path, change: Callable[[dict[str, object]], object]) -
     ],
 )
 def test_a_config_from_elsewhere_is_checked(
-    tmp_path: Path, exported: Path, change: Callable[..., object], code: str, value: str
+    tmp_path: Path,
+    exported: Path,
+    change: Callable[..., object],
+    code: str,
+    value: str,
 ) -> None:
     change_config(exported, change)
 

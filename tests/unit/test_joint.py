@@ -319,7 +319,8 @@ def test_t3_only_hidden_predictions_have_a_gradient_and_the_target_has_none() ->
 
 
 @pytest.mark.parametrize(
-    ("valid", "share", "number"), [(10, 0.2, 2), (9, 0.3, 3), (2, 0.1, 1), (1, 0.9, 0)]
+    ("valid", "share", "number"),
+    [(10, 0.2, 2), (9, 0.3, 3), (2, 0.1, 1), (1, 0.9, 0)],
 )
 def test_t3_exactly_so_many_slabs_are_hidden(valid: int, share: float, number: int) -> None:
     mask = torch.zeros(3, 10, dtype=torch.bool)
@@ -608,7 +609,10 @@ def test_it_learns_to_agree_and_health_is_measured(encoder: str) -> None:
     sampler = SequenceSampler(plan)
     samples = [sampler.draw(pool(), VALIDATION, number) for number in range(4)]
     validation = Validation(
-        objective, {"views": [by_shape(samples, 16)], "images": [by_shape(samples, 8)]}, (), CPU
+        objective,
+        {"views": [by_shape(samples, 16)], "images": [by_shape(samples, 8)]},
+        (),
+        CPU,
     )
 
     losses = []
@@ -749,7 +753,8 @@ def test_it_starts_from_other_weights(tmp_path: Path, write_run: Any) -> None:
 
 
 def test_a_run_whose_embeddings_stay_alike_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.draw_progress", lambda *_: None)
     often = ("run.validate_every=1", "run.max_collapsed=2", "optim.lr=1e-12")

@@ -137,7 +137,10 @@ def test_loader_processes_follow_from_what_was_measured(
     [(16, 1, 8), (16, 4, 3), (16, 16, 0), (4, 1, 3), (1, 1, 0)],
 )
 def test_unmeasured_each_gpu_has_its_share_of_the_cores_less_one(
-    monkeypatch: pytest.MonkeyPatch, cores: int, num_local: int, expected: int
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    num_local: int,
+    expected: int,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert choose_loaders(PLAN, "cuda", num_local)[0] == expected
@@ -151,7 +154,9 @@ def test_no_process_loads_where_the_device_is_no_gpu(device: str) -> None:
 
 @pytest.mark.parametrize(("load", "step"), [(None, 0.4), (0.05, None)])
 def test_one_measured_figure_alone_decides_nothing(
-    monkeypatch: pytest.MonkeyPatch, load: float | None, step: float | None
+    monkeypatch: pytest.MonkeyPatch,
+    load: float | None,
+    step: float | None,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert choose_loaders(measured(load, step), "cuda")[0] == 8
@@ -224,7 +229,9 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slow_loading_is_measured_and_reported_once(
-    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
         lines = trained(tmp_path, clock, 0.25)
@@ -243,7 +250,9 @@ def test_slow_loading_is_measured_and_reported_once(
 
 
 def test_fast_loading_is_measured_and_not_reported(
-    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
         lines = trained(tmp_path, clock, 0.0625)

@@ -50,7 +50,9 @@ def nan_between(first, last):
 
 def test_a_finite_loss_with_an_infinite_gradient_is_skipped(tmp_path, caplog):
     before = trainer(
-        tmp_path / "before", Linear(), replace(PLAN, optim=replace(PLAN.optim, num_steps=3))
+        tmp_path / "before",
+        Linear(),
+        replace(PLAN, optim=replace(PLAN.optim, num_steps=3)),
     )
     before.plan = replace(PLAN, optim=replace(PLAN.optim, num_steps=6))
     for step in range(3):
@@ -118,7 +120,7 @@ def test_a_run_that_stays_bad_ends_and_keeps_its_last_good_state(tmp_path, first
 
     if checkpoint.exists(tmp_path):
         assert bool(
-            torch.isfinite(checkpoint.load_newest(tmp_path)[1]["network_weights"]["weight"]).all()
+            torch.isfinite(checkpoint.load_newest(tmp_path)[1]["network_weights"]["weight"]).all(),
         )
 
 

@@ -63,7 +63,7 @@ def make_plan(objective=PLAIN, **sequence):
             objective,
             OptimPlan(10, 2, 1e-3, 1),
             RunPlan(0, 10, 10),
-        )
+        ),
     )
 
 
@@ -78,7 +78,8 @@ def drawn_batch(plan, num_samples=1):
     ]
     batch = collate(samples)
     return replace(
-        batch, voxels=torch.randn(batch.voxels.shape, generator=torch.Generator().manual_seed(0))
+        batch,
+        voxels=torch.randn(batch.voxels.shape, generator=torch.Generator().manual_seed(0)),
     )
 
 
@@ -89,7 +90,8 @@ def changed(batch, plan, chosen_T):
     return replace(
         batch,
         voxels=from_blocks(
-            tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox)
+            tokens,
+            grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox),
         )[:, None],
     )
 
@@ -125,7 +127,9 @@ TARGETS = [
 COMBINATIONS = [
     make_plan(objective, order=order, predictor=predictor, block_tokens=block, prefix=prefix)
     for (order, predictor), block, (prefix, objective) in product(
-        WAYS, [(1, 1, 1), (2, 2, 1)], TARGETS
+        WAYS,
+        [(1, 1, 1), (2, 2, 1)],
+        TARGETS,
     )
 ] + [
     make_plan(
@@ -194,7 +198,7 @@ def test_every_combination_learns_from_what_is_asked_for_and_nothing_else(plan):
         and sum(float(g.abs().sum()) for g in gradients) > 0
     )
     assert float(terms.references["mean"]) == pytest.approx(
-        float(targets(objective, batch)[batch.order_index >= batch.prefix].square().sum())
+        float(targets(objective, batch)[batch.order_index >= batch.prefix].square().sum()),
     )
 
 
@@ -207,7 +211,8 @@ def test_predictions_depend_on_visible_blocks_and_on_no_hidden_voxel():
 
     before = predict(objective, batch)
     assert torch.equal(
-        before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden]
+        before[0, hidden],
+        predict(objective, changed(batch, plan, hidden))[0, hidden],
     )
 
     for position_in_order in range(6):
@@ -227,9 +232,12 @@ def test_hidden_blocks_of_convolutional_encoders_change_no_prediction(encoder):
         replace(
             plan,
             encoder=EncoderPlan(
-                encoder, size.class_path, {**size.arguments, **CONVOLVED[encoder]}, size.token_size
+                encoder,
+                size.class_path,
+                {**size.arguments, **CONVOLVED[encoder]},
+                size.token_size,
             ),
-        )
+        ),
     )
     torch.manual_seed(0)
     objective, batch = build_objective(plan), drawn_batch(plan)
@@ -241,7 +249,8 @@ def test_hidden_blocks_of_convolutional_encoders_change_no_prediction(encoder):
     before = predict(objective, batch)
 
     assert torch.equal(
-        before[0, hidden], predict(objective, changed(batch, plan, hidden))[0, hidden]
+        before[0, hidden],
+        predict(objective, changed(batch, plan, hidden))[0, hidden],
     )
     assert (
         (before[0, hidden] != predict(objective, changed(batch, plan, ~hidden))[0, hidden])
@@ -268,7 +277,7 @@ def test_masked_is_autoregression_whose_queries_see_the_prefix_only(monkeypatch)
     ours, theirs = masked.loss(batch), one.loss(batch)
 
     assert ours.total.item() == pytest.approx(theirs.total.item(), rel=1e-5) and float(
-        ours.count
+        ours.count,
     ) == float(theirs.count)
     assert plain != ours.total.item()
 
@@ -330,7 +339,7 @@ def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
     w = float(np.exp(-0.5))
 
     assert out[0, 0].tolist() == pytest.approx(
-        [8 * w**n / (1 + w) ** 3 for n in (0, 1, 1, 2, 1, 2, 2, 3)]
+        [8 * w**n / (1 + w) ** 3 for n in (0, 1, 1, 2, 1, 2, 2, 3)],
     )
     assert out[0, 1].tolist() == pytest.approx([5.0] * 8)
 
@@ -338,7 +347,7 @@ def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
     out = smoothed(voxels, valid_mask, (2, 2, 2), 1.0)
 
     assert out[0, 0].tolist() == pytest.approx(
-        [8 * w**n / (1 + w) ** 2 for n in (0, 1, 1, 2)] + [0] * 4
+        [8 * w**n / (1 + w) ** 2 for n in (0, 1, 1, 2)] + [0] * 4,
     )
     assert out[0, 1].tolist() == pytest.approx([5.0] * 4 + [0] * 4)
 
@@ -352,7 +361,8 @@ def test_smoothing_by_0_changes_nothing_and_channels_do_not_mix():
     both = smoothed(voxels, valid_mask, (2, 2, 2), 1.5)
 
     assert torch.allclose(
-        both[..., 8:], smoothed(voxels[..., 8:], valid_mask[..., 8:], (2, 2, 2), 1.5)
+        both[..., 8:],
+        smoothed(voxels[..., 8:], valid_mask[..., 8:], (2, 2, 2), 1.5),
     )
 
 
@@ -364,7 +374,7 @@ def test_smoothed_targets_have_mean_0_and_unbiased_deviation_1():
     target = normalised_target(low, valid_mask, 1e-6)
 
     assert float(target.mean()) == pytest.approx(0, abs=1e-5) and float(
-        target.std(unbiased=True)
+        target.std(unbiased=True),
     ) == pytest.approx(1, abs=1e-4)
     assert float(low.std()) < 0.5 * float(voxels.std())
 
@@ -374,11 +384,12 @@ def test_epsilon_is_added_under_the_root_where_a_floor_is_a_least_value():
     valid_mask = torch.ones(1, 1, 4, dtype=torch.bool)
 
     assert float(token_statistics(voxels, valid_mask, 0.0, 1e-6)[1]) == pytest.approx(
-        np.sqrt(4 / 3 + 1e-6)
+        np.sqrt(4 / 3 + 1e-6),
     )
     assert float(token_statistics(voxels, valid_mask, 2.0)[1]) == pytest.approx(np.sqrt(2.0))
     assert torch.equal(
-        normalised_target(torch.full((1, 1, 4), 7.0), valid_mask, 0.0, 1e-6), torch.zeros(1, 1, 4)
+        normalised_target(torch.full((1, 1, 4), 7.0), valid_mask, 0.0, 1e-6),
+        torch.zeros(1, 1, 4),
     )
 
 

@@ -152,7 +152,7 @@ def test_scans_of_one_subject_and_session_are_a_group(
             "sub-1_ses-1_T2w",
             "sub-1_ses-2_T2w",
             "sub-2_ses-1_T1w",
-        )
+        ),
     ):
         write_image(
             tmp_path / "bids" / f"{name}.nii.gz",
@@ -202,7 +202,10 @@ def test_images_of_a_session_share_one_grid_where_all_have_voxels(tmp_path, stor
         (1, 0, 0, 0, 1, 0, 0, 0, 1),
     )
     coarse = np.meshgrid(
-        4 + 2 * np.arange(12.0), 2 + 2 * np.arange(14.0), 24 - 2 * np.arange(12.0), indexing="ij"
+        4 + 2 * np.arange(12.0),
+        2 + 2 * np.arange(14.0),
+        24 - 2 * np.arange(12.0),
+        indexing="ij",
     )
     other = smooth(*coarse).astype(np.float32)
     write_image(
@@ -271,7 +274,7 @@ def test_resampling_onto_a_shifted_grid_moves_the_voxels_by_the_shift():
 
     assert np.array_equal(moved[:, :, :3], array[:, :, 1:]) and (moved[:, :, 3] == -1).all()
     assert here.is_like(replace(here, origin_mm=(0.001, 0, 0))) and not here.is_like(
-        replace(here, origin_mm=(0.1, 0, 0))
+        replace(here, origin_mm=(0.1, 0, 0)),
     )
 
 
@@ -328,11 +331,11 @@ def test_boxes_give_their_middle_and_slices_make_one_box(tmp_path, caplog):
     whole.write_text(
         "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n"
         "case0,lesion,7,11,5,9,13,7\n"
-        "nobody,lesion,0,0,0,1,1,1\n"
+        "nobody,lesion,0,0,0,1,1,1\n",
     )
     slices.write_text(
         "series,z_index,class,xmin,ymin,xmax,ymax\n"
-        + "".join(f"case0,{z},lesion,5,11,7,13\n" for z in (7, 8, 9))
+        + "".join(f"case0,{z},lesion,5,11,7,13\n" for z in (7, 8, 9)),
     )
 
     (place,) = locations_of_boxes(read_boxes(whole), rows)
@@ -414,7 +417,7 @@ def test_one_dataset_stays_spatial_unless_other_kinds_are_requested(tmp_path):
             rows,
             rows,
             1,
-        )
+        ),
     )
 
     assert asked.sequence.weights == {"contrast": 1.0, "semantic": 0.5}
@@ -458,8 +461,10 @@ def test_a_crop_for_strided_sequences_is_cut_to_whole_sub_volumes(tmp_path):
     rows = rows_of(write_dataset(tmp_path, ("MRI",)))
     plan = check(
         plan_sequences(
-            make_plan(crop_size_vox=(40, 16, 16)), {"strided": 1.0}, available_kinds(rows, [], "")
-        )
+            make_plan(crop_size_vox=(40, 16, 16)),
+            {"strided": 1.0},
+            available_kinds(rows, [], ""),
+        ),
     )
 
     assert plan.sequence.crop_size_vox == (32, 16, 16)
@@ -476,13 +481,20 @@ def test_semantic_crops_show_the_labelled_structure_in_every_patient(tmp_path, s
     request = Request("t", folders=("x",), sequences=("semantic",))
     plan = check(
         plan_with_sequences(
-            tmp_path, make_plan(member_crop_vox=(16, 16, 16)), request, rows, rows, 1
-        )
+            tmp_path,
+            make_plan(member_crop_vox=(16, 16, 16)),
+            request,
+            rows,
+            rows,
+            1,
+        ),
     )
     training, _ = stored_material(tmp_path, plan, rows, store)
     for number in range(6):
         sample, shown = SequenceSampler(plan).draw_kind(
-            "semantic", training, rng.generator(0, "x", number)
+            "semantic",
+            training,
+            rng.generator(0, "x", number),
         )
         if shown.subject.startswith("Dataset700: cube"):
             assert all(member.max() > 5 for member in sample.voxels)
@@ -540,7 +552,12 @@ def test_a_run_that_goes_on_takes_the_places_it_was_planned_with(tmp_path, store
     folder = write_dataset(tmp_path, ("MRI",))
     rows = rows_of(folder)
     plan = plan_with_sequences(
-        tmp_path, make_plan(), Request("t", folders=("x",), sequences=("semantic",)), rows, rows, 1
+        tmp_path,
+        make_plan(),
+        Request("t", folders=("x",), sequences=("semantic",)),
+        rows,
+        rows,
+        1,
     )
     for label in (folder / "labelsTr").iterdir():
         label.unlink()
@@ -557,7 +574,12 @@ def test_the_picture_shows_sequences_of_every_kind(tmp_path, store):
     rows = rows_of(write_dataset(tmp_path))
     request = Request("t", folders=("x",), sequences=("spatial", "strided", "contrast", "semantic"))
     plan = plan_with_sequences(
-        tmp_path, make_plan(crop_size_vox=(32, 24, 16)), request, rows, rows, 1
+        tmp_path,
+        make_plan(crop_size_vox=(32, 24, 16)),
+        request,
+        rows,
+        rows,
+        1,
     )
     picture = draw_preview(tmp_path, check(plan), rows, store, 1)
 
@@ -579,7 +601,9 @@ def test_the_picture_shows_sequences_of_every_kind(tmp_path, store):
     ],
 )
 def test_the_picture_says_whether_blocks_are_predicted_one_after_another(
-    objective, changes, at_once
+    objective,
+    changes,
+    at_once,
 ):
     plan = replace(make_plan(**changes), objective=PredictionPlan(objective))
 
@@ -596,7 +620,12 @@ def test_the_picture_of_alice_speaks_of_student_and_teacher():
 def test_groups_and_members_survive_pickling_for_loader_processes(tmp_path, store):
     rows = rows_of(write_dataset(tmp_path))
     plan = plan_with_sequences(
-        tmp_path, make_plan(), Request("t", folders=("x",), sequences=("contrast",)), rows, rows, 1
+        tmp_path,
+        make_plan(),
+        Request("t", folders=("x",), sequences=("contrast",)),
+        rows,
+        rows,
+        1,
     )
     training, _ = stored_material(tmp_path, plan, rows, store)
 

@@ -11,7 +11,11 @@ from nnunet_autoreg.model.sizes import ENCODERS
 def make(name: str, shape: tuple[int, int, int], drop_path: float = 0.0) -> Primus:
     arguments = ENCODERS[name].arguments
     return Primus(
-        input_channels=1, num_classes=3, input_shape=shape, drop_path_rate=drop_path, **arguments
+        input_channels=1,
+        num_classes=3,
+        input_shape=shape,
+        drop_path_rate=drop_path,
+        **arguments,
     )
 
 
@@ -20,7 +24,9 @@ def test_the_count_without_data_agrees_with_the_bytes_really_kept() -> None:
     really, _ = kept_bytes(make("primus_tiny", shape).train(), torch.randn(2, 1, *shape))
     with torch.device("meta"):
         counted, output = kept_bytes(
-            make("primus_tiny", shape).train(), torch.empty(2, 1, *shape), half=False
+            make("primus_tiny", shape).train(),
+            torch.empty(2, 1, *shape),
+            half=False,
         )
 
     assert abs(counted - really) < 0.1 * really

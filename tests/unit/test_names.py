@@ -35,7 +35,8 @@ def test_in_an_ascii_shell_the_remedy_is_another_encoding(monkeypatch: pytest.Mo
 
 
 def test_a_folder_of_nnunet_that_is_no_utf8_is_refused_by_its_variable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / NO_TEXT
     try:
@@ -49,7 +50,9 @@ def test_a_folder_of_nnunet_that_is_no_utf8_is_refused_by_its_variable(
 
 
 def test_a_log_file_takes_any_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = logging.getLogger("nnunet_autoreg")
     # Without those that other tests have left.

@@ -31,7 +31,8 @@ def test_a_missing_variable_is_named_with_the_line_that_sets_it(
 
 
 def test_a_variable_that_names_no_folder_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "gone"))
 
@@ -47,7 +48,9 @@ def test_a_variable_that_names_no_folder_is_refused(
 
 @pytest.mark.parametrize("name", ["4", "004", "Dataset004_Hippo"])
 def test_a_dataset_is_found_by_number_and_by_name(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     for folder in ("Dataset004_Hippo", "Dataset027_ACDC"):
         (tmp_path / folder).mkdir()
@@ -56,7 +59,8 @@ def test_a_dataset_is_found_by_number_and_by_name(
 
 
 def test_an_unknown_dataset_gets_a_close_match_or_the_known_numbers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     for folder in ("Dataset004_Hippo", "Dataset027_ACDC"):
         (tmp_path / folder).mkdir()
@@ -72,7 +76,8 @@ def test_an_unknown_dataset_gets_a_close_match_or_the_known_numbers(
 
 
 def test_two_datasets_of_one_number_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     for folder in ("Dataset004_A", "Dataset004_B"):
         (tmp_path / folder).mkdir()
@@ -83,7 +88,11 @@ def test_two_datasets_of_one_number_are_refused(
 
 
 def run_nnunet(
-    array: Any, spacing: tuple[float, ...], target: tuple[float, ...], scheme: str, use_mask: bool
+    array: Any,
+    spacing: tuple[float, ...],
+    target: tuple[float, ...],
+    scheme: str,
+    use_mask: bool,
 ) -> Any:
     """The same case through nnU-Net's own preprocessor."""
     import dataclasses
@@ -104,7 +113,7 @@ def run_nnunet(
             "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **shared},
             "resampling_fn_seg": function,
             "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **shared},
-        }
+        },
     )
     plans = SimpleNamespace(
         transpose_forward=[0, 1, 2],
@@ -112,7 +121,12 @@ def run_nnunet(
     )
     preprocessor = DefaultPreprocessor(verbose=False)
     return preprocessor.run_case_npy(
-        array, None, {"spacing": list(spacing)}, plans, configuration, {}
+        array,
+        None,
+        {"spacing": list(spacing)},
+        plans,
+        configuration,
+        {},
     )[0]
 
 
@@ -125,13 +139,22 @@ def run_nnunet(
     ],
 )
 def test_a_real_case_is_preprocessed_bit_for_bit_as_nnunet_does(
-    shared_data: Path, dataset: str, target: tuple[float, ...], scheme: str, use_mask: bool
+    shared_data: Path,
+    dataset: str,
+    target: tuple[float, ...],
+    scheme: str,
+    use_mask: bool,
 ) -> None:
     path = min((shared_data / "nnUNet_raw" / dataset / "imagesTr").iterdir())
     scan = nnunet_api.read_scan(path)
     before = scan.array_CZYX.copy()
     ours = nnunet_api.crop_resample_normalise(
-        scan.array_CZYX, scan.spacing_mm, target, scheme, use_mask, WINDOW
+        scan.array_CZYX,
+        scan.spacing_mm,
+        target,
+        scheme,
+        use_mask,
+        WINDOW,
     )
 
     theirs = run_nnunet(scan.array_CZYX, scan.spacing_mm, target, scheme, use_mask)
@@ -147,11 +170,17 @@ def test_a_masked_scan_keeps_zeros_outside_and_equals_nnunet() -> None:
     array[0, 4, 4, :] = 0
 
     ours = nnunet_api.crop_resample_normalise(
-        array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True, None
+        array,
+        (1, 1, 1),
+        (1, 1, 1),
+        "ZScoreNormalization",
+        True,
+        None,
     )
 
     np.testing.assert_array_equal(
-        ours, run_nnunet(array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True)
+        ours,
+        run_nnunet(array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True),
     )
     assert ours.shape == (1, 12, 12, 12)
     assert (ours[0, 0, 0] == 0).all()
@@ -161,13 +190,19 @@ def test_a_masked_scan_keeps_zeros_outside_and_equals_nnunet() -> None:
 def test_an_anisotropic_scan_is_resampled_slice_by_slice_as_nnunet_does() -> None:
     array = np.random.default_rng(1).normal(size=(1, 6, 20, 24)).astype(np.float32)
     ours = nnunet_api.crop_resample_normalise(
-        array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False, None
+        array,
+        (10, 1.5, 1.5),
+        (5, 1, 1),
+        "ZScoreNormalization",
+        False,
+        None,
     )
 
     assert ours.shape == (1, 12, 30, 36)
     np.testing.assert_array_equal(ours[:, 0], ours[:, 1])
     np.testing.assert_array_equal(
-        ours, run_nnunet(array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False)
+        ours,
+        run_nnunet(array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False),
     )
 
 
@@ -177,7 +212,12 @@ def test_ct_values_are_clipped_to_the_window_then_scaled() -> None:
     array[0, 1] = -1000
 
     ours = nnunet_api.crop_resample_normalise(
-        array, (1, 1, 1), (1, 1, 1), "CTNormalization", False, WINDOW
+        array,
+        (1, 1, 1),
+        (1, 1, 1),
+        "CTNormalization",
+        False,
+        WINDOW,
     )
 
     assert ours[0, 0, 0, 0] == pytest.approx(3.6)
@@ -188,14 +228,24 @@ def test_ct_values_are_clipped_to_the_window_then_scaled() -> None:
 def test_ct_without_a_window_is_refused() -> None:
     with refused(PlanError, "plan-no-ct-window", "data.ct_window"):
         nnunet_api.crop_resample_normalise(
-            np.ones((1, 4, 4, 4)), (1, 1, 1), (1, 1, 1), "CTNormalization", False, None
+            np.ones((1, 4, 4, 4)),
+            (1, 1, 1),
+            (1, 1, 1),
+            "CTNormalization",
+            False,
+            None,
         )
 
 
 def test_an_unknown_scheme_gets_a_close_match() -> None:
     with refused(PlanError, "plan-normalisation", "'ZScoreNormalization'"):
         nnunet_api.crop_resample_normalise(
-            np.ones((1, 4, 4, 4)), (1, 1, 1), (1, 1, 1), "ZScoreNormalisation", False, None
+            np.ones((1, 4, 4, 4)),
+            (1, 1, 1),
+            (1, 1, 1),
+            "ZScoreNormalisation",
+            False,
+            None,
         )
 
 
@@ -215,7 +265,7 @@ def test_the_resampled_shape_is_nnunets() -> None:
             rng.uniform(0.2, 10, 3).tolist(),
         )
         assert nnunet_api.resampled_shape(shape, old, new) == tuple(
-            compute_new_shape(shape, old, new)
+            compute_new_shape(shape, old, new),
         )
     assert nnunet_api.resampled_shape((10, 5, 4), (1.0, 1.0, 1.0), (2.0, 2.0, 1.0)) == (5, 2, 4)
 
@@ -239,7 +289,10 @@ def test_nnunets_commands_are_given_numbers(given: str, number: str) -> None:
     ],
 )
 def test_quotes_and_a_tilde_in_a_folder_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, meant: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    meant: str,
 ) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))

@@ -43,10 +43,19 @@ def flat_memory(encoder: Any, crop: Any, recompute: bool) -> tuple[float, float]
 
 
 def plan_for(
-    pool: Pool = POOL, hardware: Hardware = CPU, memory: Any = flat_memory, **overrides: Any
+    pool: Pool = POOL,
+    hardware: Hardware = CPU,
+    memory: Any = flat_memory,
+    **overrides: Any,
 ) -> Plan:
     return make_plan(
-        "run", pool, hardware, Overrides(**{"encoder": "primus_tiny", **overrides}), 0, {}, memory
+        "run",
+        pool,
+        hardware,
+        Overrides(**{"encoder": "primus_tiny", **overrides}),
+        0,
+        {},
+        memory,
     )
 
 
@@ -98,7 +107,9 @@ def test_without_a_gpu_the_tiny_encoder_is_chosen_unless_told_otherwise() -> Non
     ],
 )
 def test_a_gpu_takes_the_network_that_nnunet_plans_for_its_memory(
-    gib: float, cnn: str, transformer: str
+    gib: float,
+    cnn: str,
+    transformer: str,
 ) -> None:
     large = replace(POOL, median_shape_vox=(128, 256, 256))
     hardware = Hardware("cuda", gib)
@@ -126,10 +137,12 @@ def test_the_reason_of_a_gpus_default_names_the_stock_rival() -> None:
     ],
 )
 def test_blocks_of_a_cnn_are_flat_for_thick_slices(
-    spacing: Spacing, shape: Size, token: Size
+    spacing: Spacing,
+    shape: Size,
+    token: Size,
 ) -> None:
     plan = check(
-        plan_for(replace(POOL, spacing_mm=spacing, median_shape_vox=shape), encoder="auto")
+        plan_for(replace(POOL, spacing_mm=spacing, median_shape_vox=shape), encoder="auto"),
     )
 
     assert (plan.encoder.name, plan.encoder.token_size_vox) == ("resenc_tiny", token)
@@ -175,10 +188,12 @@ def test_a_cnn_of_stride_32_has_blocks_of_32_voxels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "encoder"), [(249_999, "primus_s"), (250_000, "primus_b"), (1_500_000, "primus_m")]
+    ("tokens", "encoder"),
+    [(249_999, "primus_s"), (250_000, "primus_b"), (1_500_000, "primus_m")],
 )
 def test_a_small_pool_takes_a_smaller_encoder_than_the_memory_allows(
-    tokens: int, encoder: str
+    tokens: int,
+    encoder: str,
 ) -> None:
     assert limit_by_pool("primus_m", "24 GiB", replace(POOL, total_vox=512 * tokens))[0] == encoder
     assert limit_by_pool("primus_tiny", "", replace(POOL, total_vox=512))[0] == "primus_tiny"
@@ -235,7 +250,10 @@ def test_activations_are_checkpointed_before_the_crop_shrinks() -> None:
 
 
 def layout_of(
-    encoder: str, *median: int, hardware: Hardware = GPU, spacing: Spacing = (1.0, 1.0, 1.0)
+    encoder: str,
+    *median: int,
+    hardware: Hardware = GPU,
+    spacing: Spacing = (1.0, 1.0, 1.0),
 ) -> tuple[Size, Size]:
     pool = replace(POOL, median_shape_vox=(median[0], median[1], median[2]), spacing_mm=spacing)
     layout = choose_layout(encoder_size(encoder), hardware, pool, lambda *_: (0.0, 0.0))
@@ -333,7 +351,10 @@ def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_in_nnunet() -> None:
         # Sizes that nnU-Net halves until six stages are made, but not along the slices before it
         # has to.
         _, strides, kernels, _, _ = get_pool_and_conv_props(
-            list(spacing), [4 * t for t in token], 4, 99
+            list(spacing),
+            [4 * t for t in token],
+            4,
+            99,
         )
         assert suited.arguments["strides"] == [list(map(int, s)) for s in strides]
         assert suited.arguments["kernel_sizes"] == [list(map(int, k)) for k in kernels]
@@ -370,8 +391,9 @@ def test_norms_over_several_blocks_are_refused() -> None:
     with refused(PlanError, "plan-norm", "torch.nn.BatchNorm3d", "InstanceNorm3d"):
         check(
             override(
-                plan_for(encoder="resenc_tiny"), ["encoder.arguments.norm_op=torch.nn.BatchNorm3d"]
-            )
+                plan_for(encoder="resenc_tiny"),
+                ["encoder.arguments.norm_op=torch.nn.BatchNorm3d"],
+            ),
         )
 
 
@@ -381,7 +403,7 @@ def test_even_kernels_are_refused() -> None:
             override(
                 plan_for(encoder="resenc_tiny"),
                 ["encoder.arguments.kernel_sizes=[[3,3,3],[3,2,3],[3,3,3],[3,3,3]]"],
-            )
+            ),
         )
 
 
@@ -432,7 +454,10 @@ def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> N
 
 def test_hours_leave_alone_what_the_user_set() -> None:
     plan = with_hours(
-        override(plan_for(), ["optim.warmup_steps=7", "run.validate_every=9"]), 2.0, 0.9, "cpu"
+        override(plan_for(), ["optim.warmup_steps=7", "run.validate_every=9"]),
+        2.0,
+        0.9,
+        "cpu",
     )
 
     assert (plan.optim.warmup_steps, plan.run.validate_every, plan.run.checkpoint_every) == (
@@ -540,7 +565,7 @@ def rows_of(kinds: list[Kind]) -> list[ScanRow]:
                     name,
                     "ok",
                     "",
-                )
+                ),
             )
     return rows
 
@@ -585,7 +610,7 @@ def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
     changed = differences(read_json(file), found)
 
     assert not changed, f"{file.name} differs ({REGENERATE}=1 writes it anew): " + "; ".join(
-        changed
+        changed,
     )
 
 

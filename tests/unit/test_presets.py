@@ -91,7 +91,13 @@ def test_epochs_asked_for_are_counted_in_batches_of_the_preset() -> None:
             batch_size=typed[0] if typed else None,
         )
         made = make_plan(
-            "run", POOL, Hardware("cpu", 24.0), overrides_of(request), 0, {}, lambda *_: (0.0, 0.0)
+            "run",
+            POOL,
+            Hardware("cpu", 24.0),
+            overrides_of(request),
+            0,
+            {},
+            lambda *_: (0.0, 0.0),
         )
         return with_presets(made, request)
 
@@ -120,7 +126,11 @@ def test_hours_leave_a_presets_warm_up_alone() -> None:
 
 def test_what_is_typed_counts_more_than_a_preset() -> None:
     request = Request(
-        "run", ("4",), preset="faithful", batch_size=4, sequences=("spatial",)
+        "run",
+        ("4",),
+        preset="faithful",
+        batch_size=4,
+        sequences=("spatial",),
     ).check()
     plan = planned("primus_tiny", num_steps=10, batch_size=4)
     made = override(with_presets(plan, request), ["optim.lr=3e-4"])
@@ -157,7 +167,10 @@ def test_start_predicts_one_token_by_next_only() -> None:
 
     with refused(PlanError, "plan-start-token", "8 tokens", "sequence.prefix=uniform"):
         check(
-            replace(plan, sequence=replace(plan.sequence, block_tokens=(2, 2, 2), num_subvolumes=2))
+            replace(
+                plan,
+                sequence=replace(plan.sequence, block_tokens=(2, 2, 2), num_subvolumes=2),
+            ),
         )
     with refused(PlanError, "plan-start-token", "predictor query", "sequence.predictor=next"):
         check(replace(plan, sequence=replace(plan.sequence, predictor="query")))
@@ -177,7 +190,8 @@ def test_decay_on_everything_leaves_nothing_out() -> None:
 
 @pytest.mark.parametrize("prefix", [0, 1, 5, 23])
 def test_the_faithful_objective_gives_the_original_models_loss(
-    shared_data: Path, prefix: int
+    shared_data: Path,
+    prefix: int,
 ) -> None:
     from ar_ssl4m_head import head_to_ours
 
@@ -199,17 +213,18 @@ def test_the_faithful_objective_gives_the_original_models_loss(
             plan,
             encoder=replace(plan.encoder, arguments=arguments),
             sequence=replace(plan.sequence, crop_size_vox=crop),
-        )
+        ),
     )
     objective = build_objective(plan)
     missing, unexpected = objective.model.encoder.network.load_state_dict(
-        to_ours(weights), strict=False
+        to_ours(weights),
+        strict=False,
     )
     assert not missing and not unexpected
     weight, bias = head_to_ours(weights, (16, 16, 16))
     objective.model.head.project.load_state_dict({"weight": weight, "bias": bias})
     order_index = torch.from_numpy(
-        sequence_ids(grid_of(crop, (16, 16, 16)), (1, 1, 1), 1, "interleaved")
+        sequence_ids(grid_of(crop, (16, 16, 16)), (1, 1, 1), 1, "interleaved"),
     ).expand(len(voxels), -1)
     batch = Batch(
         voxels,
@@ -221,7 +236,8 @@ def test_the_faithful_objective_gives_the_original_models_loss(
         terms = objective.loss(batch)
     assert float(terms.count) == len(voxels) * (24 - prefix) * 4096
     assert float(terms.total / terms.count) == pytest.approx(
-        float(numbers[f"prefix{prefix}/loss"]), abs=1e-4
+        float(numbers[f"prefix{prefix}/loss"]),
+        abs=1e-4,
     )
 
 
@@ -257,14 +273,17 @@ def test_with_start_the_first_prediction_knows_no_voxel() -> None:
             plan,
             encoder=replace(plan.encoder, arguments=arguments, token_size_vox=(8, 8, 8)),
             sequence=replace(plan.sequence, crop_size_vox=(32, 16, 8)),
-        )
+        ),
     )
     torch.manual_seed(0)
     objective = build_objective(plan)
     order_index = torch.from_numpy(sequence_ids((4, 2, 1), (1, 1, 1), 1, "interleaved"))[None]
     voxels = torch.randn(1, 1, 1, 32, 16, 8)
     batch = Batch(
-        voxels, torch.ones(1, 1, 32, 16, 8, dtype=torch.bool), order_index, torch.tensor([0])
+        voxels,
+        torch.ones(1, 1, 32, 16, 8, dtype=torch.bool),
+        order_index,
+        torch.tensor([0]),
     )
     valid = torch.ones_like(order_index, dtype=torch.bool)
     objective.module.eval()
@@ -300,7 +319,13 @@ def test_a_preset_that_goes_token_by_token_plans_an_encoder_that_can() -> None:
     request = Request("run", ("4",), preset="faithful").check()
     check_inputs(request)
     made = make_plan(
-        "run", POOL, Hardware("cpu", 24.0), overrides_of(request), 0, {}, lambda *_: (0.0, 0.0)
+        "run",
+        POOL,
+        Hardware("cpu", 24.0),
+        overrides_of(request),
+        0,
+        {},
+        lambda *_: (0.0, 0.0),
     )
 
     assert check(with_presets(made, request)).encoder.name == "primus_tiny"

@@ -94,7 +94,8 @@ def request_of(root: Path) -> Request:
 
 
 def test_a_run_on_scans_that_name_a_patient_names_nobody(
-    folders: Path, capfd: pytest.CaptureFixture[str]
+    folders: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     configure_logging()
     request = request_of(folders)
@@ -187,7 +188,8 @@ def test_errors_about_where_a_scan_lies_name_nobody(tmp_path: Path, part: str) -
 
 
 def test_files_are_named_on_a_terminal_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     log = logging.getLogger("nnunet_autoreg.corpus")
 

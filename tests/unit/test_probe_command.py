@@ -61,7 +61,9 @@ def lines_in(folders: Path) -> list[dict]:
 
 
 def test_a_run_is_scored_beside_random_twins_and_raw_voxels(
-    folders: Path, write_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    folders: Path,
+    write_run: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_run(folders / "results", "brain", SHAPE, encoder="resenc_tiny")
 
@@ -94,7 +96,8 @@ def test_a_transformer_is_probed_too(folders: Path, write_run: Callable[..., Pat
 
 
 def test_an_encoder_that_saw_a_scored_patient_is_refused(
-    folders: Path, write_run: Callable[..., Path]
+    folders: Path,
+    write_run: Callable[..., Path],
 ) -> None:
     run = write_run(folders / "results", "brain", SHAPE, encoder="resenc_tiny")
     rows = []
@@ -114,7 +117,7 @@ def test_an_encoder_that_saw_a_scored_patient_is_refused(
                 "hash",
                 "ok",
                 "",
-            )
+            ),
         )
     write_index(run / "scans.csv", rows)
 
@@ -136,7 +139,8 @@ def test_what_cannot_be_probed_is_one_line(folders: Path, words: list[str]) -> N
 
 
 def test_weights_of_the_file_are_in_the_network(
-    folders: Path, write_run: Callable[..., Path]
+    folders: Path,
+    write_run: Callable[..., Path],
 ) -> None:
     from safetensors.torch import load_file
 
@@ -151,7 +155,8 @@ def test_weights_of_the_file_are_in_the_network(
 
 
 def test_a_pretrained_decoder_is_loaded_and_probed(
-    folders: Path, write_run: Callable[..., Path]
+    folders: Path,
+    write_run: Callable[..., Path],
 ) -> None:
     from safetensors.torch import load_file
 

@@ -51,7 +51,7 @@ def make_plan(objective: PredictionPlan = NEW, **sequence: object) -> Plan:
             objective,
             OptimPlan(10, 2, 1e-3, 1),
             RunPlan(0, 10, 10),
-        )
+        ),
     )
 
 
@@ -69,7 +69,8 @@ def make_batch(prefix: int, num_samples: int = 2) -> Batch:
 def with_other_voxels(batch: Batch, chosen_BT: Tensor) -> Batch:
     tokens = to_blocks(batch.voxels[:, 0], TOKEN).clone()
     tokens[chosen_BT] = torch.randn(
-        tokens[chosen_BT].shape, generator=torch.Generator().manual_seed(9)
+        tokens[chosen_BT].shape,
+        generator=torch.Generator().manual_seed(9),
     )
     return replace(batch, voxels=from_blocks(tokens, grid_of(CROP, TOKEN))[:, None])
 
@@ -224,7 +225,7 @@ def read_by_encoder(objective: Autoregressive, batch: Batch) -> Tensor:
     """The voxels that go into the encoder."""
     seen: list[Tensor] = []
     hook = objective.model.encoder.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0])
+        lambda module, inputs: seen.append(inputs[0]),
     )
     predict(objective, batch)
     hook.remove()
@@ -292,12 +293,13 @@ def test_corruption_reaches_the_encoder_through_what_is_given_alone(name: str) -
     strong = stacked([Corruption(gamma=1.5, contrast=0.7, noise=0.5, seed=n) for n in range(2)])
     seen: list[Tensor] = []
     hook = objective.model.encoder.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0])
+        lambda module, inputs: seen.append(inputs[0]),
     )
 
     clean = objective.loss(batch, references=True)
     dirty = objective.loss(
-        replace(batch, corruption=strong.with_noise(batch.voxels)), references=True
+        replace(batch, corruption=strong.with_noise(batch.voxels)),
+        references=True,
     )
     hook.remove()
 

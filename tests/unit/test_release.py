@@ -108,7 +108,9 @@ def test_the_changelog_has_every_heading_once_and_stays_readable():
 
 def test_the_version_is_the_newest_of_the_changelog():
     newest = re.search(
-        r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", text_of("CHANGELOG.md"), re.MULTILINE
+        r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$",
+        text_of("CHANGELOG.md"),
+        re.MULTILINE,
     )
 
     assert newest is not None

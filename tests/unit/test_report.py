@@ -238,7 +238,7 @@ class PageReader(HTMLParser):
 def written(folder, objective, batch):
     reporter = Reporter(folder, PLAN, RunSetting("cpu", 2, 1))
     reporter.write(
-        lambda: validation_pictures(objective, [batch], torch.device("cpu"), PLAN.data.spacing_mm)
+        lambda: validation_pictures(objective, [batch], torch.device("cpu"), PLAN.data.spacing_mm),
     )
     return (folder / REPORT_NAME).read_text(encoding="utf-8")
 
@@ -403,7 +403,9 @@ def test_the_verdict_is_bad_without_validation_scans():
 
 
 def test_a_perfect_prediction_is_the_truth_and_one_of_0_the_token_means(
-    objective, batch, monkeypatch
+    objective,
+    batch,
+    monkeypatch,
 ):
     tokens = to_tokens(batch.voxels, objective.token_size)
     valid_mask = to_tokens(batch.valid_mask[:, :, None], objective.token_size)
@@ -413,7 +415,9 @@ def test_a_perfect_prediction_is_the_truth_and_one_of_0_the_token_means(
         / (valid_mask.sum(-1, keepdim=True) - 1)
     ).sqrt()
     monkeypatch.setattr(
-        objective.model, "forward", lambda batch, valid: (tokens - mean) / deviation
+        objective.model,
+        "forward",
+        lambda batch, valid: (tokens - mean) / deviation,
     )
     perfect = objective.reconstruct(batch)
     assert torch.allclose(perfect.predicted, batch.voxels[:, :, 0], atol=1e-5)
@@ -424,7 +428,9 @@ def test_a_perfect_prediction_is_the_truth_and_one_of_0_the_token_means(
 
     corner = batch.voxels[0, 0, 0, :8, :8, :8]
     assert torch.allclose(
-        nothing.trivial[0, 0, :8, :8, :8], corner.mean().expand(8, 8, 8), atol=1e-6
+        nothing.trivial[0, 0, :8, :8, :8],
+        corner.mean().expand(8, 8, 8),
+        atol=1e-6,
     )
     # Of 8 tokens of 8^3 the given ones come first; half of every odd token is padding.
     assert nothing.given[0].sum() == 512 and nothing.given[1].sum() == 2 * 512 + 2 * 256
@@ -644,7 +650,7 @@ def test_the_text_about_pictures_says_what_was_predicted(predictor, target, expe
 
     every = (BLOCK_AFTER_BLOCK, AT_ONCE, PATTERN_ALONE, INTENSITIES)
     assert tuple(sentence for sentence in every if sentence in text) == tuple(
-        sorted(expected, key=every.index)
+        sorted(expected, key=every.index),
     )
 
 
@@ -852,7 +858,10 @@ def test_a_run_killed_while_it_writes_keeps_the_report_before(run_folder, object
     paths = [str(tests), str(tests.parent)]
     script = textwrap.dedent(KILLED).format(paths=paths, folder=str(run_folder))
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (run_folder / REPORT_NAME).read_text(encoding="utf-8") == before

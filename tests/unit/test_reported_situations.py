@@ -266,7 +266,7 @@ def test_a_report_that_is_called_dcm_is_named(tmp_path: Path) -> None:
 
 def test_labels_of_the_first_version_of_the_format_name_nothing(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(
-        '{"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "edema"}}'
+        '{"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "edema"}}',
     )
 
     described = read_dataset_json(tmp_path)
@@ -290,7 +290,8 @@ def test_a_pair_of_header_and_voxels_is_one_scan(tmp_path: Path) -> None:
     image = save_nifti(tmp_path / "single" / "a.nii")
     (tmp_path / "pairs").mkdir()
     nibabel.save(
-        nibabel.Nifti1Pair(np.asarray(image.dataobj), AFFINE), tmp_path / "pairs" / "a.hdr"
+        nibabel.Nifti1Pair(np.asarray(image.dataobj), AFFINE),
+        tmp_path / "pairs" / "a.hdr",
     )
     (tmp_path / "pairs" / "rest.img").write_bytes(b"voxels without header")
 

@@ -37,7 +37,8 @@ NEW_REQUEST_KEYS = ("num_epochs", "num_hours", "gpu_memory_gib", "spacing")
 
 
 def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(
-    tmp_path: Path, write_run: Callable[..., Path]
+    tmp_path: Path,
+    write_run: Callable[..., Path],
 ) -> None:
     folder = write_run(tmp_path, "brain")
     card = prepare_starting_point(str(folder / "encoder.safetensors"), tmp_path / "run")
@@ -49,7 +50,8 @@ def test_weights_to_start_from_bring_their_encoder_unless_one_is_named(
 
 
 def test_a_cnn_to_start_from_keeps_its_strides_kernels_and_depth(
-    tmp_path: Path, write_run: Callable[..., Path]
+    tmp_path: Path,
+    write_run: Callable[..., Path],
 ) -> None:
     arguments = {
         **encoder_size("resenc_tiny").arguments,
@@ -79,7 +81,8 @@ def test_a_cnn_to_start_from_keeps_its_strides_kernels_and_depth(
 
 
 def test_weights_of_unknown_widths_cannot_be_pretrained_further(
-    tmp_path: Path, write_run: Callable[..., Path]
+    tmp_path: Path,
+    write_run: Callable[..., Path],
 ) -> None:
     card = read_card(write_run(tmp_path, "other", encoder="resenc_tiny"))
     narrow = {**card.arguments, "features_per_stage": [8, 16, 32, 64]}
@@ -122,7 +125,9 @@ def planned(folder: Path, request: Request) -> Plan:
     ],
 )
 def test_impossible_lengths_and_numbers_are_refused(
-    changes: dict[str, object], code: str, values: list[str]
+    changes: dict[str, object],
+    code: str,
+    values: list[str],
 ) -> None:
     with refused(UsageError, code, *values):
         replace(REQUEST, **changes).check()  # type: ignore[arg-type]
@@ -137,10 +142,12 @@ def test_an_impossible_spacing_is_refused(spacing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "length", [{}, {"num_hours": 1.0}, {"num_epochs": 2.0}, {"num_steps": 100}]
+    "length",
+    [{}, {"num_hours": 1.0}, {"num_epochs": 2.0}, {"num_steps": 100}],
 )
 def test_the_line_typed_again_continues_and_more_steps_may_be_asked_for(
-    tmp_path: Path, length: dict[str, float]
+    tmp_path: Path,
+    length: dict[str, float],
 ) -> None:
     begun = replace(REQUEST, **length)  # type: ignore[arg-type]
     plan = planned(tmp_path, begun)
@@ -165,7 +172,9 @@ def test_the_line_typed_again_continues_and_more_steps_may_be_asked_for(
     ],
 )
 def test_another_length_memory_or_spacing_is_another_run(
-    tmp_path: Path, then: Request, difference: str
+    tmp_path: Path,
+    then: Request,
+    difference: str,
 ) -> None:
     planned(tmp_path, replace(REQUEST, num_hours=1.0))
 
@@ -240,7 +249,8 @@ def test_a_plan_changed_after_training_began_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_tokens_that_the_user_sets_are_planned_for(
-    settings: tuple[str, ...], expected: tuple[int, int, int] | None
+    settings: tuple[str, ...],
+    expected: tuple[int, int, int] | None,
 ) -> None:
     request = Request("run", ("4",), encoder="primus_tiny", settings=settings)
 

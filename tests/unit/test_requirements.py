@@ -31,7 +31,11 @@ class Site:
         self.folder = folder
 
     def install(
-        self, name: str, version: str, *requirements: str, extras: tuple[str, ...] = ()
+        self,
+        name: str,
+        version: str,
+        *requirements: str,
+        extras: tuple[str, ...] = (),
     ) -> None:
         info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
@@ -100,7 +104,7 @@ def test_the_pip_line_meets_the_requirements_of_everybody(site: Site) -> None:
     site.install("nnunetv2", "2.8.1", "Fake.Lib>=2", "fake_lib!=2.5")
     site.install("fake-lib", "1.9", "whatever-it-needs")
     (site.folder / "nnunet_autoreg-0.1.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: nnunet-autoreg\nVersion: 0.1.0\nRequires-Dist: fake-lib<3\n"
+        "Metadata-Version: 2.1\nName: nnunet-autoreg\nVersion: 0.1.0\nRequires-Dist: fake-lib<3\n",
     )
 
     remedy = Requirement(shlex.split(found("fake-lib").remedy)[2])
@@ -186,7 +190,8 @@ def ended_by(error: Exception, cause: Exception | None = None) -> int:
 
 
 def test_a_bug_beside_a_violation_ends_in_one_line_that_names_it(
-    site: Site, capsys: pytest.CaptureFixture[str]
+    site: Site,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     site.install("nnunetv2", "2.8.1", "fakelib<2")
     site.install("fakelib", "3.0")
@@ -199,7 +204,8 @@ def test_a_bug_beside_a_violation_ends_in_one_line_that_names_it(
 
 
 def test_a_network_that_cannot_be_built_names_the_violation(
-    site: Site, capsys: pytest.CaptureFixture[str]
+    site: Site,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     site.install("nnunetv2", "2.8.1", "fakelib<2")
     site.install("fakelib", "3.0")
@@ -215,7 +221,7 @@ def test_a_pretraining_beside_a_wrong_timm_ends_without_a_traceback(tmp_path: Pa
     site, scans = tmp_path / "site", tmp_path / "scans"
     (site / "timm").mkdir(parents=True)
     (site / "timm" / "__init__.py").write_text(
-        "raise RuntimeError('the rotary embedding has another size')\n"
+        "raise RuntimeError('the rotary embedding has another size')\n",
     )
     Site(site).install("timm", "99.0")
     write_image(scans / "scan_0.nii.gz", draw_phantom(0, 0)[0])
@@ -240,7 +246,11 @@ def test_a_pretraining_beside_a_wrong_timm_ends_without_a_traceback(tmp_path: Pa
     ]
     environment = {**os.environ, **folders, "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: timm 99.0")]

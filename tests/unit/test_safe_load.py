@@ -44,7 +44,9 @@ def detect(tmp_path: Path) -> int:
 
 
 def test_detect_runs_nothing_of_a_strangers_checkpoint(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = model / "fold_0" / "checkpoint_final.pth"
     sprung = tmp_path / "sprung"
@@ -75,7 +77,9 @@ def test_detect_reads_the_numbers_of_numpy_that_nnunet_writes(model: Path, tmp_p
 
 @pytest.mark.parametrize("setting", [FORCE, FORCE_NOT])
 def test_a_variable_of_torch_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
 ) -> None:
     monkeypatch.setenv(setting, "1")
     file, sprung = tmp_path / "x.pth", tmp_path / "sprung"

@@ -277,7 +277,9 @@ def test_the_memory_estimate_counts_the_segments() -> None:
 
 
 def trained(
-    plan: Plan, steps: range, state: dict[str, Any] | None = None
+    plan: Plan,
+    steps: range,
+    state: dict[str, Any] | None = None,
 ) -> tuple[list[float], dict[str, Any]]:
     """Return the losses of some steps and the state after them; a new run measures the pool."""
     torch.manual_seed(0)

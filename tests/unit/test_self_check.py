@@ -38,7 +38,9 @@ NARROW = {
 }
 OBJECTIVE = PredictionPlan(query_depth=2)
 MATERIAL = SamplingPool(
-    (Ramp((40, 40, 40)),), contrast_material().groups, semantic_material().structures
+    (Ramp((40, 40, 40)),),
+    contrast_material().groups,
+    semantic_material().structures,
 )
 
 
@@ -71,7 +73,7 @@ class Trainers:
     def __call__(self, plan: Plan) -> Trainer:
         torch.manual_seed(plan.run.seed)
         self.made.append(
-            Trainer(plan, self.folder, build_objective(plan), MATERIAL, SamplingPool(()), CPU, 0)
+            Trainer(plan, self.folder, build_objective(plan), MATERIAL, SamplingPool(()), CPU, 0),
         )
         return self.made[-1]
 
@@ -105,7 +107,9 @@ def broken_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention reads the mask of sample 0 for every sample; the dense mask is right."""
     made = AttentionRule.block_mask
     monkeypatch.setattr(
-        AttentionRule, "block_mask", lambda rule, num_heads=1: made(as_sample_0(rule), num_heads)
+        AttentionRule,
+        "block_mask",
+        lambda rule, num_heads=1: made(as_sample_0(rule), num_heads),
     )
 
 
@@ -135,7 +139,8 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.usefixtures("broken_flex")
 def test_wrong_flexattention_makes_the_run_take_the_dense_mask(
-    trainers: Trainers, caplog: pytest.LogCaptureFixture
+    trainers: Trainers,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     plan = dry_run.fit_plan(make_plan(), trainers, CPU)
 
@@ -148,7 +153,8 @@ def test_wrong_flexattention_makes_the_run_take_the_dense_mask(
 
 @pytest.mark.usefixtures("broken_compiler")
 def test_wrong_compiled_layers_make_the_run_eager(
-    trainers: Trainers, caplog: pytest.LogCaptureFixture
+    trainers: Trainers,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     plan = dry_run.fit_plan(make_plan(), trainers, CPU)
 
@@ -182,14 +188,18 @@ def ways() -> dict[str, Plan]:
         "masked": make_plan(objective=masked, prefix="fixed", prefix_share=0.25),
         "vit": make_plan("vit_b16", order="raster", predictor="next", prefix="uniform_from_0"),
         "checkpointed": replace(
-            checkpointed, optim=replace(checkpointed.optim, checkpoint_activations=True)
+            checkpointed,
+            optim=replace(checkpointed.optim, checkpoint_activations=True),
         ),
     }
 
 
 @pytest.mark.parametrize("way", list(ways()))
 def test_right_layers_agree_and_nothing_is_compiled_for_it(
-    way: str, trainers: Trainers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    way: str,
+    trainers: Trainers,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level("INFO", logger="nnunet_autoreg.model.compilation")
     plan, graphs = ways()[way], []
@@ -225,7 +235,11 @@ def calls_of(plan: Plan, trainers: Trainers) -> tuple[FastPath, compilation.Call
 def test_every_kind_of_sequence_and_of_layer_is_checked(trainers: Trainers) -> None:
     weights = {"spatial": 1.0, "strided": 1.0, "contrast": 1.0, "semantic": 1.0}
     plan = make_plan(
-        weights=weights, contrasts=WORDS, contrast_members=4, num_subvolumes=2, stride_vox=8
+        weights=weights,
+        contrasts=WORDS,
+        contrast_members=4,
+        num_subvolumes=2,
+        stride_vox=8,
     )
 
     _, recorder = calls_of(plan, trainers)
@@ -237,12 +251,16 @@ def test_every_kind_of_sequence_and_of_layer_is_checked(trainers: Trainers) -> N
 
 @pytest.mark.parametrize("way", ["raster", "random", "blocks", "vit"])
 def test_a_wrong_mask_shows_far_above_what_is_allowed(
-    way: str, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+    way: str,
+    trainers: Trainers,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, recorder = calls_of(ways()[way], trainers)
     made = AttentionRule.block_mask
     monkeypatch.setattr(
-        AttentionRule, "block_mask", lambda rule, num_heads=1: made(as_sample_0(rule), num_heads)
+        AttentionRule,
+        "block_mask",
+        lambda rule, num_heads=1: made(as_sample_0(rule), num_heads),
     )
 
     for call in recorder.calls.values():
@@ -264,7 +282,8 @@ def test_weights_and_generators_are_the_same_bits_with_and_without(trainers: Tra
 
 
 def test_a_run_that_was_tried_is_not_checked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refused(*_: object) -> Any:
         raise AssertionError("tried again")
@@ -285,7 +304,9 @@ def test_plans_of_earlier_runs_are_read() -> None:
 
 
 def test_a_check_that_cannot_be_done_stops_no_training_but_a_stop_does(
-    trainers: Trainers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    trainers: Trainers,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def failing(error: Exception) -> Callable[..., None]:
         def failed(*_: object) -> None:

@@ -59,7 +59,8 @@ def test_random_ranks_permute_blocks_and_keep_tokens_together():
 def test_prefixes_cover_1_to_one_less_than_the_blocks_evenly():
     generator = rng.generator(0, "prefix")
     counts = np.bincount(
-        [draw_prefix(5, generator, make_plan().sequence) for _ in range(4000)], minlength=6
+        [draw_prefix(5, generator, make_plan().sequence) for _ in range(4000)],
+        minlength=6,
     )
 
     assert counts[0] == counts[5] == 0
@@ -77,7 +78,9 @@ def test_a_draw_replays_to_the_same_sample():
 
     plain = spatial.apply(plan, case, replace(drawn, flip_transpose=FlipTranspose()))
     flipped = spatial.apply(
-        plan, case, replace(drawn, flip_transpose=FlipTranspose((True, False, True)))
+        plan,
+        case,
+        replace(drawn, flip_transpose=FlipTranspose((True, False, True))),
     ).augmented()
     assert np.array_equal(flipped.voxels[0, 0], plain.voxels[0, 0, ::-1, :, ::-1])
 
@@ -125,7 +128,9 @@ def test_samples_depend_on_seed_step_and_number_alone():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_number_of_workers_changes_no_batch(num_workers):
     batches = StepBatches(
-        SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))], range(2)
+        SequenceSampler(make_plan()),
+        [Ramp((30, 30, 30)), Ramp((16, 40, 20))],
+        range(2),
     )
     prepared = list(training_batches(batches, range(2, 6), num_workers, pin_memory=False))
 
@@ -257,7 +262,10 @@ def test_strided_samples_repeat_slices_and_can_leave_them_unscored():
     )
 
     plain = SequenceSampler(replace(plan, sequence=replace(plan.sequence, mask_seen=False))).draw(
-        [Ramp((24, 16, 16))], TRAINING, 0, 0
+        [Ramp((24, 16, 16))],
+        TRAINING,
+        0,
+        0,
     )
 
     assert plain.loss_mask is None and np.array_equal(plain.voxels, sample.voxels)
@@ -271,7 +279,8 @@ def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
         first = sample.voxels[0, 0]
         for member in range(1, 4):
             assert np.array_equal(
-                sample.voxels[member, 0] - first, np.full(first.shape, 1e5 * member, np.float32)
+                sample.voxels[member, 0] - first,
+                np.full(first.shape, 1e5 * member, np.float32),
             )
         assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
         tokens = len(sample.order_index) // 4
@@ -285,7 +294,7 @@ def test_a_contrast_keeps_its_code_where_only_some_are_taken():
         sample = SequenceSampler(plan).draw(contrast_material(1), TRAINING, number, 0)
         codes = sample.members.reshape(2, -1)[:, 0]
         assert float(sample.voxels[1].max() - sample.voxels[0].max()) == pytest.approx(
-            1e5 * (codes[1] - codes[0])
+            1e5 * (codes[1] - codes[0]),
         )
         found.add(tuple(codes.tolist()))
 
@@ -297,11 +306,13 @@ def test_a_semantic_sequence_shows_one_structure_in_four_patients():
     structures = set()
     for number in range(20):
         sample, shown = SequenceSampler(plan).draw_kind(
-            "semantic", semantic_material(), rng.generator(0, "x", number)
+            "semantic",
+            semantic_material(),
+            rng.generator(0, "x", number),
         )
         assert len(set(shown.names)) == len({case.by for case in shown.cases}) == 4
         assert {case.by % 1e6 for case in shown.cases} == {
-            0.0 if shown.subject == "kidney" else 5e5
+            0.0 if shown.subject == "kidney" else 5e5,
         }
         assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
         structures.add(shown.subject)
@@ -318,7 +329,9 @@ def test_a_structure_lies_within_an_eighth_of_the_crop_from_its_middle():
     moved = []
     for number in range(50):
         _, shown = SequenceSampler(plan).draw_kind(
-            "semantic", semantic_material(), rng.generator(0, "x", number)
+            "semantic",
+            semantic_material(),
+            rng.generator(0, "x", number),
         )
         moved += [np.array(start) + (size - 1) / 2 - (20, 10, 30) for start in shown.drawn.starts]
 
@@ -401,7 +414,7 @@ def test_one_input_stays_spatial_and_several_get_available_kinds():
     structures = {"liver": 5, "lesion": 2}
 
     assert plan_weights(AvailableKinds(1, 9, WORDS, 3, 0, structures, "label maps"))[0] == {
-        "spatial": 1.0
+        "spatial": 1.0,
     }
 
     weights, why = plan_weights(AvailableKinds(2, 9, WORDS, 3, 0, structures, "label maps"))
@@ -416,7 +429,8 @@ def test_one_input_stays_spatial_and_several_get_available_kinds():
     assert choose_members(AvailableKinds(2, 9, structures=structures, num_subjects=9), 4) == 4
     assert (
         choose_members(
-            AvailableKinds(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9), 4
+            AvailableKinds(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9),
+            4,
         )
         == 3
     )

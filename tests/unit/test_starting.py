@@ -63,10 +63,13 @@ def started(tmp_path: Path, environment: dict[str, str]) -> "subprocess.Popen[st
 
 
 @pytest.mark.parametrize(
-    ("number", "cause"), [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "interrupted")]
+    ("number", "cause"),
+    [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "interrupted")],
 )
 def test_a_stop_while_modules_are_imported_gives_one_line_and_130(
-    tmp_path: Path, number: int, cause: str
+    tmp_path: Path,
+    number: int,
+    cause: str,
 ) -> None:
     process = started(tmp_path, {})
 

@@ -133,7 +133,10 @@ with stopping.stoppable("a_command", until_exit=True):
 @pytest.mark.parametrize(("role", "lowest"), [("main", 2), ("worker", 8)])
 def test_a_worker_is_ended_by_force_after_the_main_process(role: str, lowest: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FORCED, role], capture_output=True, text=True, check=False
+        [sys.executable, "-c", FORCED, role],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     assert done.returncode == 130
@@ -345,7 +348,8 @@ def test_descendants_are_found_and_ended_with_their_children() -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)]
+    ("program", "code"),
+    [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)],
 )
 def test_a_guarded_program_keeps_its_exit_code(tmp_path: Path, program: str, code: int) -> None:
     with (tmp_path / "log").open("w") as log:
@@ -354,7 +358,8 @@ def test_a_guarded_program_keeps_its_exit_code(tmp_path: Path, program: str, cod
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_guarded_program_and_its_children_end_with_the_command(
-    tmp_path: Path, number: int
+    tmp_path: Path,
+    number: int,
 ) -> None:
     """Killed, a command can do nothing any more; the guard notices."""
     log = tmp_path / "log"
@@ -382,7 +387,9 @@ def test_a_guarded_program_and_its_children_end_with_the_command(
 def test_a_program_whose_guard_is_killed_ends_too(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         guard = start_guarded(
-            [sys.executable, "-c", "import time; time.sleep(300)"], os.environ, log
+            [sys.executable, "-c", "import time; time.sleep(300)"],
+            os.environ,
+            log,
         )
         deadline = time.monotonic() + 30
         while not (below := descendants(guard.pid)):
@@ -421,12 +428,14 @@ subprocess.run([sys.executable, "-c", begin + rest, sys.argv[1]])
 
 @pytest.mark.parametrize(("script", "number"), [(POOL, 2), (PROBE_OF_DOCTOR, 1)])
 def test_children_end_with_a_program_that_is_killed(
-    tmp_path: Path, script: str, number: int
+    tmp_path: Path,
+    script: str,
+    number: int,
 ) -> None:
     (tmp_path / "marks").mkdir()
     (tmp_path / "program.py").write_text(script)
     program = subprocess.Popen(
-        [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "marks")]
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "marks")],
     )
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "marks").iterdir())) < number:
@@ -466,7 +475,10 @@ def test_outside_the_main_thread_nothing_changes() -> None:
     ],
 )
 def test_workers_are_as_many_as_memory_allows(
-    monkeypatch: pytest.MonkeyPatch, free_gb: int, sides: list[int], workers: int
+    monkeypatch: pytest.MonkeyPatch,
+    free_gb: int,
+    sides: list[int],
+    workers: int,
 ) -> None:
     monkeypatch.setattr(parallel, "free_memory_bytes", lambda: free_gb * 10**9)
     fitting = parallel.workers_for(8, [side**3 for side in sides])
@@ -480,7 +492,7 @@ def test_the_free_memory_of_this_machine_is_known() -> None:
 def test_a_large_scan_is_read_in_a_worker_even_if_it_is_alone() -> None:
     assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing")) == [os.getpid()]
     assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing", apart=True)) != [
-        os.getpid()
+        os.getpid(),
     ]
     assert (
         parallel.is_large([600**3, 1])
@@ -491,7 +503,9 @@ def test_a_large_scan_is_read_in_a_worker_even_if_it_is_alone() -> None:
 
 @pytest.mark.parametrize(("value", "processes"), [("1", 1), ("3", 3), ("64", 4), (None, 4)])
 def test_nnunets_number_of_processes_is_respected(
-    monkeypatch: pytest.MonkeyPatch, value: str | None, processes: int
+    monkeypatch: pytest.MonkeyPatch,
+    value: str | None,
+    processes: int,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     monkeypatch.delenv("nnUNet_def_n_proc", raising=False)
@@ -503,7 +517,8 @@ def test_nnunets_number_of_processes_is_respected(
 
 @pytest.mark.parametrize("value", ["many", "0", "²", "9" * 5000])
 def test_a_number_of_processes_that_is_none_is_refused(
-    monkeypatch: pytest.MonkeyPatch, value: str
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
 ) -> None:
     monkeypatch.setenv("nnUNet_def_n_proc", value)
     with refused(UsageError, "machine-num-processes", f"nnUNet_def_n_proc={value}"):

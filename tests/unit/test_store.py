@@ -56,7 +56,7 @@ def make_rows(
     folder.mkdir(exist_ok=True)
     for seed in range(num):
         image = SimpleITK.GetImageFromArray(
-            np.random.default_rng(seed).integers(1, 999, shape).astype(np.int16)
+            np.random.default_rng(seed).integers(1, 999, shape).astype(np.int16),
         )
         image.SetSpacing(zyx_mm[::-1])
         image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))  # RAS, which reading keeps as it is
@@ -79,7 +79,12 @@ def test_a_stored_case_is_what_nnunet_makes_of_the_scan(tmp_path: Path) -> None:
     scan = read_scan(Path(rows[0].source))
 
     expected = crop_resample_normalise(
-        scan.array_CZYX, scan.spacing_mm, ISO, "ZScoreNormalization", False, None
+        scan.array_CZYX,
+        scan.spacing_mm,
+        ISO,
+        "ZScoreNormalization",
+        False,
+        None,
     )
 
     assert case.shape_vox == (32, 18, 20) and case.spacing_mm == ISO
@@ -99,14 +104,16 @@ def test_the_coarsest_axis_is_moved_to_the_front_and_recorded(tmp_path: Path) ->
     raw = read_scan(Path(rows[0].source)).array_CZYX.transpose(0, 3, 1, 2)
 
     np.testing.assert_allclose(
-        store.open(key).read((0, 0, 0), (8, 18, 20)), (raw - raw.mean()) / raw.std(), atol=1e-5
+        store.open(key).read((0, 0, 0), (8, 18, 20)),
+        (raw - raw.mean()) / raw.std(),
+        atol=1e-5,
     )
 
 
 def test_a_crop_is_the_same_part_of_the_whole_and_may_not_reach_beyond(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     case = store.open(
-        next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values()))
+        next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values())),
     )
     whole = case.read((0, 0, 0), (16, 18, 20))
 
@@ -123,7 +130,7 @@ def test_a_crop_is_the_same_part_of_the_whole_and_may_not_reach_beyond(tmp_path:
 def test_a_padded_crop_is_zero_and_marked_invalid_outside(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     case = store.open(
-        next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values()))
+        next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values())),
     )
     crop, valid = case.read_padded((-2, 10, -1), (20, 10, 22))
 
@@ -176,7 +183,9 @@ def test_masked_z_scores_are_for_scans_that_cropping_shrinks_much(
     assert not plan_task(replace(row, cropped_shape_vox=(12, 18, 20)), ISO, None).use_mask
     assert plan_task(replace(row, cropped_shape_vox=(11, 18, 20)), ISO, None).use_mask
     assert not plan_task(
-        replace(row, cropped_shape_vox=(4, 18, 20), modality="CT"), ISO, WINDOW
+        replace(row, cropped_shape_vox=(4, 18, 20), modality="CT"),
+        ISO,
+        WINDOW,
     ).use_mask
 
 
@@ -217,7 +226,8 @@ def test_a_torn_entry_is_made_again(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_full_disk_keeps_finished_cases_and_leaves_nothing_half_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows, store = make_rows(tmp_path / "pool", 3), Store(tmp_path / "store")
     write, calls = Path.write_bytes, []
@@ -238,7 +248,9 @@ def test_a_full_disk_keeps_finished_cases_and_leaves_nothing_half_made(
 
 
 def test_the_disk_need_is_told_before_the_start(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -249,7 +261,8 @@ def test_the_disk_need_is_told_before_the_start(
 
 
 def test_scans_that_vanish_or_change_are_left_out_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows, store = make_rows(tmp_path / "pool", 3), Store(tmp_path / "store")
     Path(rows[0].source).unlink()
@@ -289,7 +302,7 @@ def test_temporary_files_of_a_killed_run_are_swept_once_they_are_old(tmp_path: P
 def test_a_case_is_pickled_small_and_read_in_other_processes(tmp_path: Path, method: str) -> None:
     store = Store(tmp_path / "store")
     case = store.open(
-        next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values()))
+        next(iter(store.ensure(make_rows(tmp_path / "pool", 1), ISO, None, 1).values())),
     )
     here = case.read((1, 2, 3), (4, 5, 6))
 
@@ -302,7 +315,7 @@ def test_a_case_is_pickled_small_and_read_in_other_processes(tmp_path: Path, met
 def stored_case(tmp_path: Path, shape: tuple[int, int, int] = (16, 18, 20)) -> StoredCase:
     store = Store(tmp_path / "store")
     return store.open(
-        next(iter(store.ensure(make_rows(tmp_path / "pool", 1, shape), ISO, None, 1).values()))
+        next(iter(store.ensure(make_rows(tmp_path / "pool", 1, shape), ISO, None, 1).values())),
     )
 
 
@@ -339,7 +352,8 @@ def test_an_altered_byte_is_noticed_on_reading_and_the_case_made_again(
 
 
 def test_one_damaged_case_has_all_others_checked_and_made_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows, store = make_rows(tmp_path / "pool", 4), Store(tmp_path / "store")
     cases = [store.open(key) for key in store.ensure(rows, ISO, None, 1).values()]
@@ -361,7 +375,8 @@ def test_one_damaged_case_has_all_others_checked_and_made_again(
 
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b""])
 def test_a_case_torn_during_a_run_is_noticed_before_it_is_mapped(
-    tmp_path: Path, change: Callable[[bytes], bytes]
+    tmp_path: Path,
+    change: Callable[[bytes], bytes],
 ) -> None:
     case = stored_case(tmp_path)
     case.path.write_bytes(change(case.path.read_bytes()))
@@ -381,7 +396,8 @@ def test_a_flipped_bit_in_one_chunk_harms_no_crop_of_the_others(tmp_path: Path) 
     size = (min(cz, 40), min(cy, 90), min(cx, 150))
 
     np.testing.assert_array_equal(
-        case.read((0, 0, 0), size), whole[:, : size[0], : size[1], : size[2]]
+        case.read((0, 0, 0), size),
+        whole[:, : size[0], : size[1], : size[2]],
     )
     with refused(StoreError, "case-damaged", case.path, "chunk"):
         case.read((39, 89, 149), (1, 1, 1))
@@ -391,7 +407,15 @@ def written(tmp_path: Path, shape: tuple[int, int, int]) -> StoredCase:
     """A case of smoothed noise, written without going through a scan."""
     data = gaussian_filter(np.random.default_rng(0).normal(size=shape), 1).astype(np.float32)[None]
     record = CaseRecord(
-        "hash", shape, ISO, shape, ISO, (0, 1, 2), "ZScoreNormalization", False, None
+        "hash",
+        shape,
+        ISO,
+        shape,
+        ISO,
+        (0, 1, 2),
+        "ZScoreNormalization",
+        False,
+        None,
     )
     sealed = write_case(tmp_path / "case.b2nd", data, record)
     assert sealed.seal is not None
@@ -455,7 +479,9 @@ def test_a_crop_decompresses_the_blocks_it_touches_and_no_other(tmp_path: Path) 
     ],
 )
 def test_a_crop_decompresses_little_more_than_itself(
-    shape: tuple[int, int, int], crop: int, at_most: float
+    shape: tuple[int, int, int],
+    crop: int,
+    at_most: float,
 ) -> None:
     block, chunk = layout_of(shape)
     size = [min(crop, n) for n in shape]
@@ -479,7 +505,8 @@ def test_voxels_of_few_values_are_stored_plainly_and_smooth_ones_shuffled(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (4, 5, 3), (2000, 5, 5), (64, 65, 63), (1500, 1500, 1500), (9, 1024, 1024)]
+    "shape",
+    [(1, 1, 1), (4, 5, 3), (2000, 5, 5), (64, 65, 63), (1500, 1500, 1500), (9, 1024, 1024)],
 )
 def test_layouts_of_odd_shapes_are_whole_blocks_of_bounded_size(
     shape: tuple[int, int, int],
@@ -549,7 +576,8 @@ def test_processes_that_make_the_same_cases_at_once_leave_whole_ones(tmp_path: P
 
 
 def test_temporary_names_differ_between_machines_with_equal_process_ids(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = []
     for machine in ("node1", "node2"):
@@ -597,7 +625,8 @@ def test_a_giant_scan_is_refused_with_the_figure_before_it_is_read(tmp_path: Pat
 
 
 def test_the_default_place_is_in_nnunets_preprocessed_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     assert Store().root == tmp_path / "autoreg_store"

@@ -35,7 +35,7 @@ def rows(*statuses_and_modalities):
                 content_hash="",
                 status=status,
                 reason="",
-            )
+            ),
         )
     return found
 

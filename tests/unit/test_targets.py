@@ -45,7 +45,7 @@ def test_mean_and_log_deviation_follow_the_normalised_pattern() -> None:
     deviation = math.sqrt(4 / 3)
     assert num_outputs(settings("normalised_with_statistics"), 4) == 6
     assert target[0, 0].tolist() == pytest.approx(
-        [-1 / deviation, 1 / deviation, -1 / deviation, 1 / deviation, 1.0, math.log(deviation)]
+        [-1 / deviation, 1 / deviation, -1 / deviation, 1 / deviation, 1.0, math.log(deviation)],
     )
     # The real voxels 3, 5 and 4 have mean 4 and deviation 1.
     assert target[0, 1].tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0, 4.0, 0.0])
@@ -92,7 +92,7 @@ def make_plan(target: str, **sequence: object) -> Plan:
             settings(target),
             OptimPlan(10, 1, 1e-3, 1),
             RunPlan(0, 10, 10),
-        )
+        ),
     )
 
 

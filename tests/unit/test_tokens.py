@@ -33,7 +33,11 @@ THICK_CT = ((3.0, 0.8, 0.8), (100, 420, 420))
 
 
 def plan_for(
-    spacing: Spacing, shape: Size, encoder: str, hardware: Hardware, token: Size | None = None
+    spacing: Spacing,
+    shape: Size,
+    encoder: str,
+    hardware: Hardware,
+    token: Size | None = None,
 ) -> Plan:
     pool = Pool(100, spacing, shape, 100 * volume(shape), None)
     overrides = Overrides(encoder, token_size_vox=token)
@@ -51,7 +55,8 @@ def plan_for(
     ],
 )
 @pytest.mark.parametrize(
-    ("encoder", "hardware", "most"), [("primus_tiny", CPU, 512), ("primus_m", GPU, 4096)]
+    ("encoder", "hardware", "most"),
+    [("primus_tiny", CPU, 512), ("primus_m", GPU, 4096)],
 )
 def test_tokens_follow_the_scans_and_their_number_is_bounded(
     scans: tuple[Spacing, Size],
@@ -104,7 +109,7 @@ def test_tokens_that_cannot_be_doubled_back_to_voxels_are_refused(token: str) ->
             override(
                 plan,
                 [f"encoder.arguments.patch_embed_size={token}", f"encoder.token_size_vox={token}"],
-            )
+            ),
         )
 
 
@@ -114,8 +119,9 @@ def test_convolutional_tokens_have_one_size() -> None:
     with pytest.raises(PlanError):
         check(
             override(
-                plan, ["encoder.arguments.patch_embed_size=4,8,8", "encoder.token_size_vox=4,8,8"]
-            )
+                plan,
+                ["encoder.arguments.patch_embed_size=4,8,8", "encoder.token_size_vox=4,8,8"],
+            ),
         )
 
 
@@ -151,7 +157,12 @@ def test_a_patch_is_a_multiple_of_the_token_with_bounded_tokens() -> None:
         return TrainingMemory(fixed_bytes=1, sample_bytes=volume(patch))
 
     fit = fit_configuration(
-        flat_plan(), task, Budget(8, False), memory, dataset_vox=1e12, max_share=0.05
+        flat_plan(),
+        task,
+        Budget(8, False),
+        memory,
+        dataset_vox=1e12,
+        max_share=0.05,
     )
 
     # 10 slices of 27 x 32 tokens are too many: ``grid_of`` refuses what is no multiple of the
@@ -167,7 +178,8 @@ def test_flat_tokens_suit_thick_slices_and_no_others() -> None:
 
 
 def test_the_planner_takes_flat_tokens_or_says_why_not(
-    tmp_path: Path, write_run: Callable[..., Path]
+    tmp_path: Path,
+    write_run: Callable[..., Path],
 ) -> None:
     plan = flat_plan()
     values = {

@@ -101,7 +101,8 @@ def imported(path: Path, results: Path) -> tuple[EncoderCard, dict[str, torch.Te
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "large_batch"])
 def test_a_checkpoint_brings_network_and_data_of_its_configuration(
-    tmp_path: Path, configuration: str
+    tmp_path: Path,
+    configuration: str,
 ) -> None:
     file = save(tmp_path / "checkpoint_final.pth")
     content = torch.load(file, weights_only=False)
@@ -214,7 +215,10 @@ FLAT = {
     ],
 )
 def test_other_networks_and_plans_are_refused_in_one_line(
-    tmp_path: Path, changes: dict[str, Any], code: str, value: str
+    tmp_path: Path,
+    changes: dict[str, Any],
+    code: str,
+    value: str,
 ) -> None:
     file = save(tmp_path / "checkpoint_final.pth", plans(**changes))
 

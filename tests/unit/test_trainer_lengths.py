@@ -106,7 +106,10 @@ def test_a_fresh_process_unpickles_a_trainer_of_any_length() -> None:
     program = f"import pickle; found = pickle.loads({pickled!r}); print(found, found.length)"
 
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     module = autoreg_detection_trainers.__name__

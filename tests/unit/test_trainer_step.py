@@ -43,7 +43,8 @@ def trainer(num_epochs: int = 5, uses_weights: bool = True, **changes: Any) -> A
 
     encoder = EncoderPlan("resenc_tiny", ENCODERS["resenc_tiny"].class_path, ARGUMENTS, (2, 2, 2))
     recipe = Recipe(
-        num_epochs, **{**recipe_values(encoder), "decoder_first_fraction": 0.4, **changes}
+        num_epochs,
+        **{**recipe_values(encoder), "decoder_first_fraction": 0.4, **changes},
     )
     made = AutoregPretrainedTrainer.__new__(AutoregPretrainedTrainer)
     made.block = AutoregBlock(encoder, None, recipe)
@@ -124,7 +125,7 @@ def test_a_run_stopped_in_any_stage_continues_bit_for_bit(stop_after: int) -> No
     for number in range(stop_after + 1):
         epoch(first, number)
     saved = copy.deepcopy(
-        {"network": first.network.state_dict(), "optimizer": first.optimizer.state_dict()}
+        {"network": first.network.state_dict(), "optimizer": first.optimizer.state_dict()},
     )
     second = trainer()
     second.network.load_state_dict(saved["network"])
@@ -185,14 +186,17 @@ def test_coarser_outputs_follow_the_trainer_and_the_recipe() -> None:
 
 
 def test_a_checkpoint_is_on_disk_before_it_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     made = trainer()
     made.local_rank = 0
     monkeypatch.setattr(
-        nnUNetTrainer, "save_checkpoint", lambda _self, name: Path(name).write_text("weights")
+        nnUNetTrainer,
+        "save_checkpoint",
+        lambda _self, name: Path(name).write_text("weights"),
     )
     file = tmp_path / "checkpoint_latest.pth"
     seen = []
@@ -212,7 +216,10 @@ def test_a_checkpoint_is_on_disk_before_it_gets_its_name(
 def one_process_world(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone, as each GPU of ``-num_gpus`` is in one."""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'world'}", rank=0, world_size=1
+        "gloo",
+        init_method=f"file://{tmp_path / 'world'}",
+        rank=0,
+        world_size=1,
     )
     yield
     torch.distributed.destroy_process_group()
@@ -220,7 +227,9 @@ def one_process_world(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_with_several_gpus_the_main_process_writes_the_stock_form(
-    tmp_path: Path, one_process_world: None, rank: int
+    tmp_path: Path,
+    one_process_world: None,
+    rank: int,
 ) -> None:
     run = trainer()
     run.network = DistributedDataParallel(run.network)

@@ -72,10 +72,11 @@ class Smooth(Ramp):
     def read_padded(self, start, size):
         _, valid_mask = super().read_padded(start, size)
         z, y, x = np.meshgrid(
-            *(np.arange(n) + s for n, s in zip(size, start, strict=True)), indexing="ij"
+            *(np.arange(n) + s for n, s in zip(size, start, strict=True)),
+            indexing="ij",
         )
         return (np.float32(self.weights[0]) * z + self.weights[1] * y + self.weights[2] * x).astype(
-            np.float32
+            np.float32,
         )[None] * valid_mask, valid_mask
 
 
@@ -92,7 +93,9 @@ def test_a_rotation_by_90_degrees_equals_numpys_rot90(axis):
     others = [i for i in range(3) if i != axis]
 
     augmented, valid_mask = crop_of(
-        Noisy((30, 30, 30)), start, affine_of(90, direction, 1.0, ISOTROPIC)
+        Noisy((30, 30, 30)),
+        start,
+        affine_of(90, direction, 1.0, ISOTROPIC),
     )
 
     one, other = np.rot90(plain[0], 1, others), np.rot90(plain[0], -1, others)
@@ -105,14 +108,17 @@ def test_a_rotation_about_z_turns_y_into_x_by_hand():
     matrix = np.array(affine_of(90, (1, 0, 0), 1.0, ISOTROPIC).matrix)
 
     assert np.allclose(matrix, [[1, 0, 0], [0, 0, -1], [0, 1, 0]]) or np.allclose(
-        matrix, [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
+        matrix,
+        [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
     )
     assert np.isclose(np.linalg.det(matrix), 1)
 
 
 def test_a_zoom_of_two_shows_half_the_extent_about_the_middle():
     voxels, valid_mask = crop_of(
-        Smooth((40, 40, 40)), (10, 10, 10), affine_of(0, (1, 0, 0), 2.0, ISOTROPIC)
+        Smooth((40, 40, 40)),
+        (10, 10, 10),
+        affine_of(0, (1, 0, 0), 2.0, ISOTROPIC),
     )
     places = 17.5 + (np.arange(16) - 7.5) / 2
 
@@ -183,14 +189,18 @@ def test_what_a_turn_brings_in_from_outside_the_scan_is_padding():
     )
 
     voxels, valid_mask = crop_of(
-        constant, (0, 0, 0), affine_of(45, (1, 0, 0), 1.0, ISOTROPIC), size=(20, 20, 20)
+        constant,
+        (0, 0, 0),
+        affine_of(45, (1, 0, 0), 1.0, ISOTROPIC),
+        size=(20, 20, 20),
     )
 
     y, x = np.meshgrid(np.arange(20) - 9.5, np.arange(20) - 9.5, indexing="ij")
     root = np.sqrt(0.5)
     inside = (np.abs(root * (y + x)) <= 10) & (np.abs(root * (y - x)) <= 10)
     assert 0.75 < inside.mean() < 0.9 and np.array_equal(
-        valid_mask, np.broadcast_to(inside, valid_mask.shape)
+        valid_mask,
+        np.broadcast_to(inside, valid_mask.shape),
     )
     assert np.allclose(voxels[valid_mask], 7, atol=1e-5) and np.all(voxels[~valid_mask] == 0), (
         "no padding is blended into the scan's border"
@@ -261,7 +271,8 @@ def test_crops_that_are_neither_rotated_nor_zoomed_keep_every_bit():
             continue
         plain += 1
         assert np.array_equal(old.voxels, new.voxels) and np.array_equal(
-            old.valid_mask, new.valid_mask
+            old.valid_mask,
+            new.valid_mask,
         )
         assert torch.equal(collate([old]).to(CPU).voxels, collate([new]).to(CPU).voxels)
 
@@ -290,7 +301,8 @@ def test_draws_depend_on_seed_step_and_sample_only():
     sampler.draw(cases, TRAINING, 9, 9)
     again = SequenceSampler(plan).draw(cases, TRAINING, 3, 1)
     assert one.sources[0].matrix == again.sources[0].matrix and torch.equal(
-        one.sources[0].voxels, again.sources[0].voxels
+        one.sources[0].voxels,
+        again.sources[0].voxels,
     )
 
     other_seed = SequenceSampler(replace(plan, run=replace(plan.run, seed=8)))
@@ -346,7 +358,9 @@ def test_members_of_a_semantic_sequence_share_one_rotation():
 def test_a_batch_rotates_in_any_parts_and_in_loader_processes():
     plan = make_plan(**{**VARIED, "spatial_share": 0.5})
     batches = StepBatches(
-        SequenceSampler(plan), [Noisy((30, 30, 30)), Noisy((16, 40, 20))], range(5)
+        SequenceSampler(plan),
+        [Noisy((30, 30, 30)), Noisy((16, 40, 20))],
+        range(5),
     )
     (batch,) = training_batches(batches, range(3, 4), num_workers=1, pin_memory=False)
     assert 0 < sum(bool(sources) for sources in batch.sources) < 5
@@ -366,7 +380,7 @@ def test_a_batch_rotates_in_any_parts_and_in_loader_processes():
 def test_resampling_stays_in_single_precision_under_autocast():
     plan = make_plan(**VARIED)
     batch = collate(
-        [SequenceSampler(plan).draw([Noisy((30, 30, 30))], TRAINING, 0, i) for i in range(2)]
+        [SequenceSampler(plan).draw([Noisy((30, 30, 30))], TRAINING, 0, i) for i in range(2)],
     )
     with torch.autocast("cpu", torch.bfloat16):
         inside = batch.to(CPU)
@@ -402,7 +416,8 @@ def test_unknown_voxels_do_not_change_one_bit_of_the_corrupted_known_ones():
         one, two = (corrupted(v, known, corruptions) for v in (voxels, other))
 
         assert torch.equal(one[~unknown], two[~unknown]) and not torch.equal(
-            one[~unknown], voxels[~unknown]
+            one[~unknown],
+            voxels[~unknown],
         )
         assert torch.equal(one[unknown], voxels[unknown])
 
@@ -498,7 +513,9 @@ def test_only_given_blocks_are_corrupted_and_targets_stay_clean(monkeypatch):
         lambda asked, valid: (inputs.append(asked.voxels), forward(asked, valid))[1],
     )
     monkeypatch.setattr(
-        objective, "_target_voxels", lambda of: (targets.append(of.voxels), clean(of))[1]
+        objective,
+        "_target_voxels",
+        lambda of: (targets.append(of.voxels), clean(of))[1],
     )
 
     objective.loss(batch)
@@ -552,11 +569,20 @@ def test_a_sequence_of_members_can_be_replayed_without_its_rotation():
     plan, group = contrast_plan(**VARIED), contrast_material(1).groups[0]
     cases = [case for _, case in group.members]
     drawn = members.draw_contrast(
-        plan, cases[0].shape_vox, ISOTROPIC, range(4), rng.generator(0, "x"), rng.generator(0, "y")
+        plan,
+        cases[0].shape_vox,
+        ISOTROPIC,
+        range(4),
+        rng.generator(0, "x"),
+        rng.generator(0, "y"),
     )
 
     without = members.draw_contrast(
-        plan, cases[0].shape_vox, ISOTROPIC, range(4), rng.generator(0, "x")
+        plan,
+        cases[0].shape_vox,
+        ISOTROPIC,
+        range(4),
+        rng.generator(0, "x"),
     )
 
     assert drawn.affine is not None and without.affine is None and drawn.starts == without.starts

@@ -45,7 +45,8 @@ def model_of(weights: Mapping[str, Tensor], shape: tuple[int, int, int], heads: 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5, 23])
 def test_predictions_and_loss_are_those_of_the_original_model(
-    shared_data: Path, prefix: int
+    shared_data: Path,
+    prefix: int,
 ) -> None:
     weights, volume_BZYX, numbers = golden(shared_data)
     B, Z, Y, X = volume_BZYX.shape
@@ -57,16 +58,25 @@ def test_predictions_and_loss_are_those_of_the_original_model(
     rank_T = torch.empty(25, dtype=torch.long)
     rank_T[0], rank_T[1 + order] = -1, torch.arange(24)
     mask = block_causal(
-        rank_T.expand(B, -1), torch.full((B,), prefix), torch.ones(B, 25, dtype=torch.bool)
+        rank_T.expand(B, -1),
+        torch.full((B,), prefix),
+        torch.ones(B, 25, dtype=torch.bool),
     ).dense()
     with torch.no_grad():
         features_BTV = model.model.hidden(
-            model.model.with_start(model.tokens(volume_BZYX[:, None])), mask
+            model.model.with_start(model.tokens(volume_BZYX[:, None])),
+            mask,
         )[-1]
         by_rank = torch.cat([features_BTV[:, :1], features_BTV[:, 1 + order]], dim=1)
         predicted_BNP = functional.linear(by_rank[:, :24], head, bias)
     cubes = volume_BZYX.reshape(B, grid[0], 16, grid[1], 16, grid[2], 16).permute(
-        0, 1, 3, 5, 2, 4, 6
+        0,
+        1,
+        3,
+        5,
+        2,
+        4,
+        6,
     )
     patches_BNP = cubes.reshape(B, 24, -1)[:, order]
     target_BNP = (patches_BNP - patches_BNP.mean(-1, keepdim=True)) / (
@@ -79,7 +89,10 @@ def test_predictions_and_loss_are_those_of_the_original_model(
     )
 
     torch.testing.assert_close(
-        in_their_order[..., ::64], numbers[f"prefix{prefix}/predictions"], atol=1e-4, rtol=0
+        in_their_order[..., ::64],
+        numbers[f"prefix{prefix}/predictions"],
+        atol=1e-4,
+        rtol=0,
     )
     assert float(loss) == pytest.approx(float(numbers[f"prefix{prefix}/loss"]), abs=1e-4)
 
@@ -131,7 +144,11 @@ def their_encoder(weights: Mapping[str, Tensor], volume_BXYZ: Tensor, heads: int
     for i in range(depth):
         w = {key.removeprefix(f"model.layers.{i}."): value for key, value in weights.items()}
         y = functional.layer_norm(
-            x, (width,), w["input_layernorm.weight"], w["input_layernorm.bias"], 1e-5
+            x,
+            (width,),
+            w["input_layernorm.weight"],
+            w["input_layernorm.bias"],
+            1e-5,
         )
         q, k, v = (
             (y @ w[f"self_attn.{n}_proj.weight"].T)
@@ -156,7 +173,11 @@ def their_encoder(weights: Mapping[str, Tensor], volume_BXYZ: Tensor, heads: int
         y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
         x = x + y @ w["mlp.linear2.weight"].T + w["mlp.linear2.bias"]
     x = functional.layer_norm(
-        x, (width,), weights["model.norm.weight"], weights["model.norm.bias"], 1e-5
+        x,
+        (width,),
+        weights["model.norm.weight"],
+        weights["model.norm.bias"],
+        1e-5,
     )
     return x[:, 1:].reshape(B, *grid, width)
 
@@ -175,7 +196,11 @@ def test_our_model_in_zyx_gives_what_theirs_gives_in_xyz() -> None:
     with torch.no_grad():
         model.model.patchifier.proj.weight.copy_(weights["model.patchifier.proj.weight"])
         unturned = model.encode(volume_BXYZ.permute(0, 3, 2, 1)[:, None])[-1].reshape(
-            2, 1, 2, 3, 24
+            2,
+            1,
+            2,
+            3,
+            24,
         )
 
     assert (unturned.permute(0, 3, 2, 1, 4) - theirs).abs().max() > 0.1
@@ -199,7 +224,8 @@ def test_export_is_the_inverse_of_import_bit_by_bit() -> None:
     assert set(back) == {key for key in weights if key.startswith("model.")}
     assert all(torch.equal(back[key], weights[key]) for key in back)
     assert not torch.equal(
-        to_ours(weights)["model.patchifier.proj.weight"], weights["model.patchifier.proj.weight"]
+        to_ours(weights)["model.patchifier.proj.weight"],
+        weights["model.patchifier.proj.weight"],
     )
 
 
@@ -219,7 +245,7 @@ def test_logits_have_the_shape_of_the_volume_for_tokens_of_16_and_of_8() -> None
 def test_every_parameter_but_the_unread_special_tokens_learns() -> None:
     model = ViT(1, 24, TOKEN, 2, 4, 2, (32, 32, 16), decoder_features=4)
     model(
-        torch.randn(1, 1, 32, 32, 16, generator=torch.Generator().manual_seed(2))
+        torch.randn(1, 1, 32, 32, 16, generator=torch.Generator().manual_seed(2)),
     ).square().sum().backward()
     still = [
         name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0

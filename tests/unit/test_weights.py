@@ -55,7 +55,10 @@ def saved(file: Path, content: Any) -> Path:
 
 @pytest.mark.parametrize("way", ["zip", "bare"])
 def test_a_file_that_would_run_code_ends_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    way: str,
 ) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     sprung = tmp_path / "sprung"
@@ -103,7 +106,7 @@ def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
         saved(
             tmp_path / "o.pth",
             {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"},
-        )
+        ),
     )
     assert (other.kind, other.rest) == (NO_PLAN, {"trainer_name": "x"})
     assert open_source(saved(tmp_path / "u.pth", {"w": torch.ones(2)})).kind == UNKNOWN
@@ -168,7 +171,10 @@ def test_ar_ssl4m_is_imported_with_turned_axes_and_normalisation(tmp_path: Path)
     ],
 )
 def test_what_is_wrong_with_an_ar_ssl4m_file_is_named(
-    tmp_path: Path, change: Any, code: str, values: tuple[str, ...]
+    tmp_path: Path,
+    change: Any,
+    code: str,
+    values: tuple[str, ...],
 ) -> None:
     tensors = ar_ssl4m()
     change(tensors)
@@ -189,7 +195,9 @@ def test_a_number_of_heads_that_the_file_does_not_state_is_needed(tmp_path: Path
 
 
 def test_the_command_inspects_imports_and_exports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     file = str(saved(tmp_path / "a.pth", ar_ssl4m()))
@@ -251,7 +259,10 @@ def test_impossible_lines_end_in_one(
 
 def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
     import_weights(
-        saved(tmp_path / "a.pth", ar_ssl4m()), "theirs", tmp_path, ImportOptions(num_heads=2)
+        saved(tmp_path / "a.pth", ar_ssl4m()),
+        "theirs",
+        tmp_path,
+        ImportOptions(num_heads=2),
     )
     dataset = DatasetTraits("Dataset001_A", ("MRI",), (1.0, 1.0, 1.0))
 
@@ -282,11 +293,14 @@ def test_the_licence_is_the_users_then_the_model_cards(
 def test_percentiles_1_and_99_9_become_0_and_1_with_clipping() -> None:
     image = np.arange(1001, dtype=np.float32).reshape(7, 11, 13)
     normalised = AutoregPercentileNormalization(
-        use_mask_for_norm=False, intensityproperties={}
+        use_mask_for_norm=False,
+        intensityproperties={},
     ).run(image.copy())
 
     np.testing.assert_allclose(
-        normalised.ravel()[[0, 10, 11, 500, 999, 1000]], [0, 0, 1 / 989, 490 / 989, 1, 1], atol=1e-6
+        normalised.ravel()[[0, 10, 11, 500, 999, 1000]],
+        [0, 0, 1 / 989, 490 / 989, 1, 1],
+        atol=1e-6,
     )
     assert (
         not AutoregPercentileNormalization(False, {}).run(np.full((2, 2, 2), 7.0, np.float32)).any()
@@ -301,7 +315,10 @@ def test_a_plan_normalises_every_channel_as_in_pretraining(
     assert as_pretrained(own, [False, True], None) == (own, [False, True])
 
     card, _ = import_weights(
-        saved(tmp_path / "a.pth", ar_ssl4m()), "a", tmp_path, ImportOptions(num_heads=2)
+        saved(tmp_path / "a.pth", ar_ssl4m()),
+        "a",
+        tmp_path,
+        ImportOptions(num_heads=2),
     )
 
     assert as_pretrained(own, [False, True], card) == (
@@ -321,14 +338,15 @@ def test_nnunet_finds_the_normalisation_by_name() -> None:
 
 
 def test_the_content_of_a_file_of_no_known_kind_is_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert (
         main(
             [
                 "inspect",
                 str(saved(tmp_path / "u.pth", {"conv.weight": torch.ones(2, 3), "epoch": 3})),
-            ]
+            ],
         )
         == 0
     )
@@ -340,7 +358,8 @@ def test_the_content_of_a_file_of_no_known_kind_is_listed(
     )
 
     bare = saved(
-        tmp_path / "n.pth", {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"}
+        tmp_path / "n.pth",
+        {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"},
     )
     assert main(["inspect", str(bare)]) == 0
 

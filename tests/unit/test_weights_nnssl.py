@@ -65,7 +65,10 @@ PRIMUS_KEYS = {
 
 
 def random_network(
-    family: str, arguments: dict[str, Any], crop: tuple[int, int, int] = CROP, channels: int = 1
+    family: str,
+    arguments: dict[str, Any],
+    crop: tuple[int, int, int] = CROP,
+    channels: int = 1,
 ) -> Any:
     """A network of random weights, norms and scales included, so that nothing is equal by
     accident.
@@ -104,7 +107,10 @@ def write_encoder(
         "ct_window": None,
         "num_input_channels": 1,
         "adaptation": Adaptation(
-            network.key_to_encoder, network.key_to_stem, tuple(network.keys_to_in_proj), lpe
+            network.key_to_encoder,
+            network.key_to_stem,
+            tuple(network.keys_to_in_proj),
+            lpe,
         ),
         "objective": "autoregressive",
         "licences": {"Some scans": "CC0"},
@@ -119,7 +125,10 @@ def write_encoder(
 
 
 def plan_of(
-    name: str, kwargs: dict[str, Any] | None, keys: dict[str, Any], patch: tuple[int, ...] = CROP
+    name: str,
+    kwargs: dict[str, Any] | None,
+    keys: dict[str, Any],
+    patch: tuple[int, ...] = CROP,
 ) -> dict[str, Any]:
     """An adaptation plan as nnssl serialises it."""
     imported = (
@@ -150,7 +159,10 @@ def plan_of(
 
 
 def save(
-    folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any] | None, **rest: Any
+    folder: Path,
+    tensors: dict[str, Tensor],
+    plan: dict[str, Any] | None,
+    **rest: Any,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "checkpoint_final.pth"
@@ -204,7 +216,11 @@ def load(
     folder = results / "autoreg_pretraining" / name
     network = build_network(CLASS_PATHS[family], arguments, crop, 1, 2)
     table = load_encoder(
-        network, folder / "encoder.safetensors", read_card(folder), Target(1, crop), 1.0
+        network,
+        folder / "encoder.safetensors",
+        read_card(folder),
+        Target(1, crop),
+        1.0,
     )
     assert table.encoder_share == 1.0
     return network.eval()
@@ -228,7 +244,10 @@ def test_a_transformer_computes_in_nnunet_what_it_computed_in_nnssl(
         for wrong in (kept, positions_only):
             assert (nnunet_features(wrong, volume) - wanted).abs().max() > 1e-3
         torch.testing.assert_close(
-            nnunet_features(kept, volume), nnunet_features(original, volume), atol=1e-6, rtol=0
+            nnunet_features(kept, volume),
+            nnunet_features(original, volume),
+            atol=1e-6,
+            rtol=0,
         )
 
 
@@ -269,7 +288,7 @@ def test_a_cnn_is_imported_without_its_decoder_and_doubled_names(tmp_path: Path)
         for key in stored
     )
     assert len(
-        {value.data_ptr() for key, value in state.items() if key.startswith("encoder.")}
+        {value.data_ptr() for key, value in state.items() if key.startswith("encoder.")},
     ) == len(stored)
     assert imported.notes == (
         f"left out: decoder ({sum(key.startswith('decoder.') for key in state)} tensors)",
@@ -325,7 +344,8 @@ def test_a_plan_that_contradicts_the_weights_is_an_error(
 
 @pytest.mark.parametrize("with_scale", [True, False])
 def test_layer_scale_and_inner_norm_can_be_read_from_the_weights(
-    tmp_path: Path, with_scale: bool
+    tmp_path: Path,
+    with_scale: bool,
 ) -> None:
     arguments = {
         **PRIMUS,
@@ -384,7 +404,7 @@ def test_of_two_patch_sizes_the_one_that_fits_the_positions_is_used(tmp_path: Pa
         import_weights(file, "a", tmp_path / "res", ImportOptions())
 
     (tmp_path / "adaptation_plan.json").write_text(
-        json.dumps(plan_of("PrimusX", primus_x(), PRIMUS_KEYS))
+        json.dumps(plan_of("PrimusX", primus_x(), PRIMUS_KEYS)),
     )
     card, imported = import_weights(file, "a", tmp_path / "res", ImportOptions())
     assert card.crop_size_vox == CROP
@@ -398,7 +418,11 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
     del plan["pretrain_plan"]["configurations"]["onemmiso"]["spacing"]
     with torch.device("meta"):
         network = build_network(
-            CLASS_PATHS["resenc"], ENCODERS["resenc_l"].arguments, (64,) * 3, 1, 2
+            CLASS_PATHS["resenc"],
+            ENCODERS["resenc_l"].arguments,
+            (64,) * 3,
+            1,
+            2,
         )
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("encoder.")}
@@ -468,7 +492,11 @@ def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> 
     ],
 )
 def test_a_malformed_plan_ends_in_one_line(
-    tmp_path: Path, family: str, change: dict[str, Any], code: str, value: str
+    tmp_path: Path,
+    family: str,
+    change: dict[str, Any],
+    code: str,
+    value: str,
 ) -> None:
     arguments, name, keys = {
         "primus": (PRIMUS, "PrimusX", PRIMUS_KEYS),
@@ -542,7 +570,11 @@ def minimal_reader(folder: Path, class_count: int = 3) -> nn.Module:
 
 
 def read_network(
-    name: str, kwargs: dict[str, Any], plan: dict[str, Any], patch: list[int], class_count: int
+    name: str,
+    kwargs: dict[str, Any],
+    plan: dict[str, Any],
+    patch: list[int],
+    class_count: int,
 ) -> nn.Module:
     from dynamic_network_architectures.architectures.primus import Primus, PrimusS, PrimusV2
     from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
@@ -562,7 +594,9 @@ def read_network(
             if kwargs[k] is not None
         }
         return ResidualEncoderUNet(
-            input_channels=channels, num_classes=class_count, **{**kwargs, **imported}
+            input_channels=channels,
+            num_classes=class_count,
+            **{**kwargs, **imported},
         )
     primus = {"PrimusX": Primus, "PrimusV2": PrimusV2}[name]
     return primus(
@@ -579,10 +613,13 @@ def read_network(
 
 
 @pytest.mark.parametrize(
-    ("family", "arguments"), [("primus", PRIMUS), ("primus_v2", PRIMUS), ("resenc", RESENC)]
+    ("family", "arguments"),
+    [("primus", PRIMUS), ("primus_v2", PRIMUS), ("resenc", RESENC)],
 )
 def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
-    tmp_path: Path, family: str, arguments: dict[str, Any]
+    tmp_path: Path,
+    family: str,
+    arguments: dict[str, Any],
 ) -> None:
     network = random_network(family, arguments)
     folder = write_encoder(tmp_path, network, family, arguments, CROP)
@@ -635,7 +672,11 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
     ],
 )
 def test_an_export_is_causal_where_the_network_saw_earlier_blocks_alone(
-    write_run: Callable[..., Path], tmp_path: Path, encoder: str, objective: str, expected: bool
+    write_run: Callable[..., Path],
+    tmp_path: Path,
+    encoder: str,
+    objective: str,
+    expected: bool,
 ) -> None:
     """A CNN that predicts blocks looks in all directions."""
     folder = write_run(tmp_path, "run", encoder=encoder, objective=objective)
@@ -674,7 +715,11 @@ def test_an_export_for_readers_of_the_other_token_order_computes_the_same(tmp_pa
     ],
 )
 def test_tokens_that_cannot_be_reordered_are_refused_at_export(
-    tmp_path: Path, family: str, arguments: dict[str, Any], crop: tuple[int, int, int], form: str
+    tmp_path: Path,
+    family: str,
+    arguments: dict[str, Any],
+    crop: tuple[int, int, int],
+    form: str,
 ) -> None:
     network = random_network(family, arguments, crop)
     folder = write_encoder(tmp_path, network, family, arguments, crop)
@@ -700,12 +745,19 @@ def test_tokens_that_cannot_be_reordered_are_refused_at_export(
     ],
 )
 def test_an_encoder_has_the_name_of_a_preset_if_it_is_one(
-    tmp_path: Path, write_run: Callable[..., Path], encoder: str, changes: Any, expected: str
+    tmp_path: Path,
+    write_run: Callable[..., Path],
+    encoder: str,
+    changes: Any,
+    expected: str,
 ) -> None:
     card = read_card(write_run(tmp_path, "made", (16, 16, 16)))
     size = ENCODERS[encoder]
     card = replace(
-        card, encoder=encoder, class_path=size.class_path, arguments={**size.arguments, **changes}
+        card,
+        encoder=encoder,
+        class_path=size.class_path,
+        arguments={**size.arguments, **changes},
     )
 
     plan, warnings = adaptation_plan(card, {"down_projection.proj.weight": torch.zeros(1)})
@@ -808,7 +860,9 @@ def test_the_same_import_may_be_repeated_and_changes_nothing(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form", [NNSSL_FORM, HUGGINGFACE_FORM])
 def test_a_full_disk_ends_an_export_with_the_errors_own_reason(
-    write_run: Callable[..., Path], tmp_path: Path, form: str
+    write_run: Callable[..., Path],
+    tmp_path: Path,
+    form: str,
 ) -> None:
     folder = write_run(tmp_path, "run")
 

@@ -133,7 +133,9 @@ def test_without_padding_exactly_the_drawn_number_is_known() -> None:
 
     for prefix in range(1, 12):
         known_BT = known_tokens(
-            order_index_BT, torch.tensor([prefix]), torch.ones_like(order_index_BT).bool()
+            order_index_BT,
+            torch.tensor([prefix]),
+            torch.ones_like(order_index_BT).bool(),
         )
         assert torch.equal(known_BT, order_index_BT < prefix)
 
@@ -211,7 +213,11 @@ def test_encoder_and_decoder_are_transferred_and_the_head_is_not() -> None:
 
     encoder = plan.encoder
     downstream: Any = build_network(
-        encoder.class_path, encoder.arguments, plan.sequence.crop_size_vox, 1, 3
+        encoder.class_path,
+        encoder.arguments,
+        plan.sequence.crop_size_vox,
+        1,
+        3,
     )
     live = downstream.state_dict(keep_vars=True)
     loaded = {id(live[key]) for key in state}
@@ -228,7 +234,11 @@ def test_features_are_those_that_fine_tuning_computes() -> None:
     objective.module.eval()
     encoder = plan.encoder
     downstream: Any = build_network(
-        encoder.class_path, encoder.arguments, plan.sequence.crop_size_vox, 1, 3
+        encoder.class_path,
+        encoder.arguments,
+        plan.sequence.crop_size_vox,
+        1,
+        3,
     ).eval()
     downstream.load_state_dict(objective.transferable_state(), strict=False)
 

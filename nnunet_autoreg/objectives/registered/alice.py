@@ -47,5 +47,5 @@ register(
         preview="The student sees the blocks with a solid blue frame and reconstructs those with a "
         "dashed orange frame, all at once.\nThe teacher sees both crops completely, and the "
         "student's features have to agree with the teacher's.",
-    )
+    ),
 )

@@ -154,5 +154,5 @@ register(
                 single_tokens=True,
             ),
         ),
-    )
+    ),
 )

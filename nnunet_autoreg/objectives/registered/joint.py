@@ -50,5 +50,5 @@ register(
         sequence_kinds=VIEW_KINDS,
         takes_images=True,
         fit=fit_to_scans,
-    )
+    ),
 )

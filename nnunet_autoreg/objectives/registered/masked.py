@@ -51,5 +51,5 @@ register(
         check=check,
         builders={TRANSFORMER: build_for_transformer, CNN: build_for_cnn},
         figure=figure_of,
-    )
+    ),
 )
