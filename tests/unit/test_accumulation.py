@@ -25,6 +25,7 @@ from nnunet_autoreg.pretrain.dry_run import seconds_per_step
 from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.sampling.sample import Batch, Sample, collate
 
+# The smallest encoder that still has two blocks of attention: 16^3 voxels are 8 tokens of 8^3.
 TINY = encoder_size("primus_tiny")
 ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_depth": 2, "eva_numheads": 4}
 PLAN = Plan(
@@ -33,6 +34,7 @@ PLAN = Plan(
     EncoderPlan("primus_tiny", TINY.class_path, ARGUMENTS, TINY.token_size),
     SequencePlan((16, 16, 16)),
     PredictionPlan(),
+    # Batches of 5, so that parts of 2, 3 and 4 leave a smaller last part.
     OptimPlan(4, 5, 1e-2, 1),
     RunPlan(0, 2, 2, log_every=2),
 )
@@ -62,6 +64,7 @@ def trained(tmp_path: Path) -> Callable[[int | None], tuple[Trainer, torch.Tenso
     """One step in parts of a size: the trainer after it, and the loss."""
 
     def step(micro: int | None) -> tuple[Trainer, torch.Tensor]:
+        # Every trainer starts from the same weights. A limit of 1e9 never clips the gradient.
         torch.manual_seed(0)
         plan = replace(PLAN, optim=replace(PLAN.optim, micro_batch_size=micro, clip_norm=1e9))
         trainer = Trainer(plan, tmp_path, Autoregressive(plan), [], [], torch.device("cpu"), 0)
@@ -80,8 +83,13 @@ def test_parts_give_the_gradient_of_the_whole_batch(
     trained: Callable[..., Any],
     micro: int,
 ) -> None:
-    (whole, loss), (parts, loss_of_parts) = trained(None), trained(micro)
-    assert float((gradient(whole) - gradient(parts)).norm() / gradient(whole).norm()) < 1e-6
+    whole, loss = trained(None)
+    parts, loss_of_parts = trained(micro)
+
+    expected = gradient(whole)
+    relative_error = (expected - gradient(parts)).norm() / expected.norm()
+    # Only the order of the float32 sums differs between the two.
+    assert float(relative_error) < 1e-6
     assert float(loss_of_parts) == pytest.approx(float(loss), rel=1e-6)
 
 
@@ -91,17 +99,20 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_voxels(
     whole, loss = trained(2)
     torch.manual_seed(0)
     objective = Autoregressive(PLAN)
+    # Each sample is weighted by its number of supervised voxels, which differs by prefix and
+    # padding.
     terms = [objective.loss(collate([sample(n)])) for n in range(5)]
     mean = sum(t.total for t in terms) / sum(t.count for t in terms)
     mean_of_means = sum(t.total / t.count for t in terms) / 5
     mean.backward()
 
-    expected = torch.cat(
-        [p.grad.flatten() for p in objective.module.parameters() if p.grad is not None],
-    )
+    gradients = [p.grad for p in objective.module.parameters() if p.grad is not None]
+    expected = torch.cat([g.flatten() for g in gradients])
 
-    assert float((gradient(whole) - expected).norm() / expected.norm()) < 1e-6
+    relative_error = (gradient(whole) - expected).norm() / expected.norm()
+    assert float(relative_error) < 1e-6
     assert float(loss) == pytest.approx(float(mean.detach()), rel=1e-6)
+    # The mean of the five means is another number, so a trainer that took it would fail above.
     assert abs(float(mean_of_means.detach() / mean.detach()) - 1) > 1e-4
 
 
@@ -119,13 +130,13 @@ def test_the_pace_is_measured_on_steps_that_leave_no_trace(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Three steps are enough to see whether they write files.
     monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.MAX_STEPS", 3)
     objective = Autoregressive(PLAN)
     objective.sampler = Five()  # type: ignore[assignment]
+    trainer = Trainer(PLAN, tmp_path, objective, [], [], torch.device("cpu"), 0)
 
-    assert (
-        0
-        < seconds_per_step(Trainer(PLAN, tmp_path, objective, [], [], torch.device("cpu"), 0))
-        < 60
-    )
+    seconds = seconds_per_step(trainer)
+
+    assert 0 < seconds < 60
     assert list(tmp_path.iterdir()) == []

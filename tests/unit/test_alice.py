@@ -59,6 +59,7 @@ from nnunet_autoreg.sampling.sampler import TRAINING, SequenceSampler
 CPU = torch.device("cpu")
 SHAPE_VOX = (40, 48, 40)
 ENCODERS = ("primus_tiny", "resenc_tiny")
+# Crops of 16^3 with tokens of 8^3: 8 tokens per image.
 SMALL = (
     "objective.width=16",
     "objective.hidden=24",
@@ -88,6 +89,7 @@ def batch_of(plan: Plan, num_samples: int = 2, num_members: int = 2, seed: int =
     generator = torch.Generator().manual_seed(seed)
     size = plan.sequence.crop_size_vox
     num_tokens = num_members * volume(grid_of(size, plan.encoder.token_size_vox))
+    # One random order over the tokens of all images of the sequence.
     voxels = torch.randn(num_samples, num_members, 1, *size, generator=generator)
     valid_mask = torch.ones(num_samples, num_members, *size, dtype=torch.bool)
     order = [torch.randperm(num_tokens, generator=generator) for _ in range(num_samples)]
@@ -105,13 +107,9 @@ def part(batch: Batch, name: str, objective: Alice) -> Tensor:
 def test_pairs_of_whole_crops_with_a_quarter_visible_are_planned(encoder: str) -> None:
     s = planned(encoder).sequence
 
-    assert (s.weights, s.semantic_members, s.order, s.prefix, s.prefix_share) == (
-        {"semantic": 1.0},
-        2,
-        "random",
-        "fixed",
-        0.25,
-    )
+    assert s.weights == {"semantic": 1.0}
+    assert s.semantic_members == 2
+    assert (s.order, s.prefix, s.prefix_share) == ("random", "fixed", 0.25)
     assert s.member_crop_vox == s.crop_size_vox
 
 
@@ -142,9 +140,11 @@ def test_t1_the_teacher_gets_no_gradient_and_is_a_running_mean(encoder: str) -> 
     name, weight = next(iter(objective.student.named_parameters()))
     history = [weight.detach().clone()]
     for number in range(3):
+        # The history holds the student's weights, whose mean the teacher must be.
         step(number, batch_of(plan, seed=number))
         history.append(weight.detach().clone())
 
+    # The momentum rises from 0.996 to 1 along a half cosine over the 10 steps of the plan.
     expected = history[0]
     for number in range(3):
         rest = 0.5 * (1 + math.cos(math.pi * (number + 1) / 10))
@@ -155,11 +155,14 @@ def test_t1_the_teacher_gets_no_gradient_and_is_a_running_mean(encoder: str) -> 
     assert all(p.grad is None for p in objective.state.teacher.parameters())
 
     groups = parameter_groups(objective.module, 0.1)
-    optimised = {id(p) for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    optimised = set()
+    for group in groups:
+        optimised |= {id(p) for p in group["params"]}  # type: ignore[attr-defined]
     assert not optimised & {id(p) for p in objective.extra.parameters()}
 
 
 def test_t1_buffers_are_copied() -> None:
+    # A buffer stands for the running statistics of networks that normalise by batch.
     objective = built(planned())
     objective.student.register_buffer("probe", torch.ones(3))
     objective.state.teacher.register_buffer("probe", torch.zeros(3))
@@ -169,7 +172,7 @@ def test_t1_buffers_are_copied() -> None:
     assert torch.equal(dict(objective.state.teacher.named_buffers())["probe"], torch.ones(3))
 
 
-def test_student_and_teacher_start_from_other_weights(tmp_path: Path, write_run: Any) -> None:
+def test_student_and_teacher_start_from_given_weights(tmp_path: Path, write_run: Any) -> None:
     folder = write_run(tmp_path, "start", crop=(16, 16, 16))
     weights = folder / "encoder.safetensors"
     plan = replace(planned(), request={"init": str(weights)})
@@ -204,6 +207,7 @@ def test_t2_all_state_survives_a_checkpoint_and_training_goes_on_the_same(
     state = snapshot(objective, step.optimizer, step.guard, Progress(2))
     checkpoint.save_checkpoint(path, {**state, "plan": {}, "scheduled": True}, None)
 
+    # Another seed, so that the restored weights cannot be right by chance.
     torch.manual_seed(99)
     other = build_objective(plan)
     resumed = TrainingStep(plan, other, CPU)
@@ -234,10 +238,10 @@ def test_t3_classes_cross_the_images_and_patches_stay_within_one(encoder: str) -
     # Hidden voxels of the second image change: its student sees the same, its teacher does not.
     token = plan.encoder.token_size_vox
     hidden_T = ~crops.is_visible[1]
-    where = int(hidden_T.nonzero()[0])
+    token_index = int(hidden_T.nonzero()[0])
     grid = grid_of(plan.sequence.crop_size_vox, token)
-    index = [int(i) for i in torch.unravel_index(torch.tensor(where), grid)]
-    z, y, x = (i * t for i, t in zip(index, token, strict=True))
+    place = torch.unravel_index(torch.tensor(token_index), grid)
+    z, y, x = (int(i) * t for i, t in zip(place, token, strict=True))
     voxels[0, 1, 0, z : z + token[0], y : y + token[1], x : x + token[2]] += 5.0
     changed = replace(batch, voxels=voxels)
     before, after = (objective.outputs(b, objective._crops(b)) for b in (batch, changed))
@@ -251,8 +255,10 @@ def test_t3_classes_cross_the_images_and_patches_stay_within_one(encoder: str) -
     assert not torch.equal(before.teacher_patches[1], after.teacher_patches[1])
 
     state = objective.state
+    # The student's temperature of the method.
     temperature = 0.1
     target = targets(before.teacher_classes, state.class_centre, state.temperature)
+    # [1, 0] exchanges the two images: each student is compared with the teacher of the other image.
     crossed = cross_entropy(target[[1, 0]], before.student_classes, temperature)
     own = targets(before.teacher_patches, state.patch_centre, state.temperature)
     within = cross_entropy(own, before.student_patches, temperature)
@@ -269,6 +275,7 @@ def test_t4_the_teacher_does_not_depend_on_the_mask_and_the_student_does(encoder
     objective = built(plan)
     objective.module.eval()
     batch = batch_of(plan)
+    # Seed 7 draws another order, so other tokens are hidden; the voxels stay.
     other = replace(batch, order_index=batch_of(plan, seed=7).order_index)
 
     one, two = (objective.outputs(b, objective._crops(b)) for b in (batch, other))
@@ -285,6 +292,7 @@ def test_t4_hidden_voxels_never_reach_the_student(encoder: str) -> None:
     batch = batch_of(plan)
     crops = objective._crops(batch)
     token = plan.encoder.token_size_vox
+    # From one value per token to one value per voxel of the token.
     hidden = (~crops.is_visible)[:, :, None].expand(-1, -1, volume(token))
     hidden_BTP = hidden.reshape(len(batch.voxels), -1, hidden.shape[2])
     mask = from_tokens(hidden_BTP, token, batch.voxels.shape)
@@ -322,6 +330,8 @@ def test_t5_the_teachers_side_follows_the_teachers_tokens(form: str, encoder: st
     batch = batch_of(plan)
     crops = objective._crops(batch)
     before = objective.outputs(batch, crops)
+
+    # Only the backbone of the teacher changes, not its heads.
     with torch.no_grad():
         for parameter in objective.state.teacher.backbone.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
@@ -333,14 +343,17 @@ def test_t5_the_teachers_side_follows_the_teachers_tokens(form: str, encoder: st
     loss = objective.loss(batch)
     loss.total.backward()
     assert objective.student.casa.key_value.weight.grad is not None
+    # The last axis has one score per prototype (objective.num_prototypes=32).
     assert before.teacher_patches.shape[-1] == 32
 
 
 # T6: the number of hidden blocks.
 
 
+# Hidden are (1 - share) of 8 blocks, rounded up: 6, 2.4 -> 3, 7.92 -> 8, 0.08 -> 1. At least one
+# stays visible, so the third is 7.
 @pytest.mark.parametrize(("share", "hidden"), [(0.25, 6), (0.7, 3), (0.01, 7), (0.99, 1)])
-def test_t6_exactly_so_many_blocks_are_hidden(share: float, hidden: int) -> None:
+def test_t6_the_number_of_hidden_blocks_follows_the_share(share: float, hidden: int) -> None:
     assert num_hidden_blocks(8, share) == hidden
 
 
@@ -352,7 +365,9 @@ def test_t6_every_crop_hides_as_many_blocks_and_others(encoder: str) -> None:
     crops = objective._crops(batch_of(plan, num_samples=3))
 
     tokens = crops.is_visible.shape[1]
-    assert crops.is_visible.sum(dim=1).tolist() == [tokens - math.ceil(0.75 * tokens)] * 6
+    num_visible = tokens - math.ceil(0.75 * tokens)
+    # 3 samples of 2 images. All hide the same number, but not the same blocks.
+    assert crops.is_visible.sum(dim=1).tolist() == [num_visible] * 6
     assert len({tuple(row) for row in crops.is_visible.tolist()}) > 1
     assert objective.loss(batch_of(plan, num_samples=3)).total.isfinite()
 
@@ -386,6 +401,7 @@ def test_t8_matches_of_shifted_features_hold_and_random_ones_do_not() -> None:
     known = consistent_matches(features, shifted + 0.1 * torch.randn(512, 64), places, places)
     random = consistent_matches(features, torch.randn(512, 64), places, places)
 
+    # The roll wraps around: the last of 8 columns has no neighbour, so at most 7/8 = 0.875 match.
     assert float(known.float().mean()) > 0.8
     assert float(random.float().mean()) < 0.1
 
@@ -411,9 +427,12 @@ def test_t8_pairs_of_affine_copies_show_the_same_place() -> None:
     rng = np.random.default_rng(0)
     # Structures of about 3 cm in 16 cm.
     anatomy = ndimage.gaussian_filter(rng.normal(size=(40, 40, 40)), 3)
+    # 24 patients that differ in size by up to 5 % and in position by up to 2 voxels around the
+    # centre.
     zooms, shifts = rng.uniform(0.95, 1.05, (24, 3)), rng.uniform(3, 7, (24, 3))
     rows, cases = [], {}
-    for number, (zoom, shift) in enumerate(zip(zooms, shifts, strict=True)):
+    for number in range(24):
+        zoom, shift = zooms[number], shifts[number]
         voxels = ndimage.affine_transform(
             anatomy / anatomy.std(),
             zoom,
@@ -428,25 +447,30 @@ def test_t8_pairs_of_affine_copies_show_the_same_place() -> None:
 
     found = places_alike(rows, cases, (12, 12, 12), num_subjects=2)  # type: ignore[arg-type]
 
+    def in_anatomy(scan: str, centre: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the point of the original volume that a scan shows at this share of its shape."""
+        number = int(scan)
+        point: NDArray[np.float64] = zooms[number] * (centre * 30 - 0.5) + shifts[number]
+        return point
+
     errors, random = [], []
     for one, two in zip(found[::2], found[1::2], strict=True):
         assert one.structure == two.structure and one.subject != two.subject
-        here, there, anywhere = (
-            zooms[int(place.scan)] * (centre * 30 - 0.5) + shifts[int(place.scan)]
-            for place, centre in (
-                (one, np.array(one.centre)),
-                (two, np.array(two.centre)),
-                (two, rng.uniform(0.2, 0.8, 3)),
-            )
-        )
+
+        here = in_anatomy(one.scan, np.array(one.centre))
+        there = in_anatomy(two.scan, np.array(two.centre))
+        anywhere = in_anatomy(two.scan, rng.uniform(0.2, 0.8, 3))
         errors.append(4.0 * np.linalg.norm(here - there))
         random.append(4.0 * np.linalg.norm(here - anywhere))
+
+    # Voxels are 4 mm: two voxels of error are allowed, where a random place is far outside.
     assert np.median(errors) <= 8.0
     assert np.median(random) > 30.0
 
 
 def test_t10_mirroring_one_image_mirrors_its_places() -> None:
     places = torch.zeros(1, 1, 4, 4, 4)
+    # x = 0 of a volume 4 wide becomes x = 3.
     places[0, 0, 1, 2, 0] = 1.0
 
     mirrored = FlipTranspose((False, False, True)).tensor(places)
@@ -467,11 +491,13 @@ class Mirrored(Ramp):
 def test_t10_the_mirrored_place_of_a_mirrored_scan_shows_the_mirrored_crop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Without jitter, zoom and flips the two crops are equal except for the mirror.
     monkeypatch.setattr(members, "JITTER", 0.0)
     still = ("sequence.spatial_share=0", "sequence.flip=false", "sequence.swap_axes=false")
     plan = planned("primus_tiny", *still)
     shape = (20, 24, 20)
     places = (
+        # The x axis has 20 voxels, so the mirror of 4.5 is 19 - 4.5 = 14.5.
         Place("patient 0", Ramp(shape), (9.5, 11.5, 4.5)),  # type: ignore[arg-type]
         Place("patient 1", Mirrored(shape), (9.5, 11.5, 14.5)),  # type: ignore[arg-type]
     )
@@ -489,6 +515,7 @@ def test_t10_the_mirrored_place_of_a_mirrored_scan_shows_the_mirrored_crop(
 def test_t9_pairs_are_crops_that_hold_a_part_of_each_scan() -> None:
     plan = planned()
     cases = [Shifted((20, 24, 20), by=float(100 * number)) for number in range(3)]
+    # Two opposite corners, where most of a crop lies outside the scan, and the centre.
     corners = [(0.0, 0.0, 0.0), (19.0, 23.0, 19.0), (10.0, 12.0, 10.0)]
     places = tuple(
         Place(f"patient {number}", case, corner)  # type: ignore[arg-type]
@@ -508,7 +535,9 @@ def test_t9_a_sequence_of_one_image_is_compared_with_itself() -> None:
 
     loss = objective.loss(batch_of(plan, num_members=1))
 
-    assert loss.total.isfinite() and float(loss.terms["classes"].count) == 2
+    # Two samples with one image each: every image has one partner, itself.
+    assert loss.total.isfinite()
+    assert float(loss.terms["classes"].count) == 2
 
 
 # T11: centres over all processes.
@@ -527,6 +556,7 @@ def test_t11_centres_move_to_the_mean_of_all_processes() -> None:
     plan = planned()
     objective = built(plan)
     scores = torch.linspace(-1, 1, 32)
+    # The sums of this process over 2 volumes and 5 tokens.
     statistics = {
         "class_scores": 2 * scores,
         "classes": torch.tensor(2.0),
@@ -536,7 +566,8 @@ def test_t11_centres_move_to_the_mean_of_all_processes() -> None:
 
     objective.after_step(0, Twice(), statistics)
 
-    # Both processes together: 8 scores over 8 volumes, and 40 scores over 20 tokens.
+    # Both processes together: 8 scores over 8 volumes, and 40 scores over 20 tokens. A centre
+    # moves by 0.1 of the way.
     assert torch.allclose(objective.state.class_centre, 0.1 * scores, atol=1e-6)
     assert torch.allclose(objective.state.patch_centre, 0.1 * 2 * scores, atol=1e-6)
 
@@ -556,6 +587,7 @@ def test_t12_validation_measures_health_and_training_goes_on(encoder: str) -> No
     assert {"error", "mean"} == set(health.errors)
     assert health.errors["error"] == health.parts["reconstruction"]
     assert {"teacher_entropy_classes", "centre_norm_patches", "inlier_rate"} <= set(health.own)
+
     step(0, batch_of(plan))
     assert objective.module.training and not objective.state.teacher.training
 
@@ -567,9 +599,11 @@ def test_a_teacher_that_gives_one_answer_is_collapsed() -> None:
     validation = Validation(objective, {"semantic": [batch]}, (), CPU)
     well = validation.measure()
 
+    # One prototype is so likely that every token gets it.
     with torch.no_grad():
         objective.state.patch_centre[0] = -1e3
     one = validation.measure()
+    # A temperature of 1e6 makes all prototypes equally likely.
     with torch.no_grad():
         objective.state.patch_centre.zero_()
         objective.state.temperature.fill_(1e6)
@@ -588,6 +622,7 @@ def test_a_teacher_that_gives_one_answer_is_collapsed() -> None:
 def test_parts_of_a_batch_give_the_same_loss_and_gradient(encoder: str) -> None:
     whole, parts = planned(encoder), planned(encoder, "optim.micro_batch_size=1")
     batch = batch_of(whole)
+
     # Padding makes the numbers of voxels and tokens differ between the samples.
     valid_mask = batch.valid_mask.clone()
     valid_mask[0, :, 8:] = False
@@ -607,6 +642,7 @@ def test_it_learns_to_reconstruct(encoder: str) -> None:
     step = TrainingStep(plan, objective, CPU)
     ramp = torch.linspace(-1, 1, 16)
     batch = batch_of(plan)
+    # Hidden parts of a smooth volume can be derived from the visible ones, those of noise cannot.
     smooth = ramp[:, None, None] + ramp[None, :, None] * ramp[None, None, :]
     batch = replace(batch, voxels=smooth.expand_as(batch.voxels).contiguous())
 
@@ -627,6 +663,9 @@ def test_the_teacher_is_in_the_memory_estimate(encoder: str) -> None:
     memory = plan_memory(plan)
 
     taught = sum(v.numel() for v in objective.extra.state_dict().values())
+    # A trained weight takes 16 bytes in float32: itself, its gradient, two moments. The teacher's
+    # take
+    # 4.
     assert memory.fixed_bytes > 1.1 * (16 * student + 4 * taught)
     assert memory.sample_bytes > 0
 
@@ -635,6 +674,7 @@ def test_no_more_pairs_are_at_once_than_fit() -> None:
     plan = planned("primus_tiny", "optim.batch_size=8", "optim.micro_batch_size=8")
     plan = replace(plan, reasons={})
     memory = plan_memory(plan)
+    # Room for two and a half samples: parts of 2, so 8 samples take 4 parts.
     room_gib = (memory.fixed_bytes + 2.5 * memory.sample_bytes) / GIB
     hardware = Hardware("cuda", room_gib / Hardware("cuda", 1.0).usable_share)
 
@@ -642,14 +682,16 @@ def test_no_more_pairs_are_at_once_than_fit() -> None:
     roomy = with_fitting_parts(plan, Hardware("cuda", 1000.0), half=True)
 
     assert fitting.optim == replace(plan.optim, micro_batch_size=2)
+
     assert "4 times a step" in fitting.reasons["optim.micro_batch_size"]
     assert roomy == plan
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("export", ["student", "teacher"])
-def test_what_is_exported_has_the_downstream_keys(encoder: str, export: str) -> None:
+def test_the_exported_weights_have_the_downstream_keys(encoder: str, export: str) -> None:
     objective = built(planned(encoder, f"objective.export={export}"))
+    # Zeros mark the teacher's weights.
     with torch.no_grad():
         for parameter in objective.state.teacher.parameters():
             parameter.zero_()
@@ -659,15 +701,16 @@ def test_what_is_exported_has_the_downstream_keys(encoder: str, export: str) -> 
     is_transformer = encoder == "primus_tiny"
     prefixes = ("down_projection.", "eva.") if is_transformer else ("encoder.", "decoder.")
     assert state and all(key.startswith(prefixes) for key in state)
-    assert all(not value.any() for value in state.values()) == (export == "teacher")
+    all_zero = all(not value.any() for value in state.values())
+    assert all_zero == (export == "teacher")
 
 
 def test_the_images_of_a_pair_are_shown_side_by_side() -> None:
     objective = built(planned())
-    pair, alone = batch_of(objective.plan, 1), batch_of(objective.plan, 1, num_members=1)
+    pair, single = batch_of(objective.plan, 1), batch_of(objective.plan, 1, num_members=1)
 
     spacing = objective.plan.data.spacing_mm
-    of_pair, of_one = validation_pictures(objective, [pair, alone], CPU, spacing)
+    of_pair, of_one = validation_pictures(objective, [pair, single], CPU, spacing)
 
     assert len(of_pair.images) == 2 and of_one.images == ()
     for member, planes in enumerate(of_pair.images):
@@ -689,5 +732,6 @@ def test_describe_and_pictures_have_the_shapes_of_the_batch() -> None:
 
         assert features.features.shape[:2] == features.valid.shape == batch.order_index.shape
         assert made.predicted.shape == made.given.shape == batch.valid_mask.shape
+        # Every voxel was either given to the network or counts in the loss, never both.
         assert not (made.given & made.loss_mask).any()
         assert (made.given | made.loss_mask).all()

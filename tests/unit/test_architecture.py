@@ -18,7 +18,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = "nnunet_autoreg"
 
-# Level by level; the files of levels 0 and 1 are one room each, in the order in which they may
+# Level by level. The files of levels 0 and 1 are rooms themselves, in the order in which they may
 # import each other.
 LEVELS = [
     [
@@ -86,14 +86,14 @@ def source_files() -> dict[str, Path]:
     repository.
     """
     files = {}
-    for folder, prefix in (
-        (REPO / PACKAGE, ""),
-        (REPO / "trainers", "trainers."),
-        (REPO / "planners", "planners."),
-    ):
-        for path in sorted(folder.rglob("*.py")):
-            name = prefix + ".".join(path.relative_to(folder).with_suffix("").parts)
-            files[name.removesuffix(".__init__").removesuffix("__init__")] = path
+    prefixes = {PACKAGE: "", "trainers": "trainers.", "planners": "planners."}
+    for folder, prefix in prefixes.items():
+        for path in sorted((REPO / folder).rglob("*.py")):
+            inside = path.relative_to(REPO / folder).with_suffix("")
+            name = prefix + ".".join(inside.parts)
+            # A package is named by its folder: "model.__init__" is "model".
+            name = name.removesuffix(".__init__").removesuffix("__init__")
+            files[name] = path
     return files
 
 
@@ -105,15 +105,16 @@ MODULES = sorted(name for name, path in FILES.items() if path.name != "__init__.
 def imports(module: str) -> frozenset[str]:
     """Every module that ``module`` imports anywhere in its file, by full dotted name."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: write imports with the full name of the module"
-            base = str(node.module)
-            found |= {
-                f"{base}.{a.name}" if is_ours(f"{base}.{a.name}") else base for a in node.names
-            }
+            # "from package import x" names a module if x is one of our files.
+            for alias in node.names:
+                full_name = f"{node.module}.{alias.name}"
+                found.add(full_name if is_ours(full_name) else str(node.module))
     return frozenset(found)
 
 
@@ -147,20 +148,20 @@ def may_import(importer: str, imported: str) -> bool:
     )
 
 
-def test_the_rule_itself_tells_up_from_down() -> None:
+def test_the_rule_itself_distinguishes_up_from_down() -> None:
+    # Two files of one ordered level, a file of a higher level, and a folder of a higher level.
     assert may_import("records", "errors") and not may_import("errors", "records")
     assert may_import("model.card", "plan") and not may_import("plan", "model.card")
-    assert may_import("pretrain.trainer", "report.metrics") and not may_import(
-        "report.metrics",
-        "pretrain.trainer",
-    )
+    assert may_import("pretrain.trainer", "report.metrics")
+    assert not may_import("report.metrics", "pretrain.trainer")
+    # Two folders of the same level may not import each other, except for the one way of SIDEWAYS.
     assert not may_import("pretrain.trainer", "detection.boxes")
     assert may_import("objectives.x", "sampling.y") and not may_import("sampling.y", "objectives.x")
     assert not may_import("planning", "store.case") and may_import("trainers.x", "finetune.y")
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_file_stands_in_a_known_room_and_imports_downwards_only(module: str) -> None:
+def test_a_file_is_in_a_known_room_and_imports_downwards_only(module: str) -> None:
     assert room_of(module) in LEVEL_OF, f"{module} belongs to no room of the table"
     wrong = sorted(name for name in own_imports(module) if not may_import(module, name))
     assert not wrong, f"{module} (level {LEVEL_OF[room_of(module)]}) must not import {wrong}"
@@ -168,13 +169,15 @@ def test_a_file_stands_in_a_known_room_and_imports_downwards_only(module: str) -
 
 def test_no_two_files_import_each_other_in_a_circle() -> None:
     graph = {module: own_imports(module).intersection(MODULES) for module in MODULES}
+    # static_order() raises CycleError if there is a circle.
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_everything_imported_from_the_package_exists() -> None:
-    missing = {
-        (module, name) for module in MODULES for name in own_imports(module) if name not in FILES
-    }
+    missing = set()
+    for module in MODULES:
+        missing |= {(module, name) for name in own_imports(module) if name not in FILES}
+
     assert not missing
 
 
@@ -183,9 +186,11 @@ def test_init_files_hold_nothing_but_a_docstring_and_the_version() -> None:
         if path.name != "__init__.py":
             continue
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        rest = [
-            n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
-        ]
+        rest = []
+        for node in body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if not is_docstring:
+                rest.append(node)
         if name == "":
             version, lazy = rest
             assert ast.unparse(version).startswith("__version__ = ")
@@ -198,12 +203,14 @@ def test_init_files_hold_nothing_but_a_docstring_and_the_version() -> None:
 def test_the_files_of_pretrain_state_their_reading_order() -> None:
     stated = {}
     for module in MODULES:
-        if room_of(module) == "pretrain":
-            source = FILES[module].read_text(encoding="utf-8")
-            found = re.search(r"File (\d+) of (\d+) in reading order", source)
-            assert found, f"{module} does not say where it stands in the reading order"
-            stated[module] = (int(found[1]), int(found[2]))
+        if room_of(module) != "pretrain":
+            continue
+        source = FILES[module].read_text(encoding="utf-8")
+        found = re.search(r"File (\d+) of (\d+) in reading order", source)
+        assert found, f"{module} does not say where it is in the reading order"
+        stated[module] = (int(found[1]), int(found[2]))
 
+    # Every number from 1 to the number of files exists once, and every file states the same total.
     assert sorted(stated.values()) == [(n, len(stated)) for n in range(1, len(stated) + 1)]
     page = (REPO / "docs/explanation/architecture.md").read_text(encoding="utf-8")
     for module, (number, _) in stated.items():
@@ -230,6 +237,7 @@ def is_light(module: str) -> bool:
 
 
 def test_importing_a_light_module_loads_no_torch() -> None:
+    # One process for all modules: the message names the first one after which torch is loaded.
     script = (
         "import importlib, sys\n"
         f"for module in {light_modules()!r}:\n"
@@ -264,6 +272,7 @@ def test_a_commands_help_loads_no_torch_and_ends_with_0(module: str) -> None:
         "try:\n"
         "    command.main(['--help'])\n"
         "except SystemExit as ended:\n"
+        # "or 0": an empty list would be printed as "[]" and end with 1.
         f"    sys.exit(ended.code or [name for name in {HEAVY!r} if name in sys.modules] or 0)\n"
     )
     done = subprocess.run(
@@ -280,14 +289,17 @@ def test_a_commands_help_loads_no_torch_and_ends_with_0(module: str) -> None:
 @pytest.mark.parametrize("module", COMMANDS)
 def test_a_command_imports_first_what_stops_it_while_it_starts(module: str) -> None:
     body = ast.parse(FILES[module].read_text(encoding="utf-8")).body
-    lines = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    lines = [ast.unparse(node) for node in imported]
 
     own = [line for line in lines if PACKAGE in line]
+
+    # cli.starting handles a stop while modules are imported, so it must come before the imports that take seconds.
 
     assert own[0] == f"import {PACKAGE}.cli.starting"
 
 
-def test_no_public_class_name_stands_twice_in_the_project() -> None:
+def test_no_public_class_name_exists_twice_in_the_project() -> None:
     names: Counter[str] = Counter()
     for path in FILES.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -299,7 +311,7 @@ def test_no_public_class_name_stands_twice_in_the_project() -> None:
     assert used_twice == []
 
 
-def test_no_class_name_stands_twice_in_the_tests() -> None:
+def test_no_class_name_exists_twice_in_the_tests() -> None:
     names: Counter[str] = Counter()
     for path in (REPO / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -318,13 +330,16 @@ def declared_dependencies() -> set[str]:
         re.DOTALL | re.MULTILINE,
     )
     assert block is not None
-    return {
-        canonical(re.split(r"[<>=!~; \[]", line)[0])
-        for line in re.findall(r'"([^"]+)"', block.group(1))
-    }
+    names = set()
+    for line in re.findall(r'"([^"]+)"', block.group(1)):
+        # "numpy>=1.26", "torch[opt]; python_version > '3.9'": the name ends at the first such sign.
+        name = re.split(r"[<>=!~; \[]", line)[0]
+        names.add(canonical(name))
+    return names
 
 
 def canonical(name: str) -> str:
+    # The rule of packaging: -, _ and . are the same in the name of a distribution.
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -336,14 +351,16 @@ OPTIONAL = {"tensorboard", "wandb", "huggingface-hub"}
 
 
 def test_the_declared_dependencies_are_the_imported_ones() -> None:
-    roots = {name.split(".")[0] for module in MODULES for name in imports(module)}
-    foreign = {
-        name
-        for name in roots - set(sys.stdlib_module_names) - {PACKAGE}
-        if importlib.util.find_spec(name)
-    }
-    providers = packages_distributions()
+    roots = set()
+    for module in MODULES:
+        roots |= {name.split(".")[0] for name in imports(module)}
+    foreign = roots - set(sys.stdlib_module_names) - {PACKAGE}
 
-    used = {canonical(dist) for name in foreign for dist in providers[name]}
+    # The name in an import is not always that of the distribution (yaml comes with pyyaml).
+    providers = packages_distributions()
+    used = set()
+    for name in foreign:
+        if importlib.util.find_spec(name):
+            used |= {canonical(distribution) for distribution in providers[name]}
 
     assert (used - OPTIONAL) | NNUNETS_OWN == declared_dependencies()

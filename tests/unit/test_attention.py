@@ -17,24 +17,27 @@ from nnunet_autoreg.model.attention import (
 )
 from nnunet_autoreg.model.trunk import run_block, run_blocks
 
-torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = (
-    True  # the plain formula, uncompiled, for the comparison
-)
+# The plain formula, uncompiled, for the comparison.
+torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
 
 
 def cases():
-    """Name -> ranks (B, T), prefixes, validity: raster and random orders, blocks, padding, several
-    tiles, a length that is no multiple.
+    """Name -> order of the tokens (B, T), prefixes, validity: raster and random orders, blocks,
+    padding, several tiles, a length that is not a multiple of a tile.
     """
     generator = torch.Generator().manual_seed(0)
+    # 300 tokens are two tiles of 128 and a rest of 44.
     raster = torch.arange(300).expand(2, -1)
     mixed = torch.stack([torch.randperm(300, generator=generator) for _ in range(2)])
+    # Blocks of 4 tokens: side by side here, 75 tokens apart in ``members``.
     blocks = torch.stack(
         [torch.randperm(75, generator=generator).repeat_interleave(4) for _ in range(2)],
     )
     members = torch.arange(75).repeat(4).expand(2, -1)
     valid_mask = torch.ones(2, 300, dtype=torch.bool)
     holes = torch.rand(2, 300, generator=generator) > 0.3
+    # Padding that ends inside the second tile, that fills it, and that leaves a sample without
+    # tokens.
     first_missing, tile_missing = valid_mask.clone(), valid_mask.clone()
     first_missing[:, :150] = False
     tile_missing[1, 128:256] = False
@@ -68,16 +71,22 @@ def by_hand(kind, order_index, prefix, valid):
     B, T = order_index.shape
     allow = torch.zeros(B, T, T, dtype=torch.bool)
     for b in range(B):
-        r, v, p = order_index[b].tolist(), valid[b].tolist(), int(prefix[b])
+        order, is_valid = order_index[b].tolist(), valid[b].tolist()
+        last_of_prefix = int(prefix[b]) - 1
         for q in range(T):
-            seen = [
-                v[k] and (r[k] <= max(r[q], p - 1) if kind == "encoder" else r[k] < r[q])
-                for k in range(T)
-            ]
+            if kind == "encoder":
+                # The prefix is visible to every token, even to the tokens inside it.
+                last_seen = max(order[q], last_of_prefix)
+                seen = [is_valid[k] and order[k] <= last_seen for k in range(T)]
+            else:
+                seen = [is_valid[k] and order[k] < order[q] for k in range(T)]
+            # A token always sees itself; a query that sees nothing is given the first block, so
+            # that the
+            # softmax is defined.
             if kind == "encoder":
                 seen[q] = True
             elif not any(seen):
-                seen = [position_in_order == 0 for position_in_order in r]
+                seen = [position_in_order == 0 for position_in_order in order]
             allow[b, q] = torch.tensor(seen)
     return allow[:, None]
 
@@ -85,11 +94,12 @@ def by_hand(kind, order_index, prefix, valid):
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("name", ["blocks, padded", "padding first", "only padding"])
 def test_the_dense_mask_is_the_rule_in_words(kind, name):
+    # 160 tokens are enough for two tiles; the loops by hand take T^2 steps.
     order_index, prefix, valid = (t[:, :160] if t.dim() == 2 else t for t in CASES[name])
-    assert torch.equal(
-        RULES[kind](order_index, prefix, valid).dense(),
-        by_hand(kind, order_index, prefix, valid),
-    )
+
+    mask = RULES[kind](order_index, prefix, valid).dense()
+
+    assert torch.equal(mask, by_hand(kind, order_index, prefix, valid))
 
 
 def tiles(num, index):
@@ -102,29 +112,25 @@ def tiles(num, index):
 @pytest.mark.parametrize("name", CASES)
 def test_tiles_are_those_that_torch_finds_by_trying_every_pair(kind, name):
     rule = RULES[kind](*CASES[name])
-    made, (B, T) = rule.block_mask(), rule.order_index.shape
+    made = rule.block_mask()
+    B, T = rule.order_index.shape
     expected = create_block_mask(made.mask_mod, B, None, T, T, device="cpu")
-    full, expected_full = (
-        tiles(made.full_kv_num_blocks, made.full_kv_indices),
-        tiles(expected.full_kv_num_blocks, expected.full_kv_indices),
-    )
 
-    partly, expected_partly = (
-        tiles(made.kv_num_blocks, made.kv_indices),
-        tiles(expected.kv_num_blocks, expected.kv_indices),
-    )
+    full = tiles(made.full_kv_num_blocks, made.full_kv_indices)
+    expected_full = tiles(expected.full_kv_num_blocks, expected.full_kv_indices)
+    partly = tiles(made.kv_num_blocks, made.kv_indices)
+    expected_partly = tiles(expected.kv_num_blocks, expected.kv_indices)
 
-    assert torch.equal(full | partly, expected_full | expected_partly) and not (full & partly).any()
-
-    if (kind, name) == (
-        "decoder",
-        "one rank",
-    ):  # full through what lost queries see, which tiles are not asked for
+    assert torch.equal(full | partly, expected_full | expected_partly)
+    assert not (full & partly).any()
+    if (kind, name) == ("decoder", "one rank"):
+        # These tiles are full only because queries that see nothing are given the first block.
+        # The list treats them as partly visible, which costs time but changes no result.
         assert not full.any() and expected_full.any()
     else:
         assert torch.equal(full, expected_full)
-    b, q, k = torch.meshgrid(torch.arange(B), torch.arange(T), torch.arange(T), indexing="ij")
 
+    b, q, k = torch.meshgrid(torch.arange(B), torch.arange(T), torch.arange(T), indexing="ij")
     assert torch.equal(made.mask_mod(b, b, q, k), rule.dense()[:, 0])
 
 
@@ -133,32 +139,30 @@ def test_tiles_are_those_that_torch_finds_by_trying_every_pair(kind, name):
 def test_flexattention_agrees_with_the_dense_mask(kind, name):
     rule = RULES[kind](*CASES[name])
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (
-        torch.randn(2, 2, rule.order_index.shape[1], 6, generator=generator) for _ in range(3)
-    )
+    num_tokens = rule.order_index.shape[1]
+    q, k, v = (torch.randn(2, 2, num_tokens, 6, generator=generator) for _ in range(3))
 
-    assert torch.allclose(
-        flex_attention(q, k, v, block_mask=rule.block_mask()),
-        attend(q, k, v, rule.dense()),
-        atol=1e-6,
-    )
+    by_tiles = flex_attention(q, k, v, block_mask=rule.block_mask())
+
+    assert torch.allclose(by_tiles, attend(q, k, v, rule.dense()), atol=1e-6)
 
 
 def test_early_tiles_of_a_raster_sequence_see_no_late_ones():
-    mask = block_causal(
-        torch.arange(512)[None],
-        torch.tensor([1]),
-        torch.ones(1, 512, dtype=torch.bool),
-    ).block_mask()
+    raster = torch.arange(512)[None]
+    everything_valid = torch.ones(1, 512, dtype=torch.bool)
+    mask = block_causal(raster, torch.tensor([1]), everything_valid).block_mask()
 
+    # 4 tiles of 128 tokens: the tile on the diagonal is partly visible, those before it fully.
     assert mask.kv_num_blocks.tolist() == [[[1, 1, 1, 1]]]
     assert mask.full_kv_num_blocks.tolist() == [[[0, 1, 2, 3]]]
 
 
 def test_the_mask_is_made_of_tiles_only_on_request():
     rule = block_causal(*CASES["one tile"])
+
     assert isinstance(rule.mask(), torch.Tensor)
     assert isinstance(rule.mask(flex=True), BlockMask)
+    # On the CPU the dense mask is used.
     assert "cpu" not in attention.FLEX_DEVICES
 
 
@@ -175,6 +179,7 @@ def receive(values: torch.Tensor, name: str) -> torch.Tensor:
     chose.
     """
     assert torch.Tag.flexible_layout in torch.ops.autoreg_test.receive.default.tags
+    # The whole memory behind the tensor, also the part that its strides skip.
     storage = torch.empty(0, dtype=values.dtype).set_(values.untyped_storage())
     received[name] = (
         tuple(values.shape),
@@ -211,7 +216,7 @@ def visible(rule):
     are.
     """
     dense, T = rule.dense()[:, 0], rule.order_index.shape[1]
-    N = -(-T // TILE)
+    N = -(-T // TILE)  # rounded up
     some = torch.zeros(len(dense), N, N, dtype=torch.bool)
     every = some.clone()
     for q in range(N):
@@ -233,6 +238,7 @@ def test_kernels_read_every_samples_own_tiles(kind, num_heads, where):
         raster = torch.arange(T).expand(B, -1).contiguous()
         mixed = torch.stack([torch.randperm(T, generator=generator) for _ in range(B)])
         whole = torch.ones(B, T, dtype=torch.bool)
+        # The last sample differs from the others, so that reading another sample's list is noticed.
         padded = whole.clone()
         padded[-1, T // 3 :] = False
         prefix = torch.randint(1, T, (B,), generator=generator)
@@ -244,6 +250,7 @@ def test_kernels_read_every_samples_own_tiles(kind, num_heads, where):
                 for side in ("kv", "q"):
                     partly = tiles(lists[f"{side}_num_blocks"], lists[f"{side}_indices"])
                     full = tiles(lists[f"full_{side}_num_blocks"], lists[f"full_{side}_indices"])
+                    # The lists of "q" are indexed by key: the transpose of those of "kv".
                     seen, all_seen = (partly | full), full
                     if side == "q":
                         seen, all_seen = seen.transpose(-1, -2), all_seen.transpose(-1, -2)
@@ -264,6 +271,7 @@ def block(fused=False, registers=0, **arguments):
         num_prefix_tokens=registers,
         **arguments,
     )
+    # All parameters random: timm starts some at 0, where a block would give back its input.
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made.eval()
@@ -282,6 +290,7 @@ def test_a_block_gives_what_it_gives_by_itself_bit_for_bit(arguments):
     order_index, prefix, valid = CASES["one tile"]
     made, mask = block(**arguments), block_causal(order_index, prefix, valid).dense()
     x = torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(2))
+    # Registers come before the 24 tokens and have no position.
     rope = torch.randn(
         24 - arguments.get("registers", 0),
         24,
@@ -297,17 +306,15 @@ def test_blocks_of_our_own_get_the_mask_and_the_positions():
         def forward(self, x, rope, attn_mask):
             return x + rope + attn_mask[:, 0].sum(-1, keepdim=True)
 
-    rule = block_causal(
-        torch.tensor([[0, 1, 2]]),
-        torch.tensor([2]),
-        torch.ones(1, 3, dtype=torch.bool),
-    )
-    assert run_blocks(
-        [Own(), Own()],
-        torch.zeros(1, 3, 1),
-        torch.ones(3, 1),
-        rule,
-    ).flatten().tolist() == [6, 6, 8]
+    # Three tokens in raster order, of which two are given. Tokens 0 and 1 see two tokens, 2 sees
+    # three. A block adds 1 (the position) and that number: 3, 3 and 4, twice.
+    order_index, prefix = torch.tensor([[0, 1, 2]]), torch.tensor([2])
+    rule = block_causal(order_index, prefix, torch.ones(1, 3, dtype=torch.bool))
+    tokens, rope = torch.zeros(1, 3, 1), torch.ones(3, 1)
+
+    out = run_blocks([Own(), Own()], tokens, rope, rule)
+
+    assert out.flatten().tolist() == [6, 6, 8]
 
 
 def test_recomputing_changes_neither_features_nor_gradients():
@@ -325,10 +332,10 @@ def test_recomputing_changes_neither_features_nor_gradients():
 
 
 def test_a_rule_is_three_small_tensors_and_no_pairs():
-    rule = AttentionRule(
-        *(torch.zeros(1, 4096, dtype=torch.long) for _ in range(2)),
-        torch.ones(1, 4096, dtype=torch.bool),
-    )
-    largest = max(t.numel() for t in rule.block_mask().as_tuple() if isinstance(t, torch.Tensor))
+    order_index, prefix = (torch.zeros(1, 4096, dtype=torch.long) for _ in range(2))
+    rule = AttentionRule(order_index, prefix, torch.ones(1, 4096, dtype=torch.bool))
 
-    assert largest == 32 * 32
+    tensors = [t for t in rule.block_mask().as_tuple() if isinstance(t, torch.Tensor)]
+
+    # 4096 tokens are 32 tiles: the largest list has an entry per pair of tiles, not of tokens.
+    assert max(t.numel() for t in tensors) == 32 * 32

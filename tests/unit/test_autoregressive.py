@@ -57,18 +57,16 @@ def make_plan(encoder="primus", **sequence):
         arguments,
         token_size_of(size.class_path, arguments),
     )
-    objective = PredictionPlan()
-    return check(
-        Plan(
-            "t",
-            DataPlan((1.0, 1.0, 1.0)),
-            planned,
-            SequencePlan(**settings),
-            objective,
-            OptimPlan(10, 2, 1e-3, 1),
-            RunPlan(0, 10, 10),
-        ),
+    plan = Plan(
+        "t",
+        DataPlan((1.0, 1.0, 1.0)),
+        planned,
+        SequencePlan(**settings),
+        PredictionPlan(),
+        OptimPlan(10, 2, 1e-3, 1),
+        RunPlan(0, 10, 10),
     )
+    return check(plan)
 
 
 def make_batch(plan, prefix, seed=0, num_samples=1):
@@ -76,24 +74,17 @@ def make_batch(plan, prefix, seed=0, num_samples=1):
     generator = torch.Generator().manual_seed(seed)
     size = plan.sequence.crop_size_vox
     voxels = torch.randn(num_samples, 1, 1, *size, generator=generator)
-    ids = torch.from_numpy(
-        block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens),
-    )
+    grid = grid_of(size, plan.encoder.token_size_vox)
+    ids = torch.from_numpy(block_ids(grid, plan.sequence.block_tokens))
+    num_blocks = int(ids.max()) + 1
+    order_index = ids.expand(num_samples, -1).clone()
     if plan.sequence.order == "random":
-        order_index = torch.stack(
-            [
-                torch.randperm(int(ids.max()) + 1, generator=generator)[ids]
-                for _ in range(num_samples)
-            ],
-        )
-    else:
-        order_index = ids.expand(num_samples, -1).clone()
-    return Batch(
-        voxels,
-        torch.ones(num_samples, 1, *size, dtype=torch.bool),
-        order_index,
-        torch.tensor([prefix] * num_samples),
-    )
+        # Tokens of one block keep one position in the order.
+        orders = [torch.randperm(num_blocks, generator=generator) for _ in range(num_samples)]
+        order_index = torch.stack([order[ids] for order in orders])
+
+    valid_mask = torch.ones(num_samples, 1, *size, dtype=torch.bool)
+    return Batch(voxels, valid_mask, order_index, torch.tensor([prefix] * num_samples))
 
 
 def predict(objective, batch):
@@ -103,17 +94,17 @@ def predict(objective, batch):
 
 
 def noise_like(tokens):
-    """Other voxels: not just brighter ones, which instance normalisation would not tell apart."""
+    """Other voxels, not just brighter ones: instance normalisation would make those equal."""
     return torch.randn(tokens.shape, generator=torch.Generator().manual_seed(99))
 
 
 def change_block(batch, plan, position_in_order):
-    """The same batch with other voxels in the block of this rank (first sample)."""
-    tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
-    tokens[0, batch.order_index[0] == position_in_order] = noise_like(
-        tokens[0, batch.order_index[0] == position_in_order],
-    )
-    voxels = from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox))
+    """The same batch with other voxels in one block of the first sample."""
+    token = plan.encoder.token_size_vox
+    tokens = to_blocks(batch.voxels[:, 0], token).clone()
+    chosen = batch.order_index[0] == position_in_order
+    tokens[0, chosen] = noise_like(tokens[0, chosen])
+    voxels = from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, token))
     return replace(batch, voxels=voxels[:, None])
 
 
@@ -153,7 +144,9 @@ def test_a_block_changes_neither_its_own_nor_an_earlier_prediction(objective):
         before = predict(objective, batch)
         for position_in_order in range(prefix, num_blocks):
             after = predict(objective, change_block(batch, objective.plan, position_in_order))
-            kept = (batch.order_index[0] >= prefix) & (batch.order_index[0] <= position_in_order)
+            # Bit for bit: blocks from the prefix up to the changed one may not have seen it.
+            order = batch.order_index[0]
+            kept = (order >= prefix) & (order <= position_in_order)
             assert torch.equal(before[0, kept], after[0, kept])
 
 
@@ -178,31 +171,37 @@ def test_only_given_blocks_react_to_later_blocks(objective):
 
     batch = make_batch(plan, prefix)
     first = batch.order_index[0] == 0
+    # The prefix holds the positions 0 to prefix - 1, which all see each other.
     last_given = features(change_block(batch, plan, prefix - 1))
     not_given = features(change_block(batch, plan, prefix))
+
     assert (features(batch)[0, first] != last_given[0, first]).any()
     assert torch.equal(features(batch)[0, first], not_given[0, first])
 
 
 def test_a_prefix_of_one_block_is_plain_causal_attention():
     order_index = torch.tensor([[0, 1, 2, 3]])
-    mask = block_causal(order_index, torch.tensor([1]), torch.ones(1, 4, dtype=torch.bool)).dense()
+    valid = torch.ones(1, 4, dtype=torch.bool)
 
-    assert torch.equal(mask[0, 0], torch.tril(torch.ones(4, 4, dtype=torch.bool)))
+    of_one = block_causal(order_index, torch.tensor([1]), valid).dense()
+    of_three = block_causal(order_index, torch.tensor([3]), valid).dense()
 
-    mask = block_causal(order_index, torch.tensor([3]), torch.ones(1, 4, dtype=torch.bool)).dense()
-
-    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert torch.equal(of_one[0, 0], torch.tril(torch.ones(4, 4, dtype=torch.bool)))
+    # With a prefix of three the first three tokens see each other, also backwards.
+    assert of_three[0, 0].int().tolist() == [
+        [1, 1, 1, 0],
+        [1, 1, 1, 0],
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+    ]
 
 
 def test_the_longest_prefix_supervises_exactly_the_last_block(objective):
     num_blocks = objective.module.num_blocks
     batch = make_batch(objective.plan, num_blocks - 1)
-    chosen = supervised_tokens(
-        batch.order_index,
-        batch.prefix,
-        torch.ones_like(batch.order_index, dtype=torch.bool),
-    )
+    valid = torch.ones_like(batch.order_index, dtype=torch.bool)
+
+    chosen = supervised_tokens(batch.order_index, batch.prefix, valid)
 
     assert int(chosen.sum()) == objective.module.block_num_tokens
     assert set(batch.order_index[chosen].tolist()) == {num_blocks - 1}
@@ -213,7 +212,9 @@ def test_the_loss_of_two_prefixes_equals_a_hand_computation():
     torch.manual_seed(1)
     objective = Autoregressive(plan)
     batch = replace(make_batch(plan, 1, num_samples=2), prefix=torch.tensor([3, 20]))
+
     terms = objective.loss(batch)
+
     predicted = predict(objective, batch).numpy().astype(np.float64)
     crops = batch.voxels[:, 0, 0].numpy().astype(np.float64)
     total, count = 0.0, 0
@@ -229,6 +230,7 @@ def test_the_loss_of_two_prefixes_equals_a_hand_computation():
                         count += 512
                     t += 1
 
+    # 24 tokens of 512 voxels; the prefixes 3 and 20 leave 21 and 4 of them.
     assert float(terms.count) == count == 512 * (21 + 4)
     assert terms.total.item() == pytest.approx(total, rel=1e-5)
 
@@ -248,14 +250,14 @@ def test_the_loss_over_blocks_of_several_tokens_equals_a_hand_computation(encode
                 token = crop[z : z + depth, y : y + 8, x : x + 8].reshape(-1)
                 # Blocks of 16^3 in raster order: 0 and 1 lie at y < 16 and are given.
                 if y >= 16:
-                    total += (
-                        (predicted[0, t] - (token - token.mean()) / token.std(ddof=1)) ** 2
-                    ).sum()
+                    target = (token - token.mean()) / token.std(ddof=1)
+                    total += ((predicted[0, t] - target) ** 2).sum()
                     count += token.size
                 t += 1
 
     terms = objective.loss(batch)
 
+    # The supervised half of the crop: z of 16, y from 16 to 32, x of 32.
     assert float(terms.count) == count == 16 * 16 * 32
     assert terms.total.item() == pytest.approx(total, rel=1e-5)
 
@@ -269,11 +271,13 @@ def test_the_head_gets_no_gradient_from_given_blocks():
     hook = objective.module.head.register_forward_pre_hook(
         lambda module, inputs: features.append(inputs[0].requires_grad_()),
     )
+
     terms = objective.loss(batch)
     hook.remove()
 
     (gradient,) = torch.autograd.grad(terms.total, features[0])
 
+    # All but the last of 24 tokens are given. It is predicted from the feature of token 22.
     assert gradient[0, 22].abs().sum() > 0
     assert gradient[0, torch.arange(24) != 22].abs().sum() == 0
 
@@ -292,7 +296,10 @@ def test_targets_are_standardised_and_constant_tokens_become_0():
 
 def test_the_variance_floor_keeps_air_quiet():
     noise = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(0)) * 0.01
+
     target = normalised_target(noise, torch.ones_like(noise, dtype=torch.bool), 1e-2)
+
+    # 0.01 / sqrt(0.01^2 + 0.01) = 0.0995; without the floor of the variance it would be 1.
     assert float(target.std()) == pytest.approx(0.1, rel=0.1)
 
 
@@ -302,14 +309,17 @@ def test_padding_is_neither_context_nor_target():
     objective = Autoregressive(plan)
     batch = make_batch(plan, prefix=2)
     valid_mask = batch.valid_mask.clone()
+    # Valid are the first of two layers of tokens, and in y 28 of 32 voxels: tokens are cut too.
     valid_mask[:, :, 8:] = False
     valid_mask[:, :, :8, 28:] = False
     padded = replace(batch, voxels=batch.voxels * valid_mask[:, :, None], valid_mask=valid_mask)
 
     terms = objective.loss(padded)
 
+    # The valid voxels without those of the two given tokens.
     assert float(terms.count) == 8 * 28 * 24 - 2 * 512
 
+    # Other values in the padding: the 4 x 3 = 12 tokens of the first layer must not notice.
     noisy = padded.voxels.clone()
     noisy[:, :, :, 8:] = 5.0
     valid = torch.from_numpy(block_ids((2, 4, 3), (1, 1, 1)) < 12)[None]
@@ -323,6 +333,7 @@ def test_padding_is_neither_context_nor_target():
 def test_baselines_predict_the_mean_and_repeat_the_previous_block():
     plan = make_plan(crop_size_vox=(8, 8, 16))
     objective = Autoregressive(plan)
+    # Two tokens. The second is the negative of the first, so it is -1 times the standardised first.
     ramp = torch.arange(512.0).reshape(8, 8, 8)
     voxels = torch.cat([ramp, -ramp], dim=2)[None, None, None]
     batch = Batch(
@@ -334,6 +345,8 @@ def test_baselines_predict_the_mean_and_repeat_the_previous_block():
 
     terms = objective.loss(batch, references=True)
 
+    # The squares of 512 standardised values add up to 511 (variance with n - 1). To copy the
+    # previous token is wrong by twice the value: 4 times that.
     assert float(terms.references["mean"]) == pytest.approx(511, rel=1e-4)
     assert float(terms.references["copy"]) == pytest.approx(4 * 511, rel=1e-4)
 
@@ -342,6 +355,7 @@ def test_cutting_into_blocks_and_back_is_the_identity():
     crop = torch.arange(2 * 16 * 8 * 24.0).reshape(1, 2, 16, 8, 24)
     blocks = to_blocks(crop, (8, 8, 8))
 
+    # The grid is 2 x 1 x 3, so token 4 = 1 * 3 + 1 lies in the second layer, second in x.
     assert blocks.shape == (1, 6, 2, 8, 8, 8)
     assert torch.equal(blocks[0, 4], crop[0, :, 8:16, 0:8, 8:16])
     assert torch.equal(from_blocks(blocks, (2, 1, 3)), crop)
@@ -365,7 +379,7 @@ def test_random_order_with_the_next_predictor_is_refused_with_the_way_out():
         make_plan(order="random")
 
 
-def test_what_transfers_has_the_downstream_keys():
+def test_transferred_weights_have_the_downstream_keys():
     keys = set(Autoregressive(make_plan()).transferable_state())
 
     assert {
@@ -387,7 +401,9 @@ def several_members(plan, kind, prefix, seed=0):
     grid, whole = grid_of(size, token), grid_of(plan.sequence.crop_size_vox, token)
     ids = sequence_ids(grid, plan.sequence.block_tokens, len(codes), plan.sequence.order)
     order_index = draw_order_index(ids, plan.sequence.order, np.random.default_rng(seed))
-    place = window_positions(whole, grid, [w - g for w, g in zip(whole, grid, strict=True)])
+    # Not the corner of the grid but its far end, so that an ignored window would be noticed.
+    offset = [w - g for w, g in zip(whole, grid, strict=True)]
+    place = window_positions(whole, grid, offset)
     voxels = torch.randn(1, len(codes), 1, *size, generator=generator)
     return Batch(
         voxels,
@@ -436,35 +452,36 @@ def test_with_several_images_nothing_leaks_from_later_blocks(kind, way):
     plan = make_plan(**{"crop_size_vox": (16, 32, 32), **KINDS[kind], **way})
     torch.manual_seed(0)
     objective = Autoregressive(plan)
+    # The table starts at 0, where members would not differ.
     if objective.model.member is not None:
         torch.nn.init.normal_(objective.model.member.table)
     num_blocks = int(several_members(plan, kind, 1).order_index.max()) + 1
-    batch = several_members(plan, kind, num_blocks // 3)
+    prefix = num_blocks // 3
+    batch = several_members(plan, kind, prefix)
+    order = batch.order_index[0]
     before = predict(objective, batch)
-    for position_in_order in range(num_blocks // 3, num_blocks):
+
+    for position_in_order in range(prefix, num_blocks):
         after = predict(objective, change_members(batch, plan, position_in_order))
-        kept = (batch.order_index[0] >= num_blocks // 3) & (
-            batch.order_index[0] <= position_in_order
-        )
+
+        kept = (order >= prefix) & (order <= position_in_order)
         assert torch.equal(before[0, kept], after[0, kept])
-        following = batch.order_index[0] == position_in_order + 1
-        assert (
-            position_in_order + 1 == num_blocks
-            or (before[0, following] != after[0, following]).any()
-        )
+        is_last = position_in_order + 1 == num_blocks
+        following = order == position_in_order + 1
+        assert is_last or (before[0, following] != after[0, following]).any()
 
 
 def change_members(batch, plan, position_in_order):
-    """The same batch with other voxels in the block of this rank."""
-    token, (members, size) = (
-        plan.encoder.token_size_vox,
-        (batch.voxels.shape[1], batch.voxels.shape[3:]),
-    )
+    """The same batch with other voxels in the block at this position in the order."""
+    token = plan.encoder.token_size_vox
+    members, size = batch.voxels.shape[1], batch.voxels.shape[3:]
     tokens = to_blocks(batch.voxels[0], token).clone()
+    assert tokens.shape[0] == members
+
+    # The order counts the tokens of all members one after another.
     chosen = batch.order_index[0] == position_in_order
     flat = tokens.view(-1, *tokens.shape[2:])
     flat[chosen] = noise_like(flat[chosen])
-    assert tokens.shape[0] == members
     return replace(batch, voxels=from_blocks(tokens, grid_of(size, token))[None])
 
 
@@ -476,16 +493,16 @@ def test_members_differ_by_code_and_code_0_is_what_fine_tuning_sees():
 
     as_one = replace(batch, members=torch.zeros_like(batch.members))
 
+    # The table of members starts at 0: before training they do not differ.
     assert torch.equal(predict(objective, batch), predict(objective, as_one))
 
     torch.nn.init.normal_(objective.model.member.table)
-    tokens = len(batch.order_index[0]) // 3
-    told, one = predict(objective, batch), predict(objective, as_one)
+    num_tokens = len(batch.order_index[0]) // 3
+    with_codes, one = predict(objective, batch), predict(objective, as_one)
 
-    assert (
-        torch.equal(told[0, :tokens], one[0, :tokens])
-        and (told[0, tokens + 1 :] != one[0, tokens + 1 :]).any()
-    )
+    # The first member has code 0 in both; the members after it differ.
+    assert torch.equal(with_codes[0, :num_tokens], one[0, :num_tokens])
+    assert (with_codes[0, num_tokens + 1 :] != one[0, num_tokens + 1 :]).any()
     assert not [key for key in objective.transferable_state() if "member" in key]
 
 
@@ -507,15 +524,18 @@ def test_voxels_that_were_shown_before_carry_no_loss():
     objective = Autoregressive(plan)
     batch = make_batch(plan, prefix=20)
     loss_mask = torch.ones_like(batch.valid_mask)
+    # One plane of z in the second layer of tokens was shown before.
     loss_mask[:, :, 15] = False
 
     terms = objective.loss(replace(batch, loss_mask=loss_mask))
 
+    # The last 4 of 24 tokens are supervised, each without 8 x 8 voxels of the plane.
     assert float(terms.count) == 4 * (512 - 64)
 
 
 def test_a_plan_with_one_kind_has_no_member_embedding():
     names = {name for name, _ in Autoregressive(make_plan()).module.named_parameters()}
     assert not [name for name in names if "member" in name]
+
     query = Autoregressive(make_plan(predictor="query")).module
     assert query.head.member.shape == (1, 1, 1, 48) and query.member is None
