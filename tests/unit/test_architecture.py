@@ -294,8 +294,7 @@ def test_a_command_imports_first_what_stops_it_while_it_starts(module: str) -> N
 
     own = [line for line in lines if PACKAGE in line]
 
-    # cli.starting handles a stop while modules are imported, so it must come before the imports that take seconds.
-
+    # cli.starting handles a stop while modules are imported, so it comes before the slow ones.
     assert own[0] == f"import {PACKAGE}.cli.starting"
 
 
