@@ -5,7 +5,7 @@ continuous indices of world coordinates, whole numbers are the centres of voxels
 index e - 0.5.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,6 +18,8 @@ from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, size_tex
 from nnunet_autoreg.io.orientation import Turn
 
 Floats = NDArray[np.float64]
+Box = tuple[float, float, float, float, float, float]
+"""Edges (z0, y0, x0, z1, y1, x1) of one box."""
 
 RAS_OF_LPS = np.diag([-1.0, -1.0, 1.0])
 """DICOM and SimpleITK count towards left and posterior, NIfTI and nibabel towards right and
@@ -43,14 +45,16 @@ class Preprocessing:
 
     def to_original(self, boxes_N6: Any) -> Floats:
         """Return boxes of the preprocessed image in voxel edges of the original one."""
-        ends = _ends(boxes_N6) * self._factor() + np.array(self.crop_start_vox)  # (N, 2, 3)
-        return _boxes(ends[..., list(self.transpose_backward)])
+        cropped = _ends(boxes_N6) * self._factor()  # (N, 2, 3)
+        transposed = cropped + np.array(self.crop_start_vox)
+        return _boxes(transposed[..., list(self.transpose_backward)])
 
     def to_preprocessed(self, boxes_N6: Any) -> Floats:
         """Return boxes of the original image in voxel edges of the preprocessed one."""
-        forward = [int(i) for i in np.argsort(self.transpose_backward)]
-        ends = _ends(boxes_N6)[..., forward]
-        return _boxes((ends - np.array(self.crop_start_vox)) / self._factor())
+        forward = np.argsort(self.transpose_backward)
+        transposed = _ends(boxes_N6)[..., forward]  # (N, 2, 3)
+        cropped = transposed - np.array(self.crop_start_vox)
+        return _boxes(cropped / self._factor())
 
     def _factor(self) -> Floats:
         """Return voxels of the crop per voxel of the preprocessed image, (3,)."""
@@ -68,9 +72,9 @@ def preprocessing_of(
     """Return how a case was preprocessed.
 
     Args:
-        properties: properties of the case's ``.pkl`` of nnU-Net.
+        properties: what nnU-Net's preprocessing wrote into the case's ``.pkl``.
         shape_vox: spatial shape of its preprocessed array.
-        transpose_backward: the plan's.
+        transpose_backward: value of the plans.
     """
     backward = as_size(transpose_backward)
     start = as_size([low for low, _ in properties["bbox_used_for_cropping"]])
@@ -88,8 +92,8 @@ class Frame:
 
     Attributes:
         shape_vox: (z, y, x).
-        affine_ras: 4 rows of 4; from the index (i, j, k) = (x, y, z) to mm towards right, anterior,
-            superior, as nibabel's.
+        affine_ras: 4 rows of 4 numbers, as nibabel has them. They map the index (i, j, k) = (x, y,
+            z) to mm towards right, anterior and superior.
     """
 
     shape_vox: Size
@@ -98,7 +102,12 @@ class Frame:
     @property
     def spacing_mm(self) -> Spacing:
         """Return the voxel size (z, y, x)."""
-        return zyx(np.linalg.norm(self._linear(), axis=0).tolist())
+        return zyx(np.linalg.norm(self.linear, axis=0).tolist())
+
+    @property
+    def linear(self) -> Floats:
+        """Return the affine without its origin, (3, 3): a step along each axis, in mm."""
+        return np.array(self.affine_ras, dtype=np.float64)[:3, :3]
 
     def to_ras(self, points_zyx: Any) -> Floats:
         """Return points (..., 3) given as (z, y, x) in voxel edges, in mm as (x, y, z).
@@ -109,10 +118,10 @@ class Frame:
         # An index is the centre of a voxel, half a voxel after its edge.
         index_xyz = edges_xyz - 0.5
         origin = np.array(self.affine_ras)[:3, 3]
-        return np.asarray(index_xyz @ self._linear().T + origin)
+        return np.asarray(index_xyz @ self.linear.T + origin)
 
     def to_lps(self, points_zyx: Any) -> Floats:
-        """Return the same as ``to_ras``, with axes towards left, posterior and superior."""
+        """Return the same points as ``to_ras``, with axes towards left, posterior and superior."""
         return np.asarray(self.to_ras(points_zyx) @ RAS_OF_LPS)
 
     def corners_ras(self, box_zyx: Sequence[float]) -> Floats:
@@ -132,14 +141,12 @@ class Frame:
         z, y, x = sides_mm
         return (x, y, z)
 
-    def _linear(self) -> Floats:
-        return np.array(self.affine_ras, dtype=np.float64)[:3, :3]
-
 
 def frame_of_affine(affine_ras: Any, shape_vox: Sequence[int]) -> Frame:
     """Return the frame of nibabel's affine (4, 4) and the array's shape (z, y, x)."""
     rows = np.asarray(affine_ras, dtype=np.float64).tolist()
-    return Frame(as_size(shape_vox), tuple(tuple(row) for row in rows))
+    affine = tuple(tuple(row) for row in rows)
+    return Frame(as_size(shape_vox), affine)
 
 
 def frame_of_itk(
@@ -203,26 +210,26 @@ class StoredArray:
         """Return boxes of the stored array in voxel edges of the reader's array."""
         axes, reverse = self.turn
         stored = _ends(boxes_N6)
-        ends = np.empty_like(stored)
-        for axis in range(3):
-            edges = stored[..., axes[axis]]
+        read = np.empty_like(stored)
+        for axis, stored_axis in enumerate(axes):
+            edges = stored[..., stored_axis]  # (N, 2)
             if reverse[axis]:
                 # The far end becomes the near one, so the two change places.
-                edges = (self.frame.shape_vox[axes[axis]] - edges)[..., ::-1]
-            ends[..., axis] = edges
-        return _boxes(ends)
+                edges = (self.frame.shape_vox[stored_axis] - edges)[..., ::-1]
+            read[..., axis] = edges
+        return _boxes(read)
 
     def to_stored(self, boxes_N6: Any) -> Floats:
         """Return boxes of the reader's array in voxel edges of the stored array."""
         axes, reverse = self.turn
         read = _ends(boxes_N6)
-        ends = np.empty_like(read)
-        for axis in range(3):
-            edges = read[..., axis]
+        stored = np.empty_like(read)
+        for axis, stored_axis in enumerate(axes):
+            edges = read[..., axis]  # (N, 2)
             if reverse[axis]:
-                edges = (self.frame.shape_vox[axes[axis]] - edges)[..., ::-1]
-            ends[..., axes[axis]] = edges
-        return _boxes(ends)
+                edges = (self.frame.shape_vox[stored_axis] - edges)[..., ::-1]
+            stored[..., stored_axis] = edges
+        return _boxes(stored)
 
 
 def stored_array(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> StoredArray:
@@ -231,18 +238,21 @@ def stored_array(properties: Mapping[str, Any], shape_vox: Sequence[int]) -> Sto
     turn = reader_turn(properties)
     axes, reverse = turn
     shape = [0, 0, 0]
-    for axis in range(3):
-        shape[axes[axis]] = read.shape_vox[axis]
-
-    # From indices (x, y, z) of the stored array to those of the reader's array.
+    # From indices (x, y, z, 1) of the stored array to those of the reader's array.
     to_read = np.zeros((4, 4))
     to_read[3, 3] = 1
-    for axis in range(3):
+    for axis, stored_axis in enumerate(axes):
+        size = read.shape_vox[axis]
+        shape[stored_axis] = size
+
+        # Indices run x, y, z, axes run z, y, x.
         row = 2 - axis
-        column = 2 - axes[axis]
+        column = 2 - stored_axis
         to_read[row, column] = -1 if reverse[axis] else 1
-        to_read[row, 3] = read.shape_vox[axis] - 1 if reverse[axis] else 0
-    return StoredArray(frame_of_affine(np.array(read.affine_ras) @ to_read, shape), turn)
+        to_read[row, 3] = size - 1 if reverse[axis] else 0
+
+    affine_ras = np.array(read.affine_ras) @ to_read
+    return StoredArray(frame_of_affine(affine_ras, shape), turn)
 
 
 def reader_turn(properties: Mapping[str, Any]) -> Turn:
@@ -253,7 +263,8 @@ def reader_turn(properties: Mapping[str, Any]) -> Turn:
         stored = np.asarray(nibabel["original_affine"], dtype=np.float64)[:3, :3]
         read = np.asarray(nibabel["reoriented_affine"], dtype=np.float64)[:3, :3]
         # Both span the same axes, so this is a permutation with signs.
-        return _turn_of_permutation(np.asarray(np.linalg.solve(stored, read), dtype=np.float64))
+        permutation = np.linalg.solve(stored, read)
+        return _turn_of_permutation(np.asarray(permutation, dtype=np.float64))
     if "original_orientation" in itk:
         permutation = np.zeros((3, 3))
         for stored_axis, letter in enumerate(itk["original_orientation"]):
@@ -281,9 +292,16 @@ def _turn_of_permutation(permutation: Floats) -> Turn:
 def to_ijk(boxes_N6: Any) -> Floats:
     """Return boxes (N, 6) in continuous indices (i0, j0, k0, i1, j1, k1).
 
-    Whole numbers are the centres of voxels: voxel 4 reads 3.5, 4.5.
+    Whole numbers are the centres of voxels: voxel 4 is written as 3.5, 4.5.
     """
-    return _boxes(_ends(boxes_N6)[..., ::-1] - 0.5)
+    edges_xyz = _ends(boxes_N6)[..., ::-1]
+    return _boxes(edges_xyz - 0.5)
+
+
+def as_box(values: Iterable[float]) -> Box:
+    """Return six numbers, such as the row of an array, as a box of Python's floats."""
+    z0, y0, x0, z1, y1, x1 = (float(v) for v in values)
+    return (z0, y0, x0, z1, y1, x1)
 
 
 def check_inside(
@@ -295,7 +313,8 @@ def check_inside(
     """Check that a box has an extent and lies in its image.
 
     Raises:
-        ObjectsError: its ends are not finite or the wrong way round, or it lies partly outside.
+        ObjectsError: its ends are not finite or not in order, or it lies partly outside. The
+            message begins with ``where``.
     """
     listed = ", ".join(f"{v:g}" for v in box_zyx)
     if len(box_zyx) != 6 or not np.isfinite(box_zyx).all():

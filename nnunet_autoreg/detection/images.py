@@ -66,14 +66,19 @@ def read_array(file: Path) -> tuple[NDArray[Any], Frame]:
     """
     image = open_image(file)
     array = array_of(image, file)
-    frame = frame_of_itk(array.shape, image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    frame = frame_of_itk(
+        shape_vox=array.shape,
+        spacing_xyz=image.GetSpacing(),
+        origin_xyz=image.GetOrigin(),
+        direction=image.GetDirection(),
+    )
     return array, frame
 
 
 def read_onto(file: Path, onto: Frame) -> NDArray[Any]:
-    """Return an image as an array (Z, Y, X) whose voxels are those of ``onto``.
+    """Return an image as an array (Z, Y, X) with the axes of ``onto``.
 
-    Its axes are flipped and swapped where they run otherwise.
+    Axes that run in another order or direction are swapped and flipped.
 
     Raises:
         ObjectsError: it cannot be read, is not 3D, or is another image.
@@ -85,44 +90,48 @@ def read_onto(file: Path, onto: Frame) -> NDArray[Any]:
 def same_voxels(file: Path, frame: Frame, onto: Frame) -> Turn:
     """Return how to turn an image's axes so that its voxels are those of the image of detections.
 
+    Args:
+        file: the image, for messages.
+        frame: where it lies.
+        onto: where the image of the detections lies.
+
     Raises:
-        ObjectsError: the images differ in size, voxel size, or location in the world, however one
-            is turned; ``file`` is named.
+        ObjectsError: the images differ in size, voxel size, or location in the world, even if one
+            is turned.
     """
     try:
         # The turn by the axes of ``onto``, as if they were right, anterior and superior.
-        relative = np.linalg.solve(_linear(onto), _linear(frame))
+        relative = np.linalg.solve(onto.linear, frame.linear)
         turn = turn_of(RAS_OF_LPS @ relative)
     except np.linalg.LinAlgError:
         turn = AS_STORED
 
     shape, spacing_mm = turned_geometry(frame.shape_vox, frame.spacing_mm, turn)
     if shape != onto.shape_vox:
-        own, other = (size_text(of.shape_vox) for of in (frame, onto))
         raise ObjectsError(
-            f"{file} has {own} voxels (z, y, x), the detections were made on {other}: is it "
-            "another image?",
+            f"{file} has {size_text(frame.shape_vox)} voxels (z, y, x), the detections were made "
+            f"on {size_text(onto.shape_vox)}: is it another image?",
             code="objects-other-size",
         )
     if not np.allclose(spacing_mm, onto.spacing_mm, rtol=SPACING_TOLERANCE):
-        own, other = (_listed_numbers(spacing) for spacing in (spacing_mm, onto.spacing_mm))
         raise ObjectsError(
-            f"{file} has voxels of {own} mm (z, y, x), the detections were made on {other} mm: is "
-            "it another image?",
+            f"{file} has voxels of {_listed_numbers(spacing_mm)} mm (z, y, x), the detections were "
+            f"made on {_listed_numbers(onto.spacing_mm)} mm: is it another image?",
             code="objects-other-spacing",
         )
 
     # How far a corner of the turned image lies from the other's, along any of its axes.
-    axes, reverse = turn
     ends = [(0, size) for size in onto.shape_vox]
     there = np.array(list(product(*ends)), dtype=np.float64)  # (8, 3)
     here = np.empty_like(there)
-    for n in range(3):
-        here[:, axes[n]] = onto.shape_vox[n] - there[:, n] if reverse[n] else there[:, n]
+    for axis, stored_axis in enumerate(turn[0]):
+        edges = there[:, axis]
+        here[:, stored_axis] = onto.shape_vox[axis] - edges if turn[1][axis] else edges
 
     shift_mm = frame.to_ras(here) - onto.to_ras(there)  # (8, 3)
     try:
-        most_shift_vox = float(np.abs(np.linalg.solve(_linear(onto), shift_mm.T)).max())
+        shift_vox = np.linalg.solve(onto.linear, shift_mm.T)  # (3, 8)
+        most_shift_vox = float(np.abs(shift_vox).max())
     except np.linalg.LinAlgError:
         most_shift_vox = float("nan")
 
@@ -137,19 +146,17 @@ def same_voxels(file: Path, frame: Frame, onto: Frame) -> Turn:
     return turn
 
 
-def _linear(frame: Frame) -> NDArray[np.float64]:
-    return np.array(frame.affine_ras, dtype=np.float64)[:3, :3]
-
-
 def _location(frame: Frame) -> str:
     """Return the directions of the axes and the middle of the first voxel, as text."""
-    directions = _linear(frame) / np.linalg.norm(_linear(frame), axis=0)
+    directions = frame.linear / np.linalg.norm(frame.linear, axis=0)
     first = np.array(frame.affine_ras)[:3, 3]
-    # Adding 0.0 turns -0 into 0.
-    x, y, z, start = (
-        _listed_numbers([round(float(v), 3) + 0.0 for v in column])
-        for column in (*directions.T, first)
-    )
+    listed = []
+    for column in (*directions.T, first):
+        # Adding 0.0 turns -0 into 0.
+        rounded = [round(float(v), 3) + 0.0 for v in column]
+        listed.append(_listed_numbers(rounded))
+
+    x, y, z, start = listed
     return f"x, y, z run along ({x}), ({y}), ({z}) from ({start}) mm RAS"
 
 

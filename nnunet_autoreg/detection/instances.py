@@ -1,5 +1,7 @@
-"""What is one object: connected components of a label map, an instance map with its JSON file, or
-boxes alone.
+"""The objects of a scan, and the rules by which they are found.
+
+Each is a connected component of a label map, an id of an instance map with its JSON file, or only
+a box.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +13,12 @@ import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_autoreg.detection.geometry import check_inside
+from nnunet_autoreg.detection.geometry import Box, check_inside
 from nnunet_autoreg.errors import ObjectsError, PlanError, did_you_mean
-from nnunet_autoreg.geometry import Size, as_size
+from nnunet_autoreg.geometry import Size, as_size, names_text
 from nnunet_autoreg.records import MEND_YOURS, from_jsonable, read_json, shown
 
 Ids = NDArray[np.uint16]
-Box = tuple[float, float, float, float, float, float]
 
 BLOCK = "autoreg_detection"
 """The key of dataset.json with the rules below."""
@@ -29,12 +30,12 @@ MAX_LABEL, MAX_ID = 2**31 - 1, 2**32 - 1
 
 @dataclass(frozen=True)
 class Rules:
-    """Hold how a label map becomes objects; ``dataset.json["autoreg_detection"]``.
+    """Hold how a label map becomes objects, as ``dataset.json["autoreg_detection"]`` says it.
 
     Attributes:
         min_voxels: smaller objects are ignored: they need not be found, and a detection of one is
             not wrong.
-        connectivity: 6, 18 or 26 neighbours make a component.
+        connectivity: number of neighbours of a voxel that belong to its component: 6, 18 or 26.
         detect_labels: names of the labels to detect; all, if empty.
         merge: new class -> labels that together are one object, e.g. ``{"tumour": ["edema",
             "core"]}``.
@@ -118,19 +119,22 @@ def object_classes(
         PlanError: a name that is not a label, no class at all, or classes that share a label value.
     """
     values = _foreground(dataset, where)
-    merged_names = {name for names in rules.merge.values() for name in names}
-    for name in merged_names - set(values):
-        raise PlanError(
-            f"{where}: {BLOCK}.merge names the label '{name}', which does not exist; "
-            f"{did_you_mean(name, values)}",
-            code="detection-unknown-label",
-        )
+    available = dict(values)
+    merged: dict[str, tuple[int, ...]] = {}
+    for new_name, names in rules.merge.items():
+        merged_values: set[int] = set()
+        for name in names:
+            if name not in values:
+                raise PlanError(
+                    f"{where}: {BLOCK}.merge names the label '{name}', which does not exist; "
+                    f"{did_you_mean(name, values)}",
+                    code="detection-unknown-label",
+                )
+            merged_values.update(values[name])
+            available.pop(name, None)
+        merged[new_name] = tuple(sorted(merged_values))
 
-    available = {name: own for name, own in values.items() if name not in merged_names}
-    for name, names in rules.merge.items():
-        merged_values = {value for other in names for value in values[other]}
-        available[name] = tuple(sorted(merged_values))
-
+    available |= merged
     for name in rules.detect_labels:
         if name not in available:
             raise PlanError(
@@ -174,10 +178,10 @@ def label_values(
     dataset: Mapping[str, Any],
     where: str = "dataset.json",
 ) -> dict[str, tuple[int, ...]]:
-    """Return name -> label values, as they are listed; a region has several.
+    """Return name -> label values in the order in which they are listed; a region has several.
 
     Raises:
-        PlanError: there are no labels, or one is not a whole number.
+        PlanError: there are no labels, or one is not a whole number from 0 on.
     """
     labels = dataset.get("labels")
     if not isinstance(labels, dict):
@@ -222,10 +226,10 @@ def find_instances(
 ) -> Instances:
     """Return the connected components of every class of a label map (Z, Y, X).
 
-    Ids count from 1, class by class.
+    Ids count from 1.
 
     Args:
-        where: names the map in an error.
+        where: name of the map in an error.
 
     Raises:
         ObjectsError: more than 65535 components.
@@ -270,7 +274,8 @@ def boxes_of_ids(ids_ZYX: NDArray[Any]) -> dict[int, tuple[Box, int]]:
         # number of voxels: renumber them, with 0 staying 0.
         values, ids_ZYX = np.unique(ids_ZYX, return_inverse=True)
         if values[0] != 0:
-            values, ids_ZYX = np.concatenate([[0], values]), ids_ZYX + 1
+            values = np.concatenate([[0], values])
+            ids_ZYX = ids_ZYX + 1
         ids_ZYX = ids_ZYX.astype(np.uint32)
 
     numbers = cc3d.statistics(np.ascontiguousarray(ids_ZYX), no_slice_conversion=True)
@@ -289,7 +294,7 @@ def labels_of_instances(file: Path) -> dict[int, int]:
     """Return id -> label value, from ``{"instances": {"1": 2, ...}}``.
 
     Raises:
-        ObjectsError: it cannot be read or does not look like that.
+        ObjectsError: the file cannot be read or has another form.
     """
     try:
         data = read_json(file, MEND_YOURS)
@@ -327,6 +332,8 @@ def known_instances(
     One object may have several parts.
 
     Args:
+        label_of: id -> label value, from the JSON file.
+        where: name of the map in an error.
         other_labels: label values of the dataset that are not to be detected. Such objects are
             removed from the map.
 
@@ -368,7 +375,7 @@ def known_instances(
 
 
 def _require_same_ids(in_map: set[int], in_json: set[int], where: str) -> None:
-    """Refuse an instance map and a JSON that do not have the same objects."""
+    """Refuse an instance map and a JSON file that do not have the same objects."""
     unlisted = sorted(in_map - in_json)
     if unlisted:
         raise ObjectsError(
@@ -400,8 +407,8 @@ def _listed_classes(classes: Sequence[ObjectClass]) -> str:
 
 
 def _listed_ids(ids: Sequence[int]) -> str:
-    listed = ", ".join(map(str, ids[:5]))
-    return f"{'ids' if len(ids) > 1 else 'id'} {listed}{' and more' if len(ids) > 5 else ''}"
+    noun = "ids" if len(ids) > 1 else "id"
+    return f"{noun} {names_text(ids, most=5)}"
 
 
 @dataclass(frozen=True)
@@ -427,6 +434,8 @@ def read_true_boxes(
 
     Args:
         shape_vox: shape of the image, (z, y, x); not checked if None.
+        other_labels: label values of the dataset that are not to be detected. Such boxes are left
+            out.
 
     Raises:
         ObjectsError: the file cannot be read, a box has no extent or lies outside, or a label is
@@ -465,11 +474,14 @@ def read_true_boxes(
 
 
 def with_ellipsoids(instances: Instances, shape_vox: Size) -> Instances:
-    """Draw the ellipsoids that fill the boxes, so that augmentation can carry them as id maps.
+    """Draw the ellipsoids that fill the boxes, so that augmentation can carry them as an id map.
 
-    A voxel belongs to an ellipsoid that touches it: the box of whole voxels stays as it was. Small
-    objects are drawn last and stay visible. One that is hidden all the same keeps its box and has
-    no voxel.
+    A voxel belongs to an ellipsoid that touches it, so the ellipsoid's own box of whole voxels is
+    the box that was given. Small objects are drawn last and stay visible. An object that is
+    hidden nevertheless keeps its box and has no voxel.
+
+    Args:
+        shape_vox: shape of the map, (z, y, x).
     """
 
     def volume(item: Instance) -> float:
@@ -485,11 +497,13 @@ def with_ellipsoids(instances: Instances, shape_vox: Size) -> Instances:
             end = item.box_zyx[axis + 3]
             low = max(0, int(np.floor(start)))
             high = min(shape_vox[axis], int(np.ceil(end)))
-            middle = np.arange(low, high) + 0.5
-            # Half a voxel nearer: the edge of a voxel touches before its centre lies inside.
-            away = np.clip(np.abs(middle - (start + end) / 2) - 0.5, 0, None)
-            squares.append((away / ((end - start) / 2)) ** 2)
             region.append(slice(low, high))
+
+            # Half a voxel nearer: the edge of a voxel touches before its centre lies inside.
+            centres = np.arange(low, high) + 0.5
+            away = np.abs(centres - (start + end) / 2) - 0.5
+            half_side = (end - start) / 2
+            squares.append((np.clip(away, 0, None) / half_side) ** 2)
         z, y, x = squares
         is_inside = z[:, None, None] + y[None, :, None] + x[None, None, :] < 1
         ids[tuple(region)][is_inside] = item.id

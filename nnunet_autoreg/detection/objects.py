@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_autoreg.corpus.parallel import parallel_map
-from nnunet_autoreg.detection.geometry import StoredArray, stored_array
+from nnunet_autoreg.detection.geometry import StoredArray, as_box, stored_array
 from nnunet_autoreg.detection.images import open_image
 from nnunet_autoreg.detection.instances import (
     Instances,
@@ -73,8 +73,8 @@ class ObjectSource:
 
     Attributes:
         labels: folder of the label maps, ``<case><file_ending>``.
-        raw: the folder with ``instancesTr`` and ``boxesTr``: the raw dataset, or the copies of
-            ``keep``.
+        raw: the folder with ``instancesTr`` and ``boxesTr``: the raw dataset, or the copies that
+            ``keep`` made.
         dataset: parsed dataset.json.
         reader: nnU-Net's class that reads the images.
     """
@@ -94,16 +94,18 @@ class ObjectSource:
     ) -> "ObjectSource":
         """Return the source of a dataset, which may exist only in preprocessed form.
 
-        Where ``nnUNet_raw`` does not have the raw dataset, the copies of ``keep`` are used.
+        If ``nnUNet_raw`` does not have the raw dataset, the copies that ``keep`` made are used.
         """
         raw = Path(os.environ.get(RAW_VARIABLE) or os.devnull) / dataset_name
-        return cls(labels, raw if raw.is_dir() else labels.parent, dataset, reader)
+        if not raw.is_dir():
+            raw = labels.parent
+        return cls(labels, raw, dataset, reader)
 
     def keep(self) -> None:
         """Copy ``instancesTr`` and ``boxesTr`` beside the folder of label maps.
 
-        nnU-Net copies the label maps in the same way. Without the copies, and where the raw dataset
-        is missing, touching objects would silently become one.
+        nnU-Net copies the label maps in the same way. Without the copies, touching objects would
+        silently become one if the raw dataset is missing.
         """
         if self.raw != self.labels.parent:
             for name in (INSTANCES, BOXES):
@@ -131,17 +133,19 @@ class ObjectSource:
 
     @property
     def turns_images(self) -> bool:
-        """Return whether the reader turns images: its arrays are not those of the files then."""
+        """Return whether the reader turns images, so that its arrays are not those of the files."""
         return "Reorient" in getattr(self.reader, "__name__", "")
 
     def files(self, case: str) -> list[Path]:
         """Return the files that ``read`` reads for a case."""
-        label = self.labels / f"{case}{self.dataset['file_ending']}"
+        files = [self._label_map(case)]
         instance_map = self._instance_map(case)
         boxes = self._boxes(case)
         if instance_map is not None:
-            return [label, instance_map, self._json_of(instance_map)]
-        return [label, boxes] if boxes is not None else [label]
+            files += [instance_map, self._json_of(instance_map)]
+        elif boxes is not None:
+            files.append(boxes)
+        return files
 
     def has_masks(self, case: str) -> bool:
         """Return whether the outlines of a case's objects are known, and not only boxes."""
@@ -153,7 +157,7 @@ class ObjectSource:
         Raises:
             ObjectsError: a file is missing or damaged, or two of them contradict each other.
         """
-        label = self.labels / f"{case}{self.dataset['file_ending']}"
+        label = self._label_map(case)
         array, properties = self._array(label)
         shape = as_size(array.shape)
         instance_map = self._instance_map(case)
@@ -204,6 +208,9 @@ class ObjectSource:
             uncounted_ZYX=None if ignored is None else array == ignored,
         )
 
+    def _label_map(self, case: str) -> Path:
+        return self.labels / f"{case}{self.dataset['file_ending']}"
+
     def _instance_map(self, case: str) -> Path | None:
         file = self.raw / INSTANCES / f"{case}{self.dataset['file_ending']}"
         return file if file.is_file() else None
@@ -221,8 +228,8 @@ class ObjectSource:
         try:
             array, properties = self.reader().read_seg(str(file))
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
-            what = "does not exist" if not file.is_file() else f"cannot be read ({error})"
-            raise ObjectsError(f"{file} {what}; restore it", code="objects-unreadable") from error
+            fault = f"cannot be read ({error})" if file.is_file() else "does not exist"
+            raise ObjectsError(f"{file} {fault}; restore it", code="objects-unreadable") from error
         return np.asarray(array)[0], properties
 
 
@@ -230,15 +237,15 @@ def in_readers_array(instances: Instances, stored: StoredArray) -> Instances:
     """Return objects known as boxes of the stored array with the boxes of the reader's array."""
     objects = []
     for item in instances.objects:
-        z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(item.box_zyx))
-        objects.append(replace(item, box_zyx=(z0, y0, x0, z1, y1, x1)))
+        box = as_box(stored.to_reader(item.box_zyx))
+        objects.append(replace(item, box_zyx=box))
     return Instances(tuple(objects), None)
 
 
 def _mirror(source: Path, target: Path) -> None:
-    """Give ``target`` the files of ``source``, with their times.
+    """Give the folder ``target`` the files of ``source``, with their times.
 
-    By size and time it is decided later whether a case must be made again.
+    A case is made again later if the size or the time of a file has changed.
     """
     wanted: dict[str, Path] = {}
     if source.is_dir():
@@ -264,8 +271,12 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list[Any]:
     """Return ``function`` of every item, in order.
 
-    Few items are done in this process: others would take longer to start than they save. The other
-    processes end with this one, however that ends.
+    A few items are computed in this process, because others would take longer to start than they
+    save. The other processes end with this one, in whatever way it ends.
+
+    Args:
+        function, items: may be sent to another process.
+        num_processes: largest number of processes.
     """
     # A process needs seconds to import torch and nnU-Net.
     workers = min(num_processes, len(items) // FEWEST_PER_PROCESS)
@@ -280,9 +291,13 @@ def sizes_of(
     target_spacing_mm: Sequence[float],
     transpose: Sequence[int],
 ) -> list[list[Spacing]]:
-    """Return by class the sides (z, y, x) of objects once transposed and resampled, in voxels.
+    """Return for each class the sides of its objects in the preprocessed image, in voxels.
 
     Ignored objects are left out.
+
+    Args:
+        target_spacing_mm: spacing of the preprocessed image, with transposed axes.
+        transpose: axis i of the preprocessed image is axis ``transpose[i]`` of the original.
     """
     found: list[list[Spacing]] = [[] for _ in range(num_classes)]
     for item in objects.instances.objects:
@@ -309,22 +324,22 @@ def labelled_cases(labels: Path, file_ending: str) -> list[str]:
 
 
 def has_only_boxes(dataset: Path) -> bool:
-    """Return whether a raw dataset has boxes, and no label maps."""
+    """Return whether a raw dataset has boxes but no label maps."""
     return (dataset / BOXES).is_dir() and not (dataset / LABELS).is_dir()
 
 
 def write_box_labels(dataset: Path) -> list[str]:
     """Write ``labelsTr/<case>`` with an ellipsoid in every box of ``boxesTr/<case>.json``.
 
-    Cases that have a label map do not change. Boxes that do not count, and those of labels that are
-    not detected, are not drawn. Training uses the boxes themselves; the ellipsoids only show where
-    foreground is, and no segmentation is learned from them.
+    Cases that have a label map are left as they are. Boxes that do not count, and those of labels
+    that are not detected, are not drawn. Training uses the boxes themselves; the ellipsoids only
+    show where the foreground is, and no segmentation is learned from them.
 
     Returns:
         The cases written.
 
     Raises:
-        UsageError: no ``boxesTr``, or images of which some have neither boxes nor labels.
+        UsageError: there is no ``boxesTr``, or an image has neither boxes nor labels.
         ObjectsError: an image or boxes that cannot be read, or contradict each other.
     """
     described = read_object(dataset / "dataset.json", ("labels", "file_ending"), MEND_YOURS)
@@ -353,13 +368,15 @@ def write_box_labels(dataset: Path) -> list[str]:
 
     source = ObjectSource(labels, dataset, described, reader=None)
     for case in wanted:
-        _write_label_map(images[case], folder / f"{case}.json", labels / f"{case}{ending}", source)
+        boxes = folder / f"{case}.json"
+        _write_label_map(images[case], boxes, labels / f"{case}{ending}", source)
 
     log.info("wrote %d label maps; %d existed", len(wanted), len(images) - len(wanted))
     return wanted
 
 
 def _write_label_map(image_file: Path, boxes: Path, target: Path, source: ObjectSource) -> None:
+    """Write the label map of a case, with the geometry of its image."""
     image = open_image(image_file)
     if image.GetDimension() != 3:
         raise ObjectsError(

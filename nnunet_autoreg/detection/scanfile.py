@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.detection.geometry import (
     RAS_OF_LPS,
+    Box,
     Frame,
+    as_box,
     check_inside,
     frame_of_affine,
     to_ijk,
 )
-from nnunet_autoreg.detection.instances import Box, Ids, ObjectClass
+from nnunet_autoreg.detection.instances import Ids, ObjectClass
 from nnunet_autoreg.errors import ObjectsError, PlanError
 from nnunet_autoreg.geometry import Size, Spacing
 from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, to_cell, write_json
@@ -28,12 +30,16 @@ from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, to_cel
 ADVICE = "correct it, or detect again"
 FORMAT, VERSION = "nnunet_autoreg.detections", 1
 AXES = (
-    "box_zyx: edges z0, y0, x0, z1, y1, x1 of the stored array, half open, voxel v covers [v, v + "
-    "1); box_ijk: the same as continuous "
-    "indices i, j, k = x, y, z with voxel centres at whole numbers; ras and lps: world mm, x, y, "
-    "z; size_mm: along i, j, k; "
+    "box_zyx: edges z0, y0, x0, z1, y1, x1 of the stored array, half open, "
+    "voxel v covers [v, v + 1); "
+    "box_ijk: the same as continuous indices i, j, k = x, y, z "
+    "with voxel centres at whole numbers; "
+    "ras and lps: world mm, x, y, z; "
+    "size_mm: along i, j, k; "
     "corners_mm_ras: 8 points, i varying fastest"
 )
+"""What a file says about its own fields."""
+
 MARKUP_SCHEMA = (
     "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/"
     "Schema/markups-schema-v1.0.3.json#"
@@ -62,9 +68,10 @@ class Detection:
     """Hold one detected object, in voxel edges of the original image.
 
     Attributes:
-        label: nnU-Net's label value, and its ``name``.
+        label: nnU-Net's label value.
+        name: name of that label.
         score: in [0, 1].
-        votes: how many predictions were merged into it.
+        votes: number of predictions that were merged into it.
     """
 
     box_zyx: Box
@@ -97,9 +104,9 @@ class ScanFile:
 
     Attributes:
         scan: the case's name, without channel and ending.
-        affine_ras: 4 x 4, from i, j, k to mm, as nibabel's.
+        affine_ras: 4 rows of 4 numbers, from i, j, k to mm, as nibabel has them.
         classes: name -> label of all classes of the detector.
-        model: which networks made it (dataset, plans, trainer, folds, checkpoint, sha256 of the
+        model: the networks that made it (dataset, plans, trainer, folds, checkpoint, sha256 of the
             weights).
         settings: thresholds and switches of the prediction.
         inputs: sizes and times of the input files (``scans.facts_of``).
@@ -135,13 +142,20 @@ def make_scan_file(
 ) -> ScanFile:
     """Return the file of a scan; boxes get ids from 1, the highest score first.
 
+    Args:
+        scan: the case's name.
+        frame: where the scan lies.
+        detections: in voxel edges of the stored array.
+        classes: name -> label of all classes of the detector.
+        model, settings, inputs: see ``ScanFile``.
+
     Raises:
         ObjectsError: a box without extent, outside the image, of an unknown class, or with a score
             outside [0, 1].
     """
     boxes = []
     for number, found in enumerate(sorted(detections, key=lambda d: -d.score), start=1):
-        box = tuple(float(v) for v in found.box_zyx)
+        box = as_box(found.box_zyx)
         middle = [(low + high) / 2 for low, high in zip(box[:3], box[3:], strict=True)]
         boxes.append(
             FileBox(
@@ -175,7 +189,7 @@ def make_scan_file(
 
 
 def write_scan_file(path: Path, record: ScanFile) -> None:
-    """Write it whole or not at all."""
+    """Write a file of detections, whole or not at all."""
     write_json(path, record)
 
 
@@ -220,8 +234,7 @@ def read_scan_file(path: Path) -> ScanFile:
 
 
 def _rounded(box: Iterable[float]) -> Box:
-    a, b, c, d, e, f = (round(float(v), 4) for v in box)
-    return (a, b, c, d, e, f)
+    return as_box([round(float(v), 4) for v in box])
 
 
 def _point(values: Iterable[float]) -> Point:
@@ -230,6 +243,7 @@ def _point(values: Iterable[float]) -> Point:
 
 
 def _check(record: ScanFile, where: str) -> None:
+    """Refuse a file whose values are impossible or contradict each other."""
     rows = record.affine_ras
     is_4x4 = len(rows) == 4 and all(len(row) == 4 for row in rows)
     if not is_4x4 or not np.isfinite(rows).all():
@@ -273,7 +287,8 @@ def voxels_of(box_zyx: Sequence[float], shape_vox: Size) -> tuple[slice, slice, 
 def draw_boxes(boxes: Sequence[FileBox], shape_vox: Size, filled: bool = False) -> Ids:
     """Draw the ids of the boxes into a map (Z, Y, X), the highest score on top.
 
-    Boxes are frames one voxel thick, unless ``filled``, so that overlapping ones stay visible.
+    Boxes are drawn as frames one voxel thick, so that overlapping ones stay visible, unless
+    ``filled`` is set.
     """
     drawn: Ids = np.zeros(shape_vox, dtype=np.uint16)
     for box in sorted(boxes, key=lambda b: b.score):
@@ -283,8 +298,9 @@ def draw_boxes(boxes: Sequence[FileBox], shape_vox: Size, filled: bool = False) 
             continue
         for axis in range(3):
             # The first and the last layer along every axis.
-            faces = np.moveaxis(region, axis, 0)
-            faces[0] = faces[-1] = box.id
+            layers = np.moveaxis(region, axis, 0)
+            layers[0] = box.id
+            layers[-1] = box.id
     return drawn
 
 
@@ -308,9 +324,8 @@ def draw_instances(
 
 
 def write_markup(file: Path, scan: str, boxes: Sequence[FileBox], frame: Frame) -> None:
-    """Write boxes as 3D Slicer's regions of interest, which lie obliquely where the image does."""
-    linear = np.array(frame.affine_ras)[:3, :3]
-    directions_ras = linear / np.linalg.norm(linear, axis=0)
+    """Write boxes as 3D Slicer's regions of interest, which are oblique if the image is."""
+    directions_ras = frame.linear / np.linalg.norm(frame.linear, axis=0)
     orientation = (RAS_OF_LPS @ directions_ras).round(9).ravel().tolist()
     markups = []
     for box in boxes:
