@@ -7,7 +7,8 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.candidates import Candidate
+from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.private import terminal_only
 from nnunet_autoreg.errors import UsageError, did_you_mean

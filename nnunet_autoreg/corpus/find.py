@@ -8,9 +8,10 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from nnunet_autoreg.corpus.candidates import Candidate, CandidateList
 from nnunet_autoreg.corpus.collect import DicomCollector
 from nnunet_autoreg.corpus.dataset_json import (
     DatasetJson,
@@ -20,13 +21,12 @@ from nnunet_autoreg.corpus.dataset_json import (
 )
 from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.private import terminal_only
-from nnunet_autoreg.corpus.read import NEEDS_3D, num_volumes
+from nnunet_autoreg.corpus.read import num_volumes
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
 from nnunet_autoreg.io.archive import members, opened, unpacked
 from nnunet_autoreg.io.dicom import is_archive, may_be_dicom
 from nnunet_autoreg.io.names import (
     IMAGE_ENDINGS,
-    PICTURE_ENDINGS,
     VOXEL_ENDINGS,
     absolute,
     bids_names,
@@ -39,7 +39,6 @@ from nnunet_autoreg.io.names import (
     voxel_file,
 )
 from nnunet_autoreg.io.parts import ScanPart
-from nnunet_autoreg.machine import problem_of_name
 from nnunet_autoreg.nnunet_api import dataset_folder
 from nnunet_autoreg.records import shown
 
@@ -56,48 +55,8 @@ USUAL_ENDINGS = frozenset(
 IMAGE_MODALITY = "2D"
 """Of PNG and JPEG files, which do not say how they were made."""
 
-WHOLE_FILE = ScanPart()
 DICOMDIR = "DICOMDIR"
 DATASET_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A file that may be a scan, or (with ``status``) something that is already left out.
-
-    Attributes:
-        id: unique and stable: ``Dataset004_Hippocampus/hippocampus_001_0000``, or folder name /
-            path below it, no ending.
-        path: the file, or the folder that a left-out row stands for.
-        dataset: name of the nnU-Net dataset, or of the folder given.
-        case: groups the channels of one nnU-Net case; in plain folders the path below the folder,
-            no ending.
-        channel: name in dataset.json; "" in plain folders.
-        status, reason: why it was left out; "" for candidates.
-        part: the part of ``path`` to read, for ``load_scan``: "" is the file itself,
-            ``series=<SeriesInstanceUID>`` a series in a DICOM folder, ``t=<k>`` a volume of a 4D
-            file, ``member=<name>`` a file within a .zip; joined by ";".
-        modality: modality stated in the file (MR, CT, PT ...); "" if none is.
-        subject, session: identifiers **as found**; hash them with a salt before they are written or
-            logged.
-        contrast: a harmless word (T1w, FLAIR, ...), never free text.
-        listed_in: folder of the dataset.json that lists the file; "" for files that were found in a
-            folder.
-    """
-
-    id: str
-    path: Path
-    dataset: str
-    case: str
-    channel: str = ""
-    status: str = ""
-    reason: str = ""
-    part: str = ""
-    modality: str = ""
-    subject: str = field(default="", repr=False)
-    session: str = field(default="", repr=False)
-    contrast: str = ""
-    listed_in: str = ""
 
 
 def find_scans(
@@ -129,10 +88,12 @@ def find_scans(
         finder.add_dataset(dataset_folder(dataset))
     for folder in folders:
         finder.add_given(folder)
-    finder.leave_out_listed_labels()
-    if finder.num_repeated:
-        log.info("%d files were found twice and are counted once", finder.num_repeated)
-    return finder.found
+    # At the end, because a folder that is searched may hold label maps of any dataset.
+    scans = finder.scans
+    scans.leave_out_labels(finder.listed_labels)
+    if scans.num_repeated:
+        log.info("%d files were found twice and are counted once", scans.num_repeated)
+    return scans.found
 
 
 def is_dataset(folder: Path) -> bool:
@@ -143,37 +104,24 @@ def is_dataset(folder: Path) -> bool:
 
 @dataclass
 class _Finder:
-    """Search inputs one after the other, and collect candidates and left-out rows in ``found``.
+    """Search inputs one after the other, and collect what they hold in ``scans``.
 
     Attributes:
-        found: the result.
-        ids: ids of everything found, so that each is used once.
-        files: files that are listed already, by real path and part.
+        scans: the result.
         folders: real paths of the folders that were searched.
         listed_labels: real paths of files that a dataset.json lists as label maps.
-        num_repeated: files that were reached a second time.
     """
 
     split_4d: bool
     salt: str
     images: bool
-    found: list[Candidate] = field(default_factory=list)
-    ids: set[str] = field(default_factory=set)
-    files: set[str] = field(default_factory=set)
+    scans: CandidateList = field(default_factory=CandidateList)
     folders: set[str] = field(default_factory=set)
     listed_labels: set[str] = field(default_factory=set)
-    num_repeated: int = 0
 
     def _is_image(self, name: str) -> bool:
         """Return whether a file is listed by its ending."""
         return _is_image(name) or (self.images and is_picture(name))
-
-    def leave_out_listed_labels(self) -> None:
-        """Leave out files that a dataset.json lists as label maps, wherever they were found."""
-        reason = "dataset.json lists it as a label map"
-        for number, found in enumerate(self.found):
-            if not found.status and os.path.realpath(found.path) in self.listed_labels:
-                self.found[number] = replace(found, status="labels", reason=reason)
 
     def add_given(self, given: Path) -> None:
         """Add a path given with -i: a folder, a dataset, a part of a dataset, or one file."""
@@ -187,21 +135,22 @@ class _Finder:
 
         is_part = folder.name in DATASET_FOLDERS and is_dataset(folder.parent)
         if folder.is_file():
-            self._add_given_file(folder)
+            self.add_given_file(folder)
         elif is_part and self._is_nnunets(folder.parent):
             self.add_dataset(folder.parent, only=folder.name)
         else:
             self.add_folder(folder)
 
-    def _add_given_file(self, path: Path) -> None:
+    def add_given_file(self, path: Path) -> None:
+        """Add one file given with -i."""
         dicom = DicomCollector(self.salt, self.split_4d, self.images)
         labels: Counter[Path] = Counter()
         root = path.parent
         if is_archive(path.name):
             self.add_archive(path, root, dicom)
-        elif self._is_image(path.name):
-            self.add_file(path, root, labels)
-        elif not (may_be_dicom(path.name) and dicom.add_file(path, path)):
+        elif self._is_image(path.name) or not (
+            may_be_dicom(path.name) and dicom.add_file(path, path)
+        ):
             # A file of unknown kind is listed as well, so that its row says why it is not used.
             self.add_file(path, root, labels)
         self._add_dicom(root, dicom)
@@ -222,60 +171,19 @@ class _Finder:
             return False
         return True
 
-    def add(self, path: Path, base_id: str, dataset: str, case: str, **facts: str) -> None:
-        """List one candidate, or one row of something left out, once.
-
-        ``facts`` are fields of ``Candidate``.
-        """
-        # A scan may be reached by several links and names. What is left out has no content to be
-        # recognised by, so its row goes by its own name.
-        key = f"{os.path.realpath(path)}:{facts.get('part', '')}"
-        if facts.get("status"):
-            key = f"{facts['status']}:{path}:{base_id}"
-        if key in self.files:
-            self.num_repeated += 1
-            return
-        self.files.add(key)
-
-        problem = problem_of_name(path)
-        if problem:
-            path = Path(_printable(str(path)))
-            base_id, case = _printable(base_id), _printable(case)
-            facts.update(status="unreadable", reason=problem)
-
-        # a.nii and a.nrrd in one folder have the same name without ending.
-        unique, number = base_id, 1
-        while unique in self.ids:
-            number += 1
-            unique = f"{base_id}#{number}"
-        self.ids.add(unique)
-        self.found.append(Candidate(unique, path, dataset, case, **facts))
-
-    def add_volumes(
-        self,
-        path: Path,
-        base_id: str,
-        dataset: str,
-        case: str,
-        facts: dict[str, str],
-        num_volumes: int,
-        part: ScanPart = WHOLE_FILE,
-    ) -> None:
-        """Add a file: one candidate, or one for each of its volumes."""
-        if num_volumes == 1:
-            self.add(path, base_id, dataset, case, part=str(part), **facts)
-            return
-        for t in range(num_volumes):
-            volume = str(replace(part, t=str(t)))
-            self.add(path, f"{base_id}/t{t}", dataset, f"{case}/t{t}", part=volume, **facts)
-
-    def _volumes(self, path: Path) -> int:
+    def _num_volumes(self, path: Path, member: str = "") -> int:
+        """Return the number of scans that a file, or a member of an archive, is listed as."""
         # Without --split-4d the file need not be opened: a 4D one is left out when it is read.
-        return num_volumes(path) if self.split_4d else 1
-
-    def leave_out(self, path: Path, dataset: str, what: str, status: str, reason: str) -> None:
-        """Add a row for something that is not a candidate."""
-        self.add(path, f"{dataset}/{what}", dataset, "", status=status, reason=reason)
+        if not self.split_4d:
+            return 1
+        if not member:
+            return num_volumes(path)
+        try:
+            with unpacked(path, [member]) as files:
+                return num_volumes(files[member])
+        except ScanError:
+            # It is one candidate, whose row gives the reason when it is read.
+            return 1
 
     def add_dataset(self, folder: Path, only: str | None = None) -> None:
         """Add the images of an nnU-Net raw dataset.
@@ -308,7 +216,7 @@ class _Finder:
                     self._count_other(folder, path.name)
             elif not only and path.is_file() and path.name != "dataset.json":
                 others[_ending(path.name)] += 1
-        self._report_others(folder, folder.name, "(other files)", others)
+        self.scans.leave_out_others(folder, folder.name, "(other files)", others)
 
     def _add_images(self, folder: Path, part: str, described: DatasetJson) -> None:
         others: Counter[str] = Counter()
@@ -329,8 +237,8 @@ class _Finder:
             facts = _of_dataset(folder, case, channel)
             if is_picture(path.name):
                 facts["modality"] = IMAGE_MODALITY
-            self.add_volumes(path, base_id, folder.name, case, facts, self._volumes(path))
-        self._report_others(folder / part, folder.name, f"{part}/(other files)", others)
+            self.scans.add_volumes(path, base_id, folder.name, case, facts, self._num_volumes(path))
+        self.scans.leave_out_others(folder / part, folder.name, f"{part}/(other files)", others)
 
     def _add_listed(self, folder: Path, described: DatasetJson) -> None:
         """Add the images that a dataset.json lists by their paths."""
@@ -342,13 +250,30 @@ class _Finder:
             for number, path in enumerate(described.listed[case].images):
                 name = f"{case}_{number:04d}"
                 if not path.exists():
-                    self.leave_out(path, folder.name, name, "unreadable", _why_missing(path))
+                    reason = (
+                        "dataset.json lists it, but there is no such file; restore it, or correct "
+                        "the list"
+                    )
+                    unset = unset_variables(path)
+                    if unset:
+                        reason = (
+                            f"dataset.json lists it below {unset[0]}, but this environment "
+                            "variable is not set; export it"
+                        )
+                    self.scans.leave_out(path, folder.name, name, "unreadable", reason)
                     continue
 
                 facts = _of_dataset(folder, case, described.channel_name(number))
                 facts["listed_in"] = str(folder)
                 base_id = f"{folder.name}/{name}"
-                self.add_volumes(path, base_id, folder.name, case, facts, self._volumes(path))
+                self.scans.add_volumes(
+                    path,
+                    base_id,
+                    folder.name,
+                    case,
+                    facts,
+                    self._num_volumes(path),
+                )
 
     def _count_other(self, folder: Path, part: str) -> None:
         """Add one row for the images in a folder of a dataset that is not read."""
@@ -362,7 +287,7 @@ class _Finder:
         if part.startswith("labels"):
             status, kind = "labels", "label maps"
         reason = f"{count} {kind} of an nnU-Net dataset; only imagesTr and imagesTs are read"
-        self.leave_out(folder / part, folder.name, part, status, reason)
+        self.scans.leave_out(folder / part, folder.name, part, status, reason)
 
     def add_folder(self, root: Path) -> None:
         """Add everything below a plain folder."""
@@ -383,7 +308,7 @@ class _Finder:
         # A series may be spread over folders, so DICOM is sorted after everything was visited.
         self._add_dicom(root, dicom)
         self._report_labels(root, labels)
-        self._report_others(root, root.name, "(other files)", others)
+        self.scans.leave_out_others(root, root.name, "(other files)", others)
 
     def _visit(
         self,
@@ -399,7 +324,7 @@ class _Finder:
         if real in self.folders:
             # A link may lead back to a folder above itself.
             reason = "it leads to a folder that is searched anyway"
-            self.leave_out(folder, root.name, where, "link", reason)
+            self.scans.leave_out(folder, root.name, where, "link", reason)
             return []
         self.folders.add(real)
 
@@ -407,7 +332,7 @@ class _Finder:
             entries = _listing(folder)
         except OSError as error:
             reason = f"the folder cannot be listed: {error.strerror}"
-            self.leave_out(folder, root.name, where, "unreadable", reason)
+            self.scans.leave_out(folder, root.name, where, "unreadable", reason)
             return []
 
         deeper = []
@@ -415,7 +340,7 @@ class _Finder:
             if path.name.startswith("."):
                 if _is_image(path.name) or path.is_dir():
                     reason = "its name begins with a dot; rename it to use it"
-                    self.leave_out(path, root.name, _below(path, root), "hidden", reason)
+                    self.scans.leave_out(path, root.name, _below(path, root), "hidden", reason)
                 else:
                     others["hidden"] += 1
             elif self._is_image(path.name):
@@ -439,10 +364,8 @@ class _Finder:
         if is_label_name(base_id):
             labels[path.parent] += 1
             return
-        facts = _of_name(root.name, inside)
-        if is_picture(path.name):
-            facts["modality"] = IMAGE_MODALITY
-        self.add_volumes(path, base_id, root.name, inside, facts, self._volumes(path))
+        facts = _of_name(root.name, inside, path.name)
+        self.scans.add_volumes(path, base_id, root.name, inside, facts, self._num_volumes(path))
 
     def add_archive(self, path: Path, root: Path, dicom: DicomCollector) -> None:
         """Add the scans inside a .zip: images by their names, DICOM by series."""
@@ -462,8 +385,8 @@ class _Finder:
         for number, ((status, reason), count) in enumerate(problems.items()):
             what = f"{where}/(left out {number})" if number else f"{where}/(left out)"
             counted = reason if count == 1 else f"{reason} ({count} files)"
-            self.leave_out(path, root.name, what, status, counted)
-        self._report_others(path, root.name, f"{where}/(other files)", others)
+            self.scans.leave_out(path, root.name, what, status, counted)
+        self.scans.leave_out_others(path, root.name, f"{where}/(other files)", others)
 
     def _add_member(
         self,
@@ -488,32 +411,20 @@ class _Finder:
         elif self._is_image(name):
             where = f"{root.name}/{_below(path, root)}"
             case = f"{_below(path, root)}/{inside}"
-            facts = _of_name(where, inside)
-            if is_picture(name):
-                facts["modality"] = IMAGE_MODALITY
-            count = self._member_volumes(path, info.filename)
+            facts = _of_name(where, inside, name)
+            count = self._num_volumes(path, info.filename)
             part = ScanPart(member=info.filename)
-            self.add_volumes(path, f"{root.name}/{case}", root.name, case, facts, count, part)
+            self.scans.add_volumes(path, f"{root.name}/{case}", root.name, case, facts, count, part)
         elif _is_dicomdir(name) or not (
             may_be_dicom(name) and dicom.add_member(archive, info, path)
         ):
             others[_ending(name)] += 1
 
-    def _member_volumes(self, path: Path, name: str) -> int:
-        if not self.split_4d:
-            return 1
-        try:
-            with unpacked(path, [name]) as files:
-                return num_volumes(files[name])
-        except ScanError:
-            # It is one candidate, whose row gives the reason when it is read.
-            return 1
-
     def _add_dicom(self, root: Path, dicom: DicomCollector) -> None:
         for path, radiograph in dicom.radiographs:
             # The name of a file may name a patient. Its series does not, once it is salted.
             name = f"{radiograph.what}-{salted(f'{radiograph.series} {path}', self.salt)}"
-            self.add(
+            self.scans.add(
                 path,
                 f"{root.name}/{name}",
                 root.name,
@@ -524,7 +435,7 @@ class _Finder:
         for row in dicom.rows():
             # A manifest may overrule that images are derived, so they keep what a scan has.
             is_scan = row.status in ("", "derived") and row.part
-            self.add(
+            self.scans.add(
                 row.path,
                 f"{root.name}/{row.name}",
                 root.name,
@@ -543,24 +454,7 @@ class _Finder:
             maps = "map" if count == 1 else "maps"
             reason = f"{count} label {maps} by name (a folder labels..., or _dseg, _mask)"
             what = f"{_below(folder, root)}/(label maps)"
-            self.leave_out(folder, root.name, what, "labels", reason)
-
-    def _report_others(self, path: Path, dataset: str, what: str, others: Counter[str]) -> None:
-        """Add one row that counts the files that are not scans, by their endings."""
-        counts = dict(others)
-        pictures = {end: counts.pop(end) for end in PICTURE_ENDINGS if end in counts}
-        if pictures:
-            of_pictures = ", ".join(f"{count} {end}" for end, count in pictures.items())
-            reason = f"2D images: {of_pictures}; {NEEDS_3D}"
-            self.leave_out(path, dataset, f"{what} (2D)", "not3d", reason)
-        # The voxels of a .mhd file lie in a .raw file beside it.
-        if any(c.path.suffix.lower() == ".mhd" and path in c.path.parents for c in self.found):
-            counts.pop(".raw", None)
-            counts.pop(".zraw", None)
-        if counts:
-            listed = [f"{count} {end or 'without ending'}" for end, count in sorted(counts.items())]
-            reason = f"no image endings: {', '.join(listed)}"
-            self.leave_out(path, dataset, what, "ignored", reason)
+            self.scans.leave_out(folder, root.name, what, "labels", reason)
 
 
 def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, int]:
@@ -575,24 +469,13 @@ def channel_positions(images: Iterable[Path], num_channels: int) -> dict[int, in
     return {number: position for position, number in enumerate(numbers)}
 
 
-def _why_missing(path: Path) -> str:
-    """Return why a file that a dataset.json lists is missing, and what to do."""
-    unset = unset_variables(path)
-    if unset:
-        return (
-            f"dataset.json lists it below {unset[0]}, but this environment variable is not set; "
-            "export it"
-        )
-    return "dataset.json lists it, but there is no such file; restore it, or correct the list"
-
-
 def _of_dataset(folder: Path, case: str, channel: str) -> dict[str, str]:
     """Return the facts that an nnU-Net dataset states about an image."""
     return {"channel": channel, "subject": f"{folder.name}/{case}", "contrast": channel}
 
 
-def _of_name(scope: str, inside: str) -> dict[str, str]:
-    """Return the facts in a BIDS name.
+def _of_name(scope: str, inside: str, name: str) -> dict[str, str]:
+    """Return the facts in the BIDS name ``inside`` of the file ``name``.
 
     Subjects of different datasets are different people, so ``scope`` is part of their names.
     """
@@ -601,13 +484,8 @@ def _of_name(scope: str, inside: str) -> dict[str, str]:
         "subject": f"{scope}/{subject}" if subject else "",
         "session": session,
         "contrast": contrast,
-        "modality": modality_of_contrast(contrast),
+        "modality": IMAGE_MODALITY if is_picture(name) else modality_of_contrast(contrast),
     }
-
-
-def _printable(name: str) -> str:
-    """Return a name in which bytes that are not UTF-8 are replaced."""
-    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _without_ending(name: str) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nnunet_autoreg.corpus.candidates import Candidate
 from nnunet_autoreg.corpus.content import Signature, content_hash, settle_copies, signature
 from nnunet_autoreg.corpus.exclude import excluded_because, outside, series_of, warn_unmatched
-from nnunet_autoreg.corpus.find import Candidate
 from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.images import header_of_scan_or_image, load_scan_or_image
 from nnunet_autoreg.corpus.intensity import body_percentiles, modality_of, sample_body

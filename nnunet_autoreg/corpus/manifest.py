@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nnunet_autoreg.corpus.find import Candidate
+from nnunet_autoreg.corpus.candidates import Candidate
 from nnunet_autoreg.corpus.private import terminal_only
 from nnunet_autoreg.errors import UsageError, did_you_mean
 from nnunet_autoreg.io.names import absolute

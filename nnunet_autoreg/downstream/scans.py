@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.candidates import Candidate
+from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.private import without_names
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.geometry import names_text

@@ -13,7 +13,8 @@ import pytest
 import SimpleITK
 from refusals import refused
 
-from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.candidates import Candidate
+from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.read import load_scan, read_header
 from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.io.contrast import contrast_of

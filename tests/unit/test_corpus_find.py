@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from refusals import logged, refused
 
-from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.candidates import Candidate
+from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.io.names import natural_key
 

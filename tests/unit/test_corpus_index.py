@@ -17,9 +17,10 @@ from refusals import logged, refused
 
 from nnunet_autoreg.corpus import index as index_module
 from nnunet_autoreg.corpus import intensity
+from nnunet_autoreg.corpus.candidates import Candidate
 from nnunet_autoreg.corpus.content import content_hash
 from nnunet_autoreg.corpus.exclude import read_exclude
-from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.identity import salted
 from nnunet_autoreg.corpus.index import Index, index_scans
 from nnunet_autoreg.corpus.journal import ScanFacts, stamp_of

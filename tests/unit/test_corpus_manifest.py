@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from refusals import logged, refused
 
-from nnunet_autoreg.corpus.find import Candidate
+from nnunet_autoreg.corpus.candidates import Candidate
 from nnunet_autoreg.corpus.manifest import ManifestEntry, describe, read_manifest
 from nnunet_autoreg.errors import UsageError
 

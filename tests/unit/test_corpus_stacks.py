@@ -8,7 +8,8 @@ import dicom_files as d
 import numpy as np
 import pytest
 
-from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.candidates import Candidate
+from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.grid import grid_of_scan
 from nnunet_autoreg.corpus.index import index_scans
 from nnunet_autoreg.corpus.manifest import describe, read_manifest

@@ -12,8 +12,9 @@ import pytest
 import SimpleITK
 
 from nnunet_autoreg.benchmark.probe_data import read_labels
+from nnunet_autoreg.corpus.candidates import Candidate
 from nnunet_autoreg.corpus.dataset_json import read_dataset_json, structures_of
-from nnunet_autoreg.corpus.find import Candidate, find_scans
+from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.index import index_scans
 from nnunet_autoreg.corpus.locations import (
     label_map_of,
