@@ -142,8 +142,18 @@ class DicomCollector:
         for groups in sources_of.values():
             folders = [source for source in groups if source.is_dir()]
             # Folders that share an instance hold copies of a series, each of which is whole.
-            if len(folders) > 1 and _disjoint([groups[folder] for folder in folders]):
-                yield _joined({folder: groups.pop(folder) for folder in folders})
+            instances: list[tuple[object, ...]] = []
+            for folder in folders:
+                instances += {one.identity for one in groups[folder]}
+            is_spread = len(folders) > 1 and len(set(instances)) == len(instances)
+            if is_spread:
+                root = Path(os.path.commonpath(folders))
+                joined = []
+                for folder in folders:
+                    below = folder.relative_to(root)
+                    for one in groups.pop(folder):
+                        joined.append(replace(one, file=(below / one.file).as_posix()))
+                yield root, joined
             yield from groups.items()
 
     def _rows_of(self, path: Path, group: list[DicomSlice], derived: str) -> Iterator[DicomRow]:
@@ -237,27 +247,3 @@ def _why_derived(group: Sequence[DicomSlice], original: AbstractSet[tuple[str, s
 
 def _num_files(count: int) -> str:
     return f"{count} {'file' if count == 1 else 'files'}"
-
-
-def _disjoint(groups: Sequence[list[DicomSlice]]) -> bool:
-    """Return whether no instance is in two of the folders.
-
-    Then they hold pieces of a series, not copies of it.
-    """
-    seen: set[tuple[object, ...]] = set()
-    for group in groups:
-        here = {s.identity for s in group}
-        if here & seen:
-            return False
-        seen |= here
-    return True
-
-
-def _joined(groups: dict[Path, list[DicomSlice]]) -> tuple[Path, list[DicomSlice]]:
-    """Return the common folder of groups, and all their slices with paths below it."""
-    root = Path(os.path.commonpath(list(groups)))
-    joined = []
-    for folder, group in groups.items():
-        below = folder.relative_to(root)
-        joined += [replace(one, file=(below / one.file).as_posix()) for one in group]
-    return root, joined

@@ -119,7 +119,12 @@ def signature(array_ZYX: Array) -> Signature | None:
     They are single voxels, not means: each has its own noise, so two scans of one patient never
     agree in all of them. Scans of another linear scale get the same signature.
     """
-    fractions = 0.5 - CENTRAL / 2 + CENTRAL * _FRACTIONS
+    # Positions spread evenly over the unit cube. Source: Roberts 2018, quasirandom sequence R3.
+    root = 1.2207440846057596  # of x^4 = x + 1
+    numbers = np.arange(1, NUM_POINTS + 1)
+    spread_evenly = np.array([(0.5 + numbers / root**axis) % 1 for axis in (1, 2, 3)])  # (3, 64)
+
+    fractions = 0.5 - CENTRAL / 2 + CENTRAL * spread_evenly
     shape = np.array(array_ZYX.shape)
     z, y, x = np.floor(fractions * shape[:, None]).astype(np.int64)
     values = array_ZYX[z, y, x].astype(np.float64)
@@ -132,19 +137,6 @@ def signature(array_ZYX: Array) -> Signature | None:
     # each fit into 16 bits.
     steps = (values - values.mean()) / spread * POINTS_PER_SD
     return np.asarray(np.rint(steps), dtype=np.int16)
-
-
-def _fractions() -> npt.NDArray[np.float64]:
-    """Return (3, 64) positions spread evenly over the unit cube.
-
-    Source: Roberts 2018, quasirandom sequence R3.
-    """
-    root = 1.2207440846057596  # of x^4 = x + 1
-    numbers = np.arange(1, NUM_POINTS + 1)
-    return np.array([(0.5 + numbers / root**axis) % 1 for axis in (1, 2, 3)])
-
-
-_FRACTIONS = _fractions()
 
 
 def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None]) -> list[ScanRow]:
@@ -162,26 +154,29 @@ def settle_copies(rows: Sequence[ScanRow], signatures: Sequence[Signature | None
             of_shape[row.shape_vox].append(number)
 
     for members in of_shape.values():
-        if len(members) > 1:
-            # Scans of one shape are copies if their signatures agree within the tolerance.
-            points_of_members = [signatures[n] for n in members]
-            how = "voxels, except for rounding or scale (64 compared), as"
-            pairs = []
-            for a, b in _close_pairs(np.array(points_of_members)):
-                first, second = members[a], members[b]
-                if _same_spacing(settled[first], settled[second]):
-                    pairs.append((first, second))
+        if len(members) < 2:
+            continue
+        # Scans of one shape are copies if spacings and signatures agree within the tolerance.
+        how = "voxels, except for rounding or scale (64 compared), as"
+        pairs = []
+        points_of_members = np.array([signatures[number] for number in members])
+        for a, b in _close_pairs(points_of_members):
+            first, second = members[a], members[b]
+            first_mm, second_mm = settled[first].spacing_mm, settled[second].spacing_mm
+            if first_mm is None or second_mm is None:
+                continue
+            if largest_ratio(first_mm, second_mm) <= 1 + SAME_SPACING:
+                pairs.append((first, second))
 
-            # Copies of excluded scans first, in either order of the files, then copies of the
-            # others.
-            for first, second in pairs:
-                for copy, original in ((first, second), (second, first)):
-                    if settled[copy].status == OK and settled[original].status == "excluded":
-                        settled[copy] = _copy_of_excluded(settled[copy], settled[original], how)
-            for first, second in pairs:
-                if settled[first].status == settled[second].status == OK:
-                    reason = f"same {how} {settled[first].id}"
-                    settled[second] = replace(settled[second], status="duplicate", reason=reason)
+        # Copies of excluded scans first, in either order of the files, then copies of the others.
+        for first, second in pairs:
+            for copy, original in ((first, second), (second, first)):
+                if settled[copy].status == OK and settled[original].status == "excluded":
+                    settled[copy] = _copy_of_excluded(settled[copy], settled[original], how)
+        for first, second in pairs:
+            if settled[first].status == settled[second].status == OK:
+                reason = f"same {how} {settled[first].id}"
+                settled[second] = replace(settled[second], status="duplicate", reason=reason)
     return settled
 
 
@@ -242,9 +237,3 @@ def _close_pairs(points: npt.NDArray[np.int16]) -> list[tuple[int, int]]:
         if difference.max() <= TOLERANCE:
             pairs.append((i, j))
     return pairs
-
-
-def _same_spacing(a: ScanRow, b: ScanRow) -> bool:
-    if a.spacing_mm is None or b.spacing_mm is None:
-        return False
-    return largest_ratio(a.spacing_mm, b.spacing_mm) <= 1 + SAME_SPACING

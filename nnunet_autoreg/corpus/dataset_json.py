@@ -61,11 +61,9 @@ class DatasetJson:
 
         It is the number if there is no name that outputs may show.
         """
-        return (
-            public_channel(self.channels[position], position)
-            if position < len(self.channels)
-            else str(position)
-        )
+        if position >= len(self.channels):
+            return str(position)
+        return public_channel(self.channels[position], position)
 
 
 def read_dataset_json(folder: Path) -> DatasetJson:
@@ -142,7 +140,15 @@ def structures_of(labels: Any) -> dict[int, str]:
     """
     if not isinstance(labels, dict):
         return {}
-    values_of = {str(name): _values(value) for name, value in labels.items()}
+    values_of: dict[str, tuple[int, ...]] = {}
+    for name, value in labels.items():
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        try:
+            values = tuple(int(number) for number in listed)
+        except (TypeError, ValueError, OverflowError):
+            values = ()
+        is_possible = all(0 <= number <= MAX_LABEL for number in values)
+        values_of[str(name)] = values if is_possible else ()
     ignored = values_of.pop("ignore", ())
 
     found: dict[int, str] = {}
@@ -151,12 +157,3 @@ def structures_of(labels: Any) -> dict[int, str]:
             if value != 0 and value not in ignored:
                 found.setdefault(value, name)
     return dict(sorted(found.items()))
-
-
-def _values(value: Any) -> tuple[int, ...]:
-    listed = value if isinstance(value, (list, tuple)) else [value]
-    try:
-        values = tuple(int(number) for number in listed)
-    except (TypeError, ValueError, OverflowError):
-        return ()
-    return values if all(0 <= number <= MAX_LABEL for number in values) else ()

@@ -13,7 +13,6 @@ from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.corpus.spacing import (
     MEDIAN,
     ScanGeometry,
-    ScanGroup,
     group_scans,
     target_spacing,
 )
@@ -218,14 +217,29 @@ def fingerprint(index: Index, policy: str | Spacing = MEDIAN) -> Fingerprint:
     modalities = {}
     for name, _ in Counter(row.modality for row in rows).most_common():
         modalities[name] = _modality_print([row for row in rows if row.modality == name])
-    kept_shares = [relative_size(row) for row in rows]
 
+    of_groups = []
+    for group in groups:
+        shapes_of_group = shapes[list(group.members)]  # (scans, 3)
+        of_groups.append(
+            GroupPrint(
+                modality=group.modality,
+                num_scans=len(group.members),
+                native_mm=group.native_mm,
+                spacing_mm=group.spacing_mm,
+                reason=group.reason,
+                shape_vox=spread(shapes_of_group),
+                total_vox=int(shapes_of_group.prod(axis=1).sum()),
+            ),
+        )
+
+    kept_shares = [relative_size(row) for row in rows]
     return Fingerprint(
         num_scans=len(rows),
         num_cases=_num_cases(rows),
         channel_names=tuple(sorted({row.channel for row in rows} - {""})),
         modalities=modalities,
-        groups=tuple(_group_print(group, shapes[list(group.members)]) for group in groups),
+        groups=tuple(of_groups),
         spacing_mm=groups[0].spacing_mm,
         shape_vox=spread(shapes),
         total_vox=int(shapes.prod(axis=1).sum()),
@@ -269,19 +283,6 @@ def _modality_print(rows: Sequence[ScanRow]) -> ModalityPrint:
         extent_mm=spread(shapes * spacings),
         anisotropy=spread(spacings.max(axis=1) / spacings.min(axis=1)),
         intensity=intensity,
-    )
-
-
-def _group_print(group: ScanGroup, shapes: npt.NDArray[np.int64]) -> GroupPrint:
-    total = int(shapes.prod(axis=1).sum())
-    return GroupPrint(
-        group.modality,
-        len(shapes),
-        group.native_mm,
-        group.spacing_mm,
-        group.reason,
-        spread(shapes),
-        total,
     )
 
 

@@ -16,7 +16,7 @@ from nnunet_autoreg.errors import ScanError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, zyx
 from nnunet_autoreg.io.dicom import find_stack, pick_volume
 from nnunet_autoreg.io.orientation import Turn, turn_of, turned, turned_geometry
-from nnunet_autoreg.io.parts import ScanPart, parse_part
+from nnunet_autoreg.io.parts import parse_part
 from nnunet_autoreg.nnunet_api import Array
 
 SAME_MM = 1e-2
@@ -137,7 +137,14 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
 
     try:
         if wanted.series:
-            image: Any = _series_frame(path, wanted)
+            # An empty image with the geometry of the volume, which is known from the headers.
+            stack = find_stack(path, wanted)
+            first = pick_volume(stack, wanted)[0]
+            size_xyz = [int(n) for n in stack.shape_vox[::-1]]
+            image: Any = SimpleITK.Image(size_xyz, SimpleITK.sitkUInt8)  # type: ignore[no-untyped-call]
+            image.SetSpacing([float(s) for s in stack.spacing_mm[::-1]])
+            image.SetOrigin([float(v) for v in first.position])
+            image.SetDirection([float(v) for v in stack.direction.ravel()])
         else:
             image = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
             image.SetFileName(str(path))
@@ -150,20 +157,6 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
             "copy the file again",
         ) from error
     return image, _turn(image)
-
-
-def _series_frame(path: Path, part: ScanPart) -> Any:
-    """Return an empty image with the geometry of a DICOM volume, by its headers."""
-    import SimpleITK
-
-    stack = find_stack(path, part)
-    first = pick_volume(stack, part)[0]
-    size = [int(n) for n in stack.shape_vox[::-1]]
-    image: Any = SimpleITK.Image(size, SimpleITK.sitkUInt8)  # type: ignore[no-untyped-call]
-    image.SetSpacing([float(s) for s in stack.spacing_mm[::-1]])
-    image.SetOrigin([float(v) for v in first.position])
-    image.SetDirection([float(v) for v in stack.direction.ravel()])
-    return image
 
 
 def _turn(image: Any) -> Turn:

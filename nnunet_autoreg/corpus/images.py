@@ -142,8 +142,20 @@ def _load_image(path: Path, header: ScanHeader) -> RawScan:
             f"holds {array.size} values, its header says {size_text(header.shape_vox[1:])} pixels; "
             "export it again",
         )
+    if num_colours > 4:
+        raise ScanError("rgb", f"{num_colours} values per pixel; colours have three; split it")
+
+    # The second of two values and the last of four are an opacity, which is left out.
     array_YXC = array.reshape(*header.shape_vox[1:], num_colours)
-    return _checked(_grey(array_YXC)[None], header.spacing_mm[1:])
+    grey_YX = array_YXC[:, :, 0]
+    if num_colours > 2:
+        red, green, blue = (array_YXC[:, :, colour] for colour in range(3))
+        # Grey images are often stored with three equal colours. They keep their exact values.
+        is_grey = np.array_equal(red, green) and np.array_equal(red, blue)
+        if not is_grey:
+            mixed = LUMINANCE[0] * red + LUMINANCE[1] * green + LUMINANCE[2] * blue
+            grey_YX = np.asarray(mixed, dtype=np.float32)
+    return _checked(grey_YX[None], header.spacing_mm[1:])
 
 
 def _pixels(path: Path) -> Array:
@@ -172,22 +184,6 @@ def _pixels(path: Path) -> Array:
                 "truncated: pixels are missing at the end; copy the file again",
             )
     return array
-
-
-def _grey(array_YXC: Array) -> Array:
-    """Return one value for each pixel (Y, X); an opacity is left out."""
-    num_colours = array_YXC.shape[2]
-    if num_colours in (1, 2):
-        return array_YXC[:, :, 0]
-    if num_colours not in (3, 4):
-        raise ScanError("rgb", f"{num_colours} values per pixel; colours have three; split it")
-
-    # Grey images are often stored with three equal colours. They keep their exact values.
-    red, green, blue = (array_YXC[:, :, colour] for colour in range(3))
-    if np.array_equal(red, green) and np.array_equal(red, blue):
-        return red
-    grey = LUMINANCE[0] * red + LUMINANCE[1] * green + LUMINANCE[2] * blue
-    return np.asarray(grey, dtype=np.float32)
 
 
 def _header(shape_yx: Sequence[int], spacing_yx: Sequence[float]) -> ScanHeader:

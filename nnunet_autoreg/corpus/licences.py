@@ -28,19 +28,10 @@ def stated_licences(rows: Iterable[ScanRow]) -> dict[str, str]:
         folder = Path(row.source).parent
         is_of_dataset = folder.name in IMAGE_FOLDERS and folder.parent.name == row.dataset
         if row.status == OK and is_of_dataset and row.dataset not in found:
-            found[row.dataset] = _stated(folder.parent / "dataset.json")
+            content = _read_object(folder.parent / "dataset.json")
+            texts = [content[key] for key in KEYS if isinstance(content.get(key), str)]
+            found[row.dataset] = " ".join(texts[0].split())[:MAX_LENGTH] if texts else ""
     return found
-
-
-def _stated(file: Path) -> str:
-    try:
-        content: Any = read_json(file) if file.is_file() else {}
-    except (AutoregError, OSError):
-        return ""
-    if not isinstance(content, dict):
-        return ""
-    texts = [content[key] for key in KEYS if isinstance(content.get(key), str)]
-    return " ".join(texts[0].split())[:MAX_LENGTH] if texts else ""
 
 
 def write_licences(folder: Path, rows: Iterable[ScanRow]) -> None:
@@ -54,11 +45,14 @@ def write_licences(folder: Path, rows: Iterable[ScanRow]) -> None:
 
 def read_licences(folder: Path) -> dict[str, str]:
     """Return the licences that ``write_licences`` wrote; none if the file is missing or damaged."""
-    file = folder / LICENCES_NAME
+    content = _read_object(folder / LICENCES_NAME)
+    return {str(name): text for name, text in content.items() if isinstance(text, str)}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one if the file is missing or damaged."""
     try:
         content: Any = read_json(file) if file.is_file() else {}
     except (AutoregError, OSError):
         return {}
-    if not isinstance(content, dict):
-        return {}
-    return {str(name): text for name, text in content.items() if isinstance(text, str)}
+    return content if isinstance(content, dict) else {}

@@ -6,6 +6,7 @@ import csv
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,15 @@ def label_map_of(row: ScanRow) -> Path | None:
     image = Path(row.source)
     path = None
     if row.listed_in:
-        path = _listed_label(row)
+        # Labels are optional: without a readable list the scan is still trained on.
+        with suppress(UsageError):
+            listed = read_dataset_json(Path(row.listed_in)).listed
+            path = listed[row.case].label if row.case in listed else None
     elif image.parent.name == "imagesTr":
         case, _ = case_and_channel(image)
         ending = image.name.removeprefix(strip_ending(image.name))
         path = image.parent.parent / "labelsTr" / f"{case}{ending}"
     return path if path is not None and path.is_file() else None
-
-
-def _listed_label(row: ScanRow) -> Path | None:
-    try:
-        listed = read_dataset_json(Path(row.listed_in)).listed
-    except UsageError:
-        # Labels are optional: without them the scan is still trained on.
-        return None
-    return listed[row.case].label if row.case in listed else None
 
 
 def dataset_of(row: ScanRow) -> Path:

@@ -179,8 +179,11 @@ def describe(
     for found in candidates:
         candidate = found
         match = manifest.entry_of(found.path)
-        if match is not None and _overrules(match, found):
-            candidate = replace(found, status="", reason="")
+        if match is not None and match[1].modality:
+            # Derived images are a scan if a row names their own folder, and a modality.
+            is_derived = found.status == "derived" and found.part
+            if is_derived and match[0] == os.path.realpath(found.path):
+                candidate = replace(found, status="", reason="")
         # What was left out for another reason is not brought back by a manifest.
         if match is None or candidate.status:
             described.append(candidate)
@@ -200,18 +203,6 @@ def describe(
         )
     _report(manifest, len(used), [key for key in manifest.entries if key not in keys])
     return described, used
-
-
-def _overrules(match: tuple[str, ManifestEntry], candidate: Candidate) -> bool:
-    """Return whether a row of the manifest makes a scan of derived images.
-
-    It does if it names their own folder, and a modality.
-    """
-    key, entry = match
-    is_own = key == os.path.realpath(candidate.path)
-    return (
-        candidate.status == "derived" and bool(candidate.part) and is_own and bool(entry.modality)
-    )
 
 
 def _report(manifest: Manifest, num_used: int, unused: list[str]) -> None:

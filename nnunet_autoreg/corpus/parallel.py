@@ -146,10 +146,11 @@ def parallel_map(
         others = set(multiprocessing.active_children())
         num_workers = max(1, min(num_workers, -(-len(items) // chunk)))
         pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=begin_worker)
+        chunks = (items[start : start + chunk] for start in range(0, len(items), chunk))
         results = _in_order(
             pool,
             partial(_apply, function),
-            _chunks(items, chunk),
+            chunks,
             CHUNKS_AHEAD * num_workers,
         )
         num_done = 0
@@ -166,13 +167,8 @@ def parallel_map(
             ) from error
         finally:
             if num_done < len(items):
-                _end(
-                    [
-                        worker
-                        for worker in multiprocessing.active_children()
-                        if worker not in others
-                    ],
-                )
+                children = multiprocessing.active_children()
+                _end([worker for worker in children if worker not in others])
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -248,23 +244,17 @@ def free_memory_bytes() -> int:
     return min(found, default=0)
 
 
-def _apply(function: Callable[[In], Out], items: list[In]) -> list[Out]:
+def _apply(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
     try:
         return [function(item) for item in items]
     except _EndedError:
         os._exit(1)
 
 
-def _chunks(items: Iterable[In], size: int) -> Iterator[list[In]]:
-    stream = iter(items)
-    while chunk := list(islice(stream, size)):
-        yield chunk
-
-
 def _in_order(
     pool: ProcessPoolExecutor,
-    function: Callable[[list[In]], list[Out]],
-    chunks: Iterator[list[In]],
+    function: Callable[[Sequence[In]], list[Out]],
+    chunks: Iterator[Sequence[In]],
     ahead: int,
 ) -> Iterator[Out]:
     waiting: deque[Future[list[Out]]] = deque()

@@ -70,30 +70,26 @@ def load_scan(path: Path, part: str = "") -> RawScan:
 
 def _load_file(path: Path, part: ScanPart, name: str) -> RawScan:
     """Read and check a file, whose ``name`` may say that it is a label map."""
+    import SimpleITK
+
     check_file(path)
     # The header is checked first: a file that is too large must not be read.
-    header, turn = _file_header(path, part)
+    reader = information(path)
+    header, turn = _file_header(reader, part)
     with quiet_readers() as captured:
         try:
-            array_ZYX = _read_one_of(path, int(part.t)) if part.t else read_scan(path).array_CZYX[0]
+            if part.t:
+                reader.SetExtractIndex([0, 0, 0, int(part.t)])
+                reader.SetExtractSize([*reader.GetSize()[:3], 0])
+                reader.SetOutputPixelType(SimpleITK.sitkFloat32)
+                volume_ZYX = SimpleITK.GetArrayFromImage(reader.Execute())
+                array_ZYX = np.asarray(volume_ZYX, dtype=np.float32)
+            else:
+                array_ZYX = read_scan(path).array_CZYX[0]
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
             raise reading_failed(error, captured()) from error
     check_voxels(array_ZYX, name)
     return RawScan(turned(array_ZYX, turn)[None], header.spacing_mm)
-
-
-def _read_one_of(path: Path, number: int) -> Array:
-    """Read one volume of a 4D file, (Z, Y, X) float32."""
-    import SimpleITK
-
-    reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    size = list(reader.GetSize())
-    reader.SetExtractIndex([0, 0, 0, number])
-    reader.SetExtractSize([*size[:3], 0])
-    reader.SetOutputPixelType(SimpleITK.sitkFloat32)
-    return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()), dtype=np.float32)
 
 
 def _series_header(stack: Stack, part: ScanPart) -> tuple[ScanHeader, Turn]:
@@ -131,8 +127,8 @@ def read_header(path: Path, part: str = "") -> ScanHeader:
         return _series_header(find_stack(path, wanted), wanted)[0]
     if wanted.member:
         with unpacked(path, [wanted.member]) as files:
-            return _file_header(files[wanted.member], wanted)[0]
-    return _file_header(path, wanted)[0]
+            return _file_header(information(files[wanted.member]), wanted)[0]
+    return _file_header(information(path), wanted)[0]
 
 
 def num_volumes(path: Path) -> int:
@@ -161,20 +157,16 @@ def information(path: Path) -> Any:
     return reader
 
 
-def _file_header(path: Path, part: ScanPart) -> tuple[ScanHeader, Turn]:
-    """Return the header of a file, and the reorientation of its array."""
+def _file_header(reader: Any, part: ScanPart) -> tuple[ScanHeader, Turn]:
+    """Return the header that ``information`` has read, and the reorientation of the array."""
     import SimpleITK
 
-    reader = information(path)
     kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())  # type: ignore[no-untyped-call]
-    pixel = str(kind)
-    if "complex" in pixel:
+    if "complex" in str(kind):
         raise ScanError("complex", "complex voxels; store the magnitude as a separate image")
-    if reader.GetNumberOfComponents() > 1:
-        raise ScanError(
-            "rgb",
-            f"{reader.GetNumberOfComponents()} values per voxel (RGB or vector image); split it",
-        )
+    num_values = reader.GetNumberOfComponents()
+    if num_values > 1:
+        raise ScanError("rgb", f"{num_values} values per voxel (RGB or vector image); split it")
 
     size = list(reader.GetSize())
     if part.t and len(size) == 4:
@@ -221,6 +213,20 @@ def check_dimensions(size: Sequence[int]) -> None:
         raise ScanError("not3d", f"a single slice ({listed}); {NEEDS_3D}")
     if min(size) < MIN_AXIS_VOX:
         raise ScanError("tiny", f"{listed} voxels; every axis needs at least {MIN_AXIS_VOX}")
+
+
+def check_3d(
+    num_dimensions: int,
+    name: str = "it",
+    remedy: str = "store it as a 3D image",
+) -> None:
+    """Check that the image ``name`` has three dimensions.
+
+    Raises:
+        ScanError: not3d.
+    """
+    if num_dimensions != 3:
+        raise ScanError("not3d", f"{name} has {num_dimensions} dimensions; {remedy}")
 
 
 def check_spacing(spacing_mm: Sequence[float]) -> None:

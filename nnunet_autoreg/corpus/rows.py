@@ -120,14 +120,6 @@ PRIVATE_COLUMNS = ("id", "name", "dataset", "case", "part", "source", "listed_in
 NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
 
 
-def _other_paths(folder: Path, scans: set[str]) -> dict[str, str]:
-    """Return the further paths in an existing private file, by id."""
-    if not (folder / PRIVATE_NAME).is_file():
-        return {}
-    known = read_private(folder)
-    return {cells["id"]: cells["source"] for cells in known if cells["id"] not in scans}
-
-
 def write_index(
     path: Path,
     rows: Iterable[ScanRow],
@@ -146,7 +138,10 @@ def write_index(
     # The private file first: without it, the ids of the index would stand for nothing.
     rows = list(rows)
     if paths is None:
-        paths = _other_paths(path.parent, {row.id for row in rows})
+        scans = {row.id for row in rows}
+        has_private = (path.parent / PRIVATE_NAME).is_file()
+        known = read_private(path.parent) if has_private else ()
+        paths = {cells["id"]: cells["source"] for cells in known if cells["id"] not in scans}
     private = [{"id": key, "source": value} for key, value in paths.items()]
     for row in rows:
         private.append({name: getattr(row, name) for name in PRIVATE_COLUMNS})
@@ -228,7 +223,17 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
         UsageError: the file is missing or is not an index, or the private file beside it is
             missing.
     """
-    rows = _read_rows(path)
+    try:
+        with regular(path).open(encoding="utf-8", newline="") as handle:
+            reader = csv.DictReader(handle)
+            _check_columns(reader.fieldnames or ())
+            rows = tuple(_rows_of(reader))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise UsageError(
+            f"{path} is not an index of scans ({error}); remove it so that it is written again",
+            code="index-unreadable",
+        ) from error
+
     if not is_private:
         return tuple(map(public_row, rows))
     # An index of an earlier version has everything itself.
@@ -245,19 +250,6 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
             code="private-line-missing",
         )
     return tuple(replace(row, **private[row.id]) for row in rows)
-
-
-def _read_rows(path: Path) -> tuple[ScanRow, ...]:
-    try:
-        with regular(path).open(encoding="utf-8", newline="") as handle:
-            reader = csv.DictReader(handle)
-            _check_columns(reader.fieldnames or ())
-            return tuple(_rows_of(reader))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise UsageError(
-            f"{path} is not an index of scans ({error}); remove it so that it is written again",
-            code="index-unreadable",
-        ) from error
 
 
 def _check_columns(names: Iterable[str]) -> None:

@@ -123,7 +123,18 @@ def group_scans(scans: Sequence[ScanGeometry], policy: str | Spacing) -> list[Sc
 
     # Of groups of one size the finer comes first, so that the order of the scans changes nothing.
     groups.sort(key=lambda group: (-len(group.members), math.prod(group.spacing_mm)))
-    return _aligned(groups)
+
+    # Almost equal targets are made equal: CT and MR of one patient then have voxels of one size.
+    targets: list[Spacing] = []
+    aligned = []
+    for group in groups:
+        alike = [
+            target for target in targets if largest_ratio(target, group.spacing_mm) <= ALIKE_RATIO
+        ]
+        target_mm = alike[0] if alike else group.spacing_mm
+        targets.append(target_mm)
+        aligned.append(replace(group, spacing_mm=target_mm))
+    return aligned
 
 
 def target_of(scans: Sequence[ScanGeometry], policy: str) -> tuple[Spacing, str]:
@@ -165,23 +176,6 @@ def target_spacing(modality: str, spacing_mm: Sequence[float], data: DataPlan) -
         return data.spacing_mm
     nearest = _nearest(spacing_mm, [group.native_mm for group in own])
     return own[nearest].spacing_mm
-
-
-def _aligned(groups: list[ScanGroup]) -> list[ScanGroup]:
-    """Return groups in which almost equal targets are made equal.
-
-    CT and MR of one patient then have voxels of one size.
-    """
-    targets: list[Spacing] = []
-    aligned = []
-    for group in groups:
-        alike = [
-            target for target in targets if largest_ratio(target, group.spacing_mm) <= ALIKE_RATIO
-        ]
-        target = alike[0] if alike else group.spacing_mm
-        targets.append(target)
-        aligned.append(replace(group, spacing_mm=target))
-    return aligned
 
 
 def _nearest(spacing_mm: Sequence[float], others_mm: Sequence[Spacing]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.private import without_names
-from nnunet_autoreg.corpus.read import information
+from nnunet_autoreg.corpus.read import check_3d, information
 from nnunet_autoreg.downstream.encoder import PretrainedEncoder
 from nnunet_autoreg.downstream.scans import Scan, check_image, ready
 from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
@@ -195,16 +195,12 @@ def _read_file(file: str) -> RawScan:
     """Read one file with nnU-Net's reader.
 
     Raises:
-        ScanError: it cannot be read, or is no 3D image.
+        ScanError: it cannot be read, or is not a 3D image.
     """
     path = Path(file)
     # nnU-Net gives a 2D image slices of 999 mm, which would become hundreds of equal slices.
     reader = information(path)
-    if reader.GetDimension() != 3:
-        raise ScanError(
-            "not3d",
-            f"{path.name} has {reader.GetDimension()} dimensions; store it as a 3D image",
-        )
+    check_3d(reader.GetDimension(), path.name)
     if reader.GetNumberOfComponents() != 1:
         raise ScanError(
             "rgb",

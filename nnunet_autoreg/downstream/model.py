@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nnunet_autoreg.corpus.private import without_names
+from nnunet_autoreg.corpus.read import check_3d
 from nnunet_autoreg.downstream.results import public_model
 from nnunet_autoreg.downstream.scans import check_image
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError, WeightsError
@@ -233,9 +234,8 @@ class TrainedModel(Generic[Plan]):
             log.warning("%s: %s", name, without_names(text, files))
 
         check_image(data, self.num_channels)
-        num_dimensions = len(properties.get("sitk_stuff", {}).get("spacing", (1, 1, 1)))
-        if num_dimensions != 3:
-            raise ScanError("not3d", f"it has {num_dimensions} dimensions; store it as a 3D image")
+        spacing = properties.get("sitk_stuff", {}).get("spacing", (1, 1, 1))
+        check_3d(len(spacing))
         return data, properties
 
 

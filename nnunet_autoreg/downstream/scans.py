@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from nnunet_autoreg.corpus.candidates import Candidate
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.private import without_names
+from nnunet_autoreg.corpus.read import check_3d
 from nnunet_autoreg.errors import ScanError, UsageError
 from nnunet_autoreg.geometry import names_text
 from nnunet_autoreg.io.archive import unpacked
@@ -303,10 +304,8 @@ def file_image(file: Path, part: ScanPart) -> Any:
             ) from error
 
     image = image[..., int(part.t)] if part.t else image
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ScanError(
-            "not3d",
-            "it is not a 3D image with one value per voxel; --split-4d takes every volume of a 4D "
-            "file as a scan",
-        )
+    check_3d(image.GetDimension(), remedy="store it as a 3D image, or use --split-4d for a 4D file")
+    num_values = image.GetNumberOfComponentsPerPixel()
+    if num_values != 1:
+        raise ScanError("not3d", f"it has {num_values} values per voxel; split it")
     return image
