@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunet_autoreg.convert.imported import Imported, ImportOptions
-from nnunet_autoreg.convert.licences import AR_SSL4M_LICENCE
+from nnunet_autoreg.convert.licences import AR_SSL4M_LICENCE, stated_by_user
 from nnunet_autoreg.errors import WeightsError
 from nnunet_autoreg.families import CLASS_PATHS, VIT
 from nnunet_autoreg.finetune.floats import as_float
@@ -50,7 +50,8 @@ _LAYER_KEYS = (
 
 def is_ar_ssl4m(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether the keys are those of AR-SSL4M."""
-    return KERNEL in tensors and any(_LAYER.match(key) for key in tensors)
+    has_layers = any(_LAYER.match(key) for key in tensors)
+    return KERNEL in tensors and has_layers
 
 
 def expected_keys(depth: int) -> set[str]:
@@ -77,8 +78,8 @@ def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
             (code "weights-learned-positions"), or the number of heads is not known (code
             "weights-heads").
     """
-    layers = [_LAYER.match(key) for key in tensors]
-    depth = 1 + max(int(found[1]) for found in layers if found)
+    matches = [_LAYER.match(key) for key in tensors]
+    depth = 1 + max(int(match[1]) for match in matches if match)
     if LEARNED_POSITIONS in tensors:
         raise WeightsError(
             f"'{LEARNED_POSITIONS}': this checkpoint has learned positions, which fit only its own "
@@ -131,12 +132,14 @@ def arguments_of(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
 
 def token_size(tensors: Mapping[str, Tensor]) -> Size:
     """Return the voxels of a token, (z, y, x)."""
-    return as_size(tuple(reversed(tensors[KERNEL].shape[2:])))
+    size_xyz = tensors[KERNEL].shape[2:]  # the kernel is (V, C, x, y, z)
+    return as_size(size_xyz[::-1])
 
 
 def to_ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the encoder of a checkpoint for (z, y, x) volumes, without the head."""
-    encoder = {key: value for key, value in tensors.items() if key.startswith(ENCODER)}
+    keys = [key for key in tensors if key.startswith(ENCODER)]
+    encoder = {key: tensors[key] for key in keys}
     if KERNEL in encoder:
         # (V, C, x, y, z) -> (V, C, z, y, x), or back.
         encoder[KERNEL] = encoder[KERNEL].permute(0, 1, 4, 3, 2).contiguous()
@@ -183,7 +186,7 @@ def import_ar_ssl4m(
 
     licences = AR_SSL4M_LICENCE
     if options.licence:
-        licences = {"AR-SSL4M": f"{options.licence} (stated by the user)"}
+        licences = dict.fromkeys(licences, stated_by_user(options.licence))
     return Imported(
         encoder=EncoderPlan(name, CLASS_PATHS[VIT], arguments, token_size(tensors)),
         tensors=as_float(to_ours(tensors), source_file),

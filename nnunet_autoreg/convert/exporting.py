@@ -101,7 +101,7 @@ def export_weights(
     """Write the encoder of a finished run into ``folder``.
 
     A kill at any moment leaves no checkpoint, or a whole one. The same export can be repeated: it
-    completes what is missing, and is not an error where everything is there already.
+    writes the files that are missing, if there are any.
 
     Args:
         weights: ``encoder.safetensors`` of a finished run.
@@ -299,11 +299,13 @@ def _is_equal(found: Any, expected: Any) -> bool:
     if isinstance(found, Tensor) and isinstance(expected, Tensor):
         return torch.equal(found, expected)
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        same_keys = found.keys() == expected.keys()
-        return same_keys and all(_is_equal(found[key], expected[key]) for key in found)
+        if found.keys() != expected.keys():
+            return False
+        return all(_is_equal(found[key], expected[key]) for key in found)
     if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
-        same_length = len(found) == len(expected)
-        return same_length and all(map(_is_equal, found, expected))
+        if len(found) != len(expected):
+            return False
+        return all(map(_is_equal, found, expected))
     return type(found) is type(expected) and bool(found == expected)
 
 
@@ -481,5 +483,7 @@ def _own(card: EncoderCard, token_order: str = OURS) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Return a value with plain dicts and lists only, which torch's safe loading accepts."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value

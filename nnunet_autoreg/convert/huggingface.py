@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_autoreg.convert.imported import Imported, ImportOptions
+from nnunet_autoreg.convert.licences import stated_by_user
 from nnunet_autoreg.convert.model_card import model_card
 from nnunet_autoreg.convert.source import CONFIG_NAME, MODEL_NAME, OWN_KEY, WeightsFile
 from nnunet_autoreg.errors import PlanError, WeightsError
@@ -72,7 +73,22 @@ def import_huggingface(source: WeightsFile, options: ImportOptions) -> Imported:
     licences = card.licences
     if options.licence:
         names = list(licences) or [card.name]
-        licences = dict.fromkeys(names, f"{options.licence} (stated by the user)")
+        licences = dict.fromkeys(names, stated_by_user(options.licence))
+
+    # What ``encoder.json`` will say about the folder.
+    origin: dict[str, Any] = {
+        "format": "Hugging Face",
+        "file": source.file.name,
+        "sha256": card.sha256,
+    }
+    repository, commit = repository_of(source.file)
+    if repository:
+        origin.update(repository=repository, commit=commit)
+
+    # Weights that were imported before they were exported pass their own sources on.
+    earlier = card.extra.get(IMPORTED)
+    if isinstance(earlier, Mapping) and earlier.get("citations"):
+        origin["citations"] = earlier["citations"]
 
     return Imported(
         encoder=EncoderPlan(card.encoder, card.class_path, card.arguments, card.token_size_vox),
@@ -85,7 +101,7 @@ def import_huggingface(source: WeightsFile, options: ImportOptions) -> Imported:
         licences=licences,
         objective=card.objective,
         normalization=card.normalization,
-        origin=_origin(card, source),
+        origin=origin,
         card=card,
     )
 
@@ -107,21 +123,3 @@ def _card_of(source: WeightsFile) -> EncoderCard:
     except PlanError as error:
         raise WeightsError(str(error), code="weights-bad-config") from error
     return card
-
-
-def _origin(card: EncoderCard, source: WeightsFile) -> dict[str, Any]:
-    """Return the entry of ``encoder.json`` about the folder."""
-    origin: dict[str, Any] = {
-        "format": "Hugging Face",
-        "file": source.file.name,
-        "sha256": card.sha256,
-    }
-    repository, commit = repository_of(source.file)
-    if repository:
-        origin.update(repository=repository, commit=commit)
-
-    # Weights that were imported before they were exported pass their own sources on.
-    earlier = card.extra.get(IMPORTED)
-    if isinstance(earlier, Mapping) and earlier.get("citations"):
-        origin["citations"] = earlier["citations"]
-    return origin

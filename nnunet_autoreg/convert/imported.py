@@ -206,8 +206,8 @@ def write_run(imported: Imported, runs: Path, name: str) -> EncoderCard:
     """Write the two files of a finished run into the folder NAME of ``runs``.
 
     The folder appears under its name only when both files are complete, so a kill at any moment
-    leaves no run that looks finished. Importing the same file under the same name again is no
-    error: a kill may have come after the last step.
+    leaves no run that looks finished. Importing the same file under the same name again is not
+    an error, because a kill may have come after the last step.
 
     Raises:
         WeightsError: the name is taken by another run (code "weights-name-taken"), or the tensors
@@ -232,7 +232,7 @@ def write_run(imported: Imported, runs: Path, name: str) -> EncoderCard:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
-    # The name is taken. By the same import it may be: only the time differs then.
+    # The name is taken, perhaps by the same import. Then only the time differs.
     try:
         existing = read_card(folder)
         verify_weights(folder / WEIGHTS_NAME, card.sha256)

@@ -47,11 +47,16 @@ def licences_of(
     name = known[1] if known else _dataset_of(plan) or file.name
 
     if stated:
-        return {name: f"{stated} (stated by the user)"}
+        return {name: stated_by_user(stated)}
     card = licence_beside(file.parent)
     if card:
         return {name: f"{card} (README.md beside the file)"}
     return {name: known[2] if known else NONE_STATED}
+
+
+def stated_by_user(licence: str) -> str:
+    """Return the entry for a licence that the user has typed."""
+    return f"{licence} (stated by the user)"
 
 
 def modalities_of(plan: Mapping[str, Any], citations: Any, file: Path) -> tuple[str, ...]:
@@ -75,7 +80,9 @@ def _known(
 
 def _dataset_of(plan: Mapping[str, Any]) -> str:
     pretraining = plan.get("pretrain_plan")
-    return str(pretraining.get("dataset_name") or "") if isinstance(pretraining, Mapping) else ""
+    if not isinstance(pretraining, Mapping):
+        return ""
+    return str(pretraining.get("dataset_name") or "")
 
 
 def licence_beside(folder: Path) -> str:
@@ -87,6 +94,7 @@ def licence_beside(folder: Path) -> str:
     if not readme.is_file():
         return ""
 
-    head = _FRONT_MATTER.search(readme.read_text(encoding="utf-8", errors="replace")[:20_000])
-    found = _LICENCE_LINE.search(head[1]) if head else None
+    beginning = readme.read_text(encoding="utf-8", errors="replace")[:20_000]
+    front_matter = _FRONT_MATTER.search(beginning)
+    found = _LICENCE_LINE.search(front_matter[1]) if front_matter else None
     return found[1].strip() if found else ""

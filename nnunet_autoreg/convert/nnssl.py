@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnunet_autoreg.convert.choices import KEEP, OURS, PERMUTE
 from nnunet_autoreg.convert.imported import Imported, ImportOptions
-from nnunet_autoreg.convert.licences import licences_of, modalities_of
+from nnunet_autoreg.convert.licences import licences_of, modalities_of, stated_by_user
 from nnunet_autoreg.convert.source import OWN_KEY, WeightsFile, plain
 from nnunet_autoreg.convert.token_order import swap_plane_axes
 from nnunet_autoreg.errors import WeightsError
@@ -71,8 +71,12 @@ def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
     plan = source.adaptation_plan
     citations = source.rest.get("citations")
 
+    # A file of our own export carries the whole card, files of others have none.
     own = source.rest.get(OWN_KEY)
-    own_card = _own_card(source)
+    own_card: EncoderCard | None = None
+    if isinstance(own, Mapping) and "card" in own:
+        content = dict(own["card"]) if isinstance(own["card"], Mapping) else own["card"]
+        own_card = from_jsonable(EncoderCard, content, f"{source.file}: {OWN_KEY}.card")
 
     num_channels = plan.get("pretrain_num_input_channels") or 1
     if not isinstance(num_channels, int) or num_channels < 1:
@@ -115,20 +119,11 @@ def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
     return _with_data_of_card(imported, own_card, options)
 
 
-def _own_card(source: WeightsFile) -> EncoderCard | None:
-    """Return the card that a file of our own export carries, None in files of others."""
-    own = source.rest.get(OWN_KEY)
-    if not isinstance(own, Mapping) or "card" not in own:
-        return None
-    content = dict(own["card"]) if isinstance(own["card"], Mapping) else own["card"]
-    return from_jsonable(EncoderCard, content, f"{source.file}: {OWN_KEY}.card")
-
-
 def _with_data_of_card(imported: Imported, card: EncoderCard, options: ImportOptions) -> Imported:
     """Add what a card of ours states about the data; what the user states comes first."""
     licences = card.licences
     if options.licence:
-        licences = dict.fromkeys(licences, f"{options.licence} (stated by the user)")
+        licences = dict.fromkeys(licences, stated_by_user(options.licence))
     return replace(
         imported,
         spacing_mm=options.spacing_mm or card.spacing_mm,
@@ -204,8 +199,10 @@ def _pretraining(plan: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def configuration_of(plan: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the only configuration of nnssl's pretraining plan; empty if there is none."""
-    found = _pretraining(plan).get("configurations")
-    first = next(iter(found.values()), None) if isinstance(found, Mapping) else None
+    configurations = _pretraining(plan).get("configurations")
+    if not isinstance(configurations, Mapping):
+        return {}
+    first = next(iter(configurations.values()), None)
     return first if isinstance(first, Mapping) else {}
 
 
@@ -232,7 +229,8 @@ def architecture_of(plan: Mapping[str, Any], where: object) -> tuple[str, dict[s
         )
 
     class_name = str(described["arch_class_name"]).rpartition(".")[2]
-    return class_name, {str(key).removeprefix("encoder_"): arguments[key] for key in arguments}
+    ours = {str(key).removeprefix("encoder_"): value for key, value in arguments.items()}
+    return class_name, ours
 
 
 def _family(plan: Mapping[str, Any], source: WeightsFile) -> str:
@@ -324,7 +322,7 @@ def _encoder(
         if stated:
             arguments = {key: listed(stated.get(key)) for key in usual}
     else:
-        arguments = _primus_arguments(family, class_name, stated, tensors, options)
+        arguments = _primus_arguments(class_name, stated, tensors, options)
 
     class_path = CLASS_PATHS[family]
     token_size = token_size_of(class_path, arguments)
@@ -363,7 +361,6 @@ def listed(value: Any) -> Any:
 
 
 def _primus_arguments(
-    family: str,
     name: str,
     stated: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -371,8 +368,8 @@ def _primus_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of a Primus network.
 
-    Sizes come from the tensors and the number of heads from the plan. LayerScale and the inner norm
-    come from the plan, or from the tensors if the plan does not state them.
+    LayerScale and the inner norm come from the plan, or from the tensors if the plan does not state
+    them.
     """
     if stated.get("num_register_tokens"):
         raise WeightsError(
@@ -380,28 +377,7 @@ def _primus_arguments(
             "be imported",
             code="weights-unknown-network",
         )
-
-    blocks = [_BLOCK.match(key) for key in tensors]
-    numbers = [int(found[1]) for found in blocks if found]
-    if not numbers or "eva.norm.weight" not in tensors:
-        raise WeightsError(
-            "the file has no 'eva.blocks.*' and 'eva.norm.weight': it is not a complete Primus "
-            "encoder",
-            code="weights-mismatch",
-        )
-
-    width = int(tensors["eva.norm.weight"].shape[0])
-    depth = max(numbers) + 1
-    preset = PRIMUS_PRESETS.get(name.replace("V2", "").replace("V3", ""))
-    heads = _primus_heads(stated, preset, options)
-    _check_planned_sizes(name, width, depth, stated, preset)
-    # Each of the three axes takes pairs of channels of every head.
-    if width % (6 * heads):
-        raise WeightsError(
-            f"{heads} attention heads do not divide a width of {width} into multiples of 6 "
-            "channels, which rotary embedding needs",
-            code="weights-heads",
-        )
+    width, depth, heads = _primus_sizes(name, stated, tensors, options)
 
     # A linear tokenizer's kernel is one token. Convolutional tokenizers have no such kernel.
     kernel = tensors.get("down_projection.proj.weight")
@@ -414,13 +390,25 @@ def _primus_arguments(
             code="weights-bad-adaptation-plan",
         )
 
+    # Its initial value is overwritten by the loaded weights, so nnU-Net's own is used if the plan
+    # states none. Some files state one value per block.
+    has_layer_scale = "eva.blocks.0.gamma_1" in tensors
+    layer_scale = stated.get("init_values", 0.1 if has_layer_scale else None)
+    if isinstance(layer_scale, (list, tuple)):
+        layer_scale = layer_scale[0] if layer_scale else None
+    if layer_scale is not None and not isinstance(layer_scale, (int, float)):
+        raise WeightsError(
+            f"init_values {layer_scale!r} of the adaptation plan is not a number",
+            code="weights-bad-adaptation-plan",
+        )
+
     has_inner_norm = "eva.blocks.0.attn.norm.weight" in tensors
     arguments: dict[str, Any] = {
         "embed_dim": width,
         "patch_embed_size": list(token),
         "eva_depth": depth,
         "eva_numheads": heads,
-        "init_values": _layer_scale(stated, tensors),
+        "init_values": None if layer_scale is None else float(layer_scale),
         "scale_attn_inner": bool(stated.get("scale_attn_inner", has_inner_norm)),
     }
     for key in PRIMUS_OPTIONS:
@@ -429,66 +417,61 @@ def _primus_arguments(
     return arguments
 
 
-def _primus_heads(
+def _primus_sizes(
+    name: str,
     stated: Mapping[str, Any],
-    preset: PrimusSizes | None,
+    tensors: Mapping[str, Tensor],
     options: ImportOptions,
-) -> int:
-    """Return the number of attention heads, which does not follow from the shape of any tensor.
+) -> PrimusSizes:
+    """Return width and depth by the tensors, and the number of heads by the user or the plan.
 
     Raises:
-        WeightsError: nobody states it.
+        WeightsError: the encoder is incomplete or contradicts the plan (code "weights-mismatch"),
+            or its number of heads is unknown or impossible (code "weights-heads").
     """
+    blocks = [_BLOCK.match(key) for key in tensors]
+    numbers = [int(found[1]) for found in blocks if found]
+    if not numbers or "eva.norm.weight" not in tensors:
+        raise WeightsError(
+            "the file has no 'eva.blocks.*' and 'eva.norm.weight': it is not a complete Primus "
+            "encoder",
+            code="weights-mismatch",
+        )
+    width = int(tensors["eva.norm.weight"].shape[0])
+    depth = max(numbers) + 1
+
+    # The number of heads does not follow from the shape of any tensor.
+    preset = PRIMUS_PRESETS.get(name.replace("V2", "").replace("V3", ""))
     heads = options.num_heads or stated.get("eva_numheads") or (preset[2] if preset else None)
     if not isinstance(heads, int) or heads < 1:
         raise WeightsError(
             "the adaptation plan does not state the number of attention heads; add --heads N",
             code="weights-heads",
         )
-    return heads
 
-
-def _check_planned_sizes(
-    name: str,
-    width: int,
-    depth: int,
-    stated: Mapping[str, Any],
-    preset: PrimusSizes | None,
-) -> None:
-    """Refuse weights of another width or depth than the adaptation plan describes."""
-    planned_width, planned_depth = None, None
     # Arguments come before the preset of that name.
+    planned: dict[str, Any] = {}
     if stated:
-        planned_width, planned_depth = stated.get("embed_dim"), stated.get("eva_depth")
+        planned = {"width": stated.get("embed_dim"), "depth": stated.get("eva_depth")}
     elif preset:
-        planned_width, planned_depth, _ = preset
-
-    for what, planned, found in (
-        ("width", planned_width, width),
-        ("depth", planned_depth, depth),
-    ):
-        if planned is not None and planned != found:
+        planned = {"width": preset[0], "depth": preset[1]}
+    found_sizes = {"width": width, "depth": depth}
+    for what, size in planned.items():
+        if size is not None and size != found_sizes[what]:
             raise WeightsError(
-                f"the adaptation plan describes a {name} of {what} {planned}, but the weights have "
-                f"{what} {found}",
+                f"the adaptation plan describes a {name} of {what} {size}, but the weights have "
+                f"{what} {found_sizes[what]}",
                 code="weights-mismatch",
             )
 
-
-def _layer_scale(stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> float | None:
-    if "init_values" not in stated:
-        # The initial value is overwritten by the loaded weights, so nnU-Net's own is used.
-        return 0.1 if "eva.blocks.0.gamma_1" in tensors else None
-    # Some files state one value per block.
-    value = stated["init_values"]
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else None
-    if value is not None and not isinstance(value, (int, float)):
+    # Each of the three axes takes pairs of channels of every head.
+    if width % (6 * heads):
         raise WeightsError(
-            f"init_values {value!r} of the adaptation plan is not a number",
-            code="weights-bad-adaptation-plan",
+            f"{heads} attention heads do not divide a width of {width} into multiples of 6 "
+            "channels, which rotary embedding needs",
+            code="weights-heads",
         )
-    return None if value is None else float(value)
+    return width, depth, heads
 
 
 def _patch_size(

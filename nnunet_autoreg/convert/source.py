@@ -97,15 +97,18 @@ def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
     # Finished runs are read by their card, when their tensors are wanted.
     if file.name == WEIGHTS_NAME and (file.parent / CARD_NAME).is_file():
         return WeightsFile(RUN, file)
-    config = _own_config(file)
-    if config:
-        return WeightsFile(HUGGING_FACE, file, _only_tensors(read_content(file)), rest=config)
 
-    member = ""
-    if file.suffix == ARCHIVE_SUFFIX:
-        content, member = _read_archive(file)
-    else:
-        content = read_content(file)
+    # ``config.json`` beside the weights shows that they are our own export for Hugging Face.
+    config_file = file.parent / CONFIG_NAME
+    if file.suffix == ".safetensors" and config_file.is_file():
+        config = read_json(config_file, MEND_YOURS, MAX_CARD_BYTES)
+        if isinstance(config, dict) and OWN_KEY in config:
+            return WeightsFile(HUGGING_FACE, file, _only_tensors(read_content(file)), rest=config)
+
+    is_archive = file.suffix == ARCHIVE_SUFFIX
+    content, member = _read_archive(file) if is_archive else (read_content(file), "")
+
+    # nnssl's plan: the one in the file, and the one that the user names or that is beside it.
     if plan_file is not None and not plan_file.is_file():
         raise WeightsError(f"--adaptation-plan {plan_file} does not exist", code="weights-missing")
     beside = plan_file or file.parent / ADAPTATION_NAME
@@ -144,15 +147,6 @@ def open_source(path: Path, plan_file: Path | None = None) -> WeightsFile:
     return WeightsFile(UNKNOWN, file, rest=content)
 
 
-def _own_config(file: Path) -> dict[str, Any]:
-    """Return ``config.json`` beside our own export in Hugging Face's form; empty if it is none."""
-    config_file = file.parent / CONFIG_NAME
-    if file.suffix != ".safetensors" or not config_file.is_file():
-        return {}
-    config = read_json(config_file, MEND_YOURS, MAX_CARD_BYTES)
-    return config if isinstance(config, dict) and OWN_KEY in config else {}
-
-
 def _weights_of(path: Path) -> Path:
     """Return the file itself, or the weights file in a folder."""
     if path.is_file():
@@ -182,7 +176,7 @@ def _weights_of(path: Path) -> Path:
 
 
 def checkpoint_of_model(names: Iterable[str], where: Path) -> str:
-    """Return the name of the checkpoint that stands for a trained nnU-Net model.
+    """Return the name of the checkpoint that represents a trained nnU-Net model.
 
     It is the final one, or else the best one, of the fold ``all`` or else of the lowest fold.
 
@@ -284,7 +278,7 @@ def _refuse_endless(content: Any, file: Path) -> None:
     Raises:
         WeightsError: there are more values than any checkpoint has (code "weights-endless").
     """
-    # Every list is looked at once, however often it occurs: by id, how many values it stands for.
+    # Every list is looked at once, however often it occurs. By its id: how many values it holds.
     num_values: dict[int, int] = {}
     pending: list[tuple[Any, bool]] = [(content, False)]
     while pending:
@@ -300,7 +294,7 @@ def _refuse_endless(content: Any, file: Path) -> None:
             total = 1 + sum(num_values.get(id(item), 1) for item in inner)
             num_values[id(value)] = min(total, MAX_VALUES + 1)
         elif id(value) not in num_values:
-            # Whatever leads back to itself from here has no end.
+            # A list that leads back to itself has no end.
             num_values[id(value)] = MAX_VALUES + 1
             pending.append((value, True))
             pending.extend((item, False) for item in inner)
@@ -351,7 +345,10 @@ def _only_tensors(candidate: Any) -> dict[str, Tensor]:
     """Return the tensors of a state dict without prefixes; empty if it is not a state dict."""
     if not isinstance(candidate, Mapping) or not candidate:
         return {}
-    named = {str(key): value for key, value in candidate.items() if isinstance(value, Tensor)}
+    named = {}
+    for key, value in candidate.items():
+        if isinstance(value, Tensor):
+            named[str(key)] = value
     # A few values beside the tensors are common; a dictionary of anything else is not a state dict.
     if len(named) < len(candidate) / 2:
         return {}
