@@ -5,17 +5,11 @@ equal cost and with the spread over seeds.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nnunet_autoreg.cli.starting  # noqa: F401
-from nnunet_autoreg.benchmark.split import (
-    CROSS_VALIDATION,
-    NUM_FOLDS,
-    SCORED_SPLITS,
-    SMALL_TEST,
-)
+from nnunet_autoreg.benchmark.split import CROSS_VALIDATION, NUM_FOLDS, SCORED_SPLITS
 from nnunet_autoreg.cli.common import (
     CommandParser,
     command,
@@ -35,9 +29,8 @@ from nnunet_autoreg.cli.options import (
 )
 from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import AutoregError, UsageError, shell_quoted
-from nnunet_autoreg.machine import usable_cores
 from nnunet_autoreg.objective_kinds import objective_kinds
-from nnunet_autoreg.wording import counted, duration
+from nnunet_autoreg.wording import counted
 
 if TYPE_CHECKING:
     from nnunet_autoreg.benchmark.prepare import Bench
@@ -248,135 +241,9 @@ def read_request(args: argparse.Namespace) -> "BenchmarkRequest":
     return BenchmarkRequest(**options).check()
 
 
-def open_bench(request: "BenchmarkRequest", root: Path, device: str, num_jobs: int) -> "Bench":
-    """Return the benchmark of a folder, and write the list of patients to leave out of pretraining.
-
-    The patients are split on the first call; later calls read the split.
-    """
-    from nnunet_autoreg.benchmark.commands import Commands
-    from nnunet_autoreg.benchmark.prepare import (
-        Bench,
-        images_of,
-        open_record,
-        with_labels,
-        write_exclude,
-    )
-    from nnunet_autoreg.benchmark.protocol import BenchmarkFolders
-    from nnunet_autoreg.benchmark.public_ids import NO_IDS, read_ids
-    from nnunet_autoreg.nnunet_api import dataset_folder, preprocessed_folder, results_folder
-
-    layout = BenchmarkFolders(root, request.dataset)
-    images = images_of(request.dataset)
-    folders = {"nnUNet_preprocessed": layout.preprocessed, "nnUNet_results": layout.results}
-    # Trainings that run at the same time share the cores.
-    num_threads = max(1, usable_cores() // num_jobs)
-    commands = Commands(root / "commands.log", device, num_threads, folders)
-    record = open_record(root, request, sorted(images), dataset_folder(request.dataset))
-    request = with_labels(request, record)
-    write_exclude(layout, record, request.split)
-    return Bench(
-        request,
-        layout,
-        record,
-        images,
-        commands,
-        preprocessed_folder(),
-        results_folder(),
-        min(8, usable_cores()),
-        read_ids(root) if record.has_ids else NO_IDS,
-    )
-
-
-def describe(bench: "Bench") -> None:
-    """Print how the patients are split."""
-    record, request = bench.record, bench.request
-    if record.rule:
-        print(record.rule)
-    print(f"--labels counts {record.label_unit}")
-    print(
-        f"{public_dataset(request.dataset)}: {len(record.subjects)} labelled cases of "
-        f"{len(set(record.subjects.values()))} patients",
-    )
-
-    # A case is one scan; a patient may have several.
-    def num_patients(cases: Sequence[str]) -> int:
-        return len({record.subjects[case] for case in cases})
-
-    num_tested = [num_patients(record.scored(split)) for split in request.splits]
-    if request.split == CROSS_VALIDATION:
-        sizes = " or ".join(map(str, sorted(set(num_tested))))
-        num_labels = min(map(record.num_available, request.splits))
-        print(
-            f"{counted(len(num_tested), 'fold')} of {sizes} patients, who are scored by networks "
-            f"that did not see them; up to {counted(num_labels, 'labelled patient')} in a training",
-        )
-        return
-
-    uses = {"pool": "may be labelled", "development": "for choices", "test": "for the result"}
-    parts = []
-    for name, use in uses.items():
-        cases = getattr(record.division, name)
-        patients = counted(num_patients(cases), "patient")
-        parts.append(f"{name} {len(cases)} ({patients}, {use})")
-    print(", ".join(parts))
-    if num_tested[0] < SMALL_TEST:
-        print(
-            f"scores of {counted(num_tested[0], 'patient')} say little; with --split "
-            f"{CROSS_VALIDATION} every patient is scored once",
-        )
-
-
-def announce(request: "BenchmarkRequest", num_jobs: int) -> None:
-    """Print how many trainings there are and, of a time budget, how long they take."""
-    from nnunet_autoreg.benchmark.protocol import runs_of, twin_arms
-
-    lengths = request.steps or request.budget_min
-    num_runs = len([*runs_of(request, range(len(lengths)), 1)])
-    text = f"{counted(num_runs, 'training')}, {num_jobs} at a time"
-    seconds = training_seconds(request, num_jobs)
-    if seconds is not None:
-        # Weights that are given need no pretraining, but a twin with another objective does.
-        is_pretrained = request.weights and not set(request.arms) & set(twin_arms())
-        pretraining = "" if is_pretrained else "pretraining, "
-        text += f": about {duration(seconds)}, plus {pretraining}prediction and scoring"
-    else:
-        text += f", of {' or '.join(f'{steps:,}' for steps in lengths)} steps"
-    print(text, flush=True)
-
-
-def announce_pretraining(bench: "Bench", num_jobs: int) -> None:
-    """Print the time of the missing pretrainings, and the total time with the trainings."""
-    from nnunet_autoreg.benchmark.prepare import expected_pretrainings
-
-    expected = expected_pretrainings(bench)
-    if not expected:
-        return
-    for pretraining in expected:
-        print(pretraining)
-
-    seconds = [one.seconds for one in expected if one.seconds is not None]
-    if len(seconds) < len(expected):
-        return
-    training_s = training_seconds(bench.request, num_jobs)
-    if training_s is None:
-        print("the trainings are timed after pretraining", flush=True)
-        return
-    total = duration(sum(seconds) + training_s)
-    print(f"in all about {total}, plus preprocessing, prediction and scoring", flush=True)
-
-
-def training_seconds(request: "BenchmarkRequest", num_jobs: int) -> float | None:
-    """Return how long all trainings of a time budget take; None if steps are given."""
-    from nnunet_autoreg.benchmark.protocol import runs_of
-
-    if not request.budget_min:
-        return None
-    num_runs_of_a_length = len([*runs_of(request, [0], 1)])
-    return 60 * num_runs_of_a_length * sum(request.budget_min) / num_jobs
-
-
 def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     """Prepare, train what is missing and print the results; return how many trainings failed."""
+    from nnunet_autoreg.benchmark.announce import pretraining_lines
     from nnunet_autoreg.benchmark.picture import draw, draw_curve
     from nnunet_autoreg.benchmark.prepare import prepare, surface_tolerance_mm
     from nnunet_autoreg.benchmark.protocol import runs_of
@@ -386,7 +253,9 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     from nnunet_autoreg.records import write_text
 
     root = bench.layout.root
-    announce_pretraining(bench, num_jobs)
+    for line in pretraining_lines(bench, num_jobs):
+        print(line, flush=True)
+
     # One step of one patch, because the length is only known after the preparations.
     prepare(bench, [*runs_of(bench.request, [1], 1)])
     lengths, batch = settle_lengths(bench)
@@ -407,7 +276,7 @@ def run(bench: "Bench", num_jobs: int, only_measure: bool) -> int:
     lines = read_results(root / RESULTS_NAME)
     if lines:
         title = public_dataset(bench.request.dataset)
-        table, picture, curve = (root / name for name in ("table.md", PICTURE, CURVE))
+        table, picture, curve = root / "table.md", root / PICTURE, root / CURVE
         write_text(table, markdown(lines))
         draw(picture, lines, title)
         draw_curve(curve, lines, title)
@@ -441,17 +310,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     configure_logging()
     prepare_torch()
+
+    # Wrong values are refused before torch is imported, which takes seconds.
+    request = read_request(args)
+
+    from nnunet_autoreg.benchmark.announce import division_lines, trainings_line
+    from nnunet_autoreg.benchmark.opening import open_bench
     from nnunet_autoreg.pretrain.request import locked
 
-    request = read_request(args)
     device = chosen_device(args.device)
     root = output_folder(args.output, FOLDER, request.dataset)
 
     # One process at a time works in the folder.
     with locked(root, "name another -o"):
         bench = open_bench(request, root, device, args.jobs)
-        describe(bench)
-        announce(bench.request, args.jobs)
+        for line in division_lines(bench):
+            print(line)
+        print(trainings_line(bench.request, args.jobs), flush=True)
         if args.dry_run:
             print_next(after_division(request, args.dataset, bench.layout.exclude))
             return 0

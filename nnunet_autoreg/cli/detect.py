@@ -6,11 +6,9 @@ lines about a scan.
 """
 
 import argparse
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.cli.common import (
@@ -27,16 +25,12 @@ from nnunet_autoreg.cli.options import (
     add_trained_model,
     local_path,
 )
-from nnunet_autoreg.errors import AutoregError, ScanError, UsageError, shell_quoted
-from nnunet_autoreg.records import to_jsonable
+from nnunet_autoreg.errors import AutoregError, UsageError, shell_quoted
 
 if TYPE_CHECKING:
-    from nnunet_autoreg.detection.from_segmentation import Segmentations
-    from nnunet_autoreg.detection.predict import DetectionOptions, DetectorModel
+    from nnunet_autoreg.detection.detect_scans import DetectRequest
+    from nnunet_autoreg.detection.predict import DetectionOptions
     from nnunet_autoreg.detection.scanfile import ScanFile
-    from nnunet_autoreg.downstream.scans import Scan
-
-log = logging.getLogger(__name__)
 
 TABLE = "detections.csv"
 OF_A_MODEL = {
@@ -55,33 +49,6 @@ OF_A_MODEL = {
     "split_4d": "--split-4d",
 }
 """Field of the request -> option, of those that mean nothing together with ``--from-seg``."""
-
-
-@dataclass(frozen=True)
-class DetectRequest:
-    """The options of the command, under the names of the parser below."""
-
-    dataset: str | None
-    scans: Path | None
-    from_seg: Path | None
-    output: Path
-    folds: list[str]
-    trainer: str
-    plans: str
-    configuration: str
-    checkpoint: str
-    device: str | None
-    tta: bool | None
-    min_score: float | None
-    fppi: float | None
-    nms_iou: float
-    max_boxes: int
-    filled: bool
-    with_instances: bool
-    csv: bool
-    nndet: bool
-    split_4d: bool
-    overwrite: bool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -204,8 +171,9 @@ def _add_output_options(group: Group) -> None:
     )
 
 
-def detect_all(request: DetectRequest) -> int:
-    """Detect in every scan; those that cannot be read are named and left out."""
+def detect_all(request: "DetectRequest") -> int:
+    """Detect in every scan; return the exit code."""
+    from nnunet_autoreg.detection.detect_scans import detect_one, earlier_results, options_of
     from nnunet_autoreg.detection.predict import DetectorModel, settings_of
     from nnunet_autoreg.downstream.model import prediction_device, trained_folder
     from nnunet_autoreg.downstream.scans import find
@@ -238,85 +206,33 @@ def detect_all(request: DetectRequest) -> int:
 
     # By these, a later call sees whether a scan has changed.
     inputs = {scan.name: scan.inputs() for scan in scans}
-    done = start(request, inputs, model.describe(), settings_of(model, options))
+    settings = settings_of(model, options)
+    done, num_again = earlier_results(request, inputs, model.describe(), settings)
+    _print_done(len(done), num_again, len(scans))
+
+    # Scans that cannot be read are named and left out.
     names = []
     for scan in scans:
-        if scan.name in done or detect_one(model, scan, options, request.output):
-            names.append(scan.name)
-    return finish(request, options, names, len(scans))
+        if scan.name not in done:
+            record = detect_one(model, scan, options, request.output)
+            if record is None:
+                continue
+            _print_number(record)
+        names.append(scan.name)
+    return _finish(request, options, names, len(scans))
 
 
-def options_of(request: DetectRequest, model: "DetectorModel") -> "DetectionOptions":
-    """Return the checked options.
-
-    Raises:
-        UsageError: an impossible value.
-    """
-    from nnunet_autoreg.detection.infer import DEFAULT_NMS, MOST_CANDIDATES, NmsSettings
-    from nnunet_autoreg.detection.predict import DetectionOptions, num_mirrorings
-
-    if request.min_score is not None and request.fppi is not None:
-        raise UsageError(
-            "--min-score and --fppi exclude each other; give one",
-            code="detect-two-scores",
-        )
-
-    _check_score(request)
-    if request.fppi is not None and not request.fppi > 0:
-        raise UsageError(f"--fppi {request.fppi:g} must be greater than 0", code="detect-fppi")
-    if not 0 <= request.nms_iou < 1:
-        raise UsageError(f"--nms-iou {request.nms_iou:g} must lie in [0, 1)", code="detect-nms-iou")
-    if not 1 <= request.max_boxes <= MOST_CANDIDATES:
-        raise UsageError(
-            f"--max-boxes {request.max_boxes} must lie between 1 and {MOST_CANDIDATES}",
-            code="detect-max-boxes",
-        )
-
-    nms = NmsSettings(
-        member_iou=request.nms_iou,
-        # A tile that holds all of the scan must be able to give as many.
-        most_per_tile=max(DEFAULT_NMS.most_per_tile, request.max_boxes),
-        most_boxes=request.max_boxes,
+def detect_from_segmentations(request: "DetectRequest", source_folder: Path) -> int:
+    """Write the components of segmentations as detections; return the exit code."""
+    from nnunet_autoreg.detection.detect_scans import (
+        check_score,
+        earlier_results,
+        segmentation_options,
+        segmented_one,
     )
-    options = DetectionOptions(
-        # Eight passes instead of one are too many for a CPU.
-        mirror=model.device.type == "cuda" if request.tta is None else request.tta,
-        nms=nms,
-        min_score=request.min_score,
-        filled=request.filled,
-        with_instances=request.with_instances,
-        for_nndetection=request.nndet,
-    )
-    if request.fppi is None:
-        return options
-
-    # The thresholds belong to the settings of validation.
-    if nms != DEFAULT_NMS:
-        log.warning(
-            "--fppi: its scores come from a validation with --nms-iou %g and --max-boxes %d; with "
-            "other values the number of false positives differs",
-            DEFAULT_NMS.member_iou,
-            DEFAULT_NMS.most_boxes,
-        )
-
-    thresholds = model.thresholds(request.fppi, num_mirrorings(model, options))
-    return replace(options, min_score=thresholds)
-
-
-def _check_score(request: DetectRequest) -> None:
-    if request.min_score is not None and not 0 <= request.min_score <= 1:
-        raise UsageError(
-            f"--min-score {request.min_score:g} must lie in [0, 1]",
-            code="detect-min-score",
-        )
-
-
-def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> int:
-    """Write the components of segmentations; unreadable ones are named and left out."""
     from nnunet_autoreg.detection.from_segmentation import Segmentations
-    from nnunet_autoreg.detection.predict import DetectionOptions
 
-    # What was typed differs from the default.
+    # The user has typed an option if its value differs from the default.
     defaults = parser()
     for name, option in OF_A_MODEL.items():
         if getattr(request, name) != defaults.get_default(name):
@@ -325,7 +241,7 @@ def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> in
                 code="from-seg-option",
             )
 
-    _check_score(request)
+    check_score(request)
     if request.output.resolve() == source_folder.resolve():
         raise UsageError(
             f"-o {request.output} is the folder of --from-seg, and every image in it would be "
@@ -334,181 +250,38 @@ def detect_from_segmentations(request: DetectRequest, source_folder: Path) -> in
         )
 
     source = Segmentations(source_folder)
-    options = DetectionOptions(
-        min_score=request.min_score,
-        filled=request.filled,
-        with_instances=request.with_instances,
-        for_nndetection=request.nndet,
-    )
-    settings = {
-        "min_score": request.min_score,
-        **to_jsonable(source.rules),
-        "filled": options.filled,
-        "instances": options.with_instances,
-    }
-    inputs = {name: source.inputs(name) for name in source.names}
+    options, settings = segmentation_options(request, source)
 
     # Resuming compares all of these with the files of the earlier run.
-    done = start(request, inputs, source.describe(), settings)
+    inputs = {name: source.inputs(name) for name in source.names}
+    done, num_again = earlier_results(request, inputs, source.describe(), settings)
+    _print_done(len(done), num_again, len(inputs))
+
+    # Segmentations that cannot be read are named and left out.
     names = []
     for name in source.names:
-        if name in done or segmented_one(source, name, options, settings, request.output):
-            names.append(name)
-    return finish(request, options, names, len(source.names))
+        if name not in done:
+            record = segmented_one(source, name, options, settings, request.output)
+            if record is None:
+                continue
+            _print_number(record)
+        names.append(name)
+    return _finish(request, options, names, len(source.names))
 
 
-def finish(
-    request: DetectRequest,
-    options: "DetectionOptions",
-    names: Sequence[str],
-    num_scans: int,
-) -> int:
-    """Write the table of all scans, and the wanted files that scans done before do not have.
-
-    They are made from the JSON files, so that no scan is held in memory.
-
-    Args:
-        names: names of the scans whose files exist.
-        num_scans: number of scans, including those that could not be read.
-
-    Returns:
-        1 if one could not be read, else 0.
-
-    Raises:
-        AutoregError: none could be read.
-    """
-    from nnunet_autoreg.detection.nndetection import write_boxes
-    from nnunet_autoreg.detection.predict import DRAWN_FROM
-    from nnunet_autoreg.detection.scanfile import read_scan_file, write_table
-
-    folder = request.output
-
-    # One scan that cannot be read is a warning; nothing at all is an error.
-    if not names:
-        raise AutoregError(
-            f"none of the {num_scans} scans of {request.from_seg or request.scans} could be read; "
-            "the warnings above say why",
-            code="detect-none-readable",
-        )
-
-    for name in names if options.for_nndetection else ():
-        file = folder / f"{name}_boxes.pkl"
-        if not file.is_file():
-            write_boxes(file, read_scan_file(folder / f"{name}.json"))
-
-    if request.csv:
-        # A generator: one file is read at a time.
-        records = (read_scan_file(folder / f"{name}.json") for name in names)
-        write_table(folder / TABLE, records, DRAWN_FROM if options.min_score is None else 0.0)
-
-    results = shell_quoted(str(folder))
-    print_next(
-        f"autoreg_evaluate_detection -p {results} -g FOLDER_OF_LABELS -o FILE; or open "
-        "NAME.mrk.json over the scan in 3D Slicer",
-    )
-
-    # A script that calls the command has to notice that scans are missing.
-    return 0 if len(names) == num_scans else 1
-
-
-def start(
-    request: DetectRequest,
-    inputs: Mapping[str, Sequence[dict[str, Any]]],
-    model: Mapping[str, Any],
-    settings: Mapping[str, Any],
-) -> set[str]:
-    """Make the folder of results, and return the scans that an earlier run did already.
-
-    Args:
-        inputs: name of the scan -> facts about its files.
-
-    Raises:
-        UsageError: results of another model, of another input, or with other options.
-    """
-    from nnunet_autoreg.downstream.results import make_output_folder, scans_with_results
-
-    folder = request.output
-    make_output_folder(folder)
-    existing = scans_with_results(folder, list(inputs), request.overwrite)
-    done = set()
-    for name in existing:
-        wanted = {"model": model, "settings": settings, "inputs": inputs[name]}
-        if _is_done(folder / f"{name}.json", wanted):
-            done.add(name)
-    if done:
-        print(f"{len(done)} of {len(inputs)} scans were done before")
-    if len(done) < len(existing):
+def _print_done(num_done: int, num_again: int, num_scans: int) -> None:
+    """Print how many scans an earlier run has done, and how many of them are done again."""
+    if num_done:
+        print(f"{num_done} of {num_scans} scans were done before")
+    if num_again:
         print(
-            f"{len(existing) - len(done)} scans were done before, and are done again because they "
-            "are to be drawn differently",
+            f"{num_again} scans were done before, and are done again because they are to be drawn "
+            "differently",
         )
-    return done
-
-
-def _is_done(file: Path, wanted: dict[str, Any]) -> bool:
-    """Return whether the results of a scan are those of this request.
-
-    It is False if only drawings differ.
-    """
-    from nnunet_autoreg.detection.predict import DRAWING
-    from nnunet_autoreg.detection.scanfile import read_scan_file
-    from nnunet_autoreg.downstream.results import check_same_run
-
-    # Settings that only change drawings are no reason to refuse.
-    record = read_scan_file(file)
-    present = {"model": record.model, "settings": record.settings, "inputs": record.inputs}
-    of_drawing = tuple(f"settings.{name}: " for name in DRAWING)
-    check_same_run(file, present, wanted, lambda change: change.startswith(of_drawing))
-    old = record.settings
-    new = wanted["settings"]
-
-    # A segmentation that exists, and is not asked for now, does no harm.
-    has_instances = bool(old.get("instances") or not new["instances"])
-    return old.get("filled") == new["filled"] and has_instances
-
-
-def detect_one(
-    model: "DetectorModel",
-    scan: "Scan",
-    options: "DetectionOptions",
-    folder: Path,
-) -> bool:
-    """Detect in one scan and write its files; returns False if it cannot be read."""
-    from nnunet_autoreg.detection.predict import detect, write
-
-    try:
-        found = detect(model, scan, options)
-    except ScanError as error:
-        log.warning("%s is left out (%s): %s", scan.name, error.status, error)
-        return False
-    write(model, found, folder, options)
-    _print_number(found.record)
-    return True
-
-
-def segmented_one(
-    source: "Segmentations",
-    name: str,
-    options: "DetectionOptions",
-    settings: dict[str, Any],
-    folder: Path,
-) -> bool:
-    """Write the files of one segmentation's components; returns False if it cannot be read."""
-    from nnunet_autoreg.detection.predict import write_record
-
-    try:
-        record, ids, properties = source.read(name, settings["min_score"] or 0.0, settings)
-    except ScanError as error:
-        log.warning("%s is left out (%s): %s", name, error.status, error)
-        return False
-    writer = source.manager.image_reader_writer_class()
-    instances = ids if options.with_instances else None
-    write_record(record, instances, writer, source.ending, properties, folder, options)
-    _print_number(record)
-    return True
 
 
 def _print_number(record: "ScanFile") -> None:
+    """Print how many boxes a scan has."""
     from nnunet_autoreg.detection.predict import DRAWN_FROM
     from nnunet_autoreg.detection.scanfile import with_score
 
@@ -520,12 +293,55 @@ def _print_number(record: "ScanFile") -> None:
     )
 
 
+def _finish(
+    request: "DetectRequest",
+    options: "DetectionOptions",
+    names: Sequence[str],
+    num_scans: int,
+) -> int:
+    """Write the files that are made from all scans, and print the next command.
+
+    Args:
+        names: names of the scans whose files exist.
+        num_scans: number of scans, including those that could not be read.
+
+    Returns:
+        1 if one could not be read, else 0.
+
+    Raises:
+        AutoregError: none could be read.
+    """
+    from nnunet_autoreg.detection.detect_scans import write_summaries
+
+    # One scan that cannot be read is a warning; nothing at all is an error.
+    if not names:
+        raise AutoregError(
+            f"none of the {num_scans} scans of {request.from_seg or request.scans} could be read; "
+            "the warnings above say why",
+            code="detect-none-readable",
+        )
+
+    table = request.output / TABLE if request.csv else None
+    write_summaries(request.output, table, options, names)
+    results = shell_quoted(str(request.output))
+    print_next(
+        f"autoreg_evaluate_detection -p {results} -g FOLDER_OF_LABELS -o FILE; or open "
+        "NAME.mrk.json over the scan in 3D Slicer",
+    )
+
+    # A script that calls the command has to notice that scans are missing.
+    return 0 if len(names) == num_scans else 1
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run ``autoreg_detect``."""
-    request = DetectRequest(**vars(parser().parse_args(argv)))
+    arguments = parser().parse_args(argv)
     prepare_torch()
     configure_logging()
+    from nnunet_autoreg.detection.detect_scans import DetectRequest
+
+    request = DetectRequest(**vars(arguments))
     if request.from_seg is not None:
         return detect_from_segmentations(request, request.from_seg)
     return detect_all(request)

@@ -41,7 +41,7 @@ LEVELS = [
     ["sampling", "objectives", "finetune"],
     ["report", "convert"],
     ["downstream"],
-    ["pretrain", "benchmark", "detection", "classification"],
+    ["pretrain", "benchmark", "detection", "classification", "installation"],
     ["cli", "trainers", "planners"],
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -61,7 +61,7 @@ MAY_IMPORT_NNUNET = {
     "trainers",
     "planners",
 }
-LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "io", "corpus", "planning", "store", "cli"}
+LIGHT_ROOMS = {*LEVELS[0], *LEVELS[1], "io", "corpus", "planning", "store", "installation", "cli"}
 LIGHT_FILES = {
     "model.sizes",
     "model.card",

@@ -14,6 +14,7 @@ from sequence_cases import make_plan
 
 from nnunet_autoreg.benchmark import prepare as preparing
 from nnunet_autoreg.benchmark import run as running
+from nnunet_autoreg.benchmark.announce import pretraining_lines, trainings_line
 from nnunet_autoreg.benchmark.commands import Commands
 from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
 from nnunet_autoreg.benchmark.prepare import (
@@ -47,13 +48,7 @@ from nnunet_autoreg.benchmark.run import (
 )
 from nnunet_autoreg.benchmark.split import divide, labelled
 from nnunet_autoreg.benchmark.worker import FineTuningJob, StepTimer
-from nnunet_autoreg.cli.benchmark import (
-    after_division,
-    announce,
-    announce_pretraining,
-    parser,
-    read_request,
-)
+from nnunet_autoreg.cli.benchmark import after_division, parser, read_request
 from nnunet_autoreg.corpus.rows import ScanRow, write_index
 from nnunet_autoreg.downstream.patients import subjects_by_name
 from nnunet_autoreg.errors import AutoregError, UsageError
@@ -479,16 +474,14 @@ def test_the_hours_before_a_benchmark_follow_from_measured_steps(bench: Bench) -
     )
 
 
-def test_a_budget_tells_the_total_time_before_anything_runs(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_budget_tells_the_total_time_before_anything_runs() -> None:
     crossed = {"split": "cross-validation", "num_folds": 5}
 
-    announce(request(steps=(), budget_min=(10.0, 30.0), labels=(2, 4), **crossed), 2)
-    announce(request(steps=(50, 200)), 1)
+    timed = request(steps=(), budget_min=(10.0, 30.0), labels=(2, 4), **crossed)
+    budget = trainings_line(timed, 2)
+    steps = trainings_line(request(steps=(50, 200)), 1)
 
     # 2 seeds, 2 numbers of labels, 5 folds, 2 arms: 40 trainings of each length, 2 at a time.
-    budget, steps = capsys.readouterr().out.splitlines()
     assert "80 trainings, 2 at a time" in budget and "13 h" in budget
     assert "8 trainings" in steps and "50 or 200 steps" in steps
 
@@ -797,10 +790,7 @@ def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Benc
     )
 
 
-def test_missing_pretrainings_are_timed_beforehand(
-    typing: Bench,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_missing_pretrainings_are_timed_beforehand(typing: Bench) -> None:
     budget = {"steps": (), "budget_min": (30.0,), "arms": ("pretrained", "masked")}
     own = replace(typing, request=request(weights=(), encoders=("primus_tiny",), **budget))
     theirs = replace(typing, request=request(weights=("brain",), **budget))
@@ -824,8 +814,7 @@ def test_missing_pretrainings_are_timed_beforehand(
     assert typed == []
 
     # Two arms of two seeds, each of half an hour, come on top.
-    announce_pretraining(own, 1)
-    *_, total = capsys.readouterr().out.splitlines()
+    *_, total = pretraining_lines(own, 1)
     assert "4 h" in total
 
     write_json(own.layout.pretraining("benchmark_primus_tiny") / "encoder.json", {"sha256": "x"})

@@ -19,7 +19,12 @@ from refusals import logged, refused
 from tiny_detector import CLASSES, SHAPE, write_checkpoint, write_model, write_scan
 
 from nnunet_autoreg import bridge
-from nnunet_autoreg.cli.detect import DetectRequest, finish, main, parser, start
+from nnunet_autoreg.cli.detect import main, parser
+from nnunet_autoreg.detection.detect_scans import (
+    DetectRequest,
+    earlier_results,
+    write_summaries,
+)
 from nnunet_autoreg.detection.geometry import frame_of_affine
 from nnunet_autoreg.detection.infer import ScanDetector
 from nnunet_autoreg.detection.net import Output
@@ -568,8 +573,9 @@ def test_going_on_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> None:
             write_scan_file(tmp_path / f"{name}.json", replace(record, scan=name))
 
         def go_on() -> None:
-            assert start(request, dict.fromkeys(names, ()), {}, settings) == set(names)
-            assert finish(request, DetectionOptions(), names, number) == 0
+            inputs = dict.fromkeys(names, ())
+            assert earlier_results(request, inputs, {}, settings) == (set(names), 0)
+            write_summaries(tmp_path, tmp_path / "detections.csv", DetectionOptions(), names)
 
         return peak_bytes(go_on)
 

@@ -13,6 +13,7 @@ import pytest
 from nnunet_autoreg import bridge
 from nnunet_autoreg.cli import common, doctor
 from nnunet_autoreg.errors import AutoregError, UsageError
+from nnunet_autoreg.installation import checks, fresh_process, link
 from nnunet_autoreg.model.card import Adaptation, EncoderCard
 from nnunet_autoreg.model.sizes import encoder_size
 
@@ -21,7 +22,7 @@ WELL = {
     "torch": "2.15.0",
     "torchvision": "0.29.2",
     "timm": "1.0.22",
-    **{f"network {name}": "built" for name in doctor.PROBED_NETWORKS},
+    **{f"network {name}": "built" for name in checks.PROBED_NETWORKS},
     "device": ["cuda", "Some GPU", 24 * 2**30, 1, 20 * 2**30],
     "planner": "nnunet_autoreg.planners.autoreg_planner",
     "trainer": "nnunet_autoreg.trainers.autoreg_trainers",
@@ -31,7 +32,7 @@ TRAP = "RuntimeError: operator torchvision::nms\n does not exist"
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for variable in doctor.FOLDERS:
+    for variable in checks.FOLDERS:
         (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.delenv(bridge.SWITCH, raising=False)
@@ -69,7 +70,7 @@ def test_without_problems_every_line_is_ok_and_pretraining_is_next(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "probe", lambda: WELL)
+    monkeypatch.setattr(checks, "probe", lambda: WELL)
 
     assert doctor.main([]) == 0
 
@@ -87,11 +88,11 @@ def test_finished_runs_are_counted_and_the_newest_is_named(folders: Path) -> Non
         card(name, f"{day}T10:00:00Z").save(runs / name)
     (runs / "unfinished").mkdir()
 
-    check = doctor.check_runs()
+    check = checks.check_runs()
 
     assert check.status == "ok"
     assert check.finding == "3 finished, newest: new (primus_tiny, 2025-11-01T10:00:00Z)"
-    assert doctor._next([check]).startswith("nnUNetv2_plan_and_preprocess")
+    assert checks.next_step([check]).startswith("nnUNetv2_plan_and_preprocess")
 
 
 def test_a_damaged_card_is_counted_and_shown_with_its_path(folders: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_damaged_card_is_counted_and_shown_with_its_path(folders: Path) -> Non
     run.mkdir(parents=True)
     (run / "encoder.json").write_text("{")
 
-    check = doctor.check_runs()
+    check = checks.check_runs()
 
     assert (check.status, check.finding) == ("warn", "none yet; 1 unreadable")
     assert str(run / "encoder.json") in check.remedy
@@ -111,7 +112,7 @@ def test_a_problem_has_a_remedy_and_the_first_one_comes_next(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("nnUNet_raw")
-    monkeypatch.setattr(doctor, "probe", lambda: {**WELL, "live": False})
+    monkeypatch.setattr(checks, "probe", lambda: {**WELL, "live": False})
 
     assert doctor.main([]) == 1
 
@@ -131,13 +132,13 @@ def test_a_problem_has_a_remedy_and_the_first_one_comes_next(
 
 def test_a_folder_that_is_missing_or_no_folder_fails_by_name(folders: Path) -> None:
     (folders / "nnUNet_raw").rmdir()
-    gone = doctor.check_folder("nnUNet_raw", doctor.FOLDERS["nnUNet_raw"])
+    gone = checks.check_folder("nnUNet_raw", checks.FOLDERS["nnUNet_raw"])
 
     assert gone.status == "fail" and "does not exist" in gone.finding and "mkdir -p" in gone.remedy
 
     (folders / "nnUNet_raw").touch()
 
-    assert doctor.check_folder("nnUNet_raw", doctor.FOLDERS["nnUNet_raw"]).status == "fail"
+    assert checks.check_folder("nnUNet_raw", checks.FOLDERS["nnUNet_raw"]).status == "fail"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
     status: str,
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    check = doctor.check_folder(variable, doctor.FOLDERS[variable])
+    check = checks.check_folder(variable, checks.FOLDERS[variable])
     assert check.status == status and "cannot be written" in check.finding
 
 
@@ -164,28 +165,28 @@ def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
     version: str,
     status: str,
 ) -> None:
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: version)
-    check = doctor.check_nnunet()
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda _: version)
+    check = checks.check_nnunet()
     assert check.status == status and version in check.finding
 
 
 def test_a_missing_nnunet_fails_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
-    check = doctor.check_nnunet()
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda _: None)
+    check = checks.check_nnunet()
     assert check.status == "fail" and check.remedy == "pip install 'nnunetv2>=2.8.1,<3'"
 
 
 def test_a_bridge_that_is_off_not_read_or_broken_has_its_own_remedy() -> None:
-    assert doctor.check_bridge(WELL, None).status == "ok"
-    assert doctor.check_bridge({**WELL, "live": False}, "0").remedy == "unset NNUNET_AUTOREG_BRIDGE"
-    assert doctor.check_bridge({**WELL, "live": False}, None).remedy == "autoreg_doctor --link"
+    assert checks.check_bridge(WELL, None).status == "ok"
+    assert checks.check_bridge({**WELL, "live": False}, "0").remedy == "unset NNUNET_AUTOREG_BRIDGE"
+    assert checks.check_bridge({**WELL, "live": False}, None).remedy == "autoreg_doctor --link"
 
     broken = {k: v for k, v in WELL.items() if k != "trainer"} | {
         "trainer_error": "ImportError: no\n such module",
     }
-    check = doctor.check_bridge(broken, None)
+    check = checks.check_bridge(broken, None)
 
     assert check.status == "fail"
     assert (
@@ -196,7 +197,7 @@ def test_a_bridge_that_is_off_not_read_or_broken_has_its_own_remedy() -> None:
 
 def test_a_torchvision_of_another_build_of_torch_is_named() -> None:
     answer = {k: v for k, v in WELL.items() if k != "torchvision"} | {"torchvision_error": TRAP}
-    check = doctor.check_companion(answer, "torchvision")
+    check = checks.check_companion(answer, "torchvision")
 
     assert (check.status, check.finding) == (
         "fail",
@@ -206,29 +207,29 @@ def test_a_torchvision_of_another_build_of_torch_is_named() -> None:
 
 
 def test_a_cpu_is_a_warning_that_names_the_build_of_torch() -> None:
-    assert "build for CPUs" in doctor.check_device({"device": ["cpu", None]}).finding
+    assert "build for CPUs" in checks.check_device({"device": ["cpu", None]}).finding
 
-    check = doctor.check_device({"device": ["cpu", "13.2"]})
+    check = checks.check_device({"device": ["cpu", "13.2"]})
 
     assert check.status == "warn" and "driver" in check.remedy
-    assert doctor.check_device({"device": ["mps"]}).status == "ok"
-    assert doctor.check_device({"device_error": "OSError: libcudart"}).status == "fail"
+    assert checks.check_device({"device": ["mps"]}).status == "ok"
+    assert checks.check_device({"device_error": "OSError: libcudart"}).status == "fail"
 
 
 def test_a_fresh_interpreter_that_fails_is_shown_with_its_last_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fallen = SimpleNamespace(stdout="", stderr="Fatal\nSegmentation fault\n", returncode=-11)
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: fallen)
-    answer = doctor.probe()
+    monkeypatch.setattr(fresh_process.subprocess, "run", lambda *_, **__: fallen)
+    answer = fresh_process.probe()
 
-    check = doctor.check_bridge(answer, None)
+    check = checks.check_bridge(answer, None)
 
     assert (
         check.status == "fail"
         and check.finding == "a fresh interpreter ended with exit code -11: Segmentation fault"
     )
-    assert doctor.check_torch(answer).status == "fail"
+    assert checks.check_torch(answer).status == "fail"
 
 
 def test_a_slow_import_is_not_called_a_broken_one(
@@ -237,9 +238,9 @@ def test_a_slow_import_is_not_called_a_broken_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def take_long(*_: object, **__: object) -> None:
-        raise subprocess.TimeoutExpired("python", doctor.PROBE_LIMIT_S)
+        raise subprocess.TimeoutExpired("python", fresh_process.PROBE_LIMIT_S)
 
-    monkeypatch.setattr(doctor.subprocess, "run", take_long)
+    monkeypatch.setattr(fresh_process.subprocess, "run", take_long)
 
     assert doctor.main([]) == 0
 
@@ -253,8 +254,8 @@ def test_a_slow_import_is_not_called_a_broken_one(
 def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty stand-in for site-packages, in which a link takes effect at once."""
     monkeypatch.delenv(bridge.SWITCH, raising=False)
-    monkeypatch.setattr(doctor, "_site_packages", lambda: tmp_path)
-    monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: any(tmp_path.iterdir()))
+    monkeypatch.setattr(doctor, "site_packages", lambda: tmp_path)
+    monkeypatch.setattr(link, "has_bridge", lambda: any(tmp_path.iterdir()))
     return tmp_path
 
 
@@ -283,7 +284,7 @@ def test_link_and_unlink_leave_a_foreign_file_alone(
 ) -> None:
     foreign = site_packages / "nnunet_autoreg_link.pth"
     foreign.write_text("/somewhere/else\n")
-    monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: False)
+    monkeypatch.setattr(link, "has_bridge", lambda: False)
 
     assert doctor.main(["--link"]) == 1 and doctor.main(["--unlink"]) == 1
     assert foreign.read_text() == "/somewhere/else\n"
@@ -295,7 +296,7 @@ def test_a_link_without_effect_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "_live_in_fresh_interpreter", lambda: False)
+    monkeypatch.setattr(link, "has_bridge", lambda: False)
     assert doctor.main(["--link"]) == 1
     assert "PYTHONPATH" in capsys.readouterr().err
 

@@ -16,9 +16,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from nnunet_autoreg.cli import common, doctor
+from nnunet_autoreg.cli import common
 from nnunet_autoreg.cli.phantom import draw_phantom, write_image
 from nnunet_autoreg.errors import AutoregError, PlanError
+from nnunet_autoreg.installation import checks
 from nnunet_autoreg.requirements import Violation, checked_distributions, find_violations
 
 REPO = Path(__file__).resolve().parents[2]
@@ -165,13 +166,13 @@ def test_the_doctor_warns_of_a_violation_and_fails_without_a_network(site: Site)
     site.install("nnunetv2", "2.8.1", "fakelib<2")
     site.install("fakelib", "3.0")
     violations = find_violations()
-    built = {f"network {name}": "built" for name in doctor.PROBED_NETWORKS}
+    built = {f"network {name}": "built" for name in checks.PROBED_NETWORKS}
     broken = {"network primus_tiny_error": "RuntimeError: sizes differ"}
 
-    (line,) = doctor.check_requirements(violations)
+    (line,) = checks.check_requirements(violations)
     works, fails = (
-        doctor.check_networks(built, violations),
-        doctor.check_networks(broken, violations),
+        checks.check_networks(built, violations),
+        checks.check_networks(broken, violations),
     )
 
     assert (line.status, line.remedy) == ("warn", "pip install 'fakelib<2'")

@@ -418,7 +418,7 @@ if __name__ == "__main__":
 """
 PROBE_OF_DOCTOR = """
 import subprocess, sys
-from nnunet_autoreg.cli.doctor import PROBE
+from nnunet_autoreg.installation.fresh_process import PROBE
 begin = PROBE.partition("answer =")[0]
 mark = "import os, pathlib, time; pathlib.Path(sys.argv[1], str(os.getpid())).touch()"
 rest = f"{mark}; time.sleep(300)"
