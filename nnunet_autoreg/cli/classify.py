@@ -5,10 +5,8 @@ results.
 """
 
 import argparse
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.cli.common import (
@@ -19,13 +17,7 @@ from nnunet_autoreg.cli.common import (
     print_next,
 )
 from nnunet_autoreg.cli.options import add_device, add_split_4d, add_trained_model, local_path
-from nnunet_autoreg.errors import AutoregError, ScanError, shell_quoted
-
-if TYPE_CHECKING:
-    from nnunet_autoreg.classification.predict import ClassifierModel, ScanClasses
-    from nnunet_autoreg.downstream.scans import Scan
-
-log = logging.getLogger(__name__)
+from nnunet_autoreg.errors import AutoregError, shell_quoted
 
 
 @dataclass(frozen=True)
@@ -99,6 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     request = ClassifyRequest(**vars(parser().parse_args(argv)))
     prepare_torch()
     configure_logging()
+    from nnunet_autoreg.classification.classify_scans import (
+        classify_one,
+        earlier_results,
+        likeliest_line,
+        small_scans_message,
+    )
     from nnunet_autoreg.classification.predict import ClassifierModel
     from nnunet_autoreg.classification.predictions import NAME, write_predictions
     from nnunet_autoreg.downstream.model import prediction_device, trained_folder
@@ -124,11 +122,18 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     make_output_folder(request.output)
-    results = _earlier_results(request, model, scans)
+    results = earlier_results(model, scans, request.output, request.overwrite)
     if results:
         print(f"{len(results)} of {len(scans)} scans were done before")
-    remaining = [scan for scan in scans if scan.name not in results]
-    results |= _classify_all(model, remaining, request.output)
+
+    # Each is written at once, so that a call that is interrupted continues behind it.
+    for scan in scans:
+        if scan.name in results:
+            continue
+        found = classify_one(model, scan, request.output)
+        if found is not None:
+            results[scan.name] = found
+            print(f"{scan.name}: {likeliest_line(found)}", flush=True)
     if not results:
         raise AutoregError(
             f"none of the {len(scans)} scans of {request.scans} could be read; the warnings above "
@@ -136,13 +141,16 @@ def main(argv: list[str] | None = None) -> int:
             code="classify-none-readable",
         )
 
-    _report_small_scans(model, results)
+    small_scans = small_scans_message(model, results)
+    if small_scans:
+        print(small_scans)
 
     # The order of the scans, whichever of them were done before.
     in_order = {}
     for scan in scans:
         if scan.name in results:
             in_order[scan.name] = results[scan.name].of_tasks()
+
     write_predictions(request.output / NAME, model.plan.tasks, in_order)
     print(f"wrote {len(in_order)} scans to {request.output / NAME}")
     print_next(
@@ -152,72 +160,3 @@ def main(argv: list[str] | None = None) -> int:
 
     # A script that calls the command has to notice that scans are missing.
     return 0 if len(in_order) == len(scans) else 1
-
-
-def _earlier_results(
-    request: ClassifyRequest,
-    model: "ClassifierModel",
-    scans: "list[Scan]",
-) -> "dict[str, ScanClasses]":
-    """Return what an earlier call has left, by the name of the scan.
-
-    Raises:
-        UsageError: it is of another model or of other scans.
-    """
-    from nnunet_autoreg.classification.predict import check_tasks, read_scan_classes
-    from nnunet_autoreg.downstream.results import check_same_run, scans_with_results
-
-    by_name = {scan.name: scan for scan in scans}
-    results = {}
-    for name in scans_with_results(request.output, list(by_name), request.overwrite):
-        file = request.output / f"{name}.json"
-        old = read_scan_classes(file)
-        present = {"model": old.model, "settings": old.settings, "inputs": old.inputs}
-        inputs = by_name[name].inputs()
-        check_same_run(file, present, {"model": model.describe(), "settings": {}, "inputs": inputs})
-        check_tasks(file, old, model.plan.tasks)
-        results[name] = old
-    return results
-
-
-def _classify_all(
-    model: "ClassifierModel",
-    scans: "list[Scan]",
-    output: Path,
-) -> "dict[str, ScanClasses]":
-    """Classify, write and print one scan after the other; return the classes of the readable ones.
-
-    Each is written at once, so that a call that is interrupted continues behind it.
-    """
-    from nnunet_autoreg.classification.predict import classify, write_scan_classes
-
-    results = {}
-    for scan in scans:
-        try:
-            found = classify(model, scan)
-        except ScanError as error:
-            log.warning("%s is left out (%s): %s", scan.name, error.status, error)
-            continue
-        write_scan_classes(output / f"{scan.name}.json", found)
-        results[scan.name] = found
-
-        # The likeliest class of every task, for whoever watches.
-        best = []
-        for task, of_classes in found.probabilities.items():
-            kind = max(of_classes, key=lambda name: of_classes[name])
-            best.append(f"{task} {kind} ({of_classes[kind]:.2f})")
-        print(f"{scan.name}: {', '.join(best)}", flush=True)
-    return results
-
-
-def _report_small_scans(model: "ClassifierModel", results: "dict[str, ScanClasses]") -> None:
-    """Print one line about scans that are smaller than the model's patch, if there are any."""
-    from nnunet_autoreg.classification.predict import small_scans_line
-    from nnunet_autoreg.downstream.tiles import is_smaller
-
-    small = []
-    for name, found in results.items():
-        if found.shape_vox and is_smaller(found.shape_vox, model.patch_size):
-            small.append(name)
-    if small:
-        print(small_scans_line(small, len(results), model.patch_size))

@@ -98,9 +98,10 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            advice = did_you_mean(str(value), map(str, action.choices))
-            raise argparse.ArgumentError(action, f"'{value}' does not exist; {advice}")
+        if action.choices is None or value in action.choices:
+            return
+        advice = did_you_mean(str(value), map(str, action.choices))
+        raise argparse.ArgumentError(action, f"'{value}' does not exist; {advice}")
 
 
 class _HelpWithExamples(argparse.HelpFormatter):
@@ -149,8 +150,13 @@ def command(main: Main) -> Command:
         if rule not in filters:
             os.environ["PYTHONWARNINGS"] = f"{filters},{rule}" if filters else rule
 
-        _print_any_name()
-        # Without arguments of its own, the command is the whole process and ends with it.
+        # Names of files may not be valid text, and an ASCII terminal has no umlauts. So characters
+        # that the terminal's encoding lacks are printed as escapes.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+
+        # Called without arguments, the command is the whole process and ends with it.
         with stoppable(_command_name(main), until_exit=argv is None), printable_stdout():
             starting.finish()
             try:
@@ -169,16 +175,6 @@ def command(main: Main) -> Command:
     return run
 
 
-def _print_any_name() -> None:
-    """Print characters that the terminal's encoding lacks as escapes.
-
-    Names of files may not be valid text, and an ASCII terminal has no umlauts.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def _stopped(error: BaseException) -> int:
     """Print the line of a command that was stopped, end its children, and return its exit code."""
     message = ""
@@ -195,7 +191,7 @@ def _failed(main: Main, error: Exception) -> int:
     """Print the error line of a command and return its exit code; raise the error of a bug."""
     if isinstance(error, AutoregError):
         message = str(error)
-        # Where a network cannot be built, a package of the wrong version may be the reason.
+        # If a network cannot be built, a package of the wrong version may be the reason.
         cause = error.__cause__
         is_own = cause is None or isinstance(cause, AutoregError | OSError)
         if isinstance(error, PlanError) and not is_own:
@@ -212,26 +208,26 @@ def _failed(main: Main, error: Exception) -> int:
             os.dup2(nothing.fileno(), sys.stdout.fileno())
         return 1
     if isinstance(error, OSError):
-        where = f" ({error.filename})" if error.filename else ""
+        location = f" ({error.filename})" if error.filename else ""
         is_shared_memory = SHARED_MEMORY.is_dir() and not os.access(SHARED_MEMORY, os.W_OK)
         if not error.filename and is_shared_memory:
-            # Python's semaphores lie there, and the error does not name the file.
-            where = (
+            # Python keeps its semaphores there, and the error does not name the file.
+            location = (
                 f" ({SHARED_MEMORY}, where processes share memory, cannot be written: make it "
                 "writable, in Docker by --ipc=host or --shm-size=8g)"
             )
-        message = f"{error.strerror or error}{where}; files that were written before are kept"
+        message = f"{error.strerror or error}{location}; files that were written before are kept"
         return _complain(main, message, 1)
 
     violations = find_violations()
     if not violations:
         raise error
-    # Not necessarily a bug of ours. File and line of the innermost call stand for a traceback.
+    # Not necessarily a bug of ours. File and line of the innermost call replace the traceback.
     frames = traceback.extract_tb(error.__traceback__)
     location = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "location unknown"
-    what = f"{type(error).__name__}: {error} ({location})"
+    problem = f"{type(error).__name__}: {error} ({location})"
     advice = "fix this first; if the error remains, it is then shown in full"
-    return _complain(main, f"{what}; {in_one_line(violations)}; {advice}", 1)
+    return _complain(main, f"{problem}; {in_one_line(violations)}; {advice}", 1)
 
 
 def warn_of_violations() -> None:

@@ -89,7 +89,8 @@ class Demo:
         folders = {}
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             folders[name] = str(self.folder / name)
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        commands = Path(sys.executable).parent
+        path = f"{commands}{os.pathsep}{os.environ.get('PATH', '')}"
         settings = {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2", "autoreg_weights": NAME}
         return {**os.environ, **folders, **settings, "PATH": path}
 
@@ -128,8 +129,8 @@ class Demo:
         print(f"  done in {duration(time.monotonic() - start)}", flush=True)
 
         if code:
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-            print(tail, file=sys.stderr)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(lines[-15:]), file=sys.stderr)
             raise AutoregError(
                 f"{line[0]} ended with exit code {code}; its whole output is in {log}",
                 code="demo-command-failed",
@@ -215,11 +216,11 @@ class FrozenFeatures:
 def read_probe(lines: Sequence[Mapping[str, Any]]) -> FrozenFeatures:
     """Return the probe's results from its lines of JSON.
 
-    Pretrained and random weights are compared on the same levels: those that include the decoder
-    where the encoder has one.
+    Pretrained and random weights are compared on the same levels. They include the decoder if the
+    encoder has one.
     """
-    levels = {line["levels"] for line in lines if line["encoder"] == NAME}
-    most_levels = max(levels, key=len)
+    all_levels = {line["levels"] for line in lines if line["encoder"] == NAME}
+    most_levels = max(all_levels, key=len)
 
     dice: dict[str, list[float]] = {}
     for encoder in (RAW, RANDOM, NAME):
@@ -227,7 +228,8 @@ def read_probe(lines: Sequence[Mapping[str, Any]]) -> FrozenFeatures:
         chosen = [line for line in lines if line["encoder"] == encoder]
         if encoder != RAW:
             chosen = [line for line in chosen if line["levels"] == most_levels]
-        dice[encoder] = [*dice_by_draw((line["draw"], line["dice"]) for line in chosen).values()]
+        draws = [(line["draw"], line["dice"]) for line in chosen]
+        dice[encoder] = list(dice_by_draw(draws).values())
     return FrozenFeatures(dice[RAW], dice[RANDOM], dice[NAME])
 
 
@@ -300,10 +302,9 @@ def draw(demo: Demo, features: FrozenFeatures, dice: float) -> Path:
     draw_probe(left.subplots(), features)
     draw_segmentations(right, demo, dice)
 
-    handles = [
-        Line2D([], [], label=name, **style.line())
-        for style, name in zip(STRUCTURES, list(LABELS)[1:], strict=True)
-    ]
+    handles = []
+    for style, name in zip(STRUCTURES, list(LABELS)[1:], strict=True):
+        handles.append(Line2D([], [], label=name, **style.line()))
     right.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     with atomic_path(demo.folder / "demo.png") as temporary:
         figure.savefig(temporary, format="png", dpi=100)
@@ -320,7 +321,8 @@ def draw_probe(axis: Any, features: FrozenFeatures) -> None:
     values = list(columns.values())
     for of_draw in zip(*values, strict=True):
         axis.plot(range(len(values)), of_draw, color=GRID, zorder=1)
-    for position, (style, of_column) in enumerate(zip(SERIES[::-1][-3:], values, strict=True)):
+    styles = SERIES[2::-1]
+    for position, (style, of_column) in enumerate(zip(styles, values, strict=True)):
         axis.plot(
             [position] * len(of_column),
             of_column,
@@ -328,7 +330,8 @@ def draw_probe(axis: Any, features: FrozenFeatures) -> None:
             marker=style.marker,
             linestyle="none",
         )
-        axis.text(position + 0.12, fmean(of_column), f"{fmean(of_column):.3f}", va="center")
+        mean = fmean(of_column)
+        axis.text(position + 0.12, mean, f"{mean:.3f}", va="center")
 
     labelled = counted(PROBE_LABELS, "labelled scan")
     axis.set_title(f"frozen features, {labelled}:\ngain {features.gain}")
@@ -395,9 +398,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parser().parse_args(argv)
     prepare_torch()
-    folder = (
-        Path(args.out).resolve() if args.out else Path(tempfile.mkdtemp(prefix="autoreg_demo_"))
-    )
+    if args.out:
+        folder = Path(args.out).resolve()
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="autoreg_demo_"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             f"--out {folder} is not an empty folder; give the name of a new one",
@@ -420,6 +424,7 @@ def main(argv: list[str] | None = None) -> int:
             f"always starts in a new folder. In {folder} remain: {demo.remaining()}. Remove "
             "that folder when you no longer need it",
         ) from error
+
     picture = draw(demo, features, dice)
     print(
         f"frozen features, a linear classifier on {counted(PROBE_LABELS, 'labelled scan')}: Dice "

@@ -151,7 +151,7 @@ def _add_output_options(group: Group) -> None:
         "--no-instances",
         dest="with_instances",
         action="store_false",
-        help="do not write NAME_instances (default: write it where the model segments)",
+        help="do not write NAME_instances (default: write it if the model segments)",
     )
     group.add_argument(
         "--csv",

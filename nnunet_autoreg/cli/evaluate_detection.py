@@ -17,13 +17,12 @@ from nnunet_autoreg.cli.common import (
     print_next,
 )
 from nnunet_autoreg.cli.options import Group, add_seed, local_path, num_resamples
-from nnunet_autoreg.errors import ObjectsError, UsageError
+from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.records import write_json
 from nnunet_autoreg.stopping import writes_at_the_end
 
 if TYPE_CHECKING:
     from nnunet_autoreg.detection.evaluate import EvaluationSettings
-    from nnunet_autoreg.detection.evaluation_files import Background
     from nnunet_autoreg.detection.folders import Folders, Truth
 
 log = logging.getLogger(__name__)
@@ -94,7 +93,10 @@ def parser() -> argparse.ArgumentParser:
         help="neighbours that make a component (default: dataset.json's, else 26)",
     )
 
-    _add_score_options(p.add_argument_group("scores"))
+    group = p.add_argument_group("scores")
+    _add_matching_options(group)
+    _add_summary_options(group)
+    add_seed(group, " of the resamples")
     return p
 
 
@@ -138,12 +140,6 @@ def _add_input_options(group: Group) -> None:
         help="scans of GT without a file in PRED count as scans without a detection (default: they "
         "are left out)",
     )
-
-
-def _add_score_options(group: Group) -> None:
-    _add_matching_options(group)
-    _add_summary_options(group)
-    add_seed(group, " of the resamples")
 
 
 def _add_matching_options(group: Group) -> None:
@@ -229,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_torch()
     from nnunet_autoreg.detection.evaluate import evaluate
     from nnunet_autoreg.detection.evaluation_files import write_rows
+    from nnunet_autoreg.detection.evaluation_lines import lines_of
     from nnunet_autoreg.downstream.scans import facts_of
 
     settings = _settings(request)
@@ -270,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     csv_file = _beside(request.output, ".csv")
     write_json(json_file, results)
     write_rows(csv_file, folders.scans, truth.classes, settings)
-    for line in _table(results):
+    for line in lines_of(results):
         print(line)
 
     pictures = _draw(request, settings, results, truth, folders)
@@ -314,13 +311,14 @@ def _draw(
     truth: "Truth",
     folders: "Folders",
 ) -> list[Path]:
-    """Draw the FROC curve, and some scans where there is anything to draw on; return the files."""
+    """Draw the FROC curve, and some scans if there are images to draw on; return the files."""
+    from nnunet_autoreg.detection.evaluation_backgrounds import find_backgrounds
     from nnunet_autoreg.detection.evaluation_files import draw_froc, draw_scans, thresholds
 
     curve = _beside(request.output, "_froc.png")
     draw_froc(curve, results)
 
-    backgrounds = _backgrounds(request, folders)
+    backgrounds = find_backgrounds(folders, request.truth, request.images)
     if not backgrounds:
         log.warning(
             "no picture of scans, because there is neither an image nor a label map to draw on; "
@@ -368,91 +366,3 @@ def _beside(output: Path, end: str) -> Path:
     """Return the name of one of the files to write."""
     stem = output.with_suffix("") if output.suffix in (".json", ".csv", ".png") else output
     return stem.with_name(stem.name + end)
-
-
-def _backgrounds(request: EvaluationRequest, folders: "Folders") -> dict[str, "Background"]:
-    """Return the arrays of the scans that are drawn.
-
-    They are the images, if there are usable ones, else the maps of the true objects.
-    """
-    from nnunet_autoreg.detection.evaluation_files import background, pick_scans
-    from nnunet_autoreg.detection.images import read_onto
-    from nnunet_autoreg.io.names import IMAGE_ENDINGS
-
-    # nnU-Net keeps images beside their labels.
-    beside = request.truth.parent
-    image_folders = [beside / "imagesTr", beside / "imagesTs"]
-    if request.images:
-        image_folders = [request.images]
-    found = {}
-    for scan in pick_scans(folders.scans):
-        # As nnU-Net names the first channel, or plainly.
-        names = [f"{scan.name}_0000{end}" for end in IMAGE_ENDINGS]
-        names += [f"{scan.name}{end}" for end in IMAGE_ENDINGS]
-        candidates = [folder / name for folder in image_folders for name in names]
-        files = [file for file in candidates if file.is_file()]
-        if request.images and not files:
-            log.warning(
-                "--images %s has no %s: it is drawn on its label map, if there is one",
-                request.images,
-                names[0],
-            )
-
-        # The first file that shows the same voxels is drawn on.
-        true_file = folders.true_files[scan.name]
-        frame = folders.frames[scan.name]
-        if true_file.suffix != ".json":
-            files.append(true_file)
-        for file in files:
-            try:
-                found[scan.name] = background(read_onto(file, frame), frame)
-                break
-            except ObjectsError as error:
-                log.warning("%s is not drawn on this image: %s", scan.name, error)
-    return found
-
-
-def _table(results: dict[str, Any]) -> list[str]:
-    """Return the lines of a table with the figures of every class."""
-    columns = []
-    for iou in results["settings"]["ious"]:
-        columns.append((f"AP@{iou:g}", results["ap"][f"{iou:g}"]))
-    for name, figure in results["map"].items():
-        columns.append((f"mAP@{name.rpartition(':')[0]}", figure))
-
-    columns.append(("CPM", results["froc"]["cpm"]))
-    width = max(8, *(len(name) for name in results["classes"]))
-
-    def row(name: str, num_objects: object, num_found: object, figures: list[str]) -> str:
-        cells = " ".join(f"{figure:>11}" for figure in figures)
-        return f"{name:<{width}} {num_objects:>8} {num_found:>8} {cells}"
-
-    scans = results["scans"]
-    lines = [
-        f"{scans['number']} scans, {scans['empty']} without objects; FROC by "
-        f"{results['froc']['hit']}",
-        row("class", "objects", "found", [name for name, _ in columns]),
-    ]
-    for name, kind in results["classes"].items():
-        if name not in results["absent_classes"]:
-            figures = [f"{figure['per_class'][name]:.3f}" for _, figure in columns]
-            lines.append(row(name, kind["objects"], kind["detections"], figures))
-
-    # Nothing can be measured where no object counts, and no interval without resamples.
-    means, intervals = [], []
-    for _, figure in columns:
-        mean, ends = figure["mean"], figure["ci95"]
-        means.append("-" if mean is None else f"{mean:.3f}")
-        interval = "-"
-        if ends is not None:
-            low, high = ends
-            interval = f"{low:.3f}-{high:.3f}"
-        intervals.append(interval)
-
-    lines.append(row("mean", "", "", means))
-    if any(figure["ci95"] for _, figure in columns):
-        lines.append(row("95 % CI", "", "", intervals))
-    if results["absent_classes"]:
-        listed = ", ".join(results["absent_classes"])
-        lines.append(f"no object of: {listed} (left out of the means)")
-    return lines

@@ -113,8 +113,8 @@ def add_split_4d(options: Options) -> None:
     options.add_argument(
         "--split-4d",
         action="store_true",
-        help="take every volume of a 4D file or series (cine, diffusion, fMRI) as a scan of its "
-        "own (default: 4D files and series are left out)",
+        help="take every volume of a 4D file or series (cine, diffusion, fMRI) as a separate "
+        "scan (default: 4D files and series are left out)",
     )
 
 

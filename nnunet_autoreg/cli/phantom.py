@@ -52,7 +52,7 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
 
     The size of the body, and the position, size and intensity of every organ vary. Borders are
     deformed by a smooth random field. Noise is added and slightly smoothed, as in a real scanner.
-    There is so much of it that single voxels do not tell the organs apart.
+    There is so much of it that a single voxel does not show to which organ it belongs.
     """
     from scipy.ndimage import gaussian_filter
 

@@ -137,22 +137,6 @@ def _add_input_options(group: Group) -> None:
 
 
 def _add_training_options(group: Group) -> None:
-    _add_encoder_options(group)
-    _add_length_options(group)
-    _add_sequence_options(group)
-    add_seed(group)
-    group.add_argument(
-        "--set",
-        dest="settings",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override values of the plan, e.g. optim.lr=3e-4 (default: none)",
-    )
-
-
-def _add_encoder_options(group: Group) -> None:
     group.add_argument(
         "--encoder",
         default="auto",
@@ -169,6 +153,18 @@ def _add_encoder_options(group: Group) -> None:
         "or anything that autoreg_weights import reads, such as the folder or zip of a trained "
         "nnU-Net model, or a repository on Hugging Face. Their encoder is used "
         "unless --encoder names one (default: random weights)",
+    )
+    _add_length_options(group)
+    _add_sequence_options(group)
+    add_seed(group)
+    group.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values of the plan, e.g. optim.lr=3e-4 (default: none)",
     )
 
 
@@ -239,7 +235,8 @@ def _add_sequence_options(group: Group) -> None:
 
 def _list_of(named: Iterable[ObjectiveKind | Preset]) -> str:
     """Return the help lines of objectives or presets as one text."""
-    return ". ".join(f"{entry.name}: {entry.help}" for entry in named)
+    lines = [f"{entry.name}: {entry.help}" for entry in named]
+    return ". ".join(lines)
 
 
 def _add_output_options(group: Group) -> None:
@@ -336,14 +333,16 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # Preprocessing and planning are done by one process, and preprocessing needs no GPU.
-    alone = bool(args.part) or args.dry_run
+    needs_one_process = bool(args.part) or args.dry_run
+    num_gpus = None if needs_one_process else args.num_gpus
     device = "cpu" if args.part else chosen_device(args.device)
-    launch = launch_of(None if alone else args.num_gpus, device, os.environ)
+    launch = launch_of(num_gpus, device, os.environ)
     if launch.size > 1 and not launch.launcher:
         return launch_processes(main, sys.argv[1:] if argv is None else argv, launch.size)
     # All but the main process wait until it has made everything ready.
     if launch.rank > 0:
         return wait_and_train(launch, device)
+
     warn_of_violations()
     with Launcher(launch, device) as launcher:
         return run(request, args, launcher)
@@ -360,7 +359,8 @@ def run(request: "Request", args: argparse.Namespace, launcher: "Launcher") -> i
     is_finished = pretrain(request, launcher.device, args.dry_run, args.show, launcher)
     folder = run_folder(results_folder(), request.name)
     if not is_finished:
-        picture, options = ("sequences.png, ", " --show") if args.show else ("", "")
+        picture = "sequences.png, " if args.show else ""
+        options = " --show" if args.show else ""
         print_next(
             f"look at {picture}plan.json and scans.csv in {folder}, edit the plan if you like, "
             f"then type the same line without --dry-run{options}",

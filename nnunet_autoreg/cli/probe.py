@@ -1,9 +1,7 @@
 """Run ``autoreg_probe``: how well do the frozen features of an encoder segment already?"""
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nnunet_autoreg.cli.starting  # noqa: F401
 from nnunet_autoreg.cli.common import (
@@ -27,12 +25,6 @@ from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import size_text
 
-if TYPE_CHECKING:
-    from nnunet_autoreg.benchmark.probe_networks import Encoder
-    from nnunet_autoreg.geometry import Spacing
-    from nnunet_autoreg.plan import IntensityWindow
-
-RANDOM_WORD = "random"
 FOLDER = "autoreg_probe"
 LINES_NAME, TABLE_NAME = "probe.jsonl", "probe.md"
 
@@ -73,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
     )
 
     _add_scoring_options(p.add_argument_group("scoring"))
-    _add_run_options(p.add_argument_group("compute and output"))
+
+    group = p.add_argument_group("compute and output")
+    add_device(group, "where features are computed")
+    add_output_folder(group, "the results", FOLDER)
     return p
 
 
@@ -111,11 +106,6 @@ def _add_scoring_options(group: Group) -> None:
     add_seed(group, " of the sampled voxels")
 
 
-def _add_run_options(group: Group) -> None:
-    add_device(group, "where features are computed")
-    add_output_folder(group, "the results", FOLDER)
-
-
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
@@ -127,8 +117,14 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from nnunet_autoreg.benchmark.dense_probe import ProbeSettings
+    from nnunet_autoreg.benchmark.leak import Scored
     from nnunet_autoreg.benchmark.prepare import images_of
     from nnunet_autoreg.benchmark.probe_data import common_spacing, load_cases, read_labels
+    from nnunet_autoreg.benchmark.probe_encoders import (
+        check_leaks,
+        find_encoders,
+        first_ct_window,
+    )
     from nnunet_autoreg.benchmark.probe_report import table
     from nnunet_autoreg.benchmark.probe_run import Probed, probe_all
     from nnunet_autoreg.benchmark.public_ids import assign_ids
@@ -145,9 +141,10 @@ def main(argv: list[str] | None = None) -> int:
     division = divide(patients.patient_of)
     spacing_mm = as_spacing(args.spacing) if args.spacing else common_spacing(images)
     root = output_folder(args.output, FOLDER, dataset.name)
+    name = public_dataset(dataset.name)
 
     scored_names = division.scored(args.score)
-    print(f"{public_dataset(dataset.name)}: {len(images)} labelled scans; {patients.rule}")
+    print(f"{name}: {len(images)} labelled scans; {patients.rule}")
     print(
         f"labelled patients come from {len(division.pool)} scans of the pool; "
         f"{len(scored_names)} scans of {args.score} patients are scored, at "
@@ -155,11 +152,14 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
 
-    # The encoders, and a random twin of every architecture.
-    encoders = find_encoders(args, spacing_mm)
-    refuse_leaks(encoders, dataset.name, patients.patient_of, scored_names, images, root)
+    # The encoders, and random networks of every architecture.
+    encoders = find_encoders(args.encoders, spacing_mm, args.random_seeds)
+    scans = Scored(dataset.name, patients.patient_of, scored_names, images)
+    for warning in check_leaks(encoders, scans, root):
+        print(f"warning: {warning}", flush=True)
 
-    ct_window = _first_ct_window(encoders)
+    # Raw voxels are scaled by the window of the first encoder that has one.
+    ct_window = first_ct_window(encoders)
     settings = ProbeSettings(tuple(sorted(set(args.labels))), args.draws, seed=args.seed)
     device = torch.device(chosen_device(args.device))
     loading = (images, patients.patient_of, labels, spacing_mm, ct_window)
@@ -168,7 +168,6 @@ def main(argv: list[str] | None = None) -> int:
 
     root.mkdir(parents=True, exist_ok=True)
     ids = assign_ids(root, patients.patient_of)
-    name = public_dataset(dataset.name)
     probed = Probed(name, args.score, pool, scored, labels, spacing_mm, ids)
     lines = probe_all(probed, encoders, settings, device, root / LINES_NAME)
     text = table(lines, labels.structures)
@@ -179,85 +178,6 @@ def main(argv: list[str] | None = None) -> int:
         "agrees",
     )
     return 0
-
-
-def _first_ct_window(encoders: "list[Encoder]") -> "IntensityWindow | None":
-    """Return the Hounsfield window of the first encoder that has one, for raw voxels."""
-    from nnunet_autoreg.model.card import read_card
-
-    for encoder in encoders:
-        if encoder.file:
-            window = read_card(encoder.file.parent).ct_window
-            if window is not None:
-                return window
-    return None
-
-
-def find_encoders(args: argparse.Namespace, spacing_mm: "Spacing") -> "list[Encoder]":
-    """Return the pretrained encoders that were named, then the random ones.
-
-    Raises:
-        UsageError: none was named, or only the word ``random``.
-    """
-    from dataclasses import replace
-
-    from nnunet_autoreg.benchmark.probe_networks import find_encoder
-
-    names = [name for name in dict.fromkeys(args.encoders) if name != RANDOM_WORD]
-    if not names:
-        raise UsageError(
-            "--encoder: name a pretraining run, or an encoder such as resenc_tiny for random "
-            "weights only",
-            code="usage-no-encoder",
-        )
-
-    # Weights files and names of encoders need no folder of results.
-    setting = os.environ.get("nnUNet_results", "")  # noqa: SIM112
-    results = Path(setting) if setting else None
-    found = [find_encoder(results, name, spacing_mm) for name in names]
-    pretrained = [encoder for encoder in found if encoder.file is not None]
-
-    # One set of random twins serves all encoders of an architecture.
-    twins: list[Encoder] = []
-    known = []
-    for encoder in found:
-        if encoder.architecture in known:
-            continue
-        known.append(encoder.architecture)
-        twin = replace(encoder, name=RANDOM_WORD, file=None, has_decoder=False)
-        twins += [replace(twin, seed=seed) for seed in range(args.random_seeds)]
-    return [*pretrained, *twins]
-
-
-def refuse_leaks(
-    encoders: "list[Encoder]",
-    dataset: str,
-    patient_of: dict[str, str],
-    scored: tuple[str, ...],
-    images: dict[str, list[Path]],
-    root: Path,
-) -> None:
-    """Refuse encoders whose pretraining has seen a scored patient; warn if that is unknown.
-
-    Raises:
-        AutoregError: a scored patient has been seen.
-    """
-    from nnunet_autoreg.benchmark.leak import Scored, check_pretraining
-    from nnunet_autoreg.benchmark.public_ids import EXCLUDE_HEADER
-
-    # A refusal names the file with which to pretrain again.
-    exclude = root / "exclude.txt"
-    for encoder in encoders:
-        if encoder.file is None:
-            continue
-        if not exclude.is_file():
-            root.mkdir(parents=True, exist_ok=True)
-            names = "".join(f"{dataset}/{name}\n" for name in scored)
-            exclude.write_text(EXCLUDE_HEADER + names, encoding="utf-8")
-        scans = Scored(dataset, patient_of, scored, images)
-        warning = check_pretraining(encoder.file.parent, scans, exclude)
-        if warning:
-            print(f"warning: {warning}", flush=True)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ def begin() -> None:
         return
     _is_starting.set()
     for number, usual in _usual_handlers.items():
-        # Whoever has chosen another handler, or ignores the signal, keeps it.
+        # A handler that somebody has chosen is kept, and so is an ignored signal.
         if signal.getsignal(number) is usual:
             signal.signal(number, _end)
 

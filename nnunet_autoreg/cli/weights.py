@@ -142,10 +142,14 @@ def _add_export(actions: Any) -> None:
     )
 
 
-def _add_action(actions: Any, name: str, what: str) -> argparse.ArgumentParser:
-    """Add a subcommand. What it does is shown by the command's help, and by its own."""
-    description = f"{what[0].upper()}{what[1:]}."
-    added: argparse.ArgumentParser = actions.add_parser(name, help=what, description=description)
+def _add_action(actions: Any, name: str, purpose: str) -> argparse.ArgumentParser:
+    """Add a subcommand, and show its purpose in both the command's help and its own."""
+    description = f"{purpose[0].upper()}{purpose[1:]}."
+    added: argparse.ArgumentParser = actions.add_parser(
+        name,
+        help=purpose,
+        description=description,
+    )
     return added
 
 

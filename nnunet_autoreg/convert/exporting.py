@@ -78,7 +78,7 @@ PRESET_ARGUMENTS = {
     "init_values",
     "scale_attn_inner",
 }
-"""Arguments that the name of a preset stands for; a network with others is not a preset."""
+"""Arguments that a preset fixes by its name; a network with others is not a preset."""
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 MASK_RESAMPLING = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
 
@@ -271,7 +271,7 @@ def _write_files(folder: Path, contents: Mapping[str, Any]) -> None:
             with atomic_path(folder / name) as temporary:
                 shutil.copyfile(content, temporary)
         elif name == CHECKPOINT_NAME:
-            # Through memory: torch reports a full disk as a bug of its own, and would write the
+            # Through memory: torch reports a full disk as a bug in torch, and would write the
             # temporary name, with the name of this computer, into the file.
             buffer = io.BytesIO()
             torch.save(content, buffer)

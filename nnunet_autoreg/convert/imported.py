@@ -65,7 +65,7 @@ class Imported:
         origin: what ``encoder.json`` records about the file.
         card: the ``encoder.json`` that our own export carried. It knows more than nnssl's format
             can express. None for everybody else's files.
-        decoder: a CNN's decoder, under the same keys; empty where the file holds none.
+        decoder: a CNN's decoder, under the same keys; empty if the file holds none.
         channel_names: names of the input channels; empty if they are not known.
         ct_window: intensity window by which CT was normalised; None if it was not, or by z-score.
     """

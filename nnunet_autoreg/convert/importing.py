@@ -38,7 +38,7 @@ def import_weights(
         the card, and what was written: every tensor once, even if the file has two names for it.
 
     Args:
-        plan_file: nnssl's ``adaptation_plan.json`` where it is neither in the file nor beside it.
+        plan_file: nnssl's ``adaptation_plan.json``, if it is neither in the file nor beside it.
 
     Raises:
         WeightsError: the file cannot be read safely, contradicts itself, or is of a kind that is

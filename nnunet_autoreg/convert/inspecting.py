@@ -70,9 +70,9 @@ def _run_facts(file: Path, head: Facts) -> tuple[Facts, str]:
         )
     if isinstance(origin, Mapping):
         when = "" if card.num_steps else f" {card.finished_at}"
-        where = origin.get("repository") or origin.get("file")
+        origin_name = origin.get("repository") or origin.get("file")
         history.append(
-            f"imported{when} from {where} ({origin.get('format')}, sha256 "
+            f"imported{when} from {origin_name} ({origin.get('format')}, sha256 "
             f"{str(origin.get('sha256'))[:12]}...)",
         )
 

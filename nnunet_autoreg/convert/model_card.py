@@ -64,7 +64,7 @@ def _id_of(text: str) -> str:
 
 
 def _front_matter(card: EncoderCard) -> str:
-    """Return the block of YAML. JSON's strings and lists are valid there, whatever they contain."""
+    """Return the block of YAML. All strings and lists of JSON are valid there."""
     tags = ["medical-imaging", "nnunet", "self-supervised-learning", "3d"]
     tags += [modality.lower() for modality in card.modalities]
     lines = ["---", f"license: {licence_id(card.licences)}"]

@@ -73,7 +73,7 @@ def import_trained(source: WeightsFile, options: ImportOptions) -> Imported:
             "(--modality states others)",
         )
 
-    # None stands for nnU-Net's usual normalisation of every channel.
+    # None means nnU-Net's usual normalisation of every channel.
     normalization = None
     usual = [CT_SCHEME if is_ct(name) else Z_SCORE for name in channel_names]
     if len(set(stated.schemes)) == 1 and stated.schemes != usual:
