@@ -42,19 +42,22 @@ class Commands:
         }
         if self.device == "cpu":
             settings["OMP_NUM_THREADS"] = self.threads
-        # The commands of this interpreter come first, also where its environment is not activated.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        # The commands of this interpreter come first, even if its environment is not activated.
+        own_commands = Path(sys.executable).parent
+        path = f"{own_commands}{os.pathsep}{os.environ.get('PATH', '')}"
         environment = {**os.environ, "PATH": path, **settings, **changes}
         return {name: str(value) for name, value in environment.items()}
 
     def for_training(self, results: Path) -> dict[str, str]:
         """Return the environment of a training that writes to ``results``.
 
-        On a CPU the augmentation runs in the training's own process, so that the seed decides; on a
-        GPU, which it would slow down, in nnU-Net's workers.
+        On a CPU the augmentation runs in the training's own process, so that the seed decides. On a
+        GPU it would slow the training down there, and nnU-Net's workers do it.
         """
-        alone = {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1} if self.device == "cpu" else {}
-        return self.environment(nnUNet_results=results, **alone)
+        changes: dict[str, object] = {"nnUNet_results": results}
+        if self.device == "cpu":
+            changes |= {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1}
+        return self.environment(**changes)
 
     def run(self, line: Sequence[str], **changes: object) -> None:
         """Run one command.
@@ -66,7 +69,8 @@ class Commands:
             AutoregError: it is not installed, or it failed; the message has the last line of its
                 output.
         """
-        log.info("$ %s", shlex.join(line))
+        typed = shlex.join(line)
+        log.info("$ %s", typed)
         start = time.monotonic()
         environment = self.environment(**changes)
         program = shutil.which(line[0], path=environment["PATH"])
@@ -78,7 +82,7 @@ class Commands:
 
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
-            handle.write(f"$ {shlex.join(line)}\n")
+            handle.write(f"$ {typed}\n")
             handle.flush()
             with phase(f"running {line[0]}"):
                 exit_code = run_guarded([program, *line[1:]], environment, handle)
@@ -95,6 +99,12 @@ class Commands:
 
 def last_line(log_file: Path) -> str:
     """Return the last line of a log that has letters in it."""
-    text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-    lines = [line.strip() for line in text.splitlines() if any(c.isalpha() for c in line)]
-    return lines[-1][:300] if lines else "no output"
+    last = "no output"
+    if not log_file.is_file():
+        return last
+
+    text = log_file.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
+        if any(character.isalpha() for character in line):
+            last = line.strip()
+    return last[:300]

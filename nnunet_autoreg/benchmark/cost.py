@@ -31,28 +31,30 @@ def pretraining_cost(folder: Path) -> Cost | None:
         return None
     plan = from_jsonable(Plan, read_json(file), str(file))
 
-    samples = plan.optim.batch_size * plan.optim.num_steps
+    num_samples = plan.optim.batch_size * plan.optim.num_steps
     flops = None
     try:
-        flops = flops_per_sample(plan) * samples
+        flops = flops_per_sample(plan) * num_samples
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        message_lines = str(error).splitlines()
+        reason = message_lines[0] if message_lines else type(error).__name__
         log.warning("the FLOPs of '%s' could not be counted (%s)", folder.name, reason)
 
-    # The mean step time that was logged, times the steps.
-    times = []
+    step_times = []
     for line in read_lines(folder / "metrics.jsonl"):
         is_number = isinstance(line["value"], int | float)
         if line["name"] == "step_time" and is_number:
-            times.append(float(line["value"]))
+            step_times.append(float(line["value"]))
 
-    seconds = round(statistics.fmean(times) * plan.optim.num_steps, 1) if times else None
-
-    return Cost(flops, samples, seconds)
+    # Not every step is logged, so the mean of those that are is multiplied by their number.
+    seconds = None
+    if step_times:
+        seconds = round(statistics.fmean(step_times) * plan.optim.num_steps, 1)
+    return Cost(flops, num_samples, seconds)
 
 
 def flops_per_sample(plan: Plan) -> float:
-    """Return multiplications and additions of a training step on one crop, mean over a few steps.
+    """Return the multiplications and additions of a training step per crop, mean of a few steps.
 
     Activations are not recomputed here: recomputing costs time, but it is not part of the method.
     """
@@ -63,11 +65,11 @@ def flops_per_sample(plan: Plan) -> float:
         objective = build_objective(plan)
 
     pool = noise_pool(plan)
-
     counts = []
     for step in range(NUM_STEPS_COUNTED):
         batch = collate([objective.sampler.draw(pool, TRAINING, step, 0)])
-        # The counter knows no fused attention of a CPU, but the matrix products of the plain one.
+        # The counter does not know the fused attention of a CPU. The plain one consists of matrix
+        # products, which it counts.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             torch.autograd.backward(objective.loss(batch).total)
         objective.module.zero_grad(set_to_none=True)

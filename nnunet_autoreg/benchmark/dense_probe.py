@@ -57,7 +57,7 @@ class ProbeCase:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What decides about a probe's figures.
+    """Settings that change a probe's figures.
 
     Attributes:
         num_labels: numbers of labelled patients.
@@ -97,12 +97,7 @@ class ProbeResult:
     @property
     def dice_of_structure(self) -> dict[int, float]:
         """Mean Dice of each structure over the patients."""
-        structures = sorted({label for found in self.dice_of_patient.values() for label in found})
-        means = {}
-        for label in structures:
-            values = [found[label] for found in self.dice_of_patient.values() if label in found]
-            means[label] = float(np.mean(values))
-        return means
+        return mean_of_each(list(self.dice_of_patient.values()))
 
     @property
     def dice(self) -> float:
@@ -162,15 +157,14 @@ def dense_probe(
     _check_cases(labelled_pool, scored, num_classes)
     draws = labelled_sets(labelled_pool, settings)
 
-    # Every labelled scan passes through the network once, regardless of the number of draws it is
-    # in.
+    # Every labelled scan passes through the network once, however many draws it is in.
     needed = {case.name: case for cases in draws.values() for case in cases}
     samples: dict[str, VoxelSample] = {}
     sizes: list[int] = []
     for name, case in needed.items():
-        maps = _maps_of(network_features, case, input_shape)
-        sizes = [len(features) for features in maps]
         covered = _shape_covered(case, input_shape)
+        maps = _maps_of(network_features, case, covered)
+        sizes = [len(features) for features in maps]
         samples[name] = sample_voxels(case, maps, covered, num_classes, settings)
 
     # The columns of each level in the features of a sample.
@@ -189,8 +183,8 @@ def dense_probe(
     found: dict[tuple[str, int, int], dict[str, list[dict[int, float]]]]
     found = {key: {} for key in classifiers}
     for case in scored:
-        maps = _maps_of(network_features, case, input_shape)
         covered = _shape_covered(case, input_shape)
+        maps = _maps_of(network_features, case, covered)
         for key, classifier in classifiers.items():
             read = [maps[index] for index in sets[key[0]]]
             predicted = predict(read, classifier, covered, case.labels.shape)
@@ -201,24 +195,25 @@ def dense_probe(
     for key, dice_of_scans in found.items():
         levels, num_labels, draw = key
         names = tuple(sorted(case.name for case in draws[num_labels, draw]))
-        dice_of_patient = {name: mean_of_scans(scans) for name, scans in dice_of_scans.items()}
+        dice_of_patient = {name: mean_of_each(scans) for name, scans in dice_of_scans.items()}
         results.append(ProbeResult(levels, num_labels, draw, names, dice_of_patient))
     return results
 
 
-def _maps_of(
-    network_features: NetworkFeatures,
-    case: ProbeCase,
-    input_shape: Callable[[Size], Size] | None,
-) -> list[Tensor]:
-    """Return the feature maps of an image, filled up to the shape that the network wants."""
+def _shape_covered(case: ProbeCase, input_shape: Callable[[Size], Size] | None) -> Size:
+    """Return the shape to which an image is filled up, which its feature maps cover."""
     shape = as_size(case.image.shape[-3:])
-    wanted = input_shape(shape) if input_shape is not None else shape
-    missing = [extent - own for extent, own in zip(wanted, shape, strict=True)]
+    return input_shape(shape) if input_shape is not None else shape
 
-    # Zeros at the far end of each axis fill the image up.
-    widths = [(0, 0)] * (case.image.ndim - 3) + [(0, count) for count in missing]
+
+def _maps_of(network_features: NetworkFeatures, case: ProbeCase, covered: Size) -> list[Tensor]:
+    """Return the feature maps of an image that is filled up to a shape."""
+    # Zeros at the far end of each spatial axis fill the image up; a channel axis stays.
+    widths = [(0, 0)] * (case.image.ndim - 3)
+    for extent, own in zip(covered, case.image.shape[-3:], strict=True):
+        widths.append((0, extent - own))
     filled = np.pad(case.image, widths)
+
     with torch.no_grad():
         maps = network_features(filled)
     return [features.float() for features in maps]
@@ -269,19 +264,22 @@ def sample_voxels(
 
     indices, weights = [], []
     for label in range(num_classes):
-        places = np.flatnonzero(flat == label)
+        candidates = np.flatnonzero(flat == label)
         # A structure that is smaller than the number of voxels wanted gives all it has.
         most = settings.voxels_per_class * (BACKGROUND_FACTOR if label == 0 else 1)
-        count = min(most, len(places))
+        count = min(most, len(candidates))
         if count:
-            indices.append(generator.choice(places, count, replace=False))
-            weights.append(np.full(count, len(places) / count))
+            indices.append(generator.choice(candidates, count, replace=False))
+            weights.append(np.full(count, len(candidates) / count))
 
-    chosen = np.concatenate(indices)
-    coordinates = np.stack(np.unravel_index(chosen, case.labels.shape), axis=1)
-    features = torch.cat([values_at(level, coordinates, covered) for level in maps], dim=1)
-    labels = torch.from_numpy(flat[chosen].astype(np.int64))
-    return VoxelSample(features.cpu(), labels, torch.from_numpy(np.concatenate(weights)).float())
+    chosen_N = np.concatenate(indices)
+    weights_N = torch.from_numpy(np.concatenate(weights)).float()
+    labels_N = torch.from_numpy(flat[chosen_N].astype(np.int64))
+
+    coordinates_N3 = np.stack(np.unravel_index(chosen_N, case.labels.shape), axis=1)
+    features = [values_at(level, coordinates_N3, covered) for level in maps]
+    features_NV = torch.cat(features, dim=1).cpu()
+    return VoxelSample(features_NV, labels_N, weights_N)
 
 
 def values_at(features: Tensor, coordinates: NDArray[np.integer], covered: Size) -> Tensor:
@@ -333,7 +331,8 @@ def fit(
     # A class that no labelled scan holds must never be predicted.
     frequency_C = torch.zeros(num_classes).index_add_(0, labels_N, weights_N)
     is_known_C = frequency_C > 0
-    log_prior_C = torch.where(is_known_C, frequency_C / frequency_C.sum(), torch.ones(())).log()
+    share_C = frequency_C / frequency_C.sum()
+    log_prior_C = torch.where(is_known_C, share_C, torch.ones(())).log()
     offsets_C = offsets_C.masked_fill(~is_known_C, -math.inf)
 
     logits_NC = standardised_NV @ slopes_VC + offsets_C
@@ -395,9 +394,13 @@ def _weighted_dice(
     predicted_C = zeros_C.index_add(0, predicted_N, weights_N)
     both_C = zeros_C.index_add(0, labels_N, weights_N * (labels_N == predicted_N))
 
-    is_present_C = true_C[1:] > 0
-    dice_C = 2 * both_C[1:] / (true_C[1:] + predicted_C[1:]).clamp(min=1)
-    return float(dice_C[is_present_C].mean()) if bool(is_present_C.any()) else 0.0
+    # Without the background.
+    is_present = true_C[1:] > 0
+    if not bool(is_present.any()):
+        return 0.0
+    total = (true_C[1:] + predicted_C[1:]).clamp(min=1)
+    dice = 2 * both_C[1:] / total
+    return float(dice[is_present].mean())
 
 
 def predict(
@@ -408,8 +411,9 @@ def predict(
 ) -> Tensor:
     """Return the class of every voxel, (Z, Y, X) int64.
 
-    A linear classifier and linear interpolation may change places: each level's logits are made at
-    the level's own resolution and then upsampled, so that no feature map of all voxels is needed.
+    A linear classifier and linear interpolation may be applied in either order. Each level's logits
+    are made at the level's own resolution and then upsampled, so that no feature map of all voxels
+    is needed.
     """
     z, y, x = shape
     offsets_C = classifier.offsets.to(maps[0].device)
@@ -426,17 +430,17 @@ def predict(
         earlier = logits_of_size.get(size)
         logits_of_size[size] = at_level if earlier is None else earlier + at_level
 
-    for size, at_level in logits_of_size.items():
-        if size != covered:
-            upsampled = functional.interpolate(
-                at_level[None],
-                size=covered,
-                mode="trilinear",
-                align_corners=False,
-            )
-            logits += upsampled[0]
-        else:
-            logits += at_level
+    for size, at_size in logits_of_size.items():
+        if size == covered:
+            logits += at_size
+            continue
+        upsampled = functional.interpolate(
+            at_size[None],
+            size=covered,
+            mode="trilinear",
+            align_corners=False,
+        )
+        logits += upsampled[0]
 
     # On a CPU, max is six times as fast as argmax along the first axis.
     return logits[:, :z, :y, :x].max(0).indices
@@ -461,13 +465,13 @@ def dice_of_labels(
     return found
 
 
-def mean_of_scans(dice_of_scans: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """Return structure -> mean over the scans of one patient that have a Dice of it."""
-    structures = sorted({label for found in dice_of_scans for label in found})
-    means = {}
-    for label in structures:
-        means[label] = float(np.mean([found[label] for found in dice_of_scans if label in found]))
-    return means
+def mean_of_each(dices: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Return structure -> mean Dice over the scans, or the patients, that have a Dice of it."""
+    values_of: dict[int, list[float]] = {}
+    for dice_of_structure in dices:
+        for label, dice in dice_of_structure.items():
+            values_of.setdefault(label, []).append(dice)
+    return {label: float(np.mean(values)) for label, values in sorted(values_of.items())}
 
 
 def raw_voxels(image: NDArray[np.float32], num_levels: int = 5) -> list[Tensor]:
@@ -476,22 +480,21 @@ def raw_voxels(image: NDArray[np.float32], num_levels: int = 5) -> list[Tensor]:
     Args:
         image: (Z, Y, X) or (channels, Z, Y, X).
     """
-    level = torch.from_numpy(image).reshape(-1, *image.shape[-3:])
-    maps = [level]
+    shape = image.shape[-3:]
+    voxels = torch.from_numpy(image).reshape(-1, *shape)
+    maps = [voxels]
     for step in range(1, num_levels):
         # Each level is made from the image itself, so that uneven sizes do not shift the map.
-        size = as_size([max(1, round(extent / 2**step)) for extent in image.shape[-3:]])
-        maps.append(functional.adaptive_avg_pool3d(level[None], size)[0])
+        size = as_size([max(1, round(extent / 2**step)) for extent in shape])
+        pooled = functional.adaptive_avg_pool3d(voxels[None], size)
+        maps.append(pooled[0])
     return maps
 
 
-def _shape_covered(case: ProbeCase, input_shape: Callable[[Size], Size] | None) -> Size:
-    shape = as_size(case.image.shape[-3:])
-    return input_shape(shape) if input_shape is not None else shape
-
-
 def _check_cases(pool: Sequence[ProbeCase], scored: Sequence[ProbeCase], num_classes: int) -> None:
-    both = {case.patient for case in pool} & {case.patient for case in scored}
+    pool_patients = {case.patient for case in pool}
+    scored_patients = {case.patient for case in scored}
+    both = pool_patients & scored_patients
     if both:
         raise UsageError(
             f"patient {min(both)} is labelled and scored; keep all scans of a patient together",

@@ -42,7 +42,10 @@ def merged_folds(lines: Sequence[Line]) -> list[Line]:
 
 def unfinished_folds(lines: Sequence[Line]) -> str:
     """Return a sentence about runs that are left out for missing folds; "" if there are none."""
-    num_runs = sum(len(folds) < run[-1] for run, folds in _folds_by_run(lines).items())
+    num_runs = 0
+    for run, folds in _folds_by_run(lines).items():
+        if len(folds) < run[-1]:
+            num_runs += 1
     if not num_runs:
         return ""
     return (
@@ -62,15 +65,20 @@ def _folds_by_run(lines: Sequence[Line]) -> dict[tuple[Any, ...], dict[int, Line
 
 
 def _run_of(line: Line) -> tuple[Any, ...] | None:
-    """Return the properties that the folds of a run share, last their number; None without
-    folds."""
+    """Return the properties that the folds of a run share, with their number as the last.
+
+    None if the split is not a fold.
+    """
     fold = fold_of_split(line["split"])
     if fold is None:
         return None
-    return (*(line[name] for name in KEYS if name != "split"), fold[1])
+    _, num_folds = fold
+    shared = [line[name] for name in KEYS if name != "split"]
+    return (*shared, num_folds)
 
 
 def _merged(folds: Sequence[Line]) -> dict[str, Any]:
+    """Return one line for the folds of a run."""
     merged = {**folds[0], "split": shown_split(folds[0]["split"])}
     for name in OF_ALL_CASES:
         by_case: dict[str, Any] = {}

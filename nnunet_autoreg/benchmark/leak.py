@@ -38,7 +38,7 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
         exclude: a file that names the scored cases for ``autoreg_pretrain --exclude``.
 
     Returns:
-        A warning where it cannot be known; "" if no scored patient was seen.
+        A warning if it cannot be known; "" if no scored patient was seen.
 
     Raises:
         AutoregError: patients are in both.
@@ -68,7 +68,8 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
         )
 
     # Scans that are equal only by the earlier hash may be different.
-    uncertain = sorted(_with_hash_in(_of_others(rows, scored), scored, _earlier_hash))
+    others = _of_others(rows, scored)
+    uncertain = _with_hash_in(others, scored, _earlier_hash)
     if uncertain:
         return (
             f"the pretraining '{run.name}' was indexed by an earlier version, which could not "
@@ -78,7 +79,7 @@ def check_pretraining(run: Path, scored: Scored, exclude: Path) -> str:
 
     # An equal name proves nothing: many datasets number their patients from 1.
     names = _subjects(scored) | set(scored.cases)
-    namesakes = sorted({row.case for row in _of_others(rows, scored) if row.case in names})
+    namesakes = {row.case for row in others if row.case in names}
     if namesakes:
         return (
             f"the pretraining '{run.name}' saw scans of other datasets that are named like "
@@ -107,7 +108,8 @@ def seen_subjects(rows: Sequence[ScanRow], scored: Scored) -> list[str]:
         if case_of_file is not None:
             seen.add(scored.subject_of[case_of_file])
 
-    seen |= _with_hash_in(_of_others(rows, scored), scored, _hash)
+    others = _of_others(rows, scored)
+    seen |= _with_hash_in(others, scored, _hash)
     # A patient of the dataset whose cases are not scored may have been seen.
     return sorted(seen & _subjects(scored))
 
@@ -136,7 +138,7 @@ def _with_hash_in(
 
 
 def _earlier_hash(image: Path) -> str:
-    """Return the hash by the earlier rule, where it is another one; else ""."""
+    """Return the hash by the earlier rule; "" if today's is the same or the scan unreadable."""
     try:
         scan = load_scan(image)
     except ScanError:

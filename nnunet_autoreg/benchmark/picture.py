@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_autoreg.benchmark.folds import merged_folds, shown_split
 from nnunet_autoreg.benchmark.protocol import OWN_PREFIX, PRETRAINED, SCRATCH, STOCK
 from nnunet_autoreg.benchmark.split import SPLITS
-from nnunet_autoreg.benchmark.statistics import mean_interval
+from nnunet_autoreg.benchmark.statistics import Difference, mean_interval
 from nnunet_autoreg.benchmark.table import TableRow, rows_of
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import (
@@ -38,10 +38,13 @@ STYLE_OF_ARM = {
     STOCK: STOCK_TRAINING,
 }
 STYLES_OF_TWINS = (FROM_BASELINE, *SERIES[4:])
-"""Of arms with other objectives, in the order in which they are shown."""
+"""Styles of arms with other objectives, in the order in which they are shown."""
 
 LEAST_SPAN = 0.1
-"""Of an axis of Dice, so that differences within noise do not fill the picture."""
+"""Smallest span of an axis of Dice, so that differences within noise do not fill the picture."""
+
+Name = tuple[str, str]
+"""Encoder and arm of a series."""
 
 
 def draw(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -92,20 +95,21 @@ def draw_curve(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> No
     labels = sorted({row.key.labels for row in rows})
     span = labels[-1] - labels[0] or labels[0]
 
-    figure = Figure(figsize=(max(6.0, 1.5 + 3.6 * len(lengths)), 4.8), layout="constrained")
+    width = max(6.0, 1.5 + 3.6 * len(lengths))
+    figure = Figure(figsize=(width, 4.8), layout="constrained")
     panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
     for axis, steps in zip(panels, lengths, strict=True):
+        # One entry of the legend serves all panels.
+        is_named = steps == lengths[0]
         for name in names:
-            series = [row for row in rows if (row.key.encoder, row.key.arm) == name]
-            series = [row for row in series if row.key.steps == steps]
-            # One entry of the legend serves all panels.
-            _draw_curve_of(axis, series, names, 0.02 * span, is_named=steps == lengths[0])
+            series = [row for row in rows if _name_of(row) == name and row.key.steps == steps]
+            _draw_curve_of(axis, series, names, 0.02 * span, is_named)
         axis.set(xticks=labels, xlabel="labelled patients", title=counted(steps, "step"))
         axis.set_xlim(labels[0] - 0.15 * span, labels[-1] + 0.15 * span)
         axis.minorticks_off()
         _plain(axis)
 
-    # The axis is shared, so widening one panel widens all.
+    # The axis is shared, so that widening one panel widens all.
     panels[0].set_ylabel("Dice (bars: 95 % over patients and seeds)")
     widen(panels[0])
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -117,33 +121,33 @@ def draw_curve(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> No
 def _draw_curve_of(
     axis: Any,
     rows: Sequence[TableRow],
-    names: Sequence[tuple[str, str]],
+    names: Sequence[Name],
     spacing: float,
     is_named: bool,
 ) -> None:
     """Draw one series: a point with its interval for each number of labels, joined by a line.
 
     Args:
-        spacing: between the series, in labelled patients, so that their bars can be told apart.
+        spacing: distance between the series, in labelled patients, so that their bars do not
+            overlap.
     """
-    points = []
+    labels, means, below, above = [], [], [], []
     for row in sorted(rows, key=lambda row: row.key.labels):
         dice = mean_interval(row.lines)
         if dice is not None:
-            points.append((row, dice))
-    if not points:
+            labels.append(row.key.labels)
+            means.append(dice.mean)
+            lower, upper = _bar(dice)
+            below.append(lower)
+            above.append(upper)
+    if not labels:
         return
 
-    name = (points[0][0].key.encoder, points[0][0].key.arm)
-    encoder, arm = name
+    name = _name_of(rows[0])
+    _, arm = name
     shift = spacing * (names.index(name) - (len(names) - 1) / 2)
-    means = [dice.mean for _, dice in points]
-    below = [max(dice.mean - dice.over_both[0], 0.0) for _, dice in points]
-    above = [max(dice.over_both[1] - dice.mean, 0.0) for _, dice in points]
-
-    label = arm if encoder == "-" else f"{arm}, {encoder.removeprefix(OWN_PREFIX)}"
     axis.errorbar(
-        [row.key.labels + shift for row, _ in points],
+        [number + shift for number in labels],
         means,
         [below, above],
         linestyle=_style_of_arm(names, arm).dash,
@@ -151,46 +155,68 @@ def _draw_curve_of(
         elinewidth=1.0,
         capsize=3,
         markersize=6,
-        label=label if is_named else None,
+        label=_label(name) if is_named else None,
         **_style(names, name),
     )
 
 
 def _comparable(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the runs with the split and batch of the last line, regardless of their length.
+    """Return the runs with the split and batch of the last line, of any length.
 
     Of each encoder, only those with the recipe of its last line. Folds are joined.
     """
-    split, batch = shown_split(lines[-1]["split"]), lines[-1]["batch"]
+    last = lines[-1]
+    split = shown_split(last["split"])
     alike = []
     for line in merged_folds(lines):
-        if (line["split"], line["batch"]) == (split, batch):
+        if line["split"] == split and line["batch"] == last["batch"]:
             alike.append(line)
+
     last_recipe = {line["encoder"]: line["recipe"] for line in alike}
     return [line for line in alike if line["recipe"] == last_recipe[line["encoder"]]]
 
 
 def _heading(title: str, shown: Sequence[Mapping[str, Any]]) -> str:
     """Return the title of a picture: how many patients are scored, how often, and how."""
-    first = shown[0]
-    patients = {str(subject) for line in shown for subject in line["subjects"].values()}
-    seeds = {line["seed"] for line in shown}
-    split = first["split"] if first["split"] not in SPLITS else f"{first['split']} patients"
-    batch = counted(first["batch"], "patch")
-    return (
-        f"{title}: n = {counted(len(patients), 'patient')} scored, {counted(len(seeds), 'seed')}\n"
-        f"{split}, steps of {batch}"
-    )
+    patients: set[str] = set()
+    for line in shown:
+        patients.update(str(subject) for subject in line["subjects"].values())
+    num_patients = counted(len(patients), "patient")
+    num_seeds = counted(len({line["seed"] for line in shown}), "seed")
+
+    split = shown[0]["split"]
+    if split in SPLITS:
+        split = f"{split} patients"
+    batch = counted(shown[0]["batch"], "patch")
+    return f"{title}: n = {num_patients} scored, {num_seeds}\n{split}, steps of {batch}"
 
 
-def _names(rows: Sequence[TableRow]) -> list[tuple[str, str]]:
-    """Return (encoder, arm) of every series, in the order of the table."""
-    return list(dict.fromkeys((row.key.encoder, row.key.arm) for row in rows))
+def _name_of(row: TableRow) -> Name:
+    return row.key.encoder, row.key.arm
+
+
+def _names(rows: Sequence[TableRow]) -> list[Name]:
+    """Return the name of every series once, in the order of the table."""
+    names = [_name_of(row) for row in rows]
+    return list(dict.fromkeys(names))
+
+
+def _label(name: Name) -> str:
+    """Return a series' entry of the legend."""
+    encoder, arm = name
+    return arm if encoder == "-" else f"{arm}, {encoder.removeprefix(OWN_PREFIX)}"
+
+
+def _bar(difference: Difference) -> tuple[float, float]:
+    """Return how far an interval reaches below and above its mean."""
+    low, high = difference.over_both
+    # Rounding may put the ends of an interval of no width on the wrong side of its mean.
+    return max(difference.mean - low, 0.0), max(high - difference.mean, 0.0)
 
 
 def _position(
-    names: Sequence[tuple[str, str]],
-    name: tuple[str, str],
+    names: Sequence[Name],
+    name: Name,
     labels: Sequence[int],
     num_labels: int,
 ) -> float:
@@ -200,15 +226,16 @@ def _position(
     return labels.index(num_labels) + 0.7 * offset
 
 
-def _style_of_arm(names: Sequence[tuple[str, str]], arm: str) -> Style:
+def _style_of_arm(names: Sequence[Name], arm: str) -> Style:
     """Return the style of an arm; arms with other objectives get theirs in the order of names."""
     if arm in STYLE_OF_ARM:
         return STYLE_OF_ARM[arm]
-    twins = list(dict.fromkeys(other for _, other in names if other not in STYLE_OF_ARM))
+    others = [other for _, other in names if other not in STYLE_OF_ARM]
+    twins = list(dict.fromkeys(others))  # each once
     return STYLES_OF_TWINS[twins.index(arm) % len(STYLES_OF_TWINS)]
 
 
-def _style(names: Sequence[tuple[str, str]], name: tuple[str, str]) -> dict[str, Any]:
+def _style(names: Sequence[Name], name: Name) -> dict[str, Any]:
     """Return the colour and marker of the arm; how the marker is filled shows the encoder."""
     encoder, arm = name
     style = _style_of_arm(names, arm)
@@ -230,12 +257,11 @@ def _draw_dice(
     """Draw the score of every seed as a point and their mean as a bar."""
     names = _names(rows)
     for name in names:
-        encoder, arm = name
         style = _style(names, name)
 
         for row in rows:
             scores = row.surface_dice if is_surface else row.dice
-            if (row.key.encoder, row.key.arm) != name or not scores:
+            if _name_of(row) != name or not scores:
                 continue
             x = _position(names, name, labels, row.key.labels)
             mean = np.mean(scores)
@@ -244,17 +270,10 @@ def _draw_dice(
 
         # One entry of the legend serves all panels.
         if not is_surface:
-            label = arm if encoder == "-" else f"{arm}, {encoder.removeprefix(OWN_PREFIX)}"
-            axis.plot([], [], linestyle="", label=label, **style)
+            axis.plot([], [], linestyle="", label=_label(name), **style)
 
-    kind = "Surface Dice" if is_surface else "Dice"
-    axis.set(
-        xticks=range(len(labels)),
-        xticklabels=labels,
-        xlabel="labelled patients",
-        ylabel=f"{kind} (points: seeds, bars: mean)",
-    )
-    axis.set_xlim(-0.5, len(labels) - 0.5)
+    _show_labels(axis, labels)
+    axis.set_ylabel(f"{_score(is_surface)} (points: seeds, bars: mean)")
     widen(axis)
     _plain(axis)
 
@@ -266,47 +285,61 @@ def _draw_differences(
     is_surface: bool,
 ) -> None:
     """Draw the differences to scratch or, if there are no such pairs, to stock."""
-    to = "scratch"
-    pairs = []
-    for row in rows:
-        difference = row.surface_to_scratch if is_surface else row.to_scratch
-        if difference is not None:
-            pairs.append((row, difference))
-
+    other = SCRATCH
+    pairs = _pairs(rows, other, is_surface)
     if not pairs:
-        to = STOCK
-        for row in rows:
-            difference = row.surface_to_stock if is_surface else row.to_stock
-            if difference is not None:
-                pairs.append((row, difference))
+        other = STOCK
+        pairs = _pairs(rows, other, is_surface)
 
-    kind = "Surface Dice" if is_surface else "Dice"
+    # Series without a pair take no room, but all series have the styles of the other panel.
     names = _names([row for row, _ in pairs])
+    all_names = _names(rows)
     for row, difference in pairs:
-        name = (row.key.encoder, row.key.arm)
-        low, high = difference.over_both
-        # Rounding may put the ends of an interval of no width on the wrong side of its mean.
-        below, above = max(difference.mean - low, 0.0), max(high - difference.mean, 0.0)
+        name = _name_of(row)
+        below, above = _bar(difference)
         axis.errorbar(
             _position(names, name, labels, row.key.labels),
             difference.mean,
             [[below], [above]],
             capsize=3,
             markersize=5,
-            **_style(_names(rows), name),
+            **_style(all_names, name),
         )
+
     axis.axhline(0, color=SOFT, linewidth=0.8)
-    axis.set(
-        xticks=range(len(labels)),
-        xticklabels=labels,
-        xlabel="labelled patients",
-        ylabel=f"{kind} minus {to} (bars: 95 %)",
-    )
-    axis.set_xlim(-0.5, len(labels) - 0.5)
+    _show_labels(axis, labels)
+    axis.set_ylabel(f"{_score(is_surface)} minus {other} (bars: 95 %)")
     if not pairs:
         axis.text(0.5, 0.6, "no pairs yet", transform=axis.transAxes, ha="center")
     widen(axis, is_score=False)
     _plain(axis)
+
+
+def _pairs(
+    rows: Sequence[TableRow],
+    other: str,
+    is_surface: bool,
+) -> list[tuple[TableRow, Difference]]:
+    """Return the rows that have a difference to the other arm, each with that difference."""
+    pairs = []
+    for row in rows:
+        if other == SCRATCH:
+            difference = row.surface_to_scratch if is_surface else row.to_scratch
+        else:
+            difference = row.surface_to_stock if is_surface else row.to_stock
+        if difference is not None:
+            pairs.append((row, difference))
+    return pairs
+
+
+def _score(is_surface: bool) -> str:
+    return "Surface Dice" if is_surface else "Dice"
+
+
+def _show_labels(axis: Any, labels: Sequence[int]) -> None:
+    """Let the x axis have one tick for each number of labels."""
+    axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="labelled patients")
+    axis.set_xlim(-0.5, len(labels) - 0.5)
 
 
 def widen(axis: Any, is_score: bool = True) -> None:

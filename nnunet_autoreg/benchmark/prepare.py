@@ -93,8 +93,11 @@ class Record:
 
     def division_for(self, split: str) -> Division:
         """Return the division of a run's split: that of its fold, or the one of the folder."""
-        fold = fold_of_split(split)
-        return self.division if fold is None else divide_for_fold(self.subjects, *fold)
+        fold_and_number = fold_of_split(split)
+        if fold_and_number is None:
+            return self.division
+        fold, num_folds = fold_and_number
+        return divide_for_fold(self.subjects, fold, num_folds)
 
     def scored(self, split: str) -> tuple[str, ...]:
         """Return the cases that a split scores; a cross-validation scores all of them."""
@@ -112,9 +115,11 @@ class Record:
         return labelled(division, self.subjects, num_labels, seed, self.label_unit)
 
     def num_available(self, split: str) -> int:
-        """Return how many labelled patients (in old folders: cases) the pool of a split has."""
+        """Return the number of labelled patients (in old folders: cases) in the pool of a split."""
         pool = self.division_for(split).pool
-        return len({self.subjects[case] for case in pool} if self.label_unit == PATIENTS else pool)
+        if self.label_unit == PATIENTS:
+            return len({self.subjects[case] for case in pool})
+        return len(pool)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class Bench:
     Attributes:
         images: case -> image files.
         user_preprocessed, user_results: nnU-Net's folders of the caller.
-        ids: what cases and patients are called in results.
+        ids: ids of cases and patients in results.
     """
 
     request: BenchmarkRequest
@@ -162,10 +167,10 @@ def open_record(
     cases: Sequence[str],
     dataset: Path | None = None,
 ) -> Record:
-    """Return the record of ``root``, made if it is not there yet.
+    """Return the record of ``root``. It is made if it does not exist yet.
 
     Args:
-        dataset: folder of the raw dataset, where a ``cases.csv`` may name the patients.
+        dataset: folder of the raw dataset, in which ``cases.csv`` may name the patients.
 
     Raises:
         UsageError: the folder holds other things, or a benchmark of another dataset.
@@ -198,7 +203,7 @@ def open_record(
             )
         return replace(record, dataset=request.dataset)
 
-    # A new folder. Another benchmark may be waiting for its lock, which is not content.
+    # A new folder. It may hold the lock of another benchmark that is waiting for it.
     if root.is_dir() and any(path.name != ".lock" for path in root.iterdir()):
         raise UsageError(
             f"-o {root}: is neither empty nor a benchmark's folder; name a new one",
@@ -215,7 +220,7 @@ def open_record(
 
 
 def with_labels(request: BenchmarkRequest, record: Record) -> BenchmarkRequest:
-    """Return the request with numbers of labels that the pool has.
+    """Return the request with numbers of labels that the pool is large enough for.
 
     Raises:
         UsageError: a number that the user gave cannot be drawn.
@@ -223,7 +228,7 @@ def with_labels(request: BenchmarkRequest, record: Record) -> BenchmarkRequest:
     # The smallest pool decides; every seed can draw as many.
     smallest = min(request.splits, key=record.num_available)
     for number in request.labels:
-        record.labelled(number, 0, smallest)  # called for its error
+        record.labelled(number, 0, smallest)  # raises an error if the pool is too small
     if request.labels:
         return request
 
@@ -236,7 +241,7 @@ def _read_record(file: Path) -> Record:
     """Return the record of a file, with the names of its cases and patients.
 
     Raises:
-        UsageError: the private file beside it, which says who is who, is missing or damaged.
+        UsageError: the private file beside it, which holds the names, is missing or damaged.
     """
     record = from_jsonable(Record, read_json(file), str(file))
     if not record.has_ids:
@@ -248,32 +253,35 @@ def _read_record(file: Path) -> Record:
 
 
 def _translated(record: Record, ids: PublicIds) -> Record:
-    """Return a record that calls the dataset by its number, and everybody by other names."""
+    """Return a record with the dataset's number, and with other names of cases and patients."""
 
     def translated(cases: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(ids.of_case(case) for case in cases))
 
-    division = record.division
-    return replace(
-        record,
-        dataset=public_dataset(record.dataset),
-        subjects={
-            ids.of_case(case): ids.of_patient(patient) for case, patient in record.subjects.items()
-        },
-        division=Division(
-            translated(division.pool),
-            translated(division.development),
-            translated(division.test),
-        ),
+    subjects = {}
+    for case, patient in record.subjects.items():
+        subjects[ids.of_case(case)] = ids.of_patient(patient)
+
+    division = Division(
+        translated(record.division.pool),
+        translated(record.division.development),
+        translated(record.division.test),
     )
+    dataset = public_dataset(record.dataset)
+    return replace(record, dataset=dataset, subjects=subjects, division=division)
 
 
 def write_exclude(layout: BenchmarkFolders, record: Record, split: str) -> None:
     """Write the list of the cases that no pretraining may see."""
-    kept_out = (*record.division.development, *record.division.test)
-    names = sorted(record.subjects if split == CROSS_VALIDATION else kept_out)
-    lines = [f"{layout.dataset}/{name}\n" for name in names]
-    write_text(layout.exclude, EXCLUDE_HEADER + "".join(lines))
+    if split == CROSS_VALIDATION:
+        cases = list(record.subjects)
+    else:
+        cases = [*record.division.development, *record.division.test]
+
+    text = EXCLUDE_HEADER
+    for case in sorted(cases):
+        text += f"{layout.dataset}/{case}\n"
+    write_text(layout.exclude, text)
 
 
 def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
@@ -285,18 +293,20 @@ def prepare(bench: Bench, keys: Sequence[RunKey]) -> None:
     bench.layout.make()
 
     # Weights: the user's or the benchmark's own, and their twins with other objectives.
-    with_weights = [key for key in keys if key.arm != STOCK]
-    for family in sorted({key.encoder for key in with_weights}):
+    ours = [key for key in keys if key.arm != STOCK]
+    for family in sorted({key.encoder for key in ours}):
         ensure_weights(bench, family)
 
-    for family, arm in sorted({(key.encoder, key.arm) for key in with_weights}):
+    for family, arm in sorted({(key.encoder, key.arm) for key in ours}):
         if arm in twin_arms():
             ensure_twin(bench, family, arm)
 
     # No pretraining may have seen a scored patient.
     scored_cases = bench.record.scored(bench.request.split)
     scored = Scored(bench.request.dataset, bench.record.subjects, scored_cases, bench.images)
-    for name in sorted({weights_of(key) or key.encoder for key in with_weights}):
+    # The arm from random weights has the plan of its encoder's pretraining.
+    names = {weights_of(key) or key.encoder for key in ours}
+    for name in sorted(names):
         pin(bench, name)
         warning = check_pretraining(bench.layout.pretraining(name), scored, bench.layout.exclude)
         if warning:
@@ -326,10 +336,10 @@ class ExpectedPretraining:
 
 
 def expected_pretrainings(bench: Bench) -> list[ExpectedPretraining]:
-    """Return the pretrainings that are missing, planned and timed on this machine.
+    """Return the missing pretrainings with their steps, and with their time on this machine.
 
-    The benchmark's own are planned by a dry run. A twin has the steps of the run that it repeats.
-    Its step may take a somewhat different time.
+    The benchmark's own are planned by a dry run. A twin has as many steps as the run that it
+    repeats, but its step may take a somewhat different time.
     """
     request = bench.request
     expected: list[ExpectedPretraining] = []
@@ -351,19 +361,22 @@ def expected_pretrainings(bench: Bench) -> list[ExpectedPretraining]:
                     _pretrain(bench, family, [*_own_arguments(bench, family), "--dry-run"])
                 expected.append(_expected(bench, family, folder))
 
-        for arm in [arm for arm in request.arms if arm in twin_arms()]:
+        for arm in request.arms:
+            if arm not in twin_arms():
+                continue
             name = twin_name(family, arm)
-            theirs = bench.user_results / RUNS_FOLDER / name
-            cards = (theirs / CARD_NAME, bench.layout.pretraining(name) / CARD_NAME)
-            is_there = any(card.is_file() for card in cards)
-            if not is_there and (folder / "plan.json").is_file():
+            card_of_user = bench.user_results / RUNS_FOLDER / name / CARD_NAME
+            own_card = bench.layout.pretraining(name) / CARD_NAME
+            is_finished = card_of_user.is_file() or own_card.is_file()
+            if not is_finished and (folder / "plan.json").is_file():
                 expected.append(_expected(bench, name, folder))
     return expected
 
 
 def _expected(bench: Bench, name: str, folder: Path) -> ExpectedPretraining:
-    """Return how long a pretraining will take by the plan in ``folder``."""
-    plan = from_jsonable(Plan, read_json(folder / "plan.json"), str(folder / "plan.json"))
+    """Return the length and duration of a pretraining by the plan in ``folder``."""
+    plan_file = folder / "plan.json"
+    plan = from_jsonable(Plan, read_json(plan_file), str(plan_file))
     seconds = expected_seconds(plan, bench.commands.device)
     return ExpectedPretraining(name, plan.optim.num_steps, seconds)
 
@@ -388,7 +401,7 @@ def ensure_weights(bench: Bench, family: str) -> None:
 def _own_arguments(bench: Bench, family: str) -> list[str]:
     """Return the arguments of ``autoreg_pretrain`` for the benchmark's own pretraining."""
     request = bench.request
-    encoder = dict(zip(request.families, request.encoders, strict=True))[family]
+    encoder = request.encoders[request.families.index(family)]
     arguments = ["-d", request.dataset, "--encoder", encoder]
     arguments += ["--exclude", str(bench.layout.exclude)]
     if request.pretrain_steps:
@@ -409,9 +422,9 @@ def ensure_twin(bench: Bench, family: str, objective: str) -> None:
             belongs to its own objective.
     """
     name = twin_name(family, objective)
-    theirs = bench.user_results / RUNS_FOLDER / name
-    if (theirs / CARD_NAME).is_file():
-        _link(bench, theirs, name)
+    run_of_user = bench.user_results / RUNS_FOLDER / name
+    if (run_of_user / CARD_NAME).is_file():
+        _link(bench, run_of_user, name)
         return
 
     plan_file = bench.layout.pretraining(family) / "plan.json"
@@ -432,7 +445,7 @@ def ensure_twin(bench: Bench, family: str, objective: str) -> None:
             code="benchmark-no-twin",
         )
 
-    # The plan may be shared, so the paths of its request are in the run's private file.
+    # The plan may be shared, so that the paths of its request are in the run's private file.
     request = show_paths(plan["request"], PATH_FIELDS, plan_file.parent)
     arguments = retyped(request, int(plan["optim"]["num_steps"]), objective)
     _pretrain(bench, name, [*arguments, "--objective", objective])
@@ -462,9 +475,11 @@ def retyped(request: Mapping[str, Any], num_steps: int, objective: str) -> list[
     arguments = ["--steps", str(num_steps)]
     for key, flag in flags.items():
         value = request.get(key)
-        if value not in (None, "", [], ()):
-            values = value if isinstance(value, list) else [value]
-            arguments += [flag, *(str(one) for one in values)]
+        if value in (None, "", [], ()):
+            continue
+        values = value if isinstance(value, list) else [value]
+        arguments.append(flag)
+        arguments += [str(one) for one in values]
 
     if request.get("split_4d"):
         arguments.append("--split-4d")
@@ -474,8 +489,10 @@ def retyped(request: Mapping[str, Any], num_steps: int, objective: str) -> list[
     for setting in request.get("settings", []):
         key = setting.partition("=")[0]
         is_unknown = key.startswith("objective.") and key not in known
-        if not is_unknown and not setting.startswith(OWN_REQUEST_KEYS):
+        belongs_to_objective = setting.startswith(OWN_REQUEST_KEYS)
+        if not is_unknown and not belongs_to_objective:
             settings.append(setting)
+
     if settings:
         arguments += ["--set", *settings]
     return arguments
@@ -517,7 +534,7 @@ def pin(bench: Bench, name: str) -> None:
 
 
 def ensure_plans(bench: Bench, keys: Sequence[RunKey]) -> None:
-    """Make nnU-Net's plans and ours, preprocess the cases by each, then write the plans of runs."""
+    """Make nnU-Net's plans and ours, preprocess the cases by them, and write the plans of runs."""
     if any(key.arm == STOCK for key in keys):
         _once(bench, STOCK_PLANS, ["-pl", "ExperimentPlanner"], {})
 
@@ -537,13 +554,14 @@ def _once(
     arguments: Sequence[str],
     changes: Mapping[str, object],
 ) -> None:
-    """Plan and preprocess, unless a mark says that this was done."""
+    """Plan and preprocess, unless a marker file shows that this was done."""
     done = bench.layout.root / "done" / plans
     if done.is_file():
         return
 
     # This command takes numbers only.
-    number = str(int(bench.request.dataset.removeprefix("Dataset").split("_")[0]))
+    digits = bench.request.dataset.removeprefix("Dataset").split("_")[0]
+    number = str(int(digits))
     processes = str(bench.num_processes)
     line = ["nnUNetv2_plan_and_preprocess", "-d", number, *arguments, "-c", CONFIGURATION]
     line += ["-np", processes, "-npfp", processes]
@@ -605,7 +623,8 @@ def planned_batch(bench: Bench, keys: Sequence[RunKey]) -> int:
     batches = []
     for name in sorted(names):
         plans = read_object(bench.layout.plans / f"{name}.json", ("configurations",))
-        batches.append(int(plans["configurations"][CONFIGURATION]["batch_size"]))
+        configuration = plans["configurations"][CONFIGURATION]
+        batches.append(int(configuration["batch_size"]))
     return min(batches)
 
 
@@ -621,5 +640,6 @@ def surface_tolerance_mm(bench: Bench) -> float | None:
     file = bench.layout.plans / "dataset_fingerprint.json"
     if not file.is_file():
         return None
-    edges = [float(min(spacing)) for spacing in read_object(file, ("spacings",))["spacings"]]
+    spacings = read_object(file, ("spacings",))["spacings"]
+    edges = [float(min(spacing)) for spacing in spacings]
     return round(statistics.median(edges), 3)

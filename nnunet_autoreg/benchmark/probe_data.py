@@ -26,19 +26,19 @@ from nnunet_autoreg.records import read_object
 log = logging.getLogger(__name__)
 
 MASK_BELOW = 0.75
-"""As nnU-Net: intensities are normalised inside the non-zero mask if cropping to it saves this
-much.
+"""As nnU-Net does: if cropping to the non-zero voxels leaves less than this share of the volume,
+intensities are normalised inside them.
 """
 
 MOST_VOXELS = 200**3
-"""Of a scan: its features at full resolution have to fit into memory."""
+"""Largest number of voxels of a scan, whose features at full resolution have to fit into memory."""
 
 NUM_SCANS_FOR_SPACING = 50
 
 
 @dataclass(frozen=True)
 class DatasetLabels:
-    """What ``dataset.json`` says.
+    """The content of ``dataset.json`` that the probe uses.
 
     Attributes:
         channel_names: names of the channels, in the order of the files.
@@ -79,7 +79,9 @@ def read_labels(dataset: Path) -> DatasetLabels:
             )
         if label != 0 and name != "ignore":
             structures[label] = str(name)
-    return DatasetLabels(names, structures, str(content.get("file_ending", ".nii.gz")))
+
+    ending = str(content.get("file_ending", ".nii.gz"))
+    return DatasetLabels(names, structures, ending)
 
 
 def common_spacing(images: Mapping[str, Sequence[Path]]) -> Spacing:
@@ -87,7 +89,10 @@ def common_spacing(images: Mapping[str, Sequence[Path]]) -> Spacing:
     # The headers of some scans, spread over all of them, are enough for a median.
     names = sorted(images)
     step = max(1, len(names) // NUM_SCANS_FOR_SPACING)
-    spacings = [read_scan(images[name][0]).spacing_mm for name in names[::step]]
+    spacings = []
+    for name in names[::step]:
+        first_image = read_scan(images[name][0])
+        spacings.append(first_image.spacing_mm)
     return as_spacing(np.median(np.array(spacings), axis=0))
 
 
@@ -103,8 +108,8 @@ def load_cases(
     """Read, crop, normalise and resample scans as nnU-Net does, and their labels with them.
 
     Raises:
-        UsageError: a scan is too large at this spacing, or CT and there is no window.
-        PlanError: a scan vanishes at this spacing.
+        UsageError: a scan is too large at this spacing, or it is CT and there is no window.
+        PlanError: a scan would have no voxels at this spacing.
     """
     cases = []
     for name in names:
@@ -140,7 +145,7 @@ def _load(
         )
 
     # The labels are cropped with the image. Voxels outside the mask come back as -1: background.
-    cropped, truth_1ZYX, _ = crop_to_nonzero(stack_CZYX.astype(np.float32), truth_1ZYX)
+    cropped_CZYX, truth_1ZYX, _ = crop_to_nonzero(stack_CZYX.astype(np.float32), truth_1ZYX)
     truth_1ZYX = np.maximum(truth_1ZYX, 0)
 
     scheme = scheme_of("CT") if labels.is_ct else scheme_of("MR")
@@ -151,7 +156,8 @@ def _load(
             code="probe-no-ct-window",
         )
 
-    use_mask = not labels.is_ct and volume(cropped.shape) < MASK_BELOW * volume(stack_CZYX.shape)
+    saves_much = volume(cropped_CZYX.shape) < MASK_BELOW * volume(stack_CZYX.shape)
+    use_mask = not labels.is_ct and saves_much
     image_CZYX = crop_resample_normalise(
         stack_CZYX,
         source_mm,
@@ -170,6 +176,7 @@ def _load(
         spacing_mm,
         **settings,
     )
+
     # An ignored label has the highest number. The probe counts it as background.
     truth_ZYX = np.asarray(truth_1ZYX[0], dtype=np.int16)
     truth_ZYX[truth_ZYX >= labels.num_classes] = 0

@@ -20,7 +20,7 @@ from nnunet_autoreg.model.sizes import ENCODERS, suited_to
 
 ENCODER_LEVELS, ALL_LEVELS = "encoder", "encoder + decoder"
 TRANSFORMER_DEPTHS = (1 / 3, 2 / 3, 1.0)
-"""Which layers of a transformer are read, as shares of its depth."""
+"""Depths of the transformer layers that are read, as shares of the number of layers."""
 
 EXPECTED_SHARE = 0.95
 """Share of the encoder's parameters that must come from the weights file."""
@@ -94,7 +94,7 @@ def find_encoder(results: Path | None, wanted: str, spacing_mm: Spacing) -> Enco
     Raises:
         WeightsError: there is no such run or file, or it cannot be read.
     """
-    # A run may have the name of an encoder, and then it is meant.
+    # If a run has the name of an encoder, the run is meant.
     is_run = results is not None and (results / RUNS_FOLDER / wanted).is_dir()
     if wanted in ENCODERS and not is_run:
         size = suited_to(ENCODERS[wanted], spacing_mm)
@@ -109,10 +109,10 @@ def find_encoder(results: Path | None, wanted: str, spacing_mm: Spacing) -> Enco
 
 @dataclass
 class FrozenNetwork:
-    """Computes the feature maps of an encoder, and of its decoder where it is a CNN.
+    """Computes the feature maps of an encoder, and of its decoder if it is a CNN.
 
     Attributes:
-        encoder: what is probed.
+        encoder: the encoder that is probed.
         largest_shape: largest shape of all scans; a transformer is built for it, since its
             positions are fixed.
         channel_names: channel names of the scans.
@@ -150,14 +150,14 @@ class FrozenNetwork:
             num_all = num_encoder + len(self.network.decoder.stages)
         else:
             num_encoder = num_all = 1 + len(TRANSFORMER_DEPTHS)
-        indices = {ENCODER_LEVELS: range(num_encoder), ALL_LEVELS: range(num_all)}
-        return {name: indices[name] for name in self.encoder.level_names}
+        indices_of = {ENCODER_LEVELS: range(num_encoder), ALL_LEVELS: range(num_all)}
+        return {name: indices_of[name] for name in self.encoder.level_names}
 
     def features(self, image: NDArray[np.float32]) -> list[Tensor]:
         """Return feature maps (V, z, y, x) of an image (Z, Y, X) or (channels, Z, Y, X)."""
         num_channels = len(self.channel_names)
-        volume_1CZYX = torch.from_numpy(image).reshape(1, num_channels, *image.shape[-3:])
-        volume_1CZYX = volume_1CZYX.to(self.device)
+        shape = (1, num_channels, *image.shape[-3:])
+        volume_1CZYX = torch.from_numpy(image).reshape(shape).to(self.device)
         if not self.encoder.architecture.is_cnn:
             return self._transformer_maps(volume_1CZYX)
 
@@ -176,17 +176,19 @@ class FrozenNetwork:
         is_vit = family_of(self.encoder.architecture.class_path) == VIT
         layers = self.network.model.layers if is_vit else self.network.eva.blocks
         tokenizer = self.network.model.patchifier if is_vit else self.network.down_projection
-        indices = [max(0, round(share * len(layers)) - 1) for share in TRANSFORMER_DEPTHS]
-        chosen = [layers[index] for index in indices]
+        chosen = []
+        for share in TRANSFORMER_DEPTHS:
+            index = max(0, round(share * len(layers)) - 1)
+            chosen.append(layers[index])
         tokenized, *read = _outputs_of([tokenizer, *chosen], lambda: self.network(volume_1CZYX))
 
         grid = grid_of(self.built_for, self.token_size)
         num_tokens = volume(grid)
-        maps = [tokenized[0]]
+        maps = [tokenized[0]]  # (V, z, y, x)
         for tokens_1TV in read:
             # START and register tokens come before those of the image.
             tokens_NV = tokens_1TV[0, -num_tokens:]
-            maps.append(tokens_NV.T.reshape(-1, *grid))
+            maps.append(tokens_NV.T.reshape(-1, *grid))  # (V, z, y, x)
         return maps
 
 

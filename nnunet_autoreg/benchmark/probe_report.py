@@ -78,14 +78,16 @@ def as_json(
 
     Args:
         ids: what scans and patients are called in it.
-        context: what all lines of a command share.
+        context: the content that all lines of a command share.
     """
     result = line.result
-    named = {structures[label]: round(v, 5) for label, v in result.dice_of_structure.items()}
+
+    def named(dices: Mapping[int, float]) -> dict[str, float]:
+        return {structures[label]: round(dice, 5) for label, dice in dices.items()}
+
     of_patient = {}
-    for patient, found in result.dice_of_patient.items():
-        rounded = {structures[label]: round(value, 5) for label, value in found.items()}
-        of_patient[ids.of_patient(patient)] = rounded
+    for patient, dices in result.dice_of_patient.items():
+        of_patient[ids.of_patient(patient)] = named(dices)
 
     content = {
         "encoder": line.encoder,
@@ -95,7 +97,7 @@ def as_json(
         "labels": result.num_labels,
         "draw": result.draw,
         "dice": round(result.dice, 5) if math.isfinite(result.dice) else None,
-        "dice_per_structure": named,
+        "dice_per_structure": named(result.dice_of_structure),
         "dice_per_patient": of_patient,
         "labelled": sorted(ids.of_case(name) for name in result.labelled),
         **context,
@@ -128,33 +130,31 @@ def rows_of(lines: Sequence[ProbeLine]) -> list[ProbeRow]:
     rows = []
     for (encoder, architecture, levels, num_labels), members in groups.items():
         # Draw by draw, the same patients are labelled for the twin with random weights.
-        dice_of_draw = dice_by_draw((line.result.draw, line.result.dice) for line in members)
+        dice_of_draw = _dice_of_draws(members)
         to_random = None
         twins = groups.get((RANDOM, architecture, levels, num_labels))
         if twins and encoder != RANDOM:
-            random_of_draw = dice_by_draw((line.result.draw, line.result.dice) for line in twins)
+            random_of_draw = _dice_of_draws(twins)
             pairs = [dice_of_draw[draw] - random_of_draw[draw] for draw in dice_of_draw]
             to_random = t_interval(pairs)
 
-        num_seeds = len({line.seed for line in members})
-        dice = list(dice_of_draw.values())
         dice_by_structure: dict[int, list[float]] = {}
         for line in members:
             for label, value in line.result.dice_of_structure.items():
                 dice_by_structure.setdefault(label, []).append(value)
         of_structure = {label: float(np.mean(v)) for label, v in dice_by_structure.items()}
-        rows.append(
-            ProbeRow(
-                encoder,
-                architecture,
-                levels,
-                num_labels,
-                num_seeds,
-                dice,
-                to_random,
-                of_structure,
-            ),
+
+        row = ProbeRow(
+            encoder,
+            architecture,
+            levels,
+            num_labels,
+            num_seeds=len({line.seed for line in members}),
+            dice=list(dice_of_draw.values()),
+            to_random=to_random,
+            dice_of_structure=of_structure,
         )
+        rows.append(row)
     return rows
 
 
@@ -175,15 +175,16 @@ def table(lines: Sequence[ProbeLine], structures: Mapping[int, str]) -> str:
             f"{np.mean(row.dice):.3f} ({spread})",
             difference,
         ]
-        text.append(f"| {' | '.join(cells)} |")
+        text.append(_table_row(cells))
 
     # Structures are rows here, since there may be many.
-    columns = ["structure", *(f"{_name(row)}, {row.levels}, {row.num_labels}" for row in rows)]
-    text += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    columns = ["structure"]
+    columns += [f"{_name(row)}, {row.levels}, {row.num_labels}" for row in rows]
+    text += ["", _table_row(columns), "|---" * len(columns) + "|"]
     for label, name in structures.items():
         values = [row.dice_of_structure.get(label, math.nan) for row in rows]
         cells = [f"{value:.3f}" if math.isfinite(value) else "-" for value in values]
-        text.append(f"| {' | '.join([name, *cells])} |")
+        text.append(_table_row([name, *cells]))
 
     text += [
         "",
@@ -193,6 +194,10 @@ def table(lines: Sequence[ProbeLine], structures: Mapping[int, str]) -> str:
         "pretraining.",
     ]
     return "\n".join(text)
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def dice_by_draw(values: Iterable[tuple[int, float]]) -> dict[int, float]:
@@ -205,6 +210,10 @@ def dice_by_draw(values: Iterable[tuple[int, float]]) -> dict[int, float]:
     for draw, dice in values:
         found.setdefault(draw, []).append(dice)
     return {draw: float(np.mean(of_seeds)) for draw, of_seeds in sorted(found.items())}
+
+
+def _dice_of_draws(lines: Sequence[ProbeLine]) -> dict[int, float]:
+    return dice_by_draw((line.result.draw, line.result.dice) for line in lines)
 
 
 def _name(row: ProbeRow) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nnunet_autoreg.benchmark.dense_probe import ProbeCase, ProbeSettings, dense_probe, raw_voxels
@@ -21,11 +22,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Probed:
-    """What the encoders are probed on.
+    """The scans that encoders are probed on.
 
     Attributes:
         dataset: number of the raw dataset.
-        split: whose patients are scored.
+        split: the part of the dataset whose patients are scored.
         pool, scored: scans to label, and scans to score.
         spacing_mm: spacing to which they were resampled.
         ids: what scans and patients are called in the results.
@@ -47,7 +48,7 @@ def probe_all(
     device: torch.device,
     file: Path,
 ) -> list[ProbeLine]:
-    """Probe raw voxels and every encoder; append one JSON line per result to ``file`` at once."""
+    """Probe raw voxels and every encoder; append one JSON line per result to ``file``."""
     context: dict[str, Any] = {
         "dataset": probed.dataset,
         "split": probed.split,
@@ -58,7 +59,8 @@ def probe_all(
 
     # A transformer is built for the largest extent along every axis.
     cases = [*probed.pool, *probed.scored]
-    largest = as_size([max(case.image.shape[axis] for case in cases) for axis in (-3, -2, -1)])
+    shapes = np.array([case.image.shape[-3:] for case in cases])
+    largest = as_size(shapes.max(axis=0))
     num_classes = probed.labels.num_classes
     structures = probed.labels.structures
     lines: list[ProbeLine] = []
@@ -66,14 +68,14 @@ def probe_all(
     # Results are written as they come, so that a kill loses the current encoder only.
     with file.open("a", encoding="utf-8") as handle:
 
-        def keep(new: list[ProbeLine], what: str, start: float) -> None:
+        def keep(new: list[ProbeLine], shown_name: str, start: float) -> None:
             seconds = round(time.monotonic() - start, 1)
             for line in new:
                 text = as_json(line, structures, probed.ids, {**context, "seconds": seconds})
                 handle.write(text + "\n")
             handle.flush()
             lines.extend(new)
-            log.info("%s: %.0f s", what, seconds)
+            log.info("%s: %.0f s", shown_name, seconds)
 
         start = time.monotonic()
         results = dense_probe(raw_voxels, probed.pool, probed.scored, num_classes, settings)
@@ -93,6 +95,7 @@ def probe_all(
             )
             name = encoder.architecture.name
             seed = encoder.seed if encoder.file is None else None
-            what = f"{name}, '{encoder.name}'" if seed is None else f"{name}, random, seed {seed}"
-            keep([ProbeLine(encoder.name, name, seed, result) for result in results], what, start)
+            kind = f"'{encoder.name}'" if seed is None else f"random, seed {seed}"
+            new = [ProbeLine(encoder.name, name, seed, result) for result in results]
+            keep(new, f"{name}, {kind}", start)
     return lines

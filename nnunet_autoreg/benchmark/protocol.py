@@ -44,7 +44,7 @@ def twin_name(family: str, arm: str) -> str:
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What the user typed.
+    """The options that the user typed.
 
     Attributes:
         dataset: folder name of the raw dataset.
@@ -55,7 +55,7 @@ class BenchmarkRequest:
         pretrain_steps, pretrain_batch: number of steps and batch size of those pretrainings; None
             to have them planned.
         budget_min: minutes of training per run, one or several lengths; the steps follow from the
-            slowest arm. Empty where ``steps`` are given.
+            slowest arm. Empty if ``steps`` are given.
         steps: number of steps of a run, one or several lengths.
         num_folds: number of folds of ``--split cross-validation``.
         batch: patches per step, for all arms; None for the smallest of the plans.
@@ -109,7 +109,7 @@ class BenchmarkRequest:
             "--surface-tolerance": self.surface_tolerance_mm,
             "--pretrain-steps": self.pretrain_steps,
             "--pretrain-batch": self.pretrain_batch,
-            **{f"--labels {k}": k for k in self.labels},
+            **{f"--labels {number}": number for number in self.labels},
             **{f"--budget {minutes:g}": minutes for minutes in self.budget_min},
             **{f"--steps {steps}": steps for steps in self.steps},
         }
@@ -139,11 +139,13 @@ class BenchmarkRequest:
     @property
     def families(self) -> tuple[str, ...]:
         """Names of the pretrainings that are compared: the user's, or the benchmark's own."""
-        return self.weights or tuple(OWN_PREFIX + encoder for encoder in self.encoders)
+        if self.weights:
+            return self.weights
+        return tuple(OWN_PREFIX + encoder for encoder in self.encoders)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Splits of the runs: one for each fold, or the one that was asked for."""
+        """Splits of the runs: one for each fold, or the requested one."""
         if self.split != CROSS_VALIDATION:
             return (self.split,)
         return tuple(fold_name(fold, self.num_folds) for fold in range(self.num_folds))
@@ -158,7 +160,7 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
     """Return the changed values of the recipe, converted to their types.
 
     Raises:
-        UsageError: no "key=value", an unknown key or a value of the wrong type.
+        UsageError: a text without "key=value", an unknown key or a value of the wrong type.
     """
     found: dict[str, object] = {}
     for setting in settings:
@@ -170,7 +172,7 @@ def recipe_values(settings: tuple[str, ...]) -> dict[str, object]:
             )
         found[key] = literal(text)
 
-    # A recipe with these values is made to have keys, types and ranges checked as in a plan.
+    # A recipe is made of these values, so that keys, types and ranges are checked as in a plan.
     base = to_jsonable(Recipe(num_epochs=1, pretrained_rate=1e-3, scratch_rate=1e-3))
     try:
         changed = from_jsonable(Recipe, {**base, **found}, "--recipe")
@@ -189,9 +191,9 @@ def runs_of(request: BenchmarkRequest, lengths: Sequence[int], batch: int) -> It
     seeds = range(request.num_seeds)
     comparisons = product(seeds, sorted(lengths), request.labels, request.splits)
     for (seed, steps, labels, split), arm in product(comparisons, request.arms):
-        # nnU-Net as it comes has neither our encoders nor our recipe.
         encoders, recipe = request.families, request.recipe_word
         if arm == STOCK:
+            # Stock nnU-Net has neither our encoders nor our recipe.
             encoders, recipe = ("-",), ""
         for encoder in encoders:
             yield RunKey(arm, encoder, labels, seed, split, steps, batch, recipe)
@@ -230,7 +232,7 @@ class BenchmarkFolders:
             folder.mkdir(parents=True, exist_ok=True)
 
     def pretraining(self, name: str) -> Path:
-        """Return the folder of a pretraining; one of the user's is a link."""
+        """Return the folder of a pretraining; it is a link if the user made the pretraining."""
         return self.results / RUNS_FOLDER / name
 
     def run(self, key: RunKey) -> Path:
@@ -242,7 +244,9 @@ def weights_of(key: RunKey) -> str | None:
     """Return the pretraining whose weights a run starts from; None for random weights."""
     if key.arm == PRETRAINED:
         return key.encoder
-    return twin_name(key.encoder, key.arm) if key.arm in twin_arms() else None
+    if key.arm in twin_arms():
+        return twin_name(key.encoder, key.arm)
+    return None
 
 
 def plans_name(key: RunKey) -> str:

@@ -1,6 +1,6 @@
-"""Numbers that stand for cases and patients in results, because names may be those of people.
+"""Numbers that replace the names of cases and patients in results, since people may have them.
 
-Only ``paths_do_not_share.csv`` beside the results says who is who.
+Only ``paths_do_not_share.csv`` beside the results says which name belongs to which number.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,11 +16,11 @@ EXCLUDE_HEADER = "# Names of cases, for autoreg_pretrain --exclude. Do not share
 
 @dataclass(frozen=True)
 class PublicIds:
-    """What cases and patients are called in results.
+    """The ids of cases and patients in results.
 
     Attributes:
-        cases, patients: name -> id. A name without one stays as it is, which is so in the folders
-            of earlier versions.
+        cases, patients: name -> id. A name without an id is kept, as in the folders of earlier
+            versions.
     """
 
     cases: Mapping[str, str]
@@ -64,7 +64,8 @@ def assign_ids(folder: Path, patient_of: Mapping[str, str]) -> PublicIds:
     cases = _with_new(known.cases, patient_of, CASE)
     patients = _with_new(known.patients, patient_of.values(), PATIENT)
 
-    if (len(cases), len(patients)) != (len(known.cases), len(known.patients)):
+    has_new = len(cases) > len(known.cases) or len(patients) > len(known.patients)
+    if has_new:
         lines = [{"id": public, "case": name} for name, public in cases.items()]
         lines += [{"id": public, "name": name} for name, public in patients.items()]
         write_private(folder, lines)

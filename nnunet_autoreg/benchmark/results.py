@@ -14,7 +14,7 @@ RESULTS_NAME = "runs.jsonl"
 KEYS = ("arm", "encoder", "labels", "seed", "split", "steps", "batch", "recipe")
 
 UNEQUAL_COST = 0.1
-"""Arms whose pretrainings differ by more than this share of their FLOPs had no equal cost."""
+"""Pretrainings that differ by more than this share of their FLOPs were not of equal cost."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class RunKey:
-    """What makes two runs the same run.
+    """The properties that identify a run: two runs with an equal key are the same run.
 
     Attributes:
         arm: "pretrained", "scratch", "stock", or the objective of a twin of the pretraining.
         encoder: name of the weights whose plan it uses; "-" for stock.
-        labels: labelled patients asked for; in folders of older versions, cases.
+        labels: requested number of labelled patients; in folders of older versions, of cases.
         split: "development", "test", or a fold such as "fold1of5".
-        recipe: changed values of the fine-tuning recipe as "key=value" words; "" for stock and
-            without any.
+        recipe: changed values of the fine-tuning recipe as "key=value" words; "" if there are none
+            and for stock.
     """
 
     arm: str
@@ -67,14 +67,20 @@ class RunKey:
             f"{self.steps}x{self.batch}",
             self.recipe,
         )
-        cleaned = [re.sub(r"[^\w.]", "_", part) for part in parts if part not in ("", "-")]
-        return "-".join(cleaned)
+        used = [part for part in parts if part not in ("", "-")]
+        return "-".join(re.sub(r"[^\w.]", "_", part) for part in used)
 
     def __str__(self) -> str:
-        on = "" if self.encoder == "-" else f" ({self.encoder})"
-        fold = fold_of_split(self.split)
-        where = "" if fold is None else f", fold {fold[0] + 1} of {fold[1]}"
-        return f"{self.arm}{on}, {self.labels} labels, seed {self.seed}{where}"
+        text = self.arm
+        if self.encoder != "-":
+            text += f" ({self.encoder})"
+        text += f", {self.labels} labels, seed {self.seed}"
+
+        fold_and_number = fold_of_split(self.split)
+        if fold_and_number is not None:
+            fold, num_folds = fold_and_number
+            text += f", fold {fold + 1} of {num_folds}"
+        return text
 
 
 def key_of(line: Mapping[str, Any]) -> RunKey:

@@ -50,11 +50,16 @@ log = logging.getLogger(__name__)
 
 LENGTHS_NAME, COSTS_NAME = "lengths.json", "costs.json"
 _costs_lock = threading.Lock()
+
 PACE_STEPS = 20
+"""Number of steps of a training that only measures the duration of a step."""
+
 MEASURED_FROM_STEPS = 200
-"""Trainings of fewer steps are too short for a useful measurement of their speed."""
+"""Trainings of fewer steps are so short that their duration is not measured beforehand."""
+
 TRAINING_SHARE = 0.9
-"""Of the budget; the rest is left for nnU-Net's look at validation patches after every epoch."""
+"""Share of the budget for steps; nnU-Net computes validation patches in the rest."""
+
 FEWEST_PER_EPOCH, MOST_PER_EPOCH, EPOCHS_WANTED = 25, 250, 40
 
 Runner = Callable[[Path, Mapping[str, str]], int]
@@ -73,7 +78,7 @@ def epochs_of(steps: int) -> tuple[int, int]:
 
     These are about 40 epochs of 25 to 250 steps.
     """
-    # Every epoch ends with a look at validation patches, which must neither be rare nor cost much.
+    # Every epoch ends with validation patches, which must neither be rare nor cost much.
     least = min(steps, FEWEST_PER_EPOCH)
     per_epoch = max(least, min(MOST_PER_EPOCH, steps // EPOCHS_WANTED))
     return max(1, steps // per_epoch), per_epoch
@@ -88,11 +93,14 @@ def settle_lengths(bench: Bench, runner: Runner = worker) -> tuple[tuple[int, ..
     Raises:
         AutoregError: an arm cannot be run, or a budget is too small for a step.
     """
-    request, file = bench.request, bench.layout.root / LENGTHS_NAME
+    request = bench.request
+    file = bench.layout.root / LENGTHS_NAME
     lengths = read_object(file) if file.is_file() else {}
-    batch = request.batch or lengths.setdefault("batch", planned_batch(bench, _networks(bench)))
-    steps_of_runs = list(request.steps)
+    batch = request.batch
+    if not batch:
+        batch = int(lengths.setdefault("batch", planned_batch(bench, _networks(bench))))
 
+    steps_of_runs = list(request.steps)
     budgets = lengths.setdefault("budgets", {}) if request.budget_min else {}
     paces: dict[str, float] = {}
     for minutes in request.budget_min:
@@ -102,14 +110,14 @@ def settle_lengths(bench: Bench, runner: Runner = worker) -> tuple[tuple[int, ..
             paces = paces or _measured_paces(bench, batch, runner)
             budgets[name] = _budget(minutes, paces)
 
-        found = budgets[name]
-        measured = ", ".join(
-            f"{arm} {pace:.3g} s a step" for arm, pace in found["seconds_per_step"].items()
-        )
-        log.info("%s: %d steps (%s)", name, found["steps"], measured)
-        steps_of_runs.append(int(found["steps"]))
+        steps = int(budgets[name]["steps"])
+        measured = [
+            f"{arm} {pace:.3g} s a step" for arm, pace in budgets[name]["seconds_per_step"].items()
+        ]
+        log.info("%s: %d steps (%s)", name, steps, ", ".join(measured))
+        steps_of_runs.append(steps)
 
-    # Nothing depends on the pace where steps are given, but the user learns the time beforehand.
+    # Nothing depends on the pace if steps are given, but the user learns the time beforehand.
     is_long = max(request.steps, default=0) >= MEASURED_FROM_STEPS
     if is_long and "paces" not in lengths and not (bench.layout.root / RESULTS_NAME).is_file():
         lengths["paces"] = _measured_paces(bench, batch, runner)
@@ -121,7 +129,7 @@ def settle_lengths(bench: Bench, runner: Runner = worker) -> tuple[tuple[int, ..
     for steps in steps_of_runs:
         epochs, per_epoch = epochs_of(steps)
         whole.add(epochs * per_epoch)
-    return tuple(sorted(whole)), int(batch)
+    return tuple(sorted(whole)), batch
 
 
 def _networks(bench: Bench) -> list[RunKey]:
@@ -134,7 +142,10 @@ def _networks(bench: Bench) -> list[RunKey]:
 
 def _measured_paces(bench: Bench, batch: int, runner: Runner) -> dict[str, float]:
     """Return the seconds of a training step of every network, by the name of its run."""
-    return {str(key): measure_pace(bench, key, batch, runner) for key in _networks(bench)}
+    paces = {}
+    for key in _networks(bench):
+        paces[str(key)] = measure_pace(bench, key, batch, runner)
+    return paces
 
 
 def _budget(minutes: float, paces: Mapping[str, float]) -> dict[str, Any]:
@@ -144,17 +155,16 @@ def _budget(minutes: float, paces: Mapping[str, float]) -> dict[str, Any]:
         AutoregError: that is less than one step.
     """
     slowest = max(paces, key=lambda arm: paces[arm])
-    steps = int(TRAINING_SHARE * minutes * 60 / paces[slowest])
+    pace = paces[slowest]
+    steps = int(TRAINING_SHARE * minutes * 60 / pace)
     if steps < 1:
         raise AutoregError(
-            f"--budget {minutes:g}: a step of {slowest} takes {paces[slowest]:.1f} s; give more "
-            "minutes",
+            f"--budget {minutes:g}: a step of {slowest} takes {pace:.1f} s; give more minutes",
             code="benchmark-budget-too-small",
         )
-    return {
-        "steps": steps,
-        "seconds_per_step": {arm: round(pace, 4) for arm, pace in paces.items()},
-    }
+
+    rounded = {arm: round(seconds, 4) for arm, seconds in paces.items()}
+    return {"steps": steps, "seconds_per_step": rounded}
 
 
 @dataclass(frozen=True)
@@ -162,10 +172,10 @@ class TimeLeft:
     """The time that unfinished trainings will take.
 
     Attributes:
-        num_runs: how many are unfinished.
+        num_runs: number of unfinished trainings.
         seconds: duration of all of them.
-        has_scoring: prediction and scoring are included, as finished runs of every network are
-            there to learn their time from.
+        has_scoring: prediction and scoring are included, since runs of every network are finished
+            and show how long these take.
     """
 
     num_runs: int
@@ -180,19 +190,25 @@ class TimeLeft:
 def time_left(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> TimeLeft | None:
     """Return the time that the unfinished runs will take; None if a network has no pace yet.
 
-    The time of a step is what was measured beforehand, or what finished runs took. That of
-    prediction and scoring is what finished runs took.
+    The time of a step is the one that was measured beforehand, or that of finished runs. The time
+    of prediction and scoring is that of finished runs.
     """
-    root = bench.layout.root
-    # Twins take the same time, so that the encoder decides; stock nnU-Net has "-".
-    paces = _paces_from_file(root / LENGTHS_NAME)
-    lines = read_results(root / RESULTS_NAME)
+    # Encoder -> seconds of a step. Twins take the same time, and stock nnU-Net's encoder is "-".
+    lengths_file = bench.layout.root / LENGTHS_NAME
+    lengths = read_json(lengths_file) if lengths_file.is_file() else {}
+    paces: dict[str, float] = {}
+    for budget in lengths.get("budgets", {}).values():
+        paces |= _of_encoders(budget["seconds_per_step"])
+    paces |= _of_encoders(lengths.get("paces", {}))
+
+    lines = read_results(bench.layout.root / RESULTS_NAME)
     seconds_per_case: dict[str, float] = {}
     for line in lines:
+        encoder = line["encoder"]
         if line["seconds_per_step"]:
-            paces[line["encoder"]] = float(line["seconds_per_step"])
+            paces[encoder] = float(line["seconds_per_step"])
         if line.get("validate_s") and line[DICE]:
-            seconds_per_case[line["encoder"]] = float(line["validate_s"]) / len(line[DICE])
+            seconds_per_case[encoder] = float(line["validate_s"]) / len(line[DICE])
 
     done = {key_of(line) for line in lines}
     missing = [key for key in keys if key not in done]
@@ -206,15 +222,6 @@ def time_left(bench: Bench, keys: Sequence[RunKey], num_jobs: int) -> TimeLeft |
         total += key.steps * paces[key.encoder] + scoring
     has_scoring = all(key.encoder in seconds_per_case for key in missing)
     return TimeLeft(len(missing), total / num_jobs, has_scoring)
-
-
-def _paces_from_file(file: Path) -> dict[str, float]:
-    """Return the seconds of a step of each encoder that were measured beforehand."""
-    lengths = read_json(file) if file.is_file() else {}
-    paces: dict[str, float] = {}
-    for budget in lengths.get("budgets", {}).values():
-        paces |= _of_encoders(budget["seconds_per_step"])
-    return paces | _of_encoders(lengths.get("paces", {}))
 
 
 def _of_encoders(paces: Mapping[str, float]) -> dict[str, float]:
@@ -242,7 +249,7 @@ def measure_pace(bench: Bench, key: RunKey, batch: int, runner: Runner) -> float
             code="benchmark-no-pace",
         )
 
-    # The difference between both is what other work on the machine, or waiting for data, costs.
+    # The difference between both is the cost of other work on the machine and of waiting for data.
     pace = float(result["seconds_per_step"])
     log.info(
         "  %.3g s per step (%.3g s of processor time)",
@@ -284,14 +291,15 @@ def run_missing(
     A run that was interrupted leaves a folder without a line, and is repeated.
 
     Args:
-        num_jobs: how many run at a time.
+        num_jobs: number of runs at a time.
     """
     file = bench.layout.root / RESULTS_NAME
     done = {key_of(line) for line in read_results(file)}
     missing = [key for key in keys if key not in done]
+    num_done = len(keys) - len(missing)
     log.info(
         "%d of %d runs are finished, %d remain, %d at a time",
-        len(keys) - len(missing),
+        num_done,
         len(keys),
         len(missing),
         num_jobs,
@@ -319,13 +327,14 @@ def run_missing(
             append_json_line(file, line)
 
         left = time_left(bench, keys, num_jobs)
+        still_to_do = f"; still to do: {left}" if left is not None and left.num_runs else ""
         log.info(
             "%s: Dice %.3f after %d steps in %s%s",
             key,
             mean_dice(line),
             key.steps,
             duration(line["train_s"]),
-            f"; still to do: {left}" if left is not None and left.num_runs else "",
+            still_to_do,
         )
 
     if num_jobs == 1:
@@ -357,32 +366,35 @@ def _do(bench: Bench, folder: Path, job: FineTuningJob, runner: Runner) -> dict[
     (folder / RUNS_FOLDER).symlink_to(pretrainings, target_is_directory=True)
     write_json(folder / JOB_NAME, job)
 
-    code = runner(folder, bench.commands.for_training(folder))
-    if code or not (folder / RESULT_NAME).is_file():
+    exit_code = runner(folder, bench.commands.for_training(folder))
+    result_file = folder / RESULT_NAME
+    if exit_code or not result_file.is_file():
+        log_file = folder / "log.txt"
         raise AutoregError(
-            f"exit code {code} ({last_line(folder / 'log.txt')}); see {folder / 'log.txt'}",
+            f"exit code {exit_code} ({last_line(log_file)}); see {log_file}",
             code="benchmark-training-failed",
         )
-
-    return read_object(folder / RESULT_NAME)
+    return read_object(result_file)
 
 
 def line_of(bench: Bench, key: RunKey, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the line of a finished run: its key, its data, its weights, and its results."""
+    # The line holds all that the table needs, so that the table can be made anywhere. Cases and
+    # patients have their ids in it, never their names.
     ids = bench.ids
-    # The line holds all that the table needs, so that it can be made anywhere.
     cases = bench.labelled(key)
-    scored = bench.record.scored(key.split)
     patient_of = bench.record.subjects
-    subjects = {ids.of_case(case): ids.of_patient(patient_of[case]) for case in scored}
-    _, per_epoch = epochs_of(key.steps)
+    subjects = {}
+    for case in bench.record.scored(key.split):
+        subjects[ids.of_case(case)] = ids.of_patient(patient_of[case])
 
-    # Scores come by the names of the cases, which the line must not have.
     result = dict(result)
-    for name in (DICE, SURFACE):
-        if name in result:
-            scores = result[name]
-            result[name] = {ids.of_case(case): score for case, score in scores.items()}
+    for metric in (DICE, SURFACE):
+        if metric in result:
+            scores = result[metric]
+            result[metric] = {ids.of_case(case): score for case, score in scores.items()}
+
+    _, per_epoch = epochs_of(key.steps)
 
     return {
         **asdict(key),
@@ -409,8 +421,10 @@ def pretraining_of(bench: Bench, key: RunKey) -> dict[str, Any] | None:
 
     folder = bench.layout.pretraining(name)
     card = read_card(folder)
-    plan = folder / "plan.json"
-    batch = int(read_json(plan)["optim"]["batch_size"]) if plan.is_file() else None
+    plan_file = folder / "plan.json"
+    batch = None
+    if plan_file.is_file():
+        batch = int(read_json(plan_file)["optim"]["batch_size"])
     cost = cost_of(bench, name, card.sha256)
     return {
         "name": name,

@@ -65,9 +65,10 @@ def read_subjects(path: Path, cases: Sequence[str]) -> dict[str, str]:
 
     missing = [case for case in cases if not found.get(case)]
     if missing:
+        first = missing[0]
         raise UsageError(
             f"--subjects {path} names no subject for {len(missing)} of {len(cases)} cases, the "
-            f"first is {missing[0]}; {did_you_mean(missing[0], found)}",
+            f"first is {first}; {did_you_mean(first, found)}",
             code="subjects-missing-case",
         )
     return {case: found[case] for case in cases}
@@ -123,14 +124,16 @@ def _listed_patients(table: Path) -> tuple[str, dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error):
         return "", {}
 
-    columns = [name for name in PATIENT_COLUMNS if rows and name in rows[0]]
-    if not columns or "case" not in rows[0]:
+    if not rows or "case" not in rows[0]:
         return "", {}
-    column = columns[0]
-    return column, {row["case"]: (row[column] or "").strip() for row in rows}
+    for column in PATIENT_COLUMNS:
+        if column in rows[0]:
+            return column, {row["case"]: (row[column] or "").strip() for row in rows}
+    return "", {}
 
 
 def _counted(patient_of: dict[str, str], source: str) -> Patients:
+    """Return the patients, with their number in the rule."""
     number = len(set(patient_of.values()))
     return Patients(patient_of, f"{number} patients by {source}")
 
@@ -177,7 +180,10 @@ def fold_name(fold: int, num_folds: int) -> str:
 def fold_of_split(split: str) -> tuple[int, int] | None:
     """Return fold and number of folds of a run's split; None if it is not a fold."""
     match = re.fullmatch(r"fold(\d+)of(\d+)", split)
-    return (int(match[1]) - 1, int(match[2])) if match else None
+    if match is None:
+        return None
+    fold, num_folds = int(match[1]) - 1, int(match[2])
+    return fold, num_folds
 
 
 def divide_for_fold(subject_of: Mapping[str, str], fold: int, num_folds: int) -> Division:

@@ -88,21 +88,13 @@ def paired(
     if not seeds:
         return None
 
-    cases = sorted(set(ours[seeds[0]][metric]))
+    first = ours[seeds[0]]
+    cases = sorted(first[metric])
     rows = []
     for seed in seeds:
         a, b = case_scores(ours[seed], metric), case_scores(theirs[seed], metric)
         rows.append([a.get(case, np.nan) - b.get(case, np.nan) for case in cases])
-
-    difference_RC = np.array(rows)
-
-    # A case without a score in any run is left out of all.
-    kept_C = np.isfinite(difference_RC).all(axis=0)
-    if not kept_C.any():
-        return None
-    subject_of = ours[seeds[0]]["subjects"]
-    subjects = [str(subject_of[cases[index]]) for index in np.flatnonzero(kept_C)]
-    return interval(difference_RC[:, kept_C], subjects, num_left_out=int((~kept_C).sum()))
+    return _interval_of_cases(np.array(rows), cases, first["subjects"])
 
 
 def mean_interval(lines: Mapping[int, Mapping[str, Any]]) -> Difference | None:
@@ -111,27 +103,31 @@ def mean_interval(lines: Mapping[int, Mapping[str, Any]]) -> Difference | None:
     It is computed as a difference to 0, with the patients and seeds drawn in the same way.
     """
     seeds = sorted(lines)
-    cases = sorted(lines[seeds[0]][DICE])
+    first = lines[seeds[0]]
+    cases = sorted(first[DICE])
     rows = []
     for seed in seeds:
         scores = case_scores(lines[seed])
         rows.append([scores.get(case, np.nan) for case in cases])
-    score_RC = np.array(rows)
+    return _interval_of_cases(np.array(rows), cases, first["subjects"])
 
-    kept_C = np.isfinite(score_RC).all(axis=0)
+
+def _interval_of_cases(
+    difference_RC: Array,
+    cases: Sequence[str],
+    subject_of: Mapping[str, str],
+) -> Difference | None:
+    """Return the intervals over the cases that have a value in every run; None without such."""
+    kept_C = np.isfinite(difference_RC).all(axis=0)
     if not kept_C.any():
         return None
-    subject_of = lines[seeds[0]]["subjects"]
+
     subjects = [str(subject_of[cases[index]]) for index in np.flatnonzero(kept_C)]
-    return interval(score_RC[:, kept_C], subjects, num_left_out=int((~kept_C).sum()))
+    num_left_out = len(cases) - len(subjects)
+    return interval(difference_RC[:, kept_C], subjects, num_left_out)
 
 
-def interval(
-    difference_RC: Array,
-    subjects: Sequence[str],
-    num_left_out: int = 0,
-    num_draws: int = NUM_DRAWS,
-) -> Difference:
+def interval(difference_RC: Array, subjects: Sequence[str], num_left_out: int = 0) -> Difference:
     """Return the mean and the bootstrap intervals of differences.
 
     Args:
@@ -139,17 +135,18 @@ def interval(
         subjects: the patient of every case; all cases of one patient are drawn together.
     """
     names = sorted(set(subjects))
-    member_CJ = (np.array(subjects)[:, None] == np.array(names)).astype(float)  # 1 where C is J's
+    member_CJ = (np.array(subjects)[:, None] == np.array(names)).astype(float)  # 1 if C is J's
     # A patient counts once, however many scans there are.
-    means_RJ = difference_RC @ (member_CJ / member_CJ.sum(axis=0))
+    weight_CJ = member_CJ / member_CJ.sum(axis=0)
+    means_RJ = difference_RC @ weight_CJ
 
     # How often each patient and each seed is in a bootstrap sample.
     generator = rng.generator(0, "benchmark: bootstrap")
     num_seeds, num_patients = means_RJ.shape
     share_J = np.full(num_patients, 1 / num_patients)
     share_R = np.full(num_seeds, 1 / num_seeds)
-    drawn_DJ = generator.multinomial(num_patients, share_J, size=num_draws).astype(float)
-    drawn_DR = generator.multinomial(num_seeds, share_R, size=num_draws).astype(float)
+    drawn_DJ = generator.multinomial(num_patients, share_J, size=NUM_DRAWS).astype(float)
+    drawn_DR = generator.multinomial(num_seeds, share_R, size=NUM_DRAWS).astype(float)
 
     # The mean difference of every bootstrap sample.
     total = num_seeds * num_patients
@@ -168,20 +165,12 @@ def interval(
 def tolerance_of(line: Mapping[str, Any]) -> float | None:
     """Return the tolerance of a line's surface Dice in mm; None if it has none."""
     value = line.get("surface_tolerance_mm")
-    return float(value) if value is not None and line.get(SURFACE) else None
+    if value is None or not line.get(SURFACE):
+        return None
+    return float(value)
 
 
 def _middle(values_D: Array) -> tuple[float, float]:
+    """Return the ends of the middle 95 % of the values."""
     low, high = np.percentile(values_D, [2.5, 97.5])
     return float(low), float(high)
-
-
-def steps_to(line: Mapping[str, Any], dice: float) -> int | None:
-    """Return after how many steps the Dice of training patches first reached a value.
-
-    None if it never did.
-    """
-    for epoch, value in enumerate(line["curve"], start=1):
-        if value is not None and value >= dice:
-            return epoch * int(line["steps_per_epoch"])
-    return None

@@ -1,8 +1,8 @@
 """Surface Dice: the share of two surfaces that lies within a tolerance of each other.
 
-Dice counts volume: a large structure hides a border that is wrong by one voxel everywhere, and a
-thin structure is punished for it. Surface Dice counts border area and asks that it lies close
-enough, in millimetres.
+Dice counts volume. A border that is wrong by one voxel everywhere changes the Dice of a large
+structure little, and that of a thin structure much. Surface Dice counts the area of border that is
+close enough, in millimetres.
 
 Source: Nikolov et al., "Clinically applicable segmentation of head and neck anatomy", JMIR 2021
 (arXiv 1809.04430). Here the surface is the set of border voxels, each weighted with the area of its
@@ -34,7 +34,7 @@ def surface_dice(
             a border voxel of the other mask.
 
     Returns:
-        NaN where both masks are empty (there is nothing to score); 0 where only one of them is.
+        NaN if both masks are empty (there is nothing to score); 0 if only one of them is.
 
     Raises:
         ValueError: the shapes differ, a spacing is not positive, or the tolerance is negative.
@@ -51,8 +51,8 @@ def surface_dice(
     if not truth.any() or not prediction.any():
         return 0.0
 
-    # Both surfaces lie in the box around both masks: a small structure in a large scan costs
-    # little.
+    # Both surfaces lie in the box around both masks, so that a small structure in a large scan
+    # costs little.
     either = truth | prediction
     sides = []
     for axis in range(either.ndim):
@@ -84,7 +84,7 @@ def surface_dice_of_labels(
     spacing_mm: Sequence[float],
     tolerance_mm: float,
 ) -> list[float]:
-    """Return the surface Dice of each label of two maps (Z, Y, X); NaN where neither holds it."""
+    """Return the surface Dice of each label of two maps (Z, Y, X); NaN if neither holds it."""
     scores = []
     for label in labels:
         score = surface_dice(truth == label, prediction == label, spacing_mm, tolerance_mm)

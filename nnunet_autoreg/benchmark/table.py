@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ class TableRow:
     Attributes:
         key: key of the first seed.
         lines: one line of results per seed.
-        to_scratch, to_stock: paired differences to the twin from random weights, and to nnU-Net as
-            it comes.
+        to_scratch, to_stock: paired differences to the twin from random weights, and to stock
+            nnU-Net.
         surface_to_scratch, surface_to_stock: the same of the surface Dice.
     """
 
@@ -47,11 +47,8 @@ class TableRow:
     @property
     def surface_dice(self) -> list[float]:
         """Mean surface Dice of every seed that has one."""
-        return [
-            mean_dice(line, SURFACE)
-            for line in self.lines.values()
-            if tolerance_of(line) is not None
-        ]
+        scored = [line for line in self.lines.values() if tolerance_of(line) is not None]
+        return [mean_dice(line, SURFACE) for line in scored]
 
     @property
     def tolerances_mm(self) -> list[float]:
@@ -66,31 +63,41 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     Of several lines of the same run the last one counts. The folds of a cross-validation are one
     run for each seed, once all of them are finished.
     """
-    groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    groups: dict[RunKey, dict[int, Mapping[str, Any]]] = {}
     for line in merged_folds(lines):
-        groups.setdefault(_group(key_of(line)), {})[int(line["seed"])] = line
+        of_seed = groups.setdefault(_without_seed(key_of(line)), {})
+        of_seed[int(line["seed"])] = line
 
-    # The twin from random weights has the same plans and recipe; nnU-Net as it comes has neither.
     rows = []
-    for seeds in groups.values():
-        by_seed = dict(sorted(seeds.items()))
+    for lines_of_seeds in groups.values():
+        by_seed = dict(sorted(lines_of_seeds.items()))
         key = key_of(next(iter(by_seed.values())))
-        twin = _lines_of(groups, key, arm="scratch", encoder=key.encoder, recipe=key.recipe)
-        stock = _lines_of(groups, key, arm=STOCK, encoder="-", recipe="")
+
         # No arm is compared with itself, and stock with nothing.
-        twin = {} if key.arm in ("scratch", STOCK) else twin
-        stock = {} if key.arm == STOCK else stock
-        rows.append(
-            TableRow(
-                key,
-                by_seed,
-                paired(by_seed, twin),
-                paired(by_seed, stock),
-                paired(by_seed, twin, SURFACE),
-                paired(by_seed, stock, SURFACE),
-            ),
+        twin: Lines = {}
+        if key.arm not in (SCRATCH, STOCK):
+            twin_key = replace(key, arm=SCRATCH)  # the same plans and recipe
+            twin = groups.get(_without_seed(twin_key), {})
+
+        stock: Lines = {}
+        if key.arm != STOCK:
+            stock_key = replace(key, arm=STOCK, encoder="-", recipe="")
+            stock = groups.get(_without_seed(stock_key), {})
+
+        row = TableRow(
+            key,
+            by_seed,
+            to_scratch=paired(by_seed, twin),
+            to_stock=paired(by_seed, stock),
+            surface_to_scratch=paired(by_seed, twin, SURFACE),
+            surface_to_stock=paired(by_seed, stock, SURFACE),
         )
+        rows.append(row)
     return sorted(rows, key=_position_in_table)
+
+
+def _without_seed(key: RunKey) -> RunKey:
+    return replace(key, seed=0)
 
 
 def _position_in_table(row: TableRow) -> tuple[Any, ...]:
@@ -98,20 +105,6 @@ def _position_in_table(row: TableRow) -> tuple[Any, ...]:
     length = (key.split, key.steps, key.batch, key.labels)
     # Stock comes last, since it belongs to no encoder.
     return (*length, key.arm == STOCK, key.recipe, key.encoder, arms().index(key.arm))
-
-
-def _group(key: RunKey) -> tuple[Any, ...]:
-    return (key.split, key.steps, key.batch, key.labels, key.recipe, key.encoder, key.arm)
-
-
-def _lines_of(
-    groups: Mapping[tuple[Any, ...], Lines],
-    key: RunKey,
-    arm: str,
-    encoder: str,
-    recipe: str,
-) -> Lines:
-    return groups.get((key.split, key.steps, key.batch, key.labels, recipe, encoder, arm), {})
 
 
 COLUMNS = (
@@ -136,19 +129,27 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the table as markdown, with notes about its figures."""
     rows = rows_of(lines)
     text = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    text += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    notes = [*_notes(rows), unfinished_folds(lines)]
-    return "\n".join([*text, "", *filter(None, notes)]) + "\n"
+    for row in rows:
+        cells = " | ".join(_cells(row))
+        text.append(f"| {cells} |")
+
+    text += ["", *_notes(rows)]
+    unfinished = unfinished_folds(lines)
+    if unfinished:
+        text.append(unfinished)
+    return "\n".join(text) + "\n"
 
 
 def _cells(row: TableRow) -> list[str]:
-    key, lines = row.key, list(row.lines.values())
+    key = row.key
+    lines = list(row.lines.values())
 
     # Patients may have several scans; seeds may then label different numbers of cases.
     labels = str(key.labels)
-    num_labelled = sorted({int(line["num_labelled"]) for line in lines})
-    if num_labelled != [key.labels]:
-        labels += f" ({'-'.join(map(str, num_labelled))} cases)"
+    numbers_of_cases = sorted({int(line["num_labelled"]) for line in lines})
+    if numbers_of_cases != [key.labels]:
+        numbers = "-".join(str(number) for number in numbers_of_cases)
+        labels += f" ({numbers} cases)"
 
     surface = "-"
     if row.surface_dice:
@@ -201,28 +202,31 @@ def summary(lines: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()) -> st
     """
     last = key_of(lines[-1])
     split = shown_split(last.split)
-    wanted = {(split, number, last.batch) for number in steps or [last.steps]}
-    rows = [row for row in rows_of(lines) if length_of(row.key) in wanted]
+    lengths = {(split, number, last.batch) for number in steps or [last.steps]}
+    rows = [row for row in rows_of(lines) if length_of(row.key) in lengths]
 
     # The answers come first.
     sentences = []
     for row in rows:
-        # Without the arm from random weights, stock nnU-Net is what to compare with.
-        other = "scratch" if row.to_scratch is not None else STOCK
+        if row.key.arm in (SCRATCH, STOCK):
+            continue
+        # Without the arm from random weights, stock nnU-Net is compared with.
+        other = SCRATCH if row.to_scratch is not None else STOCK
         difference = row.to_scratch or row.to_stock
-        if difference is not None and row.key.arm not in (SCRATCH, STOCK):
-            encoder = row.key.encoder.removeprefix(OWN_PREFIX)
-            name_of_arm = row.key.arm if encoder == "-" else f"{row.key.arm} ({encoder})"
-            compared = f"{name_of_arm} minus {other}"
-            patients = counted(row.key.labels, "labelled patient")
-            sentences.append(verdict(difference))
-            text = f"{compared}, {patients}, {counted(row.key.steps, 'step')}"
-            sentences += textwrap.wrap(
-                text,
-                TERMINAL_WIDTH,
-                initial_indent="  ",
-                subsequent_indent="  ",
-            )
+        if difference is None:
+            continue
+
+        sentences.append(verdict(difference))
+        encoder = row.key.encoder.removeprefix(OWN_PREFIX)
+        patients = counted(row.key.labels, "labelled patient")
+        num_steps = counted(row.key.steps, "step")
+        text = f"{row.key.arm} ({encoder}) minus {other}, {patients}, {num_steps}"
+        sentences += textwrap.wrap(
+            text,
+            TERMINAL_WIDTH,
+            initial_indent="  ",
+            subsequent_indent="  ",
+        )
 
     # One table for each network and length, with stock nnU-Net in all of them.
     stock = [row for row in rows if row.key.arm == STOCK]
@@ -239,32 +243,35 @@ def summary(lines: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()) -> st
     if not tables and stock:
         blocks.append(_short_table(stock))
 
-    unfinished = unfinished_folds(lines)
-    return "\n\n".join(filter(None, ["\n".join(sentences), *blocks, unfinished]))
+    parts = ["\n".join(sentences), *blocks, unfinished_folds(lines)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _short_table(rows: Sequence[TableRow]) -> str:
     """Return a heading and a table of runs of one length and network, and of stock nnU-Net."""
-    first = rows[0]
-    encoder = first.key.encoder.removeprefix(OWN_PREFIX)
-    name = STOCK if encoder == "-" else encoder
-    if first.key.recipe:
-        name += f" ({first.key.recipe})"
-    line = next(iter(first.lines.values()))
+    key = rows[0].key
+    name = STOCK if key.arm == STOCK else key.encoder.removeprefix(OWN_PREFIX)
+    if key.recipe:
+        name += f" ({key.recipe})"
+    steps, batch = counted(key.steps, "step"), counted(key.batch, "patch")
+
+    line = next(iter(rows[0].lines.values()))
     num_patients = len(set(line["subjects"].values()))
-    steps, batch = counted(first.key.steps, "step"), counted(first.key.batch, "patch")
-    seeds = sorted({len(row.lines) for row in rows})
-    heading = (
-        f"{name}, {steps} of {batch}; {first.key.split}: {counted(num_patients, 'patient')}, "
-        f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'}"
-    )
+    patients = counted(num_patients, "patient")
+    numbers_of_seeds = sorted({len(row.lines) for row in rows})
+    seeds = " or ".join(str(number) for number in numbers_of_seeds)
+    seeds += " seed" if numbers_of_seeds == [1] else " seeds"
+    heading = f"{name}, {steps} of {batch}; {key.split}: {patients}, {seeds}"
 
     cells = [SHORT_COLUMNS]
     for row in sorted(rows, key=lambda row: row.key.labels):
         dice = f"{np.mean(row.dice):.3f}"
-        differences = [figures(found) for found in (row.to_scratch, row.to_stock)]
-        cells.append((str(row.key.labels), row.key.arm, dice, differences[0], differences[1]))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        to_scratch, to_stock = figures(row.to_scratch), figures(row.to_stock)
+        cells.append((str(row.key.labels), row.key.arm, dice, to_scratch, to_stock))
+
+    widths = []
+    for column in zip(*cells, strict=True):
+        widths.append(max(len(text) for text in column))
 
     table = textwrap.wrap(heading, TERMINAL_WIDTH)
     for texts in cells:
@@ -280,12 +287,14 @@ def verdict(difference: Difference) -> str:
     """
     low, high = difference.over_both
     if difference.num_seeds < 2:
-        return f"not known from 1 seed: {figures(difference)}"
-    if low > 0:
-        return f"better: {figures(difference)}"
-    if high < 0:
-        return f"worse: {figures(difference)}"
-    return f"no difference shown: {figures(difference)}"
+        answer = "not known from 1 seed"
+    elif low > 0:
+        answer = "better"
+    elif high < 0:
+        answer = "worse"
+    else:
+        answer = "no difference shown"
+    return f"{answer}: {figures(difference)}"
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
@@ -302,9 +311,11 @@ def figures(difference: Difference | None) -> str:
 
 
 def signed(difference: Difference | None) -> str:
-    """Return the same with a remark if there is 1 seed."""
-    is_single = difference is not None and difference.num_seeds < 2
-    return figures(difference) + (", 1 seed" if is_single else "")
+    """Return a difference with its interval, and with a remark if there is 1 seed."""
+    text = figures(difference)
+    if difference is not None and difference.num_seeds < 2:
+        text += ", 1 seed"
+    return text
 
 
 def _pretraining(made_by: Mapping[str, Any] | None) -> str:
@@ -331,15 +342,18 @@ def unequal_pretrainings(rows: Sequence[TableRow]) -> list[str]:
     """Return a sentence for each encoder whose arms were pretrained at unequal cost."""
     flops_of: dict[str, dict[str, float]] = {}
     for row in rows:
-        pretraining = next(iter(row.lines.values())).get("pretraining")
+        first_line = next(iter(row.lines.values()))
+        pretraining = first_line.get("pretraining")
         if pretraining and pretraining.get("flops"):
-            flops_of.setdefault(row.key.encoder, {})[row.key.arm] = float(pretraining["flops"])
+            flops_of_arm = flops_of.setdefault(row.key.encoder, {})
+            flops_of_arm[row.key.arm] = float(pretraining["flops"])
 
     # An arm that was pretrained at a higher cost may be better only for that reason.
     sentences = []
-    for encoder, of_arm in flops_of.items():
-        least, most = min(of_arm, key=of_arm.__getitem__), max(of_arm, key=of_arm.__getitem__)
-        ratio = of_arm[most] / of_arm[least]
+    for encoder, flops_of_arm in flops_of.items():
+        least = min(flops_of_arm, key=flops_of_arm.__getitem__)
+        most = max(flops_of_arm, key=flops_of_arm.__getitem__)
+        ratio = flops_of_arm[most] / flops_of_arm[least]
         if ratio > 1 + UNEQUAL_COST:
             name = encoder.removeprefix(OWN_PREFIX)
             sentences.append(

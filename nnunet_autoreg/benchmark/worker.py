@@ -34,8 +34,8 @@ class FineTuningJob:
     Attributes:
         dataset, configuration, fold, trainer, plans: as of ``nnUNetv2_train``.
         num_epochs, steps_per_epoch, batch: length; the same for all arms.
-        validate: predict and score the fold's validation cases afterwards; off where only the pace
-            is wanted.
+        validate: predict and score the fold's validation cases afterwards; off if only the duration
+            of a step is measured.
         threads: number of threads of torch on a CPU.
         surface_tolerance_mm: tolerance of the surface Dice of the validation; None to leave it out.
     """
@@ -72,7 +72,7 @@ class StepTimer:
         trainer.train_step = timed
 
     def seconds_per_step(self, steps_per_epoch: int) -> float:
-        """Return the median time from one step's beginning to the next one's, loading included.
+        """Return the median time from the beginning of a step to that of the next, with loading.
 
         The first steps, and pauses between epochs, are left out.
         """
@@ -84,10 +84,11 @@ class StepTimer:
 
 
 def _median_gap(times: list[float], steps_per_epoch: int) -> float:
-    # After every last step of an epoch the trainer validates.
     gaps = []
     for step, (begin, end) in enumerate(pairwise(times), start=1):
-        if step > NUM_WARM_STEPS and step % steps_per_epoch:
+        # After the last step of every epoch the trainer validates.
+        is_last_of_epoch = step % steps_per_epoch == 0
+        if step > NUM_WARM_STEPS and not is_last_of_epoch:
             gaps.append(end - begin)
     return statistics.median(gaps) if gaps else float("nan")
 
@@ -109,15 +110,16 @@ def train(job: FineTuningJob) -> dict[str, Any]:
         "processor_s_per_step": none_for_nan(processor_s),
         "curve": [none_for_nan(float(value)) for value in curve],
         "patch": [int(side) for side in trainer.configuration_manager.patch_size],
-        "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
+        "num_parameters": sum(tensor.numel() for tensor in trainer.network.parameters()),
     }
 
     if job.validate:
-        start = time.monotonic()
         # One pass per tile in every arm: mirroring would cost eight times as much.
         trainer.inference_allowed_mirroring_axes = None
+        start = time.monotonic()
         trainer.perform_actual_validation()
         result["validate_s"] = round(time.monotonic() - start, 1)
+
         ending = str(trainer.dataset_json["file_ending"])
         summary = Path(trainer.output_folder) / "validation" / "summary.json"
         result["dice_per_case"] = read_dice(summary, ending)
@@ -168,8 +170,8 @@ def read_dice(summary: Path, ending: str) -> dict[str, dict[str, float | None]]:
         for label, values in case["metrics"].items():
             dice_of_label[str(label)] = none_for_nan(float(values["Dice"]))
 
-        name = Path(case["reference_file"]).name.removesuffix(ending)
-        found[name] = dice_of_label
+        name = Path(case["reference_file"]).name
+        found[name.removesuffix(ending)] = dice_of_label
     return found
 
 
@@ -184,18 +186,19 @@ def surface_dice_of_summary(
     """
     found = {}
     for case in read_json(summary)["metric_per_case"]:
-        truth = read_scan(Path(case["reference_file"]))
+        reference_file = Path(case["reference_file"])
+        truth = read_scan(reference_file)
         prediction = read_scan(Path(case["prediction_file"]))
 
         scores = {}
-        for name in case["metrics"]:
-            # The name is a label such as "1", or a region such as "(1, 2)".
-            values = np.atleast_1d(ast.literal_eval(name))
-            in_truth = np.isin(truth.array_CZYX[0], values)
-            in_prediction = np.isin(prediction.array_CZYX[0], values)
+        for structure in case["metrics"]:
+            # A structure is a label such as "1", or a region such as "(1, 2)".
+            labels = np.atleast_1d(ast.literal_eval(structure))
+            in_truth = np.isin(truth.array_CZYX[0], labels)  # (Z, Y, X)
+            in_prediction = np.isin(prediction.array_CZYX[0], labels)
             score = surface_dice(in_truth, in_prediction, truth.spacing_mm, tolerance_mm)
-            scores[str(name)] = none_for_nan(score)
-        found[Path(case["reference_file"]).name.removesuffix(ending)] = scores
+            scores[str(structure)] = none_for_nan(score)
+        found[reference_file.name.removesuffix(ending)] = scores
     return found
 
 
@@ -206,7 +209,8 @@ def none_for_nan(value: float) -> float | None:
 
 def main(folder: Path) -> None:
     """Do the job in ``folder``."""
-    job = from_jsonable(FineTuningJob, read_json(folder / JOB_NAME), str(folder / JOB_NAME))
+    job_file = folder / JOB_NAME
+    job = from_jsonable(FineTuningJob, read_json(job_file), str(job_file))
     write_json(folder / RESULT_NAME, train(job))
 
 

@@ -22,7 +22,7 @@ from nnunet_autoreg.benchmark.split import (
     labelled,
     read_subjects,
 )
-from nnunet_autoreg.benchmark.statistics import interval, mean_dice, mean_interval, paired, steps_to
+from nnunet_autoreg.benchmark.statistics import interval, mean_dice, mean_interval, paired
 from nnunet_autoreg.benchmark.table import markdown, rows_of, summary, unequal_pretrainings
 from nnunet_autoreg.benchmark.worker import read_dice, surface_dice_of_summary
 from nnunet_autoreg.downstream.patients import subjects_by_name
@@ -197,10 +197,6 @@ def test_a_patient_counts_once_however_many_scans_there_are() -> None:
     run = line(dice=scores, subjects={"a": "a", "b1": "b", "b2": "b"})
 
     assert mean_dice(run) == pytest.approx((0.1 + 0.6) / 2)
-
-
-def test_steps_to_a_dice_count_whole_epochs() -> None:
-    assert [steps_to(line(), dice) for dice in (0.05, 0.3, 0.5)] == [25, 50, None]
 
 
 def test_lines_come_back_and_a_torn_last_one_is_dropped_and_overwritten(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from nnunet_autoreg.benchmark.dense_probe import (
     dice_of_labels,
     fit,
     labelled_sets,
-    mean_of_scans,
+    mean_of_each,
     predict,
     raw_voxels,
     sample_voxels,
@@ -209,7 +209,7 @@ def test_dice_is_counted_by_hand_and_missing_where_nothing_is() -> None:
 
 
 def test_scans_of_a_patient_are_averaged_before_patients_are() -> None:
-    assert mean_of_scans([{1: 0.2, 2: 0.5}, {1: 0.6}]) == {1: pytest.approx(0.4), 2: 0.5}
+    assert mean_of_each([{1: 0.2, 2: 0.5}, {1: 0.6}]) == {1: pytest.approx(0.4), 2: 0.5}
 
 
 def test_raw_voxels_are_the_image_and_its_means() -> None:
