@@ -14,7 +14,7 @@ from giving all images the same answer or every answer equally often. Pairs are 
 sequences find: no foreign network matches them. A batch whose sequences have one image is trained
 too: it is then compared with itself.
 
-Shape suffixes: as in ``alice_networks``; B samples, M members, N = B * M crops.
+Shape suffixes: as in ``alice_networks`` and ``alice_crops``.
 """
 
 import copy
@@ -24,13 +24,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional
 
 from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
-from nnunet_autoreg.model.sequence import from_tokens, to_blocks, to_tokens
-from nnunet_autoreg.objectives.alice_networks import AliceNetwork, Casa, Crops
+from nnunet_autoreg.model.sequence import from_tokens, to_tokens
+from nnunet_autoreg.objectives.alice_crops import Crops, crops_of, student_voxels
+from nnunet_autoreg.objectives.alice_matches import match_counts
+from nnunet_autoreg.objectives.alice_networks import AliceNetwork, Casa
 from nnunet_autoreg.objectives.alice_plan import alice_of
 from nnunet_autoreg.objectives.base import (
     OF_LARGEST,
@@ -40,17 +40,15 @@ from nnunet_autoreg.objectives.base import (
     Processes,
     Reconstruction,
     TokenFeatures,
+    whole,
 )
 from nnunet_autoreg.objectives.targets import full_precision
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sampling.corruption import corrupted
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 WARM_SHARE = 0.1
 """Share of the run in which the teacher's temperature rises."""
-CYCLE_MM = 12.0
-"""A match is an inlier if it comes back, and agrees with the others, within this distance."""
 LEAST_SHARED, MOST_SHARED = 0.02, 0.999
 """Entropy of the prototypes, as a share of the largest possible: below the first limit all tokens
 get the same one, and above the second every token gets all of them alike."""
@@ -69,6 +67,18 @@ class AliceState(nn.Module):
         self.register_buffer("class_centre", torch.zeros(num_prototypes))
         self.register_buffer("patch_centre", torch.zeros(num_prototypes))
         self.register_buffer("temperature", torch.tensor(temperature))
+
+    @torch.no_grad()
+    def follow(self, student: AliceNetwork, momentum: float) -> None:
+        """Set the teacher to the weighted mean of itself and the student; buffers are copied."""
+        parameters = dict(student.named_parameters())
+        for name, parameter in self.teacher.named_parameters():
+            # Sharded weights are gathered one by one, and the teacher is whole in every process.
+            parameter.lerp_(whole(parameters[name]), 1 - momentum)
+
+        buffers = dict(student.named_buffers())
+        for name, buffer in self.teacher.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 @dataclass(frozen=True)
@@ -112,11 +122,11 @@ class Alice(Objective):
 
     def begin(self) -> None:
         """Have the teacher start as a copy of the student."""
-        self._move_teacher(0.0)
+        self.state.follow(self.student, 0.0)
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Return the three terms. References: ``mean`` predicts each crop's visible mean."""
-        crops = self._crops(batch)
+        crops = crops_of(batch, self.plan)
         outputs = self.outputs(batch, crops)
         state, settings = self.state, self.settings
         num_members = batch.voxels.shape[1]
@@ -124,7 +134,7 @@ class Alice(Objective):
         # The teacher's view of one image is the target of the student's view of the next one.
         class_target_NO = targets(outputs.teacher_classes, state.class_centre, state.temperature)
         patch_target_NSO = targets(outputs.teacher_patches, state.patch_centre, state.temperature)
-        partner_N = _partners(len(class_target_NO), num_members, batch.voxels.device)
+        partner_N = partners(len(class_target_NO), num_members, batch.voxels.device)
         class_loss_N = cross_entropy(
             class_target_NO[partner_N],
             outputs.student_classes,
@@ -140,10 +150,10 @@ class Alice(Objective):
 
         # Padding carries no loss: it is the same in every image.
         counted_NS = crops.valid.gather(1, crops.visible).float()
-        truth_NTP = self._voxels(batch)
-        counted_NTP = self._counted_voxels(batch, crops).float()
-        counts = self._counts(crops, counted_NTP)
-        error_NTP = (outputs.voxels.float() - truth_NTP).square() * counted_NTP
+        truth_NTP = self._true_voxels(crops)
+        supervised_NTP = self._supervised(crops).float()
+        counts = self._counts(crops)
+        error_NTP = (outputs.voxels.float() - truth_NTP).square() * supervised_NTP
         terms = {
             "reconstruction": LossTerm(
                 error_NTP.sum(),
@@ -168,23 +178,23 @@ class Alice(Objective):
         if not references:
             return LossTerms(terms, statistics=statistics)
 
-        mean_N11 = self._visible_mean(batch, crops)
-        trivial = ((mean_N11 - truth_NTP).square() * counted_NTP).sum()
+        mean_N11 = self._visible_mean(crops)
+        trivial_NTP = (mean_N11 - truth_NTP).square() * supervised_NTP
         statistics |= {
             "class_entropy": entropy(class_target_NO).sum(),
             "patch_entropy": (entropy(patch_target_NSO) * counted_NS).sum(),
             "patch_shares": (patch_target_NSO * counted_NS[:, :, None]).sum(dim=(0, 1)),
         }
         if num_members > 1:
-            statistics |= self._matches(outputs.teacher_tokens, crops, batch)
-        return LossTerms(terms, {"mean": trivial}, statistics)
+            statistics |= self._match_counts(batch, crops, outputs.teacher_tokens)
+        return LossTerms(terms, {"mean": trivial_NTP.sum()}, statistics)
 
     def outputs(self, batch: Batch, crops: Crops) -> Outputs:
         """Return the outputs of student and teacher for the crops of a batch. Scores are
         float32."""
         student, teacher = self.student, self.state.teacher
         is_figure = self.settings.casa == "figure"
-        shown = replace(crops, voxels=self._shown(batch, crops))
+        shown = replace(crops, voxels=student_voxels(batch, crops, self.token_size))
 
         # The student sees only the visible blocks, corrupted if the plan says so.
         encoded = student.backbone.encode_visible(shown)
@@ -230,8 +240,7 @@ class Alice(Objective):
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Return the numbers of voxels, volumes and tokens that the terms sum over."""
-        crops = self._crops(batch)
-        return self._counts(crops, self._counted_voxels(batch, crops).float())
+        return self._counts(crops_of(batch, self.plan))
 
     def after_step(self, step: int, processes: Processes, statistics: Mapping[str, Tensor]) -> None:
         """Move teacher, centres and temperature on."""
@@ -239,33 +248,23 @@ class Alice(Objective):
         share_done = (step + 1) / self.plan.optim.num_steps
         # The momentum rises to 1 along half a cosine: at the end the teacher hardly moves.
         rest = 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
-        self._move_teacher(1 - (1 - settings.momentum) * rest)
+        state.follow(self.student, 1 - (1 - settings.momentum) * rest)
 
-        for centre, name in ((state.class_centre, "class"), (state.patch_centre, "patch")):
-            count = statistics["classes" if name == "class" else "patches"]
+        centres = (
+            (state.class_centre, "class_scores", "classes"),
+            (state.patch_centre, "patch_scores", "patches"),
+        )
+        for centre_O, sum_name, count_name in centres:
             # The sum and its count travel in one message.
-            sums = torch.cat([statistics[f"{name}_scores"], count[None].float()])
-            sums = processes.add(sums.clone())
-            mean_O = sums[:-1] / sums[-1].clamp(min=1)
-            centre.lerp_(mean_O.to(centre.dtype), 1 - settings.centre_momentum)
+            message = torch.cat([statistics[sum_name], statistics[count_name][None].float()])
+            message = processes.add(message)
+            mean_O = message[:-1] / message[-1].clamp(min=1)
+            centre_O.lerp_(mean_O.to(centre_O.dtype), 1 - settings.centre_momentum)
 
-        start, end = settings.teacher_temperature
         # A cold teacher would be sure of its answers before they mean anything.
-        state.temperature.fill_(start + (end - start) * min(1.0, share_done / WARM_SHARE))
-
-    @torch.no_grad()
-    def _move_teacher(self, momentum: float) -> None:
-        """Set the teacher to the weighted mean of itself and the student; buffers are copied."""
-        student = dict(self.student.named_parameters())
-        for name, parameter in self.state.teacher.named_parameters():
-            value = student[name].detach()
-            # Sharded weights are gathered one by one, and the teacher is whole in every process.
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            parameter.lerp_(value, 1 - momentum)
-
-        buffers = dict(self.student.named_buffers())
-        for name, buffer in self.state.teacher.named_buffers():
-            buffer.copy_(buffers[name])
+        start, end = settings.teacher_temperature
+        share_warm = min(1.0, share_done / WARM_SHARE)
+        state.temperature.fill_(start + (end - start) * share_warm)
 
     def health(self, statistics: Mapping[str, Tensor]) -> dict[str, tuple[float, str]]:
         """Return entropies of the teacher, norms of the centres, and the inlier rate of matches."""
@@ -310,12 +309,9 @@ class Alice(Objective):
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """Return the student's prediction of hidden voxels beside the truth."""
-        crops = self._crops(batch)
+        crops = crops_of(batch, self.plan)
         predicted_NTP = self.outputs(batch, crops).voxels.float()
-        real_NTP = self._real(batch)
-        # (N, T, 1) & (N, T, P)
-        visible_NTP = crops.is_visible[:, :, None] & real_NTP
-        trivial_NTP = self._visible_mean(batch, crops).expand_as(predicted_NTP)
+        is_visible_NT1 = crops.is_visible[:, :, None]
 
         def as_volume(tokens_NTP: Tensor) -> Tensor:
             B, M = batch.voxels.shape[:2]
@@ -325,15 +321,15 @@ class Alice(Objective):
         return Reconstruction(
             truth=batch.voxels[:, :, 0],
             predicted=as_volume(predicted_NTP),
-            trivial=as_volume(trivial_NTP),
-            given=as_volume(visible_NTP),
-            loss_mask=as_volume(~crops.is_visible[:, :, None] & real_NTP),
+            trivial=as_volume(self._visible_mean(crops).expand_as(predicted_NTP)),
+            given=as_volume(is_visible_NT1 & crops.valid_mask),
+            loss_mask=as_volume(~is_visible_NT1 & crops.valid_mask),
             valid_mask=batch.valid_mask,
         )
 
     def describe(self, batch: Batch) -> TokenFeatures:
         """Return features of every image by itself, as fine-tuning gets them."""
-        crops = self._crops(batch)
+        crops = crops_of(batch, self.plan)
         B = len(batch.voxels)
         features_NTV = self._exported().backbone.describe(
             crops.voxels,
@@ -370,121 +366,45 @@ class Alice(Objective):
     def _exported(self) -> AliceNetwork:
         return self.student if self.settings.export == "student" else self.state.teacher
 
-    def _crops(self, batch: Batch) -> Crops:
-        """Return each image of a batch by itself, with the blocks that the student sees.
+    def _supervised(self, crops: Crops) -> Tensor:
+        """Return which voxels carry the loss of reconstruction, (N, T, P) bool."""
+        if self.settings.all_voxels:
+            return crops.valid_mask
+        return crops.valid_mask & ~crops.is_visible[:, :, None]
 
-        Of the K blocks of a crop, ceil((1 - visible share) K) are hidden: the last ones of the
-        sampled order.
-        """
-        B, M, _, Z, Y, X = batch.voxels.shape
-        N = B * M
-        block_tokens = self.plan.sequence.block_tokens
-        grid = grid_of(as_size((Z, Y, X)), self.token_size)
-        num_tokens = volume(grid)
-        per_block = volume(block_tokens)
-
-        # The order runs over the blocks of all images; only their order within each one counts.
-        order_NT = batch.order_index.reshape(N, num_tokens)
-        num_hidden = num_hidden_blocks(num_tokens // per_block, self.plan.sequence.prefix_share)
-        num_visible = num_tokens // per_block - num_hidden
-        visible_NS = order_NT.argsort(dim=1, stable=True)[:, : num_visible * per_block]
-        is_visible_NT = torch.zeros_like(order_NT, dtype=torch.bool)
-        is_visible_NT = is_visible_NT.scatter(1, visible_NS, True)
-
-        # All tokens of a block have the same entry, so that the first one stands for it.
-        blocks_NKJ = to_blocks(order_NT.reshape(N, 1, *grid), block_tokens).flatten(2)
-        visible_blocks_NK = blocks_NKJ[:, :, 0].argsort(dim=1, stable=True)[:, :num_visible]
-
-        positions_NT = torch.arange(num_tokens, device=order_NT.device).expand(N, -1)
-        if batch.positions is not None:
-            positions_NT = batch.positions.reshape(N, num_tokens)
-        valid_NT = self._real(batch).any(dim=2)
-        return Crops(
-            batch.voxels.flatten(0, 1),
-            valid_NT,
-            positions_NT,
-            visible_NS,
-            is_visible_NT,
-            visible_blocks_NK,
-        )
-
-    def _shown(self, batch: Batch, crops: Crops) -> Tensor:
-        """Return the voxels that the student gets, (N, C, Z, Y, X), corrupted if planned."""
-        if batch.corruption is None:
-            return crops.voxels
-        B, M, _, Z, Y, X = batch.voxels.shape
-        # Hidden voxels are cut out later, so that only visible ones are corrupted.
-        visible_NTP = crops.is_visible[:, :, None].expand(-1, -1, volume(self.token_size))
-        visible_BTP = visible_NTP.reshape(B, -1, visible_NTP.shape[2])
-        visible_BMZYX = from_tokens(visible_BTP, self.token_size, (B, M, 1, Z, Y, X))
-        shown_BMCZYX = corrupted(batch.voxels, visible_BMZYX & batch.valid_mask, batch.corruption)
-        return shown_BMCZYX.flatten(0, 1)
-
-    def _voxels(self, batch: Batch) -> Tensor:
-        """Return the true voxels of every token, (N, T, P), float32."""
-        voxels_N1CZYX = batch.voxels.flatten(0, 1)[:, None]
-        return to_tokens(voxels_N1CZYX, self.token_size).float()
-
-    def _real(self, batch: Batch) -> Tensor:
-        """Return which voxels of every token are not padding, (N, T, P)."""
-        valid_N11ZYX = batch.valid_mask.flatten(0, 1)[:, None, None]
-        return to_tokens(valid_N11ZYX, self.token_size)
-
-    def _counted_voxels(self, batch: Batch, crops: Crops) -> Tensor:
-        """Return which voxels carry the loss of reconstruction, (N, T, P)."""
-        real_NTP = self._real(batch)
-        return real_NTP if self.settings.all_voxels else real_NTP & ~crops.is_visible[:, :, None]
-
-    def _counts(self, crops: Crops, counted_NTP: Tensor) -> dict[str, Tensor]:
+    def _counts(self, crops: Crops) -> dict[str, Tensor]:
+        device = crops.valid.device
         return {
-            "reconstruction": counted_NTP.sum(),
-            "classes": torch.full((), float(len(crops.valid)), device=counted_NTP.device),
+            "reconstruction": self._supervised(crops).float().sum(),
+            "classes": torch.full((), float(len(crops.valid)), device=device),
             "patches": crops.valid.gather(1, crops.visible).float().sum(),
         }
 
-    def _visible_mean(self, batch: Batch, crops: Crops) -> Tensor:
+    def _true_voxels(self, crops: Crops) -> Tensor:
+        """Return the voxels of every token, (N, T, P), float32."""
+        return to_tokens(crops.voxels[:, None], self.token_size).float()
+
+    def _visible_mean(self, crops: Crops) -> Tensor:
         """Return the mean of each crop's visible voxels, (N, 1, 1)."""
-        weight_NTP = (self._real(batch) & crops.is_visible[:, :, None]).float()
-        total = (self._voxels(batch) * weight_NTP).sum(dim=(1, 2), keepdim=True)
-        return total / weight_NTP.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+        weight_NTP = (crops.valid_mask & crops.is_visible[:, :, None]).float()
+        total_N11 = (self._true_voxels(crops) * weight_NTP).sum(dim=(1, 2), keepdim=True)
+        return total_N11 / weight_NTP.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
-    def _matches(self, tokens_NTV: Tensor, crops: Crops, batch: Batch) -> dict[str, Tensor]:
+    def _match_counts(self, batch: Batch, crops: Crops, tokens_NTV: Tensor) -> dict[str, Tensor]:
         """Return how many tokens of the first images are matched, and how many matches hold."""
-        B, M = batch.voxels.shape[:2]
-        grid = grid_of(as_size(batch.voxels.shape[3:]), self.token_size)
+        B, M, _, Z, Y, X = batch.voxels.shape
+        grid = grid_of(as_size((Z, Y, X)), self.token_size)
         axes = [torch.arange(side, device=tokens_NTV.device) for side in grid]
-        step_mm = torch.tensor(
-            [
-                token * spacing
-                for token, spacing in zip(self.token_size, self.plan.data.spacing_mm, strict=True)
-            ],
-            device=tokens_NTV.device,
-        )
         # In mm, because voxels of thick slices are not cubes.
-        place_T3 = torch.cartesian_prod(*axes).float() * step_mm
-
-        tokens_BMTV = tokens_NTV.reshape(B, M, *tokens_NTV.shape[1:])
-        valid_BMT = crops.valid.reshape(B, M, -1)
-        inliers = matched = torch.zeros((), device=tokens_NTV.device)
-        for tokens_MTV, valid_MT in zip(tokens_BMTV, valid_BMT, strict=True):
-            first, second = valid_MT[0], valid_MT[1]
-            if not (first.any() and second.any()):
-                continue
-            held = consistent_matches(
-                tokens_MTV[0, first],
-                tokens_MTV[1, second],
-                place_T3[first],
-                place_T3[second],
-            )
-            inliers, matched = inliers + held.sum(), matched + len(held)
-        return {"inliers": inliers, "matched": matched}
-
-
-def num_hidden_blocks(num_blocks: int, visible_share: float) -> int:
-    """Return ceil((1 - visible share) x blocks); at least one is hidden and one visible."""
-    # Rounded first, because 1 - 0.7 is a little more than 0.3 in floating point.
-    wanted = math.ceil(round((1 - visible_share) * num_blocks, 6))
-    return min(max(1, wanted), num_blocks - 1)
+        spacing_mm = self.plan.data.spacing_mm
+        token_mm = [side * mm for side, mm in zip(self.token_size, spacing_mm, strict=True)]
+        token_mm_3 = torch.tensor(token_mm, device=tokens_NTV.device)
+        positions_T3 = torch.cartesian_prod(*axes).float() * token_mm_3
+        return match_counts(
+            tokens_NTV.reshape(B, M, *tokens_NTV.shape[1:]),
+            crops.valid.reshape(B, M, -1),
+            positions_T3,
+        )
 
 
 def targets(scores_O: Tensor, centre_O: Tensor, temperature: Tensor) -> Tensor:
@@ -507,39 +427,7 @@ def entropy(probabilities_O: Tensor) -> Tensor:
     return entropy_O
 
 
-def consistent_matches(
-    first_NV: Tensor,
-    second_MV: Tensor,
-    place_first_N3: Tensor,
-    place_second_M3: Tensor,
-) -> Tensor:
-    """Return which tokens of one crop have a believable match in another, (N,) bool.
-
-    A token is matched with the most similar one of the other crop. The match holds if the best
-    match of that one lies near the token again, and if it is shifted as most other matches are.
-
-    Args:
-        place_first_N3, place_second_M3: positions in the crops, in mm.
-    """
-    # Without their mean, because what all tokens share would make all of them alike.
-    first_NV = functional.normalize(first_NV - first_NV.mean(dim=0), dim=-1)
-    second_MV = functional.normalize(second_MV - second_MV.mean(dim=0), dim=-1)
-    similarity_NM = first_NV @ second_MV.T
-
-    # Cycle: there and back again has to end near the start.
-    there_N = similarity_NM.argmax(dim=1)
-    back_N = similarity_NM.argmax(dim=0)[there_N]
-    returns_N = (place_first_N3[back_N] - place_first_N3).norm(dim=1) <= CYCLE_MM
-
-    # The median shift is hardly moved by wrong matches.
-    shift_N3 = place_second_M3[there_N] - place_first_N3
-    usual_3 = shift_N3.median(dim=0).values
-    agrees_N = (shift_N3 - usual_3).norm(dim=1) <= CYCLE_MM
-    believed_N: Tensor = returns_N & agrees_N
-    return believed_N
-
-
-def _partners(num_crops: int, num_members: int, device: torch.device) -> Tensor:
+def partners(num_crops: int, num_members: int, device: torch.device) -> Tensor:
     """Return for each crop the index of its sequence's next image; the first follows the last."""
     # Crops of one sequence follow each other: crop b M + m is member m of sample b.
     index = torch.arange(num_crops, device=device)

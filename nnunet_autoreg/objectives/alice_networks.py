@@ -27,32 +27,12 @@ from nnunet_autoreg.model.predictors import CrossLayer
 from nnunet_autoreg.model.sequence import counted_mean, to_blocks, to_tokens
 from nnunet_autoreg.model.trunk import mask_of, recomputed, run_layer
 from nnunet_autoreg.model.unet import PretrainingUNet, build_unet
+from nnunet_autoreg.objectives.alice_crops import Crops
 from nnunet_autoreg.objectives.alice_plan import HEADS_OF_CASA, AlicePlan, alice_of
 from nnunet_autoreg.plan import Plan
 
 BOTTLENECK = 256
 """Features that are normalised before they are compared with the prototypes."""
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Crops of a batch, one by one, and the parts that the student sees.
-
-    Attributes:
-        voxels: (N, C, Z, Y, X).
-        valid: (N, T) bool, False where a token holds padding only.
-        positions: (N, T) raster index of every token in the plan's grid.
-        visible: (N, S) index of the visible tokens, block after block; equally many in every crop.
-        is_visible: (N, T) bool, the same as a mask.
-        visible_blocks: (N, K) index of the visible blocks, in the same order.
-    """
-
-    voxels: Tensor
-    valid: Tensor
-    positions: Tensor
-    visible: Tensor
-    is_visible: Tensor
-    visible_blocks: Tensor
 
 
 @dataclass(frozen=True)

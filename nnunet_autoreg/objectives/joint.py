@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from nnunet_autoreg.geometry import as_size, grid_of, volume
@@ -36,6 +35,7 @@ from nnunet_autoreg.objectives.base import (
     Objective,
     Processes,
     TokenFeatures,
+    whole,
 )
 from nnunet_autoreg.objectives.clusters import balance_of, codes_of, swapped_losses
 from nnunet_autoreg.objectives.joint_networks import JointNetwork, scores_of, slabs_of
@@ -634,9 +634,3 @@ def evenly_spread(rows_ND: Tensor, most: int) -> Tensor:
         return rows_ND
     index = torch.arange(most, device=rows_ND.device) * len(rows_ND) // most
     return rows_ND[index]
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """Return a parameter's values; sharded weights are gathered in all processes."""
-    value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -29,11 +29,11 @@ from nnunet_autoreg.model.sequence import from_tokens
 from nnunet_autoreg.objective_kinds import with_objective
 from nnunet_autoreg.objectives.alice import (
     Alice,
-    consistent_matches,
     cross_entropy,
-    num_hidden_blocks,
     targets,
 )
+from nnunet_autoreg.objectives.alice_crops import crops_of, num_hidden_blocks
+from nnunet_autoreg.objectives.alice_matches import consistent_matches
 from nnunet_autoreg.objectives.alice_networks import Casa
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan, override
@@ -232,7 +232,7 @@ def test_t3_classes_cross_the_images_and_patches_stay_within_one(encoder: str) -
     objective = built(plan)
     objective.module.eval()
     batch = batch_of(plan, num_samples=1)
-    crops = objective._crops(batch)
+    crops = crops_of(batch, plan)
 
     voxels = batch.voxels.clone()
     # Hidden voxels of the second image change: its student sees the same, its teacher does not.
@@ -244,7 +244,7 @@ def test_t3_classes_cross_the_images_and_patches_stay_within_one(encoder: str) -
     z, y, x = (int(i) * t for i, t in zip(place, token, strict=True))
     voxels[0, 1, 0, z : z + token[0], y : y + token[1], x : x + token[2]] += 5.0
     changed = replace(batch, voxels=voxels)
-    before, after = (objective.outputs(b, objective._crops(b)) for b in (batch, changed))
+    before, after = (objective.outputs(b, crops_of(b, plan)) for b in (batch, changed))
 
     # Only the teacher's view of image 1 changed, so only the student of image 0 meets it in the
     # loss of classes, and only the tokens of image 1 do in the loss of patches.
@@ -278,7 +278,7 @@ def test_t4_the_teacher_does_not_depend_on_the_mask_and_the_student_does(encoder
     # Seed 7 draws another order, so other tokens are hidden; the voxels stay.
     other = replace(batch, order_index=batch_of(plan, seed=7).order_index)
 
-    one, two = (objective.outputs(b, objective._crops(b)) for b in (batch, other))
+    one, two = (objective.outputs(b, crops_of(b, plan)) for b in (batch, other))
 
     assert torch.equal(one.teacher_classes, two.teacher_classes)
     assert not torch.allclose(one.student_classes, two.student_classes, atol=1e-4)
@@ -290,7 +290,7 @@ def test_t4_hidden_voxels_never_reach_the_student(encoder: str) -> None:
     objective = built(plan)
     objective.module.eval()
     batch = batch_of(plan)
-    crops = objective._crops(batch)
+    crops = crops_of(batch, plan)
     token = plan.encoder.token_size_vox
     # From one value per token to one value per voxel of the token.
     hidden = (~crops.is_visible)[:, :, None].expand(-1, -1, volume(token))
@@ -298,7 +298,7 @@ def test_t4_hidden_voxels_never_reach_the_student(encoder: str) -> None:
     mask = from_tokens(hidden_BTP, token, batch.voxels.shape)
     noisy = replace(batch, voxels=batch.voxels + 3.0 * mask[:, :, None])
 
-    one, two = (objective.outputs(b, objective._crops(b)) for b in (batch, noisy))
+    one, two = (objective.outputs(b, crops_of(b, plan)) for b in (batch, noisy))
 
     assert torch.equal(one.student_classes, two.student_classes)
     assert torch.equal(one.voxels, two.voxels)
@@ -328,7 +328,7 @@ def test_t5_the_teachers_side_follows_the_teachers_tokens(form: str, encoder: st
     objective = built(plan)
     objective.module.eval()
     batch = batch_of(plan)
-    crops = objective._crops(batch)
+    crops = crops_of(batch, plan)
     before = objective.outputs(batch, crops)
 
     # Only the backbone of the teacher changes, not its heads.
@@ -362,7 +362,7 @@ def test_t6_every_crop_hides_as_many_blocks_and_others(encoder: str) -> None:
     plan = planned(encoder)
     objective = built(plan)
 
-    crops = objective._crops(batch_of(plan, num_samples=3))
+    crops = crops_of(batch_of(plan, num_samples=3), plan)
 
     tokens = crops.is_visible.shape[1]
     num_visible = tokens - math.ceil(0.75 * tokens)
