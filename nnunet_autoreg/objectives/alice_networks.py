@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_autoreg.families import family_of, has_transformer
-from nnunet_autoreg.geometry import Size, as_size, grid_of, volume
+from nnunet_autoreg.geometry import Size, as_size, grid_of, multiplied, volume
 from nnunet_autoreg.model.attention import VisibleKeys, attend
 from nnunet_autoreg.model.card import Adaptation
 from nnunet_autoreg.model.encoders import build_sequence_encoder
@@ -58,9 +58,7 @@ class TransformerBackbone(nn.Module):
         self.recompute = plan.optim.checkpoint_activations
         self.token_size = token
         self.block_tokens = sequence.block_tokens
-        self.block_size = as_size(
-            [side * number for side, number in zip(token, sequence.block_tokens, strict=True)],
-        )
+        self.block_size = multiplied(token, sequence.block_tokens)
 
         self.encoder = build_sequence_encoder(
             plan.encoder,

@@ -77,7 +77,9 @@ class MemberEmbedding(nn.Module):
 
     def forward(self, members_BT: Tensor) -> Tensor:
         """Return the embedding of every token's member, (B, T, V)."""
-        return torch.cat([self.table.new_zeros(1, self.table.shape[1]), self.table])[members_BT]
+        zero_1V = self.table.new_zeros(1, self.table.shape[1])
+        all_codes_CV = torch.cat([zero_1V, self.table])
+        return all_codes_CV[members_BT]
 
 
 class AutoregressiveModel(nn.Module):
@@ -121,9 +123,9 @@ class AutoregressiveModel(nn.Module):
             )
 
         # With one image, no embedding is needed that distinguishes images.
-        self.member = (
-            MemberEmbedding(num_codes(plan), self.encoder.width) if num_codes(plan) > 1 else None
-        )
+        self.member: MemberEmbedding | None = None
+        if num_codes(plan) > 1:
+            self.member = MemberEmbedding(num_codes(plan), self.encoder.width)
 
     def forward(self, batch: Batch, valid_BT: Tensor) -> Tensor:
         """Return predictions (B, T, P), entry t for token t.
@@ -131,9 +133,9 @@ class AutoregressiveModel(nn.Module):
         With ``next``, the first block is predicted only from START. Without START its entries are
         0.
         """
-        member_BTV = (
-            None if self.member is None or batch.members is None else self.member(batch.members)
-        )
+        member_BTV = None
+        if self.member is not None and batch.members is not None:
+            member_BTV = self.member(batch.members)
 
         # Who attends to whom is known before the encoder runs, and never depends on voxels.
         rule = self.rule(batch.order_index, batch.prefix, valid_BT)
@@ -141,41 +143,45 @@ class AutoregressiveModel(nn.Module):
         # (B, starts, V) and (B, T, V)
         start_BTV, features_BTV = features_BTV.tensor_split([self.encoder.num_starts], dim=1)
         if isinstance(self.head, QueryDecoder):
-            # A query must not see its own block, which it predicts.
-            query_rule = strictly_earlier(batch.order_index, valid_BT)
-            tokens = TokenPositions(
-                self.encoder.rope(batch.positions),
-                batch.positions,
-                batch.members,
-            )
-            if self.head.block_tokens == 1:
-                alone: Tensor = self.head(features_BTV, query_rule, tokens, tokens)
-                return alone
-
-            # Queries block after block, and their predictions back at the places of the tokens.
-            query_order_BT = block_order(batch.order_index)
-            in_order_BTO = self.head(
-                features_BTV,
-                query_rule.with_queries(query_order_BT),
-                self.places(batch, query_order_BT),
-                tokens,
-            )
-            return torch.zeros_like(in_order_BTO).scatter(
-                1,
-                query_order_BT[:, :, None].expand_as(in_order_BTO),
-                in_order_BTO,
-            )
+            return self._predict_queries(self.head, batch, valid_BT, features_BTV)
 
         # Token j of block b says what token j of block b + 1 is.
         order_BT = block_order(batch.order_index)
-        said_BTP = self.shift(self.head(features_BTV), order_BT)
+        predicted_BTP = self.shift(self.head(features_BTV), order_BT)
         if not self.predicts_first:
-            return said_BTP
-        return said_BTP.scatter(
-            1,
-            order_BT[:, :1, None].expand(-1, -1, said_BTP.shape[2]),
-            self.head(start_BTV),
+            return predicted_BTP
+        first_B1P = order_BT[:, :1, None].expand(-1, -1, predicted_BTP.shape[2])
+        return predicted_BTP.scatter(1, first_B1P, self.head(start_BTV))
+
+    def _predict_queries(
+        self,
+        head: QueryDecoder,
+        batch: Batch,
+        valid_BT: Tensor,
+        features_BTV: Tensor,
+    ) -> Tensor:
+        """Return the predictions of a head that is asked for positions, (B, T, P)."""
+        # A query must not see its own block, which it predicts.
+        query_rule = strictly_earlier(batch.order_index, valid_BT)
+        tokens = TokenPositions(
+            self.encoder.rope(batch.positions),
+            batch.positions,
+            batch.members,
         )
+        if head.block_tokens == 1:
+            predicted_BTP: Tensor = head(features_BTV, query_rule, tokens, tokens)
+            return predicted_BTP
+
+        # Queries block after block, and their predictions back at the places of the tokens.
+        query_order_BT = block_order(batch.order_index)
+        in_order_BTP = head(
+            features_BTV,
+            query_rule.with_queries(query_order_BT),
+            self.places(batch, query_order_BT),
+            tokens,
+        )
+        index_BTP = query_order_BT[:, :, None].expand_as(in_order_BTP)
+        return torch.zeros_like(in_order_BTP).scatter(1, index_BTP, in_order_BTP)
 
     def places(self, batch: Batch, index_BN: Tensor) -> TokenPositions:
         """Return the positions of the tokens ``index_BN`` of a batch."""
@@ -205,8 +211,8 @@ class AutoregressiveModel(nn.Module):
         J = self.block_num_tokens
         # In the order of blocks, so that the successor of a token lies J entries later.
         index_BTP = order_BT[:, :, None].expand_as(out_BTP)
-        said = torch.gather(out_BTP, 1, index_BTP[:, :-J])
-        return torch.zeros_like(out_BTP).scatter(1, index_BTP[:, J:], said)
+        predicted_BTP = torch.gather(out_BTP, 1, index_BTP[:, :-J])
+        return torch.zeros_like(out_BTP).scatter(1, index_BTP[:, J:], predicted_BTP)
 
 
 class Autoregressive(Objective):
@@ -239,28 +245,25 @@ class Autoregressive(Objective):
         target_BTO = target_of(settings, voxels_BTP, real_BTP)
 
         # Only real voxels of predicted tokens carry loss.
-        weight_BTP = (
-            supervised_tokens(asked.order_index, asked.prefix, valid_BT, self.model.predicts_first)[
-                :,
-                :,
-                None,
-            ]
-            & real_BTP
-        ).float()
+        predicted_BT = supervised_tokens(
+            asked.order_index,
+            asked.prefix,
+            valid_BT,
+            self.model.predicts_first,
+        )
+        weight_BTP = (predicted_BT[:, :, None] & real_BTP).float()
         if batch.loss_mask is not None:
-            weight_BTP = weight_BTP * to_tokens(
-                batch.loss_mask[:, :, None],
-                self.token_size,
-            ).repeat(1, 1, batch.voxels.shape[2])
+            loss_mask_BTP = to_tokens(batch.loss_mask[:, :, None], self.token_size)
+            num_channels = batch.voxels.shape[2]
+            weight_BTP = weight_BTP * loss_mask_BTP.repeat(1, 1, num_channels)
 
         shown = batch
         if batch.corruption is not None:
             # Targets were taken above, from the clean voxels; blocks that are predicted stay clean
             # as context of later ones, too.
-            shown = replace(
-                batch,
-                voxels=corrupted(batch.voxels, self._given_voxels(asked), batch.corruption),
-            )
+            given_BMZYX = self._given_voxels(asked)
+            shown_BMCZYX = corrupted(batch.voxels, given_BMZYX, batch.corruption)
+            shown = replace(batch, voxels=shown_BMCZYX)
 
         output_weight_BTO = output_weight(settings, weight_BTP)
         predicted_BTO = self.model(shown, valid_BT).float()
@@ -330,30 +333,23 @@ class Autoregressive(Objective):
         The voxels are smoothed as the plan says, and not normalised yet.
         """
         num_channels = batch.voxels.shape[2]
-        real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token_size).repeat(
-            1,
-            1,
-            num_channels,
-        )
+        real_BTP = to_tokens(batch.valid_mask[:, :, None], self.token_size)
+        real_BTP = real_BTP.repeat(1, 1, num_channels)
         voxels_BTP = to_tokens(batch.voxels, self.token_size)
         sigma_vox = self.settings.target_smoothing
         return smoothed(voxels_BTP, real_BTP, self.token_size, sigma_vox), real_BTP
 
     def _given_voxels(self, asked: Batch) -> Tensor:
         """Return the mask of valid voxels in given blocks, (B, M, Z, Y, X)."""
-        token, (B, M, Z, Y, X) = self.plan.encoder.token_size_vox, asked.valid_mask.shape
-        given = (asked.order_index < asked.prefix[:, None]).reshape(
-            B,
-            M,
-            Z // token[0],
-            Y // token[1],
-            X // token[2],
-        )
+        B, M, Z, Y, X = asked.valid_mask.shape
+        grid = grid_of((Z, Y, X), self.token_size)
+        given_BT = asked.order_index < asked.prefix[:, None]
+        given_BMZYX = given_BT.reshape(B, M, *grid)
 
         # From tokens to voxels: every token is a cube of equal entries.
-        for axis in range(3):
-            given = given.repeat_interleave(token[axis], dim=2 + axis)
-        return given & asked.valid_mask
+        for axis, side in enumerate(self.token_size, start=2):
+            given_BMZYX = given_BMZYX.repeat_interleave(side, dim=axis)
+        return given_BMZYX & asked.valid_mask
 
     def describe(self, batch: Batch) -> TokenFeatures:
         """Return features as fine-tuning gets them: all valid tokens attend to each other, and
@@ -367,17 +363,12 @@ class Autoregressive(Objective):
         rule = self.model.rule(one_block_BT, torch.ones_like(batch.prefix), valid_BT)
         features_BTV = self.model.encoder.describe(batch.voxels, rule, batch.positions)
 
-        # Without given positions, tokens are numbered in raster order.
-        in_order = torch.arange(
-            batch.order_index.shape[1],
-            device=batch.order_index.device,
-        ).expand_as(batch.order_index)
-        return TokenFeatures(
-            features_BTV,
-            voxels_BTP,
-            in_order if batch.positions is None else batch.positions,
-            valid_BT,
-        )
+        positions_BT = batch.positions
+        if positions_BT is None:
+            # Without given positions, tokens are numbered in raster order.
+            raster_T = torch.arange(valid_BT.shape[1], device=valid_BT.device)
+            positions_BT = raster_T.expand_as(valid_BT)
+        return TokenFeatures(features_BTV, voxels_BTP, positions_BT, valid_BT)
 
     def transferable_state(self) -> dict[str, Tensor]:
         """Return the encoder's weights under the downstream network's keys."""

@@ -17,12 +17,9 @@ case in the bank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
@@ -37,25 +34,22 @@ from nnunet_autoreg.objectives.base import (
     TokenFeatures,
     whole,
 )
-from nnunet_autoreg.objectives.clusters import balance_of, codes_of, swapped_losses
-from nnunet_autoreg.objectives.joint_networks import JointNetwork, scores_of, slabs_of
-from nnunet_autoreg.objectives.joint_plan import BANK_SLABS, JointPlan, joint_of
+from nnunet_autoreg.objectives.clusters import codes_of, swapped_losses
+from nnunet_autoreg.objectives.joint_networks import JointNetwork, scores_of
+from nnunet_autoreg.objectives.joint_plan import joint_of
+from nnunet_autoreg.objectives.joint_slabs import NUM_KINDS, VOLUMES, Slabs, slabs_in
+from nnunet_autoreg.objectives.joint_state import (
+    JointState,
+    bank_rows,
+    moments_of,
+    smallest_spread,
+)
 from nnunet_autoreg.objectives.targets import full_precision
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 from nnunet_autoreg.sampling.views import NUM_VIEWS, num_slabs, slab_size
 
-SLABS, IMAGES, VOLUMES = range(3)
-NUM_KINDS = 3
-"""What is embedded. Each kind is standardised by itself: slabs and images then share clusters."""
-MOMENTUM = 0.9
-"""Of the running means and deviations."""
-LEAST_DEVIATION, LEAST_LENGTH = 1e-3, 1.0
-"""Smaller deviations, as a share of the mean, are taken as this. Shorter embeddings than the second
-stay short: rounding of projections that are all alike is not blown up, and shows as a collapse."""
-MOST_BALANCED = 8192
-"""Embeddings of the bank by which clusters are balanced after a step, evenly spread over it."""
 SHOWN_CLUSTERS, SHOWN_SLABS = 6, 5
 """Prototypes in the report, and slabs beside each."""
 LEAST_SPREAD = 1e-5
@@ -66,71 +60,19 @@ LEAST_USED, MOST_SHARED = 0.1, 0.999
 together use few clusters, and above the second every slab belongs to all clusters alike."""
 
 
-class JointState(nn.Module):
-    """What training changes without gradients.
-
-    These are banks of embeddings, whose rows belong to cases by their number among all cases of the
-    run; running means and deviations by which embeddings are standardised, one row each for
-    ``SLABS``, ``IMAGES`` and ``VOLUMES``; and the balance of the clusters.
-    """
-
-    slab_bank: Tensor
-    slab_known: Tensor
-    volume_bank: Tensor
-    volume_known: Tensor
-    mean: Tensor
-    deviation: Tensor
-    num_measured: Tensor
-    slab_balance: Tensor
-    volume_balance: Tensor
-    volume_share: Tensor
-
-    def __init__(self, settings: JointPlan):
-        super().__init__()
-        cases, width = settings.bank_cases, settings.width
-        buffers = {
-            "slab_bank": torch.zeros(cases, BANK_SLABS, width),
-            "slab_known": torch.zeros(cases, BANK_SLABS, dtype=torch.bool),
-            "volume_bank": torch.zeros(cases, width),
-            "volume_known": torch.zeros(cases, dtype=torch.bool),
-            "mean": torch.zeros(NUM_KINDS, width),
-            "deviation": torch.ones(NUM_KINDS, width),
-            "num_measured": torch.zeros(NUM_KINDS),
-            "slab_balance": torch.zeros(settings.num_slab_clusters),
-            "volume_balance": torch.zeros(settings.num_volume_clusters),
-            "volume_share": torch.zeros(()),
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-
 @dataclass(frozen=True)
-class Slabs:
-    """The slabs of a batch.
+class Candidate:
+    """One sample for the pictures of clusters.
 
     Attributes:
-        voxels: (N, 1, z, Y, X).
-        valid_tokens: (N, T) bool, False where a token holds padding only.
-        positions: (N, T) raster index of every token in the plan's grid.
-        valid: (B, R) bool, False where a slab holds padding only in one of the views.
-        hidden: (B, R) bool, slabs that are predicted from the others.
+        cosines: (K,), of each prototype and the slab of this sample that is nearest to it.
+        slices: (K, Y, X), the middle slice of that slab.
+        kind: "volume" or "2D image".
     """
 
-    voxels: Tensor
-    valid_tokens: Tensor
-    positions: Tensor
-    valid: Tensor
-    hidden: Tensor
-
-    @property
-    def are_of_volumes(self) -> bool:
-        """Whether they are of volumes. A 2D image is one slab."""
-        return self.valid.shape[1] > 1
-
-    @property
-    def kind(self) -> int:
-        """What they are: ``SLABS`` or ``IMAGES``."""
-        return SLABS if self.are_of_volumes else IMAGES
+    cosines: Tensor
+    slices: Tensor
+    kind: str
 
 
 class Joint(Objective):
@@ -151,123 +93,75 @@ class Joint(Objective):
         self.network: nn.Module = self.trained.backbone.network
         self.state = JointState(self.settings)
         self.extra: nn.Module = self.state
-        # Share of their weights with which volumes and hidden slabs count. It is known to the host,
-        # so that no device is waited for. A dry step has all terms.
-        self.volume_share = 1.0
 
     def begin(self) -> None:
         """Cluster only slabs and images at first."""
-        self._set_volume_share(volume_share(0.0, self.settings.slabs_first))
-
-    def _set_volume_share(self, share: float) -> None:
-        # Rounded as a checkpoint holds it, so that a resumed run has the same weights.
-        self.volume_share = float(np.float32(share))
-        self.state.volume_share.fill_(self.volume_share)
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Restore banks, balance, and which terms the loss has."""
-        super().load_extra_state(state)
-        self.volume_share = float(self.state.volume_share)
+        self.state.set_phase_in(0.0)
 
     def loss(self, batch: Batch, references: bool = False) -> LossTerms:
         """Return the terms. References: ``uniform`` gives every cluster the same share."""
-        slabs = self.slabs(batch)
-        settings, state, network = self.settings, self.state, self.trained
+        slabs = slabs_in(batch, self.plan)
+        settings, state = self.settings, self.state
         projected_BMRD = self._projected(slabs)
-        embedded_BMRD = self._standardised(projected_BMRD, slabs.kind)
+        embedded_BMRD = state.standardised(projected_BMRD, slabs.kind)
         counts = self._counts(slabs)
-        valid_BR = slabs.valid.float()
 
         # Slab r of both views shows the same slices, so that each is the target of the other.
-        scores_BMRK = scores_of(embedded_BMRD, network.prototypes)
-        with full_precision(batch.voxels.device):
-            first_BR, second_BR = swapped_losses(
-                scores_BMRK[:, 0],
-                scores_BMRK[:, 1],
-                state.slab_balance,
-                settings.sharpness,
-                settings.temperature,
-            )
-        total = ((first_BR + second_BR) * valid_BR).sum()
+        scores_BMRK = scores_of(embedded_BMRD, self.trained.prototypes)
+        total = self._swapped_loss(scores_BMRK, state.slab_balance, slabs.valid)
         terms = {"slabs": LossTerm(total, counts["slabs"], settings.slab_weight)}
 
         # A step on 2D images has one term: the attention over slabs then stays as it is. Validation
         # measures all terms from the start.
         volumes_BMD = pooled_BMD = None
-        if slabs.are_of_volumes and (self.volume_share > 0 or references):
+        if slabs.are_of_volumes and (state.phase_in > 0 or references):
             pooled_BMD = self._pooled_volumes(embedded_BMRD, slabs.valid)
-            volumes_BMD = self._standardised(pooled_BMD, VOLUMES)
+            volumes_BMD = state.standardised(pooled_BMD, VOLUMES)
+            volume_scores_BMK = scores_of(volumes_BMD, self.trained.volume_head.prototypes)
+            has_slab_B = slabs.valid.any(dim=1)
             terms["volumes"] = LossTerm(
-                self._volume_loss(volumes_BMD, slabs.valid),
+                self._swapped_loss(volume_scores_BMK, state.volume_balance, has_slab_B),
                 counts["volumes"],
-                settings.volume_weight * self.volume_share,
+                settings.volume_weight * state.phase_in,
             )
             terms["hidden"] = LossTerm(
                 self._hidden_loss(embedded_BMRD, slabs),
                 counts["hidden"],
-                settings.hidden_weight * self.volume_share,
+                settings.hidden_weight * state.phase_in,
             )
 
         statistics: dict[str, Tensor] = {}
         if batch.numbers is not None:
-            statistics = self._bank_rows(batch, slabs, embedded_BMRD, volumes_BMD)
+            first_volumes_BD = None if volumes_BMD is None else volumes_BMD[:, 0]
+            statistics = bank_rows(
+                batch,
+                self.plan.optim.batch_size,
+                embedded_BMRD[:, 0],
+                slabs.valid,
+                first_volumes_BD,
+            )
+        if batch.numbers is not None or references:
             statistics["moments"] = self._moments(slabs, projected_BMRD, pooled_BMD)
         if not references:
             return LossTerms(terms, statistics=statistics)
 
         uniform = torch.log(torch.full_like(total, settings.num_slab_clusters)) * counts["slabs"]
         statistics |= self._health_sums(scores_BMRK, embedded_BMRD, slabs.valid)
-        statistics["moments"] = self._moments(slabs, projected_BMRD, pooled_BMD)
         return LossTerms(terms, {"uniform": uniform}, statistics)
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Return the numbers of slabs, volumes and hidden slabs, in both views."""
-        slabs = self.slabs(batch)
+        slabs = slabs_in(batch, self.plan)
         counts = self._counts(slabs)
-        if not (slabs.are_of_volumes and self.volume_share > 0):
+        if not (slabs.are_of_volumes and self.state.phase_in > 0):
             return {"slabs": counts["slabs"]}
         return counts
-
-    def slabs(self, batch: Batch) -> Slabs:
-        """Cut the views of a batch into slabs, and choose those that are hidden."""
-        settings = self.settings
-        slab, step = settings.slab_vox, settings.slab_step_vox
-        B, M = batch.voxels.shape[:2]
-        voxels = slabs_of(batch.voxels.flatten(0, 2), slab, step)  # (B * M, R, z, Y, X)
-        valid_mask = slabs_of(batch.valid_mask.flatten(0, 1), slab, step)
-        R = voxels.shape[1]
-
-        voxels = voxels.flatten(0, 1)[:, None]  # (N, 1, z, Y, X)
-        tokens = to_tokens(valid_mask.flatten(0, 1)[:, None, None], self.token_size)
-        valid_NT = tokens.any(dim=2)
-        valid_BR = valid_NT.any(dim=1).reshape(B, M, R).all(dim=1)
-        # Attention needs a key. What it makes of a slab of padding is used nowhere.
-        valid_NT = valid_NT | ~valid_NT.any(dim=1, keepdim=True)
-
-        num_tokens = valid_NT.shape[1]
-        positions_BT = torch.arange(num_tokens, device=voxels.device).expand(B, -1)
-        if batch.positions is not None:
-            positions_BT = batch.positions
-        positions_NT = positions_BT[:, None].expand(-1, M * R, -1).flatten(0, 1)
-        hidden_BR = hidden_slabs(valid_BR, batch.order_index, settings.hidden_share)
-        return Slabs(voxels, valid_NT, positions_NT, valid_BR, hidden_BR)
 
     def _projected(self, slabs: Slabs) -> Tensor:
         """Return the projections of all slabs (B, M, R, D)."""
         B, R = slabs.valid.shape
         projected_ND = self.trained.embed(slabs.voxels, slabs.valid_tokens, slabs.positions)
         return projected_ND.reshape(B, -1, R, projected_ND.shape[1])
-
-    def _standardised(self, projected_D: Tensor, kind: int) -> Tensor:
-        """Return embeddings (..., D) of length 1, after the mean of their kind was taken away.
-
-        A mean that all have in common would grow until all embeddings are alike. SwAV's head has a
-        batch norm against that. Running statistics do the same, and do not depend on the batch.
-        """
-        mean_D, deviation_D = self.state.mean[kind], self.state.deviation[kind]
-        least = LEAST_DEVIATION * mean_D.square().mean().sqrt().clamp(min=LEAST_DEVIATION)
-        standardised_D = (projected_D - mean_D) / torch.maximum(deviation_D, least)
-        return functional.normalize(standardised_D, dim=-1, eps=LEAST_LENGTH)
 
     def _moments(self, slabs: Slabs, projected_BMRD: Tensor, pooled_BMD: Tensor | None) -> Tensor:
         """Return sum, sum of squares and number of what was embedded, by kind, (kinds, 2 D + 1)."""
@@ -287,17 +181,22 @@ class Joint(Objective):
         embedded_ND = self.trained.volume_head.embed(embedded_BMRD.flatten(0, 1), valid_NR)
         return embedded_ND.reshape(B, M, -1)
 
-    def _volume_loss(self, volumes_BMD: Tensor, valid_BR: Tensor) -> Tensor:
-        scores_BMK = scores_of(volumes_BMD, self.trained.volume_head.prototypes)
-        with full_precision(volumes_BMD.device):
+    def _swapped_loss(self, scores_BMK: Tensor, balance_K: Tensor, counted_B: Tensor) -> Tensor:
+        """Return the sum of the losses of both views, each with the other's clusters as target.
+
+        Args:
+            scores_BMK: scores of the two views; there may be more axes between M and K.
+            counted_B: bool, False where there is only padding.
+        """
+        with full_precision(scores_BMK.device):
             first_B, second_B = swapped_losses(
                 scores_BMK[:, 0],
                 scores_BMK[:, 1],
-                self.state.volume_balance,
+                balance_K,
                 self.settings.sharpness,
                 self.settings.temperature,
             )
-        return ((first_B + second_B) * valid_BR.any(dim=1).float()).sum()
+        return ((first_B + second_B) * counted_B.float()).sum()
 
     def _hidden_loss(self, embedded_BMRD: Tensor, slabs: Slabs) -> Tensor:
         """Return the sum of 1 - cosine over the hidden slabs of both views."""
@@ -316,102 +215,24 @@ class Joint(Objective):
             "hidden": NUM_VIEWS * slabs.hidden.float().sum(),
         }
 
-    def _bank_rows(
-        self,
-        batch: Batch,
-        slabs: Slabs,
-        embedded_BMRD: Tensor,
-        volumes_BMD: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """Return new entries of the banks from a part of a batch, at the numbers of their samples.
-
-        All other rows are 0, so that the sum over all parts and processes is the whole batch.
-        """
-        assert batch.numbers is not None and batch.case_ids is not None, "of training samples"
-        numbers_B = batch.numbers
-        num_rows = self.plan.optim.batch_size
-        R = slabs.valid.shape[1]
-        # A few slabs are evenly spread over a volume. An image is one slab.
-        chosen = [0]
-        if R > 1:
-            chosen = [(2 * slot + 1) * R // (2 * BANK_SLABS) for slot in range(BANK_SLABS)]
-
-        def placed(rows_B: Tensor) -> Tensor:
-            empty = rows_B.new_zeros(num_rows, *rows_B.shape[1:], dtype=torch.float32)
-            return empty.index_copy(0, numbers_B, rows_B.detach().float())
-
-        rows_BSD = embedded_BMRD.new_zeros(len(numbers_B), BANK_SLABS, embedded_BMRD.shape[3])
-        known_BS = torch.zeros(rows_BSD.shape[:2], device=rows_BSD.device)
-        rows_BSD[:, : len(chosen)] = embedded_BMRD[:, 0, chosen].detach()
-        known_BS[:, : len(chosen)] = slabs.valid[:, chosen].float()
-        rows = {
-            "bank_cases": placed(batch.case_ids + 1),
-            "bank_slabs": placed(rows_BSD),
-            "bank_slabs_known": placed(known_BS),
-        }
-        if volumes_BMD is not None:
-            rows["bank_volumes"] = placed(volumes_BMD[:, 0])
-            rows["bank_volumes_known"] = placed(slabs.valid.any(dim=1))
-        return rows
-
     @torch.no_grad()
     def after_step(self, step: int, processes: Processes, statistics: Mapping[str, Tensor]) -> None:
         """Write the step's embeddings into the banks, and rebalance the clusters."""
         # Every process writes the same rows, so that the banks stay equal.
         rows = {name: processes.add(value.clone()) for name, value in statistics.items()}
-        state, settings = self.state, self.settings
-
-        for number, case in enumerate(rows["bank_cases"].long().tolist()):
-            # Rows that no sample was placed at.
-            if case == 0:
-                continue
-            place = (case - 1) % settings.bank_cases
-            known_S = rows["bank_slabs_known"][number] > 0
-            state.slab_bank[place] = torch.where(
-                known_S[:, None],
-                rows["bank_slabs"][number],
-                state.slab_bank[place],
-            )
-            state.slab_known[place] |= known_S
-            if "bank_volumes" in rows and rows["bank_volumes_known"][number] > 0:
-                state.volume_bank[place] = rows["bank_volumes"][number]
-                state.volume_known[place] = True
-
+        state = self.state
+        state.write_rows(rows)
         for kind, moments in enumerate(rows["moments"]):
-            self._measure(kind, moments)
+            state.measure(kind, moments)
 
         # Prototypes and embeddings have moved, so that another balance keeps the clusters equal.
-        network = self.trained
-        for bank_ND, prototypes, balance_K in (
-            (state.slab_bank[state.slab_known], network.prototypes, state.slab_balance),
-            (
-                state.volume_bank[state.volume_known],
-                network.volume_head.prototypes,
-                state.volume_balance,
-            ),
-        ):
-            if len(bank_ND):
-                scores_NK = scores_of(evenly_spread(bank_ND, MOST_BALANCED), whole(prototypes))
-                balance_K.copy_(balance_of(scores_NK, settings.sharpness))
+        slabs_ND = state.slab_bank[state.slab_known]
+        state.rebalance(state.slab_balance, slabs_ND, whole(self.trained.prototypes))
+        volumes_ND = state.volume_bank[state.volume_known]
+        volume_prototypes_KD = whole(self.trained.volume_head.prototypes)
+        state.rebalance(state.volume_balance, volumes_ND, volume_prototypes_KD)
 
-        share_done = (step + 1) / self.plan.optim.num_steps
-        self._set_volume_share(volume_share(share_done, settings.slabs_first))
-
-    def _measure(self, kind: int, moments: Tensor) -> None:
-        """Move the running mean and deviation of one kind; nothing without anything of it."""
-        state = self.state
-        # Mean and variance from sums, which can be added over parts of a batch.
-        sum_D, squares_D = moments[:-1].chunk(2)
-        count = moments[-1]
-        mean_D = sum_D / count.clamp(min=1)
-        variance_D = (squares_D / count.clamp(min=1) - mean_D.square()).clamp(min=0)
-
-        # A plain mean over the first steps, so that the very first is not remembered for long.
-        is_there = (count > 0).float()
-        share = torch.clamp(1 / (state.num_measured[kind] + 1), min=1 - MOMENTUM) * is_there
-        state.mean[kind].lerp_(mean_D, share)
-        state.deviation[kind].lerp_(variance_D.sqrt(), share)
-        state.num_measured[kind] += is_there
+        state.set_phase_in((step + 1) / self.plan.optim.num_steps)
 
     def _health_sums(
         self,
@@ -487,10 +308,10 @@ class Joint(Objective):
 
         The prototypes are those whose nearest slabs are most alike.
         """
-        found: list[tuple[Tensor, Tensor, str]] = []
+        found: list[Candidate] = []
         for batch in batches:
-            slabs = self.slabs(batch)
-            embedded_BMRD = self._standardised(self._projected(slabs), slabs.kind)
+            slabs = slabs_in(batch, self.plan)
+            embedded_BMRD = self.state.standardised(self._projected(slabs), slabs.kind)
             first_BRK = scores_of(embedded_BMRD, self.trained.prototypes)[:, 0]
             B, R = slabs.valid.shape
             # A slab of padding is near to nothing.
@@ -502,25 +323,8 @@ class Joint(Objective):
             kind = "volume" if slabs.are_of_volumes else "2D image"
             for sample in range(B):
                 slices_KYX = views[sample, slab_BK[sample]]
-                found.append((nearest_BK[sample], slices_KYX, kind))
-        if len(found) < 2:
-            return []
-
-        # Of each sample only its nearest slab, so that slabs of one scan do not fill a row.
-        nearest_NK = torch.stack([nearest_K for nearest_K, _, _ in found])
-        count = min(SHOWN_SLABS, len(found))
-        best_SK, sample_SK = nearest_NK.topk(count, dim=0)
-        chosen = best_SK.mean(dim=0).topk(min(SHOWN_CLUSTERS, nearest_NK.shape[1])).indices
-        groups = []
-        for cluster in chosen.tolist():
-            slices = []
-            for rank in range(count):
-                _, slices_KYX, kind = found[int(sample_SK[rank, cluster])]
-                cosine = float(best_SK[rank, cluster])
-                shown_YX = slices_KYX[cluster].float().cpu().numpy()
-                slices.append((f"{kind}, cosine {cosine:.2f}", shown_YX))
-            groups.append(SliceGroup(f"Nearest to prototype {cluster + 1}", tuple(slices)))
-        return groups
+                found.append(Candidate(nearest_BK[sample], slices_KYX, kind))
+        return nearest_groups(found)
 
     def describe(self, batch: Batch) -> TokenFeatures:
         """Return features of every view by itself, as fine-tuning gets them."""
@@ -567,70 +371,32 @@ class Joint(Objective):
         return self.trained.backbone.adaptation()
 
 
-def moments_of(values_D: Tensor, counted: Tensor) -> Tensor:
-    """Return sum, sum of squares and number of the counted vectors, (2 D + 1,)."""
-    # Two moments and a count: enough for mean and deviation of any split.
-    weights = counted[..., None].float()
-    axes = tuple(range(counted.ndim))
-    sum_D = (values_D * weights).sum(dim=axes)
-    squares_D = (values_D.square() * weights).sum(dim=axes)
-    return torch.cat([sum_D, squares_D, weights.sum()[None]])
-
-
-def smallest_spread(moments: Tensor) -> float:
-    """Return the smallest variance of a kind, as a share of its mean square; 0 to 1.
-
-    Args:
-        moments: moments of all kinds, (kinds, 2 D + 1), as ``moments_of`` returns them.
-    """
-    spreads = [1.0]
-    for of_kind in moments:
-        sum_D, squares_D = of_kind[:-1].chunk(2)
-        count, mean_square = of_kind[-1], squares_D.sum() / of_kind[-1].clamp(min=1)
-        if count > 0 and mean_square > 0:
-            spreads.append(float(1 - (sum_D / count).square().sum() / mean_square))
-        elif count > 0:
-            spreads.append(0.0)
-    return min(spreads)
-
-
-def volume_share(share_done: float, slabs_first: float) -> float:
-    """Return the share of their weights with which volumes and hidden slabs count, 0 to 1.
-
-    It is 0 in the first part of a run, and rises linearly over a second part of the same length. A
-    loss that rose at once would pass for a spike, and its steps would be skipped.
-
-    Args:
-        share_done: finished share of the run's steps.
-    """
-    if slabs_first == 0:
-        return 1.0
-    return min(1.0, max(0.0, share_done / slabs_first - 1))
-
-
-def hidden_slabs(valid_BR: Tensor, order_BR: Tensor, share: float) -> Tensor:
-    """Return which slabs are hidden, (B, R) bool: the first valid ones of a random order.
-
-    Their number is ``share`` of the valid ones, rounded, at least one; of fewer than two, none.
-    """
-    # The first valid ones of a random order are a random choice of them.
-    in_order_BR = valid_BR.gather(1, order_BR)
-    num_valid_B = in_order_BR.sum(dim=1)
-    wanted_B = (share * num_valid_B).round().clamp(min=1)
-    wanted_B = torch.where(num_valid_B < 2, 0, wanted_B)
-    is_first_BR = in_order_BR & (in_order_BR.cumsum(dim=1) <= wanted_B[:, None])
-    return torch.zeros_like(valid_BR).scatter(1, order_BR, is_first_BR)
-
-
 def hidden_loss(predicted_BRD: Tensor, target_BRD: Tensor, hidden_BR: Tensor) -> Tensor:
     """Return the sum of 1 - cosine over the hidden slabs; the target gets no gradient."""
     cosine_BR = torch.cosine_similarity(predicted_BRD, target_BRD.detach(), dim=-1)
     return ((1 - cosine_BR) * hidden_BR.float()).sum()
 
 
-def evenly_spread(rows_ND: Tensor, most: int) -> Tensor:
-    """Return at most this many rows, evenly spread."""
-    if len(rows_ND) <= most:
-        return rows_ND
-    index = torch.arange(most, device=rows_ND.device) * len(rows_ND) // most
-    return rows_ND[index]
+def nearest_groups(candidates: Sequence[Candidate]) -> list[SliceGroup]:
+    """Return the slices nearest to a few prototypes; [] if there are not two samples.
+
+    Each sample contributes only its nearest slab, so that slabs of one scan do not fill a row.
+    """
+    if len(candidates) < 2:
+        return []
+    cosines_NK = torch.stack([candidate.cosines for candidate in candidates])
+    count = min(SHOWN_SLABS, len(candidates))
+    best_SK, sample_SK = cosines_NK.topk(count, dim=0)
+    num_clusters = min(SHOWN_CLUSTERS, cosines_NK.shape[1])
+    chosen = best_SK.mean(dim=0).topk(num_clusters).indices
+
+    groups = []
+    for cluster in chosen.tolist():
+        slices = []
+        for place in range(count):
+            candidate = candidates[int(sample_SK[place, cluster])]
+            cosine = float(best_SK[place, cluster])
+            slice_YX = candidate.slices[cluster].float().cpu().numpy()
+            slices.append((f"{candidate.kind}, cosine {cosine:.2f}", slice_YX))
+        groups.append(SliceGroup(f"Nearest to prototype {cluster + 1}", tuple(slices)))
+    return groups

@@ -170,7 +170,8 @@ class SlabAttention(nn.Module):
             # The order of slabs is known only by distances.
             scores_BHRJ = scores_BHRJ + self.bias(place_BHJ, slabs_BRD.shape[1])
             # A key between a slab and padding counts as far as it is not padding.
-            scores_BHRJ = scores_BHRJ + valid_BHJ1.squeeze(3).clamp(min=1e-6).log()[:, :, None]
+            log_valid_BHJ = valid_BHJ1.squeeze(3).clamp(min=1e-6).log()
+            scores_BHRJ = scores_BHRJ + log_valid_BHJ[:, :, None]
             gathered_BHRE = scores_BHRJ.softmax(dim=-1) @ value_BHJE
 
         # (B, H, R, E) -> (B, R, H E)
@@ -199,7 +200,7 @@ class SlabAttention(nn.Module):
         """Return the bias for every distance of a query and a key, (B, H, R, J)."""
         slab_R = torch.arange(num_slabs, device=place_BHJ.device)
         distance_BHRJ = slab_R[:, None] - place_BHJ[:, :, None]
-        # Near slabs are told apart more finely than far ones.
+        # The logarithm separates near slabs more finely than far ones.
         signed_log = distance_BHRJ.sign() * distance_BHRJ.abs().log1p()
         hidden = functional.relu(self.distance(signed_log[..., None])).float()  # (B, H, R, J, F)
         return torch.einsum("bhrjf,hf->bhrj", hidden, self.to_bias)
@@ -212,10 +213,12 @@ class SlabAttention(nn.Module):
 def _between(x_BHRE: Tensor, lower_BHJ: Tensor, upper_BHJ: Tensor, share_BHJ: Tensor) -> Tensor:
     """Return values interpolated between two slabs each, (B, H, J, E)."""
     shape = (-1, -1, -1, x_BHRE.shape[3])
+    lower_BHJE = lower_BHJ[..., None].expand(shape)
+    upper_BHJE = upper_BHJ[..., None].expand(shape)
+    before_BHJE = x_BHRE.gather(2, lower_BHJE)
+    after_BHJE = x_BHRE.gather(2, upper_BHJE)
     # The share carries the gradient of the offset; the choice of the neighbours has none.
-    before = x_BHRE.gather(2, lower_BHJ[..., None].expand(shape))
-    after = x_BHRE.gather(2, upper_BHJ[..., None].expand(shape))
-    return before + share_BHJ[..., None] * (after - before)
+    return before_BHJE + share_BHJ[..., None] * (after_BHJE - before_BHJE)
 
 
 class SlabLayer(nn.Module):
@@ -301,7 +304,8 @@ class JointNetwork(nn.Module):
 
 def _prototypes(number: int, width: int) -> nn.Parameter:
     """Return directions, which are of length 1 in use."""
-    return nn.Parameter(functional.normalize(torch.randn(number, width), dim=-1))
+    directions = functional.normalize(torch.randn(number, width), dim=-1)
+    return nn.Parameter(directions)
 
 
 def scores_of(embeddings_ND: Tensor, prototypes_KD: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nnunet_autoreg.geometry import as_size, grid_of
+from nnunet_autoreg.geometry import grid_of, multiplied
 from nnunet_autoreg.model.attention import VisibleKeys, block_order, with_starts
 from nnunet_autoreg.model.predictors import QueryDecoder
 from nnunet_autoreg.model.sequence import to_blocks
@@ -43,13 +43,15 @@ class MaskedModel(AutoregressiveModel):
         # The same number in every sample, known without looking at the batch: shapes stay fixed.
         num_visible = fixed_prefix(num_blocks, self.visible_share)
         num_visible_tokens = num_visible * self.block_num_tokens
-        visible_BS, hidden_BQ = order_BT[:, :num_visible_tokens], order_BT[:, num_visible_tokens:]
+        visible_BS = order_BT[:, :num_visible_tokens]
+        hidden_BQ = order_BT[:, num_visible_tokens:]
 
-        # Positions of what is seen and of what is asked for.
-        tokens, queries = self.places(batch, visible_BS), self.places(batch, hidden_BQ)
-        member_BSV = (
-            None if self.member is None or tokens.members is None else self.member(tokens.members)
-        )
+        # Positions of the visible tokens, and of those to predict.
+        tokens = self.places(batch, visible_BS)
+        queries = self.places(batch, hidden_BQ)
+        member_BSV = None
+        if self.member is not None and tokens.members is not None:
+            member_BSV = self.member(tokens.members)
         valid_BS = valid_BT.gather(1, visible_BS)
         starts_BS = with_starts(visible_BS, batch.prefix, valid_BS, self.encoder.num_starts)[2]
 
@@ -57,28 +59,16 @@ class MaskedModel(AutoregressiveModel):
         # is a small separate crop: one member of the sequence.
         B, M, C, Z, Y, X = batch.voxels.shape
         grid = grid_of((Z, Y, X), self.token_size)
-        rank_BKJ = to_blocks(batch.order_index.reshape(B * M, 1, *grid), self.block_grid).reshape(
-            B,
-            -1,
-            self.block_num_tokens,
-        )
-        # All tokens of a block share its number, so that the first one stands for it.
-        chosen_BK = torch.argsort(rank_BKJ[:, :, 0], dim=1)[:, :num_visible]
+        order = to_blocks(batch.order_index.reshape(B * M, 1, *grid), self.block_grid)
+        order_BKJ = order.reshape(B, -1, self.block_num_tokens)
+        # All tokens of a block share its number, so that the first one is enough.
+        visible_BK = torch.argsort(order_BKJ[:, :, 0], dim=1)[:, :num_visible]
 
-        block_size = as_size(
-            [
-                token * number
-                for token, number in zip(self.token_size, self.block_grid, strict=True)
-            ],
-        )
-        all_BJCzyx = to_blocks(batch.voxels.flatten(0, 1), block_size).reshape(
-            B,
-            -1,
-            C,
-            *block_size,
-        )
-        samples_B1 = torch.arange(B, device=chosen_BK.device)[:, None]
-        blocks_BKCzyx = all_BJCzyx[samples_B1, chosen_BK]
+        block_size = multiplied(self.token_size, self.block_grid)
+        all_blocks = to_blocks(batch.voxels.flatten(0, 1), block_size)
+        all_BKCzyx = all_blocks.reshape(B, -1, C, *block_size)
+        samples_B1 = torch.arange(B, device=visible_BK.device)[:, None]
+        blocks_BKCzyx = all_BKCzyx[samples_B1, visible_BK]
 
         features = self.encoder(blocks_BKCzyx, VisibleKeys(starts_BS), tokens.positions, member_BSV)
         # Without the start tokens, (B, S, V).
@@ -87,11 +77,8 @@ class MaskedModel(AutoregressiveModel):
         predicted_BQO = self.head(features_BSV, VisibleKeys(valid_BS), queries, tokens)
         # Back at the positions of the hidden tokens.
         everywhere_BTO = predicted_BQO.new_zeros(*order_BT.shape, predicted_BQO.shape[2])
-        out: Tensor = everywhere_BTO.scatter(
-            1,
-            hidden_BQ[:, :, None].expand_as(predicted_BQO),
-            predicted_BQO,
-        )
+        index_BQO = hidden_BQ[:, :, None].expand_as(predicted_BQO)
+        out: Tensor = everywhere_BTO.scatter(1, index_BQO, predicted_BQO)
         return out
 
 

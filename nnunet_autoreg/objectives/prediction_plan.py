@@ -124,6 +124,13 @@ def planned_settings(name: str, encoder: EncoderPlan) -> tuple[PredictionPlan, d
 def figure_of(plan: Plan) -> FigureOfMerit:
     """Return the figure of merit: the error of the predicted blocks of validation scans."""
     target = settings_of(plan).target
+    is_pattern = target == "normalised"
+    about_pictures = [
+        "Each row is a slice of a validation scan. The blue part was given to the model.",
+        AT_ONCE if plan.sequence.is_at_once else BLOCK_AFTER_BLOCK,
+        PATTERN_ALONE if is_pattern else INTENSITIES,
+        "Error: the absolute difference. Hatched: padding, or nothing to predict.",
+    ]
     return FigureOfMerit(
         name="next-block error",
         unit="squared error",
@@ -132,20 +139,9 @@ def figure_of(plan: Plan) -> FigureOfMerit:
             "copy": "copying the previous block",
             "mean": "predicting the mean",
         },
-        hint="predicting nothing gives about 1" if target == "normalised" else "",
-        pictures=" ".join(_about_pictures(plan)),
+        hint="predicting nothing gives about 1" if is_pattern else "",
+        pictures=" ".join(about_pictures),
     )
-
-
-def _about_pictures(plan: Plan) -> list[str]:
-    """Return the sentences that say how to read the pictures of validation samples."""
-    is_pattern = settings_of(plan).target == "normalised"
-    return [
-        "Each row is a slice of a validation scan. The blue part was given to the model.",
-        AT_ONCE if plan.sequence.is_at_once else BLOCK_AFTER_BLOCK,
-        PATTERN_ALONE if is_pattern else INTENSITIES,
-        "Error: the absolute difference. Hatched: padding, or nothing to predict.",
-    ]
 
 
 def check_settings(plan: Plan) -> None:

@@ -61,12 +61,14 @@ class SegmentMap(nn.Module):
         features_NFZYX = self.features(voxels_BMCZYX, valid_mask_BMZYX)
 
         with full_precision(voxels_BMCZYX.device):
-            shift, scale = self.mean[:, None, None, None], self.deviation[:, None, None, None]
+            shift = self.mean[:, None, None, None]
+            scale = self.deviation[:, None, None, None]
             standard_NFZYX = (features_NFZYX - shift) / scale
             # |f - c|^2 is least where f . c - |c|^2 / 2 is greatest.
             closeness_NKZYX = torch.einsum("nfzyx,kf->nkzyx", standard_NFZYX, self.centres)
             half_norm_K = self.centres.square().sum(dim=1) / 2
-            classes_NZYX = (closeness_NKZYX - half_norm_K[:, None, None, None]).argmax(dim=1)
+            closeness_NKZYX = closeness_NKZYX - half_norm_K[:, None, None, None]
+            classes_NZYX = closeness_NKZYX.argmax(dim=1)
         return classes_NZYX.reshape(B, M, Z, Y, X)
 
     @torch.no_grad()

@@ -327,10 +327,8 @@ class WholeNetwork(Objective):
         of_all_BTK = counts_BTK.sum(dim=1, keepdim=True).expand_as(counts_BTK)
 
         found = {}
-        for name, of_reference_BTK in (
-            ("mean", of_all_BTK),
-            ("copy", _tokens_at(counts_BTK, nearest_BT)),
-        ):
+        of_nearest_BTK = _tokens_at(counts_BTK, nearest_BT)
+        for name, of_reference_BTK in (("mean", of_all_BTK), ("copy", of_nearest_BTK)):
             smoothed_BTK = of_reference_BTK + 1
             shares_BTK = smoothed_BTK / smoothed_BTK.sum(dim=2, keepdim=True)
             entropy_BTP = -shares_BTK.log().gather(2, classes_BTP)
@@ -349,10 +347,8 @@ class WholeNetwork(Objective):
         _, M, _, Z, Y, X = batch.voxels.shape
         grid = grid_of((Z, Y, X), self.token)
         axes = [torch.arange(n, device=batch.voxels.device) for n in (M * grid[0], *grid[1:])]
-        place_T3 = torch.cartesian_prod(*axes).float() * torch.tensor(
-            self.token,
-            device=batch.voxels.device,
-        )
+        token_3 = torch.tensor(self.token, device=batch.voxels.device)
+        place_T3 = torch.cartesian_prod(*axes).float() * token_3
 
         nearest = []
         can_be_copied_BT = (targets.known & targets.valid_mask).any(dim=-1)
@@ -376,7 +372,7 @@ def known_tokens(order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> 
     Nothing waits for the device.
 
     Args:
-        ranks_BT: position of every token's block in the drawn order of all blocks.
+        order_index_BT: position of every token's block in the drawn order of all blocks.
         prefix_B: number of known blocks of a crop without padding, from 1.
         valid_BT: False where a token is all padding.
     """

@@ -18,6 +18,7 @@ import pytest
 import torch
 from refusals import refused
 from sequence_cases import Ramp, Shifted
+from torch import Tensor
 from torch import distributed as dist
 
 from nnunet_autoreg.errors import PlanError, UsageError
@@ -414,15 +415,28 @@ def test_two_processes_have_the_losses_and_weights_of_one(
         rel=1e-5,
     )
 
-    for name, weights in one["state"]["network_weights"].items():
-        found = two[way]["state"]["network_weights"][name]
-        assert type(found) is torch.Tensor
-        assert torch.allclose(found, weights, atol=2e-5), name
+    found = two[way]["state"]["network_weights"]
+    assert all(type(value) is torch.Tensor for value in found.values())
+    assert_equal_but_for_rounding(found, one["state"]["network_weights"])
     for name, weights in two[way]["encoder"].items():
-        assert torch.equal(
-            weights,
-            two[way]["state"]["network_weights"][f"encoder.network.{name}"],
-        ), name
+        assert torch.equal(weights, found[f"encoder.network.{name}"]), name
+
+
+def assert_equal_but_for_rounding(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare weights after a few steps of AdamW, whose sums were rounded differently.
+
+    AdamW divides each gradient by its own size. Where a gradient is hardly more than rounding, its
+    rounding error therefore moves the weight by up to the rate, 0.01, in every step. That happens
+    to a few weights, and to which ones depends on the processor. A wrong gradient moves most.
+    """
+    assert found.keys() == expected.keys()
+    num_far = num_all = 0
+    for name, value in expected.items():
+        difference = (found[name] - value).abs()
+        assert float(difference.max()) < 1e-3, name
+        num_far += int((difference > 2e-5).sum())
+        num_all += difference.numel()
+    assert num_far <= num_all / 1000
 
 
 def test_of_sharded_weights_the_main_process_alone_holds_the_whole(two: dict[str, Any]) -> None:
@@ -572,9 +586,9 @@ def test_alice_has_one_teacher_in_all_processes_and_that_of_one(
     # Every process holds all of teacher, centres and temperature, also where weights are sharded.
     first, second = found["extra"]
     assert first.keys() == second.keys() == expected.keys()
-    for name, value in expected.items():
+    for name in expected:
         assert torch.equal(first[name], second[name]), name
-        assert torch.allclose(first[name], value, atol=2e-5), name
+    assert_equal_but_for_rounding(first, expected)
     for name, value in alone.objective.transferable_state().items():
         # The gradient of a bias before a norm is rounding noise, which AdamW makes large.
         if not name.endswith("conv.bias"):

@@ -22,9 +22,10 @@ from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.sizes import encoder_size
 from nnunet_autoreg.objective_kinds import kind_of, with_objective
 from nnunet_autoreg.objectives.clusters import balance_of, codes_of, swapped_losses
-from nnunet_autoreg.objectives.joint import IMAGES, SLABS, Joint, hidden_loss, hidden_slabs
+from nnunet_autoreg.objectives.joint import Joint, hidden_loss
 from nnunet_autoreg.objectives.joint_networks import SlabAttention, VolumeHead, scores_of
 from nnunet_autoreg.objectives.joint_plan import JointPlan, joint_of
+from nnunet_autoreg.objectives.joint_slabs import IMAGES, SLABS, hidden_slabs, slabs_in
 from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan, override
 from nnunet_autoreg.plan_check import check
@@ -517,7 +518,7 @@ def test_slabs_alone_are_clustered_first_and_the_other_terms_rise() -> None:
 
     terms, shares = [], []
     for number in range(5):
-        shares.append(objective.volume_share)
+        shares.append(objective.state.phase_in)
         loss, _ = step(number, batch_of(plan, step=number))
         means = {name: float(mean) for name, mean in step.term_means.items()}
         others = sum(value for name, value in means.items() if name != "slabs")
@@ -705,7 +706,7 @@ def test_the_positions_of_slabs_are_drawn_and_say_nothing_of_their_place() -> No
     }
     objective = built(plan)
 
-    slabs = objective.slabs(batch_of(plan))
+    slabs = slabs_in(batch_of(plan), objective.plan)
 
     assert windows == {0, 1}
     of_views = slabs.positions.reshape(2, -1, slabs.positions.shape[1])
@@ -772,7 +773,7 @@ def test_embeddings_are_standardised_by_the_statistics_of_their_kind() -> None:
     plan = planned()
     objective = built(plan)
     batch = batch_of(plan)
-    slabs = objective.slabs(batch)
+    slabs = slabs_in(batch, objective.plan)
     projected = objective._projected(slabs).detach()
     rows = projected.flatten(0, 2)
 
@@ -784,7 +785,7 @@ def test_embeddings_are_standardised_by_the_statistics_of_their_kind() -> None:
     assert not state.mean[IMAGES].any() and bool((state.deviation[IMAGES] == 1).all())
     assert state.num_measured.tolist() == [1, 0, 1]
     # What all have in common is gone, so that embeddings point in all directions.
-    embedded = objective._standardised(projected, SLABS).flatten(0, 2)
+    embedded = objective.state.standardised(projected, SLABS).flatten(0, 2)
     assert float(embedded.mean(dim=0).norm()) < 0.3
 
 
@@ -795,7 +796,7 @@ def test_statistics_follow_as_a_running_mean() -> None:
     for number in range(12):
         moments = torch.zeros(33)
         moments[:16], moments[16:32], moments[32] = 2.0 * number, 4.0 * number, 2.0
-        objective._measure(SLABS, moments)
+        objective.state.measure(SLABS, moments)
         means.append(float(objective.state.mean[SLABS, 0]))
 
     assert means[:3] == pytest.approx([0, 0.5, 1])
