@@ -61,7 +61,7 @@ together use few clusters, and above the second every slab belongs to all cluste
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ClusterCandidate:
     """One sample for the pictures of clusters.
 
     Attributes:
@@ -308,7 +308,7 @@ class Joint(Objective):
 
         The prototypes are those whose nearest slabs are most alike.
         """
-        found: list[Candidate] = []
+        found: list[ClusterCandidate] = []
         for batch in batches:
             slabs = slabs_in(batch, self.plan)
             embedded_BMRD = self.state.standardised(self._projected(slabs), slabs.kind)
@@ -323,7 +323,7 @@ class Joint(Objective):
             kind = "volume" if slabs.are_of_volumes else "2D image"
             for sample in range(B):
                 slices_KYX = views[sample, slab_BK[sample]]
-                found.append(Candidate(nearest_BK[sample], slices_KYX, kind))
+                found.append(ClusterCandidate(nearest_BK[sample], slices_KYX, kind))
         return nearest_groups(found)
 
     def describe(self, batch: Batch) -> TokenFeatures:
@@ -377,7 +377,7 @@ def hidden_loss(predicted_BRD: Tensor, target_BRD: Tensor, hidden_BR: Tensor) ->
     return ((1 - cosine_BR) * hidden_BR.float()).sum()
 
 
-def nearest_groups(candidates: Sequence[Candidate]) -> list[SliceGroup]:
+def nearest_groups(candidates: Sequence[ClusterCandidate]) -> list[SliceGroup]:
     """Return the slices nearest to a few prototypes; [] if there are not two samples.
 
     Each sample contributes only its nearest slab, so that slabs of one scan do not fill a row.
