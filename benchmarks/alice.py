@@ -39,7 +39,7 @@ from nnunet_autoreg.objectives.registry import build_objective
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.training_step import TrainingStep
-from nnunet_autoreg.sampling.pool import Place
+from nnunet_autoreg.sampling.pool import StoredLocation
 from nnunet_autoreg.sampling.sample import Batch
 
 RESULTS = Path(__file__).parent / "results" / "objectives.jsonl"
@@ -126,7 +126,7 @@ def measure_pairs(data: ResidentSet, results: ResultFile) -> None:
     errors: dict[str, list[float]] = {}
     owners, offsets = [], []
     for structure in structures:
-        query, *others = structure.places
+        query, *others = structure.locations
         for other in others:
             measured = _errors(query, other, centroids, data, generator)
             if measured is None:
@@ -161,8 +161,8 @@ def measure_pairs(data: ResidentSet, results: ResultFile) -> None:
 
 
 def _errors(
-    query: Place,
-    other: Place,
+    query: StoredLocation,
+    other: StoredLocation,
     centroids: Mapping[str, Centroids],
     data: ResidentSet,
     generator: np.random.Generator,

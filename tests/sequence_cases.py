@@ -18,7 +18,7 @@ from nnunet_autoreg.plan import (
 )
 from nnunet_autoreg.planning.make import make_plan as plan_run
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
-from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
+from nnunet_autoreg.sampling.pool import SamplingPool, StoredGroup, StoredLocation, Structure
 
 TINY = encoder_size("primus_tiny")
 WORDS = ("T1w", "T1w-ce", "T2w", "FLAIR")
@@ -115,7 +115,9 @@ def semantic_material():
             name,
             (1.0, 1.0, 1.0),
             tuple(
-                Place(f"patient {s}", case, (20.0, 10.0, 30.0)) for s, case in cases for _ in "ab"
+                StoredLocation(f"patient {s}", case, (20.0, 10.0, 30.0))
+                for s, case in cases
+                for _ in "ab"
             ),
         )
 

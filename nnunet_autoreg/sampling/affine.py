@@ -20,7 +20,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.store.case import StoredCase
 
 COARSE = 3.0
-"""Slices are thick where their spacing is more than this many times the finest one.
+"""Slices are thick if their spacing is more than this many times the finest one.
 
 nnU-Net calls this the anisotropy threshold.
 """
@@ -48,10 +48,10 @@ class Affine:
 def in_plane_axes(spacing_mm: Sequence[float]) -> tuple[int, ...]:
     """Return the axes that may be rotated and zoomed.
 
-    These are all three, or those with small spacings where slices are thick.
+    These are all three or, if slices are thick, the axes within a slice.
     """
-    finest = min(spacing_mm)
-    return tuple(axis for axis, spacing in enumerate(spacing_mm) if spacing <= COARSE * finest)
+    thickest = COARSE * min(spacing_mm)
+    return tuple(axis for axis in range(3) if spacing_mm[axis] <= thickest)
 
 
 def draw_affine(
@@ -61,36 +61,29 @@ def draw_affine(
 ) -> Affine | None:
     """Draw a rotation and a zoom, each with the plan's probability; None if there is neither.
 
-    The rotation is about a random axis, or about the normal of the slices where these are thick.
-    The zoom is drawn evenly on a logarithmic scale, so that things become twice as large as often
-    as half as large.
+    The rotation is about a random axis or, if slices are thick, about their normal. The zoom is
+    drawn evenly on a logarithmic scale, so that things become twice as large as often as half as
+    large.
     """
     s = plan.sequence
+    log_smallest, log_largest = (math.log(factor) for factor in s.zoom)
+
     # All numbers are drawn in every case, so that later draws do not depend on these.
-    rotated, zoomed = generator.random(2) < s.spatial_share
-    angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * rotated
+    is_rotated, is_zoomed = generator.random(2) < s.spatial_share
+    angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * is_rotated
     axis = generator.normal(size=3)
-    smallest, largest = s.zoom
-    logarithm = float(generator.uniform(math.log(smallest), math.log(largest))) * zoomed
+    log_zoom = float(generator.uniform(log_smallest, log_largest)) * is_zoomed
+
+    if angle_deg == 0 and log_zoom == 0:
+        return None
 
     # With a single axis left there is no plane to rotate in, and a zoom would only stretch things.
     plane = in_plane_axes(spacing_mm)
-    if len(plane) < 2 or (angle_deg == 0 and logarithm == 0):
+    if len(plane) < 2:
         return None
     if len(plane) == 2:
         axis = np.array([0.0 if i in plane else 1.0 for i in range(3)])
-    return affine_of(angle_deg, axis, math.exp(logarithm), spacing_mm)
-
-
-def _cross_product_matrix(z: float, y: float, x: float) -> NDArray[np.float64]:
-    """Return the matrix K with K v = (z, y, x) x v, (3, 3)."""
-    return np.array(
-        [
-            [0, -x, y],
-            [x, 0, -z],
-            [-y, z, 0],
-        ],
-    )
+    return affine_of(angle_deg, axis, math.exp(log_zoom), spacing_mm)
 
 
 def affine_of(
@@ -109,20 +102,29 @@ def affine_of(
     Source: Rodrigues' formula, R = 1 + sin(a) K + (1 - cos(a)) K^2 with K the matrix of the cross
         product.
     """
-    unit_axis = np.asarray(axis_zyx, dtype=np.float64) / np.linalg.norm(axis_zyx)
-    cross = _cross_product_matrix(*unit_axis)
+    z, y, x = np.asarray(axis_zyx, dtype=np.float64) / np.linalg.norm(axis_zyx)
+    # K v is the cross product of the axis and v.
+    cross = np.array(
+        [
+            [0, -x, y],
+            [x, 0, -z],
+            [-y, z, 0],
+        ],
+    )
     angle = math.radians(angle_deg)
     sine, cosine = math.sin(angle), math.cos(angle)
-    rotation = np.eye(3) + sine * cross + (1 - cosine) * cross @ cross
+    rotation = np.eye(3) + sine * cross + (1 - cosine) * cross @ cross  # (3, 3)
 
+    # Structures become larger if neighbouring voxels of the crop are closer to each other.
     plane = in_plane_axes(spacing_mm)
-    shrink = np.array([1 / zoom if i in plane else 1.0 for i in range(3)])
+    shrink = np.diag([1 / zoom if i in plane else 1.0 for i in range(3)])
     mm_of_voxel = np.diag(spacing_mm)
     voxel_of_mm = np.diag(1 / np.asarray(spacing_mm))
 
     # Read from right to left: voxels of the crop to mm, zoom, rotate, mm to voxels of the scan.
-    first, second, third = voxel_of_mm @ rotation @ np.diag(shrink) @ mm_of_voxel
-    return Affine(angle_deg, zoom, (_vector(first), _vector(second), _vector(third)))
+    matrix = voxel_of_mm @ rotation @ shrink @ mm_of_voxel  # (3, 3)
+    along_z, along_y, along_x = (_vector(row) for row in matrix)
+    return Affine(angle_deg, zoom, (along_z, along_y, along_x))
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class CropSource:
     offset: Vector
 
     def to(self, device: torch.device) -> "CropSource":
-        """Return the same with its voxels on ``device``; does not wait where memory is pinned."""
+        """Return the same with its voxels on ``device``; does not wait if memory is pinned."""
         return replace(self, voxels=self.voxels.to(device, non_blocking=True))
 
     def pin_memory(self) -> "CropSource":
@@ -162,77 +164,91 @@ def read_source(
     always keeps some of the scan.
 
     Args:
-        start: first voxel of the crop before it is rotated, (z, y, x); negative where the crop
-            begins in padding.
+        start: first voxel of the crop before it is rotated, (z, y, x); negative on axes on which
+            the crop begins in padding.
         size: voxels of the crop, (z, y, x).
         max_source: most voxels to read along an axis, as a multiple of the crop's.
     """
+    # All vectors are (3,), in voxels of the scan.
     matrix = np.array(affine.matrix)  # (3, 3)
-    shape = np.array(case.shape_vox)
-    begin = np.array(start)
+    crop_begin = np.array(start)
     length = np.array(size)
+    crop_end = crop_begin + length - 1
+    scan_end = np.array(case.shape_vox) - 1
 
-    # The pivot is the middle of what lies inside the scan, in voxels of the scan.
-    low = np.clip(begin, 0, shape - 1)
-    high = np.clip(begin + length - 1, 0, shape - 1)
-    pivot = (low + high) / 2
-    in_crop = pivot - begin
+    # The pivot is the middle of the part of the crop that lies inside the scan.
+    inside_begin = np.clip(crop_begin, 0, scan_end)
+    inside_end = np.clip(crop_end, 0, scan_end)
+    pivot = (inside_begin + inside_end) / 2
 
-    # The crop's corners span a box in the scan. Each of its sides is a sum over the axes of the
-    # crop.
-    steps = np.stack([matrix * -in_crop, matrix * (length - 1 - in_crop)])
-    low = np.minimum(pivot + steps.min(axis=0).sum(axis=1), pivot)
-    high = np.maximum(pivot + steps.max(axis=0).sum(axis=1), pivot)
+    # The rotated corners of the crop span a box in the scan. Each of its sides is a sum over the
+    # axes of the crop, of which one end gives the smaller and one the larger term.
+    before_pivot = pivot - crop_begin
+    after_pivot = length - 1 - before_pivot
+    terms = np.stack([matrix * -before_pivot, matrix * after_pivot])  # (2, 3, 3)
+    box_begin = pivot + terms.min(axis=0).sum(axis=1)
+    box_end = pivot + terms.max(axis=0).sum(axis=1)
 
-    # Read neither beyond the scan nor more than the plan allows.
+    # Read the pivot at least, and neither beyond the scan nor more than the plan allows.
     half_extent = max_source * length / 2
     lowest = np.maximum(pivot - half_extent, 0)
-    highest = np.minimum(pivot + half_extent, shape - 1)
-    first = np.floor(np.maximum(low, lowest)).astype(int)
-    last = np.ceil(np.minimum(high, highest)).astype(int)
+    highest = np.minimum(pivot + half_extent, scan_end)
+    begin = np.maximum(np.minimum(box_begin, pivot), lowest)
+    end = np.minimum(np.maximum(box_end, pivot), highest)
+    first = np.floor(begin).astype(int)
+    last = np.ceil(end).astype(int)
 
-    voxels, _ = case.read_padded(as_size(first), as_size(last - first + 1))
-    offset = pivot - first - matrix @ in_crop
+    voxels, _ = case.read_padded(as_size(first), as_size(last - first + 1))  # (C, Z, Y, X)
+    offset = pivot - first - matrix @ before_pivot
     return CropSource(torch.from_numpy(voxels), affine.matrix, _vector(offset))
 
 
 def resampled(source: CropSource, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Resample a crop of ``size``: trilinear for the voxels, nearest for the mask of valid voxels.
 
-    The mask of a part is True everywhere, so the nearest voxel is valid exactly where it exists.
-    Outside there is padding: value 0. On the scan's border a voxel is interpolated only from voxels
-    of the scan, never from padding.
+    A voxel is valid exactly if the part has a voxel there: a part holds no padding. All others are
+    padding, with the value 0. On the scan's border a voxel is interpolated only from voxels of the
+    scan, never from padding.
 
     Returns:
         (C, Z, Y, X) float32 and (Z, Y, X) bool, queued on the source's device without waiting for
         it.
     """
     device = source.voxels.device
-    z, y, x = (torch.arange(n, device=device, dtype=torch.float32) for n in size)
-    valid_mask = torch.ones(tuple(size), dtype=torch.bool, device=device)
+    z, y, x = (
+        torch.arange(n, device=device, dtype=torch.float32) for n in size
+    )  # (Z,), (Y,), (X,)
+    valid_mask_ZYX = torch.ones(tuple(size), dtype=torch.bool, device=device)
     normalised = []
     rows = zip(source.matrix, source.offset, source.voxels.shape[1:], strict=True)
 
+    # One row of the matrix gives the positions along one axis of the part, which has n voxels.
     for (by_z, by_y, by_x), offset, n in rows:
-        along_z, along_y, along_x = by_z * z, by_y * y, by_x * x
-        position_ZYX = along_z[:, None, None] + along_y[:, None] + along_x + offset
-        valid_mask = valid_mask & (position_ZYX >= -0.5) & (position_ZYX <= n - 0.5)
-        # -1 and 1 are the outer faces of the first and the last voxel (align_corners=False).
+        from_z = (by_z * z)[:, None, None]  # (Z, 1, 1)
+        from_y = (by_y * y)[:, None]  # (Y, 1)
+        from_x = by_x * x  # (X,)
+        position_ZYX = from_z + from_y + from_x + offset
+
+        # The outer faces of the first and the last voxel. grid_sample calls them -1 and 1
+        # (align_corners=False).
+        is_inside_ZYX = (position_ZYX >= -0.5) & (position_ZYX <= n - 0.5)
+        valid_mask_ZYX = valid_mask_ZYX & is_inside_ZYX
         normalised.append((2 * position_ZYX + 1) / n - 1)
 
     # grid_sample takes the positions in the order x, y, z.
     grid_ZYX3 = torch.stack(normalised[::-1], dim=-1)
     with torch.autocast(device.type, enabled=False):
-        voxels_CZYX = F.grid_sample(
+        voxels_1CZYX = F.grid_sample(
             source.voxels[None],
             grid_ZYX3[None],
             "bilinear",
             "border",
             align_corners=False,
-        )[0]
-    return torch.where(valid_mask, voxels_CZYX, 0.0), valid_mask
+        )
+    voxels_CZYX = torch.where(valid_mask_ZYX, voxels_1CZYX[0], 0.0)
+    return voxels_CZYX, valid_mask_ZYX
 
 
 def _vector(values: Sequence[float] | NDArray[np.float64]) -> Vector:
-    z, y, x = (float(v) for v in values)
-    return (z, y, x)
+    z, y, x = values
+    return (float(z), float(y), float(x))

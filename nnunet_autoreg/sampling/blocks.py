@@ -16,10 +16,10 @@ def block_ids(grid: Sequence[int], block: Sequence[int]) -> NDArray[np.int64]:
         grid: tokens per axis (z, y, x).
         block: tokens of a block per axis; divides ``grid``.
     """
-    num_blocks_zyx = grid_of(grid, block)
-    token_zyx = np.indices(tuple(grid)).reshape(3, -1)  # (3, T)
-    block_zyx = token_zyx // np.array(block)[:, None]  # (3, T)
-    return _raster_index(block_zyx, num_blocks_zyx)
+    block_tokens = np.array(block)[:, None]  # (3, 1)
+    token_zyx = _tokens_in_raster_order(grid)  # (3, T)
+    block_zyx = token_zyx // block_tokens  # (3, T)
+    return _raster_index(block_zyx, grid_of(grid, block))
 
 
 def window_positions(
@@ -34,13 +34,23 @@ def window_positions(
         window: tokens of the window per axis; its tokens are taken in raster order.
         start: the first token of the window.
     """
-    token_zyx = np.indices(tuple(window)).reshape(3, -1)  # (3, T)
-    return _raster_index(token_zyx + np.array(start)[:, None], grid)
+    first_token = np.array(start)[:, None]  # (3, 1)
+    token_zyx = first_token + _tokens_in_raster_order(window)  # (3, T)
+    return _raster_index(token_zyx, grid)
+
+
+def _tokens_in_raster_order(grid: Sequence[int]) -> NDArray[np.int64]:
+    """Return z, y and x of every token of a grid, (3, T)."""
+    zyx: NDArray[np.int64] = np.indices(tuple(grid))  # (3, z, y, x)
+    return zyx.reshape(3, -1)
 
 
 def _raster_index(zyx: NDArray[np.int64], grid: Sequence[int]) -> NDArray[np.int64]:
+    """Return the raster indices, (T,), of the positions (3, T) in a grid."""
     z, y, x = zyx
-    return np.asarray((z * grid[1] + y) * grid[2] + x, dtype=np.int64)
+    _, height, width = grid
+    row = z * height + y
+    return np.asarray(row * width + x, dtype=np.int64)
 
 
 def sequence_ids(
@@ -66,12 +76,13 @@ def sequence_ids(
     if order != "interleaved":
         return in_raster_order
 
-    blocks = np.arange(num_members * num_blocks)
-    member, z, y, x = np.unravel_index(blocks, (num_members, *num_blocks_zyx))
+    blocks = np.arange(num_members * num_blocks)  # (K,), K blocks of all members
+    member, z, y, x = np.unravel_index(blocks, (num_members, *num_blocks_zyx))  # (K,) each
 
     # lexsort sorts by its last key first: x changes slowest and z fastest.
-    position_in_order = np.empty_like(blocks)
-    position_in_order[np.lexsort((z, member, y, x))] = blocks
+    interleaved = np.lexsort((z, member, y, x))  # (K,), the blocks in the new order
+    position_in_order = np.empty_like(blocks)  # (K,)
+    position_in_order[interleaved] = blocks
     return np.asarray(position_in_order[in_raster_order])
 
 
@@ -87,7 +98,8 @@ def draw_order_index(
     if order != "random":
         return ids
     num_blocks = int(ids.max()) + 1
-    return generator.permutation(num_blocks).astype(np.int64)[ids]
+    position_in_order = generator.permutation(num_blocks).astype(np.int64)  # (K,)
+    return position_in_order[ids]  # (T,)
 
 
 def draw_prefix(num_blocks: int, generator: np.random.Generator, sequence: SequencePlan) -> int:
@@ -108,6 +120,9 @@ def draw_prefix(num_blocks: int, generator: np.random.Generator, sequence: Seque
 
 
 def fixed_prefix(num_blocks: int, share: float) -> int:
-    """Return the number of given blocks for a share of them; at least one is given and one is
-    predicted."""
-    return min(max(1, round(share * num_blocks)), num_blocks - 1)
+    """Return how many blocks are given if this share of them is.
+
+    At least one block is given, and at least one is predicted.
+    """
+    prefix = max(1, round(share * num_blocks))
+    return min(prefix, num_blocks - 1)

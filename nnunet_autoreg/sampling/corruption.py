@@ -46,13 +46,18 @@ CLEAN = Corruption()
 
 def draw_corruption(share: float, generator: np.random.Generator) -> Corruption:
     """Draw a corruption for a ``share`` of the samples, ``CLEAN`` for the others."""
+    log_smallest, log_largest = (math.log(gamma) for gamma in GAMMA)
+
     # All numbers are drawn in every case, so that later draws do not depend on the first.
     is_clean = generator.random() >= share
-    gamma = math.exp(generator.uniform(math.log(GAMMA[0]), math.log(GAMMA[1])))
+    log_gamma = generator.uniform(log_smallest, log_largest)
     contrast = float(generator.uniform(*CONTRAST))
     noise = float(generator.uniform(0, MAX_NOISE))
     seed = int(generator.integers(2**63 - 1))
-    return CLEAN if is_clean else Corruption(gamma, contrast, noise, seed)
+
+    if is_clean:
+        return CLEAN
+    return Corruption(math.exp(log_gamma), contrast, noise, seed)
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,10 @@ class Corruptions:
 
 def stacked(drawn: Sequence[Corruption]) -> Corruptions:
     """Return the corruptions of a batch."""
-    strength = [(one.gamma, one.contrast, one.noise) for one in drawn]  # (B, 3)
+    strengths = [(one.gamma, one.contrast, one.noise) for one in drawn]
+    strength = torch.tensor(strengths, dtype=torch.float32)  # (B, 3)
     seeds = tuple(one.seed for one in drawn)
-    return Corruptions(torch.tensor(strength, dtype=torch.float32), seeds)
+    return Corruptions(strength, seeds)
 
 
 def corrupted(
@@ -121,29 +127,35 @@ def corrupted(
         return voxels_BMCZYX
     assert corruptions.noise is not None, "Batch.to draws the noise"
 
-    known = known_BMZYX[:, :, None].expand_as(voxels_BMCZYX)
+    known_BMCZYX = known_BMZYX[:, :, None].expand_as(voxels_BMCZYX)
     strength = corruptions.strength[:, :, None, None, None, None, None]  # (B, 3, 1, 1, 1, 1, 1)
-    gamma, contrast, noise = strength.unbind(dim=1)
+    gamma, contrast, noise = strength.unbind(dim=1)  # (B, 1, 1, 1, 1, 1) each
 
     # Bounds of the known voxels. If there are none, the deviation is 0 and nothing is changed.
-    lowest = torch.where(known, voxels_BMCZYX, math.inf).amin(REDUCED, keepdim=True)
-    highest = torch.where(known, voxels_BMCZYX, -math.inf).amax(REDUCED, keepdim=True)
-    mean, deviation = _statistics(voxels_BMCZYX, known)
-    changes = deviation > LEAST_DEVIATION
-    lowest = torch.where(changes, lowest, 0.0)
-    highest = torch.where(changes, highest, 1.0)
+    # All statistics are (B, M, C, 1, 1, 1).
+    mean, deviation = _statistics(voxels_BMCZYX, known_BMCZYX)
+    lowest = torch.where(known_BMCZYX, voxels_BMCZYX, math.inf).amin(REDUCED, keepdim=True)
+    highest = torch.where(known_BMCZYX, voxels_BMCZYX, -math.inf).amax(REDUCED, keepdim=True)
+    can_change = deviation > LEAST_DEVIATION
+    lowest = torch.where(can_change, lowest, 0.0)
+    highest = torch.where(can_change, highest, 1.0)
 
-    # Unknown voxels may lie outside the bounds. They are not used, but a power of a negative number
-    # is not a number.
-    scaled = ((voxels_BMCZYX - lowest) / (highest - lowest)).clamp(0, 1) ** gamma
-    new_mean, new_deviation = _statistics(scaled, known)
-    standardised = (scaled - new_mean) / new_deviation.clamp(min=1e-6)
-    bent = standardised * deviation + mean
-    stretched = ((bent - mean) * contrast + mean).clamp(lowest, highest)
-    noisy = stretched + noise * deviation * corruptions.noise
+    # Gamma. Unknown voxels may lie outside the bounds. They are not used, but a power of a negative
+    # number is not a number.
+    scaled_BMCZYX = ((voxels_BMCZYX - lowest) / (highest - lowest)).clamp(0, 1)
+    bent_BMCZYX = scaled_BMCZYX**gamma
+    bent_mean, bent_deviation = _statistics(bent_BMCZYX, known_BMCZYX)
+    standardised_BMCZYX = (bent_BMCZYX - bent_mean) / bent_deviation.clamp(min=1e-6)
+    restored_BMCZYX = standardised_BMCZYX * deviation + mean
+
+    # Contrast and noise.
+    stretched_BMCZYX = (restored_BMCZYX - mean) * contrast + mean
+    within_bounds_BMCZYX = stretched_BMCZYX.clamp(lowest, highest)
+    noisy_BMCZYX = within_bounds_BMCZYX + noise * deviation * corruptions.noise
 
     is_clean = (gamma == 1) & (contrast == 1) & (noise == 0)
-    return torch.where(known & changes & ~is_clean, noisy, voxels_BMCZYX)
+    is_changed_BMCZYX = known_BMCZYX & can_change & ~is_clean
+    return torch.where(is_changed_BMCZYX, noisy_BMCZYX, voxels_BMCZYX)
 
 
 def _statistics(values_BMCZYX: Tensor, known_BMCZYX: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +164,9 @@ def _statistics(values_BMCZYX: Tensor, known_BMCZYX: Tensor) -> tuple[Tensor, Te
     Both are 0 if there are no known voxels.
     """
     count = known_BMCZYX.sum(REDUCED, keepdim=True).clamp(min=1)
-    mean = torch.where(known_BMCZYX, values_BMCZYX, 0.0).sum(REDUCED, keepdim=True) / count
-    distance = torch.where(known_BMCZYX, values_BMCZYX - mean, 0.0)
-    variance = distance.square().sum(REDUCED, keepdim=True) / count
+    known_values = torch.where(known_BMCZYX, values_BMCZYX, 0.0)
+    mean = known_values.sum(REDUCED, keepdim=True) / count
+
+    distances = torch.where(known_BMCZYX, values_BMCZYX - mean, 0.0)
+    variance = distances.square().sum(REDUCED, keepdim=True) / count
     return mean, variance.sqrt()

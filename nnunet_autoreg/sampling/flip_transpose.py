@@ -30,10 +30,11 @@ class FlipTranspose:
     def array(self, whole: NDArray[Scalar]) -> NDArray[Scalar]:
         """Return the changed array (..., Z, Y, X), contiguous."""
         mirrored = np.flip(whole, self._mirrored_axes(whole))
-        return np.ascontiguousarray(mirrored.transpose(self._order(whole)))
+        reordered = mirrored.transpose(self._order(whole))
+        return np.ascontiguousarray(reordered)
 
     def tensor(self, whole: Tensor) -> Tensor:
-        """Return the changed tensor (..., Z, Y, X); a view where nothing is mirrored.
+        """Return the changed tensor (..., Z, Y, X); a view if nothing is mirrored.
 
         On a device this is queued without waiting.
         """
@@ -47,7 +48,8 @@ class FlipTranspose:
 
     def _order(self, whole: "NDArray[Any] | Tensor") -> tuple[int, ...]:
         first = whole.ndim - 3
-        return (*range(first), *(first + axis for axis in self.axes))
+        z, y, x = self.axes
+        return (*range(first), first + z, first + y, first + x)
 
 
 UNCHANGED = FlipTranspose()
@@ -67,13 +69,15 @@ def draw_flip_transpose(
 
     axes: Size = (0, 1, 2)
     if plan.sequence.swap_axes:
-        order = generator.permutation(3)
-        # Only axes of equal crop length and equal spacing (to 1 %) may change places.
-        is_allowed = all(
-            size_vox[old] == size_vox[new] and abs(spacing_mm[old] / spacing_mm[new] - 1) < 0.01
-            for old, new in enumerate(order)
-        )
-        if is_allowed:
-            axes = as_size(order.tolist())
+        drawn_axes = as_size(generator.permutation(3).tolist())
+        pairs = enumerate(drawn_axes)
+        if all(may_swap(old, new, size_vox, spacing_mm) for old, new in pairs):
+            axes = drawn_axes
 
     return FlipTranspose(flips, axes)
+
+
+def may_swap(a: int, b: int, size_vox: Sequence[int], spacing_mm: Sequence[float]) -> bool:
+    """Return whether two axes may change places: equal lengths, and spacings equal to 1 %."""
+    ratio = spacing_mm[a] / spacing_mm[b]
+    return size_vox[a] == size_vox[b] and abs(ratio - 1) < 0.01

@@ -9,7 +9,13 @@ from nnunet_autoreg.errors import AutoregError
 from nnunet_autoreg.geometry import Spacing
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.kinds import planned_kinds
-from nnunet_autoreg.sampling.pool import Place, SamplingPool, StoredGroup, Structure
+from nnunet_autoreg.sampling.pool import (
+    SamplingPool,
+    StoredGroup,
+    StoredLocation,
+    Structure,
+    possible_kinds,
+)
 from nnunet_autoreg.store.case import StoredCase
 
 log = logging.getLogger(__name__)
@@ -19,15 +25,15 @@ def gather(
     plan: Plan,
     cases: Mapping[str, StoredCase],
     groups: Sequence[tuple[ContrastGroup, Sequence[StoredCase]]],
-    places: Sequence[StructureLocation],
+    locations: Sequence[StructureLocation],
     images: Sequence[StoredCase] = (),
 ) -> SamplingPool:
     """Return the sampling pool for the plan's kinds of sequences.
 
     Args:
-        cases: by id of the scan; only their scans are used, also of groups and places.
+        cases: by id of the scan. Groups and locations of other scans are left out.
         groups: with their members' cases on one grid.
-        places: positions of structures in the scans.
+        locations: positions of structures in the scans.
         images: 2D images.
     """
     kinds, s = planned_kinds(plan), plan.sequence
@@ -45,18 +51,18 @@ def gather(
 
     structures = []
     if "semantic" in kinds:
-        # What lies in one sequence has one voxel size, so that structures are split by spacing.
-        found: dict[tuple[str, Spacing], list[Place]] = {}
-        for location in places:
+        # All members of a sequence have one voxel size, so structures are split by spacing.
+        found: dict[tuple[str, Spacing], list[StoredLocation]] = {}
+        for location in locations:
             case = cases.get(location.scan)
             if case is None:
                 continue
             # Shares of an axis count from the outer face of the first voxel, positions from its
             # middle.
-            centre = zip(location.centre, case.shape_vox, strict=True)
-            z, y, x = (share * length - 0.5 for share, length in centre)
-            place = Place(location.subject, case, (z, y, x))
-            found.setdefault((location.structure, case.spacing_mm), []).append(place)
+            shares = zip(location.centre, case.shape_vox, strict=True)
+            z, y, x = (share * length - 0.5 for share, length in shares)
+            stored = StoredLocation(location.subject, case, (z, y, x))
+            found.setdefault((location.structure, case.spacing_mm), []).append(stored)
 
         for name, spacing_mm in sorted(found):
             structure = Structure(name, spacing_mm, tuple(found[name, spacing_mm]))
@@ -78,8 +84,9 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
         AutoregError: the training scans lack what a kind of sequence needs.
     """
     s = plan.sequence
+    contrasts = ", ".join(s.contrasts)
     needed = {
-        "contrast": f"subject has {s.contrast_members} of the contrasts {', '.join(s.contrasts)}",
+        "contrast": f"subject has {s.contrast_members} of the contrasts {contrasts}",
         "semantic": f"structure is known in {s.semantic_members} subjects",
         "images": "2D image is left",
     }
@@ -96,11 +103,11 @@ def check_training(plan: Plan, pool: SamplingPool) -> None:
 
 def validation_kinds(plan: Plan, pool: SamplingPool) -> tuple[str, ...]:
     """Return the kinds of sequences that the validation scans allow, and log the others."""
-    given = tuple(kind for kind in planned_kinds(plan) if pool.num_sources(kind))
-    lacking = [kind for kind in planned_kinds(plan) if kind not in given]
+    possible = possible_kinds(plan, pool)
+    lacking = [kind for kind in planned_kinds(plan) if kind not in possible]
     if pool.cases and lacking:
         log.info(
             "the validation scans are too few for %s sequences; their error is not measured",
             " and ".join(lacking),
         )
-    return given
+    return possible

@@ -93,22 +93,24 @@ def num_members(sequence: SequencePlan, kind: str) -> int:
 
 def planned_kinds(plan: Plan) -> tuple[str, ...]:
     """Return the kinds that are drawn, in the order of ``KINDS`` and ``VIEW_KINDS``."""
-    return tuple(kind for kind in (*KINDS, *VIEW_KINDS) if plan.sequence.weights.get(kind, 0) > 0)
+    weights = plan.sequence.weights
+    every_kind = (*KINDS, *VIEW_KINDS)
+    return tuple(kind for kind in every_kind if weights.get(kind, 0) > 0)
 
 
 def member_codes(plan: Plan) -> dict[str, range]:
     """Return the codes of the members by kind.
 
-    0 is the one image of spatial and strided sequences, and stands for a member that fine-tuning
-    knows. A contrast keeps its code wherever it occurs. The members of a semantic sequence are
-    numbered.
+    A contrast keeps its code in all sequences. The members of a semantic sequence are numbered. The
+    one image of spatial and strided sequences has the code 0, as images have in fine-tuning.
     """
     kinds = planned_kinds(plan)
     num_contrasts = len(plan.sequence.contrasts) if "contrast" in kinds else 0
     num_semantic = plan.sequence.semantic_members if "semantic" in kinds else 0
 
-    num_both = num_contrasts + num_semantic
-    return {"contrast": range(num_contrasts), "semantic": range(num_contrasts, num_both)}
+    contrast_codes = range(num_contrasts)
+    semantic_codes = range(num_contrasts, num_contrasts + num_semantic)
+    return {"contrast": contrast_codes, "semantic": semantic_codes}
 
 
 def num_codes(plan: Plan) -> int:
@@ -120,9 +122,9 @@ def num_codes(plan: Plan) -> int:
 def member_crop(plan: Plan, kind: str) -> Size:
     """Return the crop of one member of a sequence.
 
-    It is the plan's own for a single member. For several it is smaller, so that all together hold
-    no more tokens. The axis that lost least is shortened by a block until it fits; no axis goes
-    below one block.
+    It is the plan's crop for a single member. For several members it is smaller, so that all
+    together hold no more tokens: the axis that has lost least is shortened by a block until they
+    fit. Every axis keeps at least one block.
     """
     s = plan.sequence
     members = num_members(s, kind)
@@ -146,6 +148,7 @@ def member_crop(plan: Plan, kind: str) -> Size:
 
 def num_blocks(plan: Plan, kind: str = "spatial") -> int:
     """Return the number of blocks of a sequence of this kind."""
-    block_vox = volume(plan.sequence.block_tokens) * volume(plan.encoder.token_size_vox)
-    sequence_vox = num_members(plan.sequence, kind) * volume(member_crop(plan, kind))
-    return sequence_vox // block_vox
+    s = plan.sequence
+    block_vox = multiplied(plan.encoder.token_size_vox, s.block_tokens)
+    sequence_vox = num_members(s, kind) * volume(member_crop(plan, kind))
+    return sequence_vox // volume(block_vox)

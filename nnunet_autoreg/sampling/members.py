@@ -22,7 +22,7 @@ from nnunet_autoreg.sampling.blocks import (
 )
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose, draw_flip_transpose
 from nnunet_autoreg.sampling.kinds import member_codes, member_crop, num_members
-from nnunet_autoreg.sampling.pool import Place, StoredGroup, Structure
+from nnunet_autoreg.sampling.pool import StoredGroup, StoredLocation, Structure
 from nnunet_autoreg.sampling.sample import Sample, empty_crops
 from nnunet_autoreg.sampling.spatial import draw_start
 from nnunet_autoreg.store.case import StoredCase
@@ -61,11 +61,14 @@ def choose_contrasts(
     generator: np.random.Generator,
 ) -> list[tuple[int, StoredCase]]:
     """Draw the members from a group, as (code, case) in the fixed order of contrasts."""
-    chosen = generator.choice(len(group.members), plan.sequence.contrast_members, replace=False)
+    s = plan.sequence
+    chosen = generator.choice(len(group.members), s.contrast_members, replace=False)
+
     found = []
     for index in sorted(chosen.tolist()):
         contrast, case = group.members[index]
-        found.append((plan.sequence.contrasts.index(contrast), case))
+        code = s.contrasts.index(contrast)
+        found.append((code, case))
     return found
 
 
@@ -87,24 +90,28 @@ def draw_contrast(
     return _draw(plan, "contrast", starts, codes, spacing_mm, generator, affine_generator)
 
 
-def choose_places(plan: Plan, structure: Structure, generator: np.random.Generator) -> list[Place]:
-    """Draw as many places as a sequence has members, each of another subject, in random order."""
-    subjects = structure.by_subject()
-    chosen = generator.choice(len(subjects), plan.sequence.semantic_members, replace=False)
-    # Places stand in the order of the index, and so do their subjects. The names of subjects are
+def choose_locations(
+    plan: Plan,
+    structure: Structure,
+    generator: np.random.Generator,
+) -> list[StoredLocation]:
+    """Draw a location for every member of a sequence, each in another subject, in random order."""
+    by_subject = structure.by_subject()
+    chosen = generator.choice(len(by_subject), plan.sequence.semantic_members, replace=False)
+    # Locations are in the order of the index, and so are their subjects. The names of subjects are
     # salted hashes, whose order differs between folders.
-    names = list(subjects) if plan.data.salt_free else sorted(subjects)
+    subjects = list(by_subject) if plan.data.salt_free else sorted(by_subject)
 
     found = []
     for index in chosen.tolist():
-        places = subjects[names[index]]
-        found.append(rng.any_of(places, generator))
+        locations = by_subject[subjects[index]]
+        found.append(rng.any_of(locations, generator))
     return found
 
 
 def draw_semantic(
     plan: Plan,
-    places: Sequence[Place],
+    locations: Sequence[StoredLocation],
     spacing_mm: Spacing,
     generator: np.random.Generator,
     affine_generator: np.random.Generator | None = None,
@@ -114,12 +121,14 @@ def draw_semantic(
     Args:
         affine_generator: as in ``spatial.draw``.
     """
-    size = np.array(member_crop(plan, "semantic"))
-    shifts = generator.uniform(-JITTER, JITTER, (len(places), 3)) * size  # (M, 3)
+    size = np.array(member_crop(plan, "semantic"))  # (3,)
+    shares = generator.uniform(-JITTER, JITTER, (len(locations), 3))
+    shifts = shares * size  # (M, 3)
 
     starts = []
-    for place, shift in zip(places, shifts, strict=True):
-        start = np.array(place.centre_vox) + shift - (size - 1) / 2
+    for location, shift in zip(locations, shifts, strict=True):
+        middle = np.array(location.centre_vox) + shift
+        start = middle - (size - 1) / 2
         starts.append(as_size(np.rint(start).astype(int)))
 
     codes = list(member_codes(plan)["semantic"])
@@ -138,16 +147,21 @@ def _draw(
     """Draw all that is alike in both kinds of sequences of several images."""
     s, token = plan.sequence, plan.encoder.token_size_vox
     size = member_crop(plan, kind)
-    whole_grid, grid = grid_of(s.crop_size_vox, token), grid_of(size, token)
+    whole_grid = grid_of(s.crop_size_vox, token)
+    grid = grid_of(size, token)
 
+    # The order of the draws is part of the result: another order gives other samples.
     flip_transpose = draw_flip_transpose(plan, size, spacing_mm, generator)
     # The crop of a member is smaller than the plan's: it takes a window of the plan's positions.
-    room = [whole - own + 1 for whole, own in zip(whole_grid, grid, strict=True)]
-    window = as_size([int(generator.integers(side)) for side in room])
+    window = []
+    for whole, own in zip(whole_grid, grid, strict=True):
+        room = whole - own
+        window.append(int(generator.integers(room + 1)))
 
-    ids = sequence_ids(grid, s.block_tokens, num_members(s, kind), s.order)
-    order_index = draw_order_index(ids, s.order, generator)
-    prefix = draw_prefix(int(ids.max()) + 1, generator, s)
+    ids = sequence_ids(grid, s.block_tokens, num_members(s, kind), s.order)  # (T,)
+    num_blocks = int(ids.max()) + 1
+    order_index = draw_order_index(ids, s.order, generator)  # (T,)
+    prefix = draw_prefix(num_blocks, generator, s)
     affine = None
     if affine_generator is not None:
         affine = draw_affine(plan, spacing_mm, affine_generator)
@@ -156,7 +170,7 @@ def _draw(
         tuple(starts),
         tuple(codes),
         flip_transpose,
-        window,
+        as_size(window),
         prefix,
         order_index,
         affine,
@@ -165,23 +179,24 @@ def _draw(
 
 def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw) -> Sample:
     """Read the members' crops, or the parts of the cases that they will be resampled from."""
-    size, token = member_crop(plan, kind), plan.encoder.token_size_vox
-    voxels, valid_mask = empty_crops(len(cases), size)
+    s, token = plan.sequence, plan.encoder.token_size_vox
+    size = member_crop(plan, kind)
+
+    # Voxels are (M, C, Z, Y, X), the mask (M, Z, Y, X).
     sources: list[CropSource] = []
-    crops = []
-
-    for case, start in zip(cases, drawn.starts, strict=True):
-        if drawn.affine is None:
+    if drawn.affine is None:
+        crops = []
+        for case, start in zip(cases, drawn.starts, strict=True):
             crops.append(case.read_padded(start, size))
-        else:
-            max_source = plan.sequence.max_source
-            sources.append(read_source(case, start, size, drawn.affine, max_source))
+        voxels = np.stack([crop for crop, _ in crops])
+        valid_mask = np.stack([mask for _, mask in crops])
+    else:
+        for case, start in zip(cases, drawn.starts, strict=True):
+            sources.append(read_source(case, start, size, drawn.affine, s.max_source))
+        voxels, valid_mask = empty_crops(len(cases), size)
 
-    if crops:
-        voxels = np.stack([crop for crop, _ in crops])  # (M, C, Z, Y, X)
-        valid_mask = np.stack([mask for _, mask in crops])  # (M, Z, Y, X)
-
-    whole_grid = grid_of(plan.sequence.crop_size_vox, token)
+    # All members have the same N positions, and differ by their codes.
+    whole_grid = grid_of(s.crop_size_vox, token)
     positions = window_positions(whole_grid, grid_of(size, token), drawn.window)  # (N,)
     codes = np.array(drawn.codes, dtype=np.int64)  # (M,)
     return Sample(
@@ -189,8 +204,8 @@ def apply(plan: Plan, kind: str, cases: Sequence[StoredCase], drawn: MembersDraw
         valid_mask,
         drawn.order_index,
         drawn.prefix,
-        positions=np.tile(positions, len(cases)),
-        members=np.repeat(codes, len(positions)),
+        positions=np.tile(positions, len(cases)),  # (T,), T = M * N
+        members=np.repeat(codes, len(positions)),  # (T,)
         flip_transpose=drawn.flip_transpose,
         sources=tuple(sources),
     )

@@ -33,23 +33,26 @@ MOST_ALIKE = 0.5
 """Share of the places that make a structure: those whose neighbours are nearest."""
 
 
-def descriptor(voxels_ZYX: NDArray[np.float32], where: Sequence[float]) -> NDArray[np.float32]:
+def descriptor(voxels_ZYX: NDArray[np.float32], position: Sequence[float]) -> NDArray[np.float32]:
     """Return the descriptor of a crop, (67,).
 
     It is the crop's 4 x 4 x 4 means, of mean 0 and length 1, and its weighted position.
 
     Args:
-        where: position of the crop's middle in the scan, as shares of its axes (z, y, x).
+        position: of the crop's middle in the scan, as shares of its axes (z, y, x).
     """
-    pieces_z, pieces_y, pieces_x = (np.array_split(np.arange(n), SIDE) for n in voxels_ZYX.shape)
+    indices = [np.arange(length) for length in voxels_ZYX.shape]
+    pieces_z, pieces_y, pieces_x = (np.array_split(of_axis, SIDE) for of_axis in indices)
     means = np.empty((SIDE, SIDE, SIDE), dtype=np.float32)
     for z, y, x in np.ndindex(means.shape):
-        piece = voxels_ZYX[np.ix_(pieces_z[z], pieces_y[y], pieces_x[x])]
-        means[z, y, x] = piece.mean()
+        piece = np.ix_(pieces_z[z], pieces_y[y], pieces_x[x])
+        means[z, y, x] = voxels_ZYX[piece].mean()
 
     pattern = means.reshape(-1) - means.mean()  # (64,)
-    pattern = pattern / max(float(np.linalg.norm(pattern)), 1e-6)
-    return np.concatenate([pattern, POSITION_WEIGHT * np.array(where)]).astype(np.float32)
+    length = max(float(np.linalg.norm(pattern)), 1e-6)
+    weighted_position = POSITION_WEIGHT * np.array(position)  # (3,)
+    described = np.concatenate([pattern / length, weighted_position])  # (67,)
+    return described.astype(np.float32)
 
 
 def places_alike(
@@ -69,7 +72,7 @@ def places_alike(
     """
     by_kind: dict[tuple[str, ...], list[ScanRow]] = {}
     for row in rows:
-        # Spacings that differ in the last digits only are one.
+        # Spacings that differ only in the last digits are equal.
         spacing = tuple(f"{s:.3f}" for s in cases[row.id].spacing_mm)
         kind = (row.modality, contrast_word(row), *spacing)
         by_kind.setdefault(kind, []).append(row)
@@ -78,11 +81,11 @@ def places_alike(
     for alike in by_kind.values():
         subjects = {subject_of(row) for row in alike}
         if len(subjects) >= num_subjects:
-            found += _among(alike, cases, crop, num_subjects, len(found))
+            found += _structures_among(alike, cases, crop, num_subjects, len(found))
     return found
 
 
-def _among(
+def _structures_among(
     rows: Sequence[ScanRow],
     cases: Mapping[str, StoredCase],
     crop: Size,
@@ -104,18 +107,20 @@ def _among(
             centres.append(centre)
             descriptors.append(described)
 
-    subjects = np.unique([subject_of(row) for row in owners], return_inverse=True)[1]
+    names = [subject_of(row) for row in owners]
+    _, subjects = np.unique(names, return_inverse=True)  # (N,), a number per subject
     neighbours, farthest = _nearest(np.stack(descriptors), subjects, num_subjects - 1)
 
+    # The places whose neighbours are most like them.
     num_chosen = max(1, round(MOST_ALIKE * len(owners)))
     chosen = np.argsort(farthest, kind="stable")[:num_chosen]
 
     found = []
     for number, query in enumerate(chosen.tolist()):
-        name = f"{ALIKE}{first + number}"
+        structure = f"{ALIKE}{first + number}"
         for place in (query, *neighbours[query].tolist()):
-            row = owners[place]
-            found.append(StructureLocation(row.id, subject_of(row), name, centres[place]))
+            scan, subject, centre = owners[place].id, names[place], centres[place]
+            found.append(StructureLocation(scan, subject, structure, centre))
     return found
 
 
@@ -139,8 +144,9 @@ def _places_with_contrast(
         voxels = case.read(start, size)[0]  # (Z, Y, X)
         middle = np.add(start, np.divide(size, 2))
         z, y, x = (middle / shape).tolist()
+        centre = (z, y, x)
         contrast = float(voxels.std())
-        tried.append((contrast, (z, y, x), descriptor(voxels, (z, y, x))))
+        tried.append((contrast, centre, descriptor(voxels, centre)))
 
     tried.sort(key=lambda item: -item[0])
     return [(centre, described) for _, centre, described in tried[:KEPT]]
@@ -153,23 +159,27 @@ def _nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return, for every place, the nearest places of the nearest other subjects.
 
+    Args:
+        descriptors: (N, 67).
+        subjects: (N,), number of the subject of every place.
+
     Returns:
         (N, num_others), one place of each of the ``num_others`` nearest other subjects; and (N,),
         the squared distance of the last of these.
     """
     neighbours = np.empty((len(descriptors), num_others), dtype=np.int64)
     farthest = np.empty(len(descriptors), dtype=np.float32)
-    lengths = np.square(descriptors).sum(axis=1)  # (N,), squared
+    squared_lengths = np.square(descriptors).sum(axis=1)  # (N,)
 
     for i, described in enumerate(descriptors):
         # Squared distances less the squared length of this descriptor, which is added at the end.
-        distances = lengths - 2 * (descriptors @ described)
+        distances = squared_lengths - 2 * (descriptors @ described)  # (N,)
         distances[subjects == subjects[i]] = np.inf
 
-        # Of every other subject its nearest place, the nearest subjects first.
-        order = np.argsort(distances, kind="stable")
-        _, first = np.unique(subjects[order], return_index=True)
-        best = order[np.sort(first)][:num_others]
+        # The nearest place of every other subject, the nearest subjects first.
+        nearest_first = np.argsort(distances, kind="stable")  # (N,)
+        _, first_of_subject = np.unique(subjects[nearest_first], return_index=True)
+        best = nearest_first[np.sort(first_of_subject)][:num_others]
         neighbours[i] = best
-        farthest[i] = distances[best[-1]] + lengths[i]
+        farthest[i] = distances[best[-1]] + squared_lengths[i]
     return neighbours, farthest

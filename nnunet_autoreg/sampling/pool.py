@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nnunet_autoreg.geometry import Spacing
+from nnunet_autoreg.plan import Plan
+from nnunet_autoreg.sampling.kinds import planned_kinds
 from nnunet_autoreg.store.case import StoredCase
 
 Point = tuple[float, float, float]
@@ -23,8 +25,10 @@ class StoredGroup:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a structure lies in one case.
+class StoredLocation:
+    """The position of a structure in one stored case.
+
+    ``corpus.locations.StructureLocation`` is the same in the scan before it was stored.
 
     Attributes:
         subject: the patient.
@@ -42,13 +46,13 @@ class Structure:
 
     name: str
     spacing_mm: Spacing
-    places: tuple[Place, ...]
+    locations: tuple[StoredLocation, ...]
 
-    def by_subject(self) -> dict[str, list[Place]]:
-        """Return the places of every subject."""
-        found: dict[str, list[Place]] = {}
-        for place in self.places:
-            found.setdefault(place.subject, []).append(place)
+    def by_subject(self) -> dict[str, list[StoredLocation]]:
+        """Return the locations in every subject."""
+        found: dict[str, list[StoredLocation]] = {}
+        for location in self.locations:
+            found.setdefault(location.subject, []).append(location)
         return found
 
 
@@ -74,6 +78,11 @@ class SamplingPool:
 
     def __len__(self) -> int:
         return len(self.cases)
+
+
+def possible_kinds(plan: Plan, pool: SamplingPool) -> tuple[str, ...]:
+    """Return the planned kinds of sequences that can be drawn from this pool."""
+    return tuple(kind for kind in planned_kinds(plan) if pool.num_sources(kind))
 
 
 def as_pool(cases: "SamplingPool | Sequence[StoredCase]") -> SamplingPool:

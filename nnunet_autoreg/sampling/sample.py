@@ -60,8 +60,8 @@ class Sample:
         if self.sources:
             size = self.voxels.shape[2:]
             crops = [resampled(source, size) for source in self.sources]
-            voxels = np.stack([crop.numpy() for crop, _ in crops])
-            valid_mask = np.stack([mask.numpy() for _, mask in crops])
+            voxels = np.stack([crop.numpy() for crop, _ in crops])  # (M, C, Z, Y, X)
+            valid_mask = np.stack([mask.numpy() for _, mask in crops])  # (M, Z, Y, X)
 
         return replace(
             self,
@@ -73,12 +73,10 @@ class Sample:
 
 
 def empty_crops(num_members: int, size: Size) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return placeholders for crops that are resampled later: zeros that take no memory.
-
-    Shapes: (M, 1, Z, Y, X) and (M, Z, Y, X).
-    """
-    voxels = np.broadcast_to(np.float32(0), (num_members, 1, *size))
-    valid_mask = np.broadcast_to(np.bool_(False), (num_members, *size))
+    """Return placeholders for crops that are resampled later: zeros that take no memory."""
+    zero, padding = np.float32(0), np.bool_(False)
+    voxels = np.broadcast_to(zero, (num_members, 1, *size))  # (M, 1, Z, Y, X)
+    valid_mask = np.broadcast_to(padding, (num_members, *size))  # (M, Z, Y, X)
     return voxels, valid_mask
 
 
@@ -88,12 +86,12 @@ class Batch:
 
     Attributes:
         flip_transposes: per sample, the mirroring and transposing that ``to`` still has to do; ()
-            if there is none. The host knows it, so that it need not wait for the device.
-        sources: per sample, what ``to`` still has to resample its crops from; () for samples
-            without.
+            if there is none. They stay on the host, which need not wait for the device then.
+        sources: per sample, the parts of scans from which ``to`` still has to resample its crops;
+            () if no sample has any.
         corruption: corruption of the network's input, for ``corruption.corrupted``; ``to`` draws
-            its noise. None without.
-        case_ids, numbers: (B,) int64, as of ``Sample``; None without.
+            its noise. None without corruption.
+        case_ids, numbers: (B,) int64, ``case_id`` and ``number`` of every sample; None without.
     """
 
     voxels: Tensor
@@ -121,12 +119,16 @@ class Batch:
         if not self.flip_transposes and not self.sources:
             return moved
 
-        voxels, valid_mask = torch.empty_like(moved.voxels), torch.empty_like(moved.valid_mask)
+        voxels = torch.empty_like(moved.voxels)  # (B, M, C, Z, Y, X)
+        valid_mask = torch.empty_like(moved.valid_mask)  # (B, M, Z, Y, X)
         for number in range(len(voxels)):
-            crops, masks = moved.voxels[number], moved.valid_mask[number]
-            if self.sources and self.sources[number]:
+            crops = moved.voxels[number]  # (M, C, Z, Y, X)
+            masks = moved.valid_mask[number]  # (M, Z, Y, X)
+
+            sources = self.sources[number] if self.sources else ()
+            if sources:
                 size = crops.shape[2:]
-                members = [resampled(source.to(device), size) for source in self.sources[number]]
+                members = [resampled(source.to(device), size) for source in sources]
                 crops = torch.stack([crop for crop, _ in members])
                 masks = torch.stack([mask for _, mask in members])
 
@@ -144,11 +146,8 @@ class Batch:
             sources.append(tuple(source.pin_memory() for source in of_sample))
 
         corruption = None if self.corruption is None else self.corruption.pin_memory()
-        return replace(
-            self._each(Tensor.pin_memory),
-            sources=tuple(sources),
-            corruption=corruption,
-        )
+        pinned = self._each(Tensor.pin_memory)
+        return replace(pinned, sources=tuple(sources), corruption=corruption)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with ``change`` applied to every tensor."""
@@ -173,11 +172,16 @@ def collate(samples: Sequence[Sample]) -> Batch:
     if not any(sources):
         sources = ()
 
+    voxels = np.stack([s.voxels for s in samples])  # (B, M, C, Z, Y, X)
+    valid_mask = np.stack([s.valid_mask for s in samples])  # (B, M, Z, Y, X)
+    order_index = np.stack([s.order_index for s in samples])  # (B, T)
+    prefix = [s.prefix for s in samples]  # (B,)
+
     return Batch(
-        voxels=torch.from_numpy(np.stack([s.voxels for s in samples])),  # (B, M, C, Z, Y, X)
-        valid_mask=torch.from_numpy(np.stack([s.valid_mask for s in samples])),  # (B, M, Z, Y, X)
-        order_index=torch.from_numpy(np.stack([s.order_index for s in samples])),  # (B, T)
-        prefix=torch.tensor([s.prefix for s in samples], dtype=torch.int64),  # (B,)
+        voxels=torch.from_numpy(voxels),
+        valid_mask=torch.from_numpy(valid_mask),
+        order_index=torch.from_numpy(order_index),
+        prefix=torch.tensor(prefix, dtype=torch.int64),
         positions=_stacked([s.positions for s in samples]),  # (B, T)
         members=_stacked([s.members for s in samples]),  # (B, T)
         loss_mask=_stacked([s.loss_mask for s in samples]),  # (B, M, Z, Y, X)
@@ -192,11 +196,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def _numbers(values: Sequence[int | None]) -> Tensor | None:
     """Return the numbers as a tensor (B,); None if there are none."""
     given = [value for value in values if value is not None]
-    return torch.tensor(given, dtype=torch.int64) if given else None
+    if not given:
+        return None
+    return torch.tensor(given, dtype=torch.int64)
 
 
 def _stacked(arrays: "Sequence[NDArray[np.int64] | NDArray[np.bool_] | None]") -> Tensor | None:
     """Return the arrays as one tensor with an axis in front; None if there are none."""
-    given = [a for a in arrays if a is not None]
+    given = [array for array in arrays if array is not None]
     assert len(given) in (0, len(arrays)), "a batch holds sequences of one kind"
-    return torch.from_numpy(np.stack(given)) if given else None
+    if not given:
+        return None
+    return torch.from_numpy(np.stack(given))

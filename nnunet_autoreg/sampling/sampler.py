@@ -13,7 +13,7 @@ from nnunet_autoreg.plan import VIEW_KINDS, Plan
 from nnunet_autoreg.sampling import members, spatial, strided, views
 from nnunet_autoreg.sampling.corruption import draw_corruption
 from nnunet_autoreg.sampling.kinds import num_blocks, planned_kinds
-from nnunet_autoreg.sampling.pool import SamplingPool, as_pool
+from nnunet_autoreg.sampling.pool import SamplingPool, as_pool, possible_kinds
 from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.store.case import StoredCase
 
@@ -53,18 +53,19 @@ class SequenceSampler:
         One kind per step keeps the shapes of a batch equal. The validation scans may allow fewer
         kinds than the training scans.
         """
-        kinds = planned_kinds(self.plan)
-
         if purpose == VALIDATION:
-            kinds = tuple(kind for kind in kinds if pool.num_sources(kind))
+            kinds = possible_kinds(self.plan, pool)
             return kinds[number % len(kinds)]
+
+        kinds = planned_kinds(self.plan)
         if len(kinds) == 1:
             return kinds[0]
 
         weights = np.array([self.plan.sequence.weights[kind] for kind in kinds])
         probabilities = weights / weights.sum()
         generator = rng.generator(self.plan.run.seed, f"{purpose}: kind", number)
-        return kinds[int(generator.choice(len(kinds), p=probabilities))]
+        drawn = generator.choice(len(kinds), p=probabilities)
+        return kinds[int(drawn)]
 
     def draw(self, cases: "SamplingPool | Sequence[StoredCase]", purpose: str, *ids: int) -> Sample:
         """Draw one sequence.
@@ -83,9 +84,10 @@ class SequenceSampler:
             # else that is drawn.
             affine_generator = rng.generator(seed, f"{purpose}: rotation and zoom", *ids)
             sample, _ = self.draw_kind(kind, pool, generator, affine_generator)
-            if plan.objective.corruption > 0:
+            share = plan.objective.corruption
+            if share > 0:
                 corruption_generator = rng.generator(seed, f"{purpose}: corruption", *ids)
-                corruption = draw_corruption(plan.objective.corruption, corruption_generator)
+                corruption = draw_corruption(share, corruption_generator)
                 sample = replace(sample, corruption=corruption)
             if sample.case_id is not None:
                 sample = replace(sample, number=ids[-1])
@@ -96,9 +98,11 @@ class SequenceSampler:
             return sample
 
         # Kinds take turns; each kind goes through all prefixes.
-        num_kinds = len([kind for kind in planned_kinds(plan) if pool.num_sources(kind)])
-        share = VALIDATION_PREFIXES[ids[0] // num_kinds % len(VALIDATION_PREFIXES)]
-        return replace(sample, prefix=max(1, int(share * num_blocks(plan, kind))))
+        num_kinds = len(possible_kinds(plan, pool))
+        turn = ids[0] // num_kinds
+        prefix_share = VALIDATION_PREFIXES[turn % len(VALIDATION_PREFIXES)]
+        prefix = int(prefix_share * num_blocks(plan, kind))
+        return replace(sample, prefix=max(1, prefix))
 
     def draw_kind(
         self,
@@ -149,8 +153,8 @@ class SequenceSampler:
         index = int(generator.integers(len(sources)))
         case = sources[index]
         both = views.draw(self.plan, case.shape_vox, case.spacing_mm, generator, is_image)
-        # Volumes and images are numbered through, so that no two share a number.
-        case_id = index + (len(pool.cases) if is_image else 0)
+        # The images are counted after the volumes, so that no two cases share a number.
+        case_id = len(pool.cases) + index if is_image else index
         sample = views.apply(self.plan, case, both, case_id, is_image)
         return sample, SampleOrigin(kind, "", (case,), ("",), both)
 
@@ -168,12 +172,11 @@ class SequenceSampler:
         cases = tuple(case for _, case in chosen)
         names = tuple(plan.sequence.contrasts[code] for code in codes)
 
-        # The cases of a group have one shape and one spacing.
-        shape_vox, spacing_mm = cases[0].shape_vox, cases[0].spacing_mm
+        first = cases[0]
         drawn = members.draw_contrast(
             plan,
-            shape_vox,
-            spacing_mm,
+            first.shape_vox,  # All cases of a group have one shape and one spacing.
+            first.spacing_mm,
             codes,
             generator,
             affine_generator,
@@ -190,12 +193,12 @@ class SequenceSampler:
         """Draw one structure in several patients."""
         plan = self.plan
         structure = rng.any_of(pool.structures, generator)
-        places = members.choose_places(plan, structure, generator)
-        cases = tuple(place.case for place in places)
-        names = tuple(place.subject for place in places)
+        locations = members.choose_locations(plan, structure, generator)
+        cases = tuple(location.case for location in locations)
+        names = tuple(location.subject for location in locations)
         drawn = members.draw_semantic(
             plan,
-            places,
+            locations,
             structure.spacing_mm,
             generator,
             affine_generator,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
 from nnunet_autoreg.plan import Plan
-from nnunet_autoreg.sampling.affine import Affine, draw_affine, read_source
+from nnunet_autoreg.sampling.affine import Affine, CropSource, draw_affine, read_source
 from nnunet_autoreg.sampling.blocks import draw_order_index, draw_prefix, sequence_ids
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose, draw_flip_transpose
 from nnunet_autoreg.sampling.sample import Sample, empty_crops
@@ -24,7 +24,8 @@ class SpatialDraw:
     """The random choices of one sample.
 
     Attributes:
-        start: first voxel of the crop, (z, y, x); negative where the crop begins in padding.
+        start: first voxel of the crop, (z, y, x); negative on axes on which the crop begins in
+            padding.
         flip_transpose: how the crop is mirrored and its axes are reordered.
         prefix: number of given blocks.
         order_index: position in the order of every token's block, (T,).
@@ -62,12 +63,13 @@ def draw(
     # The order of the draws is part of the result: another order gives other samples.
     start = draw_start(shape_vox, s.crop_size_vox, generator)
     flip_transpose = draw_flip_transpose(plan, s.crop_size_vox, spacing_mm, generator)
-    ids = sequence_ids(grid, s.block_tokens, 1, s.order)
-    order_index = draw_order_index(ids, s.order, generator)
+    ids = sequence_ids(grid, s.block_tokens, 1, s.order)  # (T,)
+    num_blocks = int(ids.max()) + 1
+    order_index = draw_order_index(ids, s.order, generator)  # (T,)
     affine = None
     if affine_generator is not None:
         affine = draw_affine(plan, spacing_mm, affine_generator)
-    prefix = draw_prefix(int(ids.max()) + 1, generator, s)
+    prefix = draw_prefix(num_blocks, generator, s)
 
     return SpatialDraw(start, flip_transpose, prefix, order_index, affine)
 
@@ -75,25 +77,23 @@ def draw(
 def apply(plan: Plan, case: StoredCase, drawn: SpatialDraw) -> Sample:
     """Read the crop that was drawn, or the part of the case that it will be resampled from."""
     size = plan.sequence.crop_size_vox
+    sources: tuple[CropSource, ...] = ()
     if drawn.affine is None:
-        voxels, valid_mask = case.read_padded(drawn.start, size)
-        return Sample(
-            voxels[None],
-            valid_mask[None],
-            drawn.order_index,
-            drawn.prefix,
-            flip_transpose=drawn.flip_transpose,
-        )
+        voxels_CZYX, valid_ZYX = case.read_padded(drawn.start, size)
+        voxels = voxels_CZYX[None]  # (1, C, Z, Y, X)
+        valid_mask = valid_ZYX[None]  # (1, Z, Y, X)
+    else:
+        max_source = plan.sequence.max_source
+        sources = (read_source(case, drawn.start, size, drawn.affine, max_source),)
+        voxels, valid_mask = empty_crops(1, size)
 
-    source = read_source(case, drawn.start, size, drawn.affine, plan.sequence.max_source)
-    voxels, valid_mask = empty_crops(1, size)
     return Sample(
         voxels,
         valid_mask,
         drawn.order_index,
         drawn.prefix,
         flip_transpose=drawn.flip_transpose,
-        sources=(source,),
+        sources=sources,
     )
 
 
@@ -105,6 +105,7 @@ def draw_start(
     """Draw the first voxel of a crop anywhere in a case, or of a smaller case in the crop."""
     start = []
     for case_side, crop_side in zip(shape_vox, size_vox, strict=True):
-        difference = case_side - crop_side
-        start.append(int(generator.integers(min(0, difference), max(0, difference) + 1)))
+        last = case_side - crop_side
+        lowest, highest = min(0, last), max(0, last)
+        start.append(int(generator.integers(lowest, highest + 1)))
     return as_size(start)

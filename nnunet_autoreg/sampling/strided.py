@@ -38,16 +38,23 @@ class StridedDraw:
 def source_slices(plan: Plan) -> NDArray[np.int64]:
     """Return which of the slices that are read each slice of the sequence shows, (Z,)."""
     s = plan.sequence
-    depth = s.crop_size_vox[0] // s.num_subvolumes
     starts = s.stride_vox * np.arange(s.num_subvolumes, dtype=np.int64)  # (num_subvolumes,)
-    within = np.arange(depth, dtype=np.int64)  # (depth,)
-    return (starts[:, None] + within).reshape(-1)
+    within = np.arange(subvolume_size(plan)[0], dtype=np.int64)  # (depth of a sub-volume,)
+    slices = starts[:, None] + within  # (num_subvolumes, depth of a sub-volume)
+    return slices.reshape(-1)
+
+
+def subvolume_size(plan: Plan) -> Size:
+    """Return the voxels of a sub-volume, (z, y, x)."""
+    z, y, x = plan.sequence.crop_size_vox
+    return (z // plan.sequence.num_subvolumes, y, x)
 
 
 def stretch(plan: Plan) -> Size:
     """Return the size of the region that is read: the crop, shorter along z by the overlap."""
     _, y, x = plan.sequence.crop_size_vox
-    return (int(source_slices(plan)[-1]) + 1, y, x)
+    num_slices = int(source_slices(plan)[-1]) + 1
+    return (num_slices, y, x)
 
 
 def draw(
@@ -58,19 +65,19 @@ def draw(
 ) -> StridedDraw:
     """Draw the slices to read from a case of ``shape_vox``, and all else that is random."""
     s = plan.sequence
-    depth = s.crop_size_vox[0] // s.num_subvolumes
     grid = grid_of(s.crop_size_vox, plan.encoder.token_size_vox)
 
     # The order of the draws is part of the result: another order gives other samples.
     start = draw_start(shape_vox, stretch(plan), generator)
-    flip_transpose = draw_flip_transpose(plan, (depth, *s.crop_size_vox[1:]), spacing_mm, generator)
+    flip_transpose = draw_flip_transpose(plan, subvolume_size(plan), spacing_mm, generator)
     if flip_transpose.axes[0] != 0:
         # The sub-volumes overlap along z, so that z has to stay the first axis.
         flip_transpose = replace(flip_transpose, axes=(0, 1, 2))
 
-    ids = sequence_ids(grid, s.block_tokens, 1, s.order)
-    order_index = draw_order_index(ids, s.order, generator)
-    prefix = draw_prefix(int(ids.max()) + 1, generator, s)
+    ids = sequence_ids(grid, s.block_tokens, 1, s.order)  # (T,)
+    num_blocks = int(ids.max()) + 1
+    order_index = draw_order_index(ids, s.order, generator)  # (T,)
+    prefix = draw_prefix(num_blocks, generator, s)
 
     return StridedDraw(start, flip_transpose, prefix, order_index)
 
@@ -81,19 +88,22 @@ def apply(plan: Plan, case: StoredCase, drawn: StridedDraw) -> Sample:
     Along z all slices that were read are mirrored together, so the sub-volumes are taken from their
     other end. Mirroring of y and x is left to the sample.
     """
-    voxels, valid_mask = case.read_padded(drawn.start, stretch(plan))
+    read_CZYX, valid_ZYX = case.read_padded(drawn.start, stretch(plan))
     slices = source_slices(plan)
     flip_z, flip_y, flip_x = drawn.flip_transpose.flips
     if flip_z:
-        slices = len(valid_mask) - 1 - slices
+        slices = len(valid_ZYX) - 1 - slices
 
+    voxels = read_CZYX[None, :, slices]  # (1, C, Z, Y, X)
+    valid_mask = valid_ZYX[None, slices]  # (1, Z, Y, X)
     loss_mask = None
     if plan.sequence.mask_seen:
-        loss_mask = ~seen_before(plan, drawn.order_index)[None]
+        is_seen_ZYX = seen_before(plan, drawn.order_index)
+        loss_mask = ~is_seen_ZYX[None]  # (1, Z, Y, X)
 
     return Sample(
-        voxels[None, :, slices],
-        valid_mask[None, slices],
+        voxels,
+        valid_mask,
         drawn.order_index,
         drawn.prefix,
         loss_mask=loss_mask,
@@ -102,14 +112,17 @@ def apply(plan: Plan, case: StoredCase, drawn: StridedDraw) -> Sample:
 
 
 def seen_before(plan: Plan, order_index: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return where an earlier block has shown a voxel already, (Z, Y, X)."""
+    """Return which voxels of the sequence an earlier block has shown already, (Z, Y, X)."""
     token = plan.encoder.token_size_vox
-    by_voxel = order_index.reshape(grid_of(plan.sequence.crop_size_vox, token))
+    grid = grid_of(plan.sequence.crop_size_vox, token)
+
+    # For every voxel of the sequence: its block's position in the order.
+    shown_by_ZYX = order_index.reshape(grid)
     for axis in range(3):
-        by_voxel = by_voxel.repeat(token[axis], axis=axis)  # finally (Z, Y, X)
+        shown_by_ZYX = shown_by_ZYX.repeat(token[axis], axis=axis)
 
     # For every voxel that is read: the first block that shows it.
     slices = source_slices(plan)
-    first = np.full((int(slices[-1]) + 1, *by_voxel.shape[1:]), np.iinfo(np.int64).max)
-    np.minimum.at(first, slices, by_voxel)
-    return np.asarray(by_voxel > first[slices])
+    first_shown_by = np.full(stretch(plan), np.iinfo(np.int64).max)
+    np.minimum.at(first_shown_by, slices, shown_by_ZYX)
+    return np.asarray(shown_by_ZYX > first_shown_by[slices])

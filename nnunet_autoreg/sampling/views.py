@@ -1,8 +1,8 @@
 """Two views of one crop, cut into slabs along z, or of one 2D image.
 
-Both views show the same slices of a scan, each rotated, zoomed, mirrored, shifted and changed in
-its intensities by its own. All this happens in the plane of the slices, so that slab k of one view
-shows what slab k of the other shows. A 2D image is repeated to the depth of one slab.
+Both views show the same slices of a scan. Each is rotated, zoomed, mirrored and shifted, and its
+intensities are changed, independently of the other. All this happens in the plane of the slices, so
+that slab k of both views shows the same slices. A 2D image is repeated to the depth of one slab.
 
 All random choices are drawn first. They depend only on the seed, the step and the sample: a scan is
 seen differently each time, in every process.
@@ -27,6 +27,7 @@ from nnunet_autoreg.sampling.corruption import (
     Corruption,
     draw_corruption,
 )
+from nnunet_autoreg.sampling.flip_transpose import may_swap
 from nnunet_autoreg.sampling.sample import Sample, empty_crops
 from nnunet_autoreg.sampling.spatial import draw_start
 from nnunet_autoreg.store.case import StoredCase
@@ -45,7 +46,8 @@ def views_of(plan: Plan) -> ViewPlan:
 def num_slabs(plan: Plan) -> int:
     """Return into how many slabs a crop is cut."""
     views = views_of(plan)
-    return (plan.sequence.crop_size_vox[0] - views.slab_vox) // views.slab_step_vox + 1
+    room_vox = plan.sequence.crop_size_vox[0] - views.slab_vox
+    return room_vox // views.slab_step_vox + 1
 
 
 def slab_size(plan: Plan) -> Size:
@@ -59,7 +61,8 @@ class View:
     """The random choices of one view.
 
     Attributes:
-        start: first voxel of its crop, (z, y, x); negative where the crop begins in padding.
+        start: first voxel of its crop, (z, y, x); negative on axes on which the crop begins in
+            padding.
         affine: how it is rotated, zoomed, mirrored and transposed, within the plane of the slices;
             mirrored along z as well, in both views alike.
         intensities: how they are changed.
@@ -75,9 +78,9 @@ class ViewsDraw:
     """The random choices of one sample.
 
     Attributes:
-        views: one after the other.
+        views: the two views.
         window: first layer of tokens, in the plan's grid, of the positions that slabs take. It is
-            the same for all slabs of a sample, so that it says nothing about a slab.
+            the same for all slabs of a sample, so that it does not show which slab one is.
         order: the slabs in random order, (n,); the first ones are hidden from the attention.
     """
 
@@ -101,27 +104,34 @@ def draw(
     size = slab_size(plan) if is_image else plan.sequence.crop_size_vox
     # An image has one slice, which every slice of the crop will show.
     cut = (1, *size[1:]) if is_image else size
+
+    # The order of the draws is part of the result: another order gives other samples.
     start = draw_start(shape_vox, cut, generator)
     mirror_z = bool(generator.integers(2)) and plan.sequence.flip
-    z_step = 0.0 if is_image else (-1.0 if mirror_z else 1.0)
+    z_step = -1.0 if mirror_z else 1.0
+    if is_image:
+        z_step = 0.0
 
     views = []
     for _ in range(NUM_VIEWS):
         affine = _draw_affine(plan, size, spacing_mm, z_step, generator)
 
-        # The view lies near the start, and its intensities are changed.
-        place = [start[0]]
+        # The view is shifted in the plane of the slices, as far as the scan reaches.
+        view_start = [start[0]]
         for first, side, length in zip(start[1:], cut[1:], shape_vox[1:], strict=True):
-            shifted = first + round(float(generator.uniform(-SHIFT, SHIFT)) * side)
-            room = length - side
-            place.append(min(max(shifted, min(0, room)), max(0, room)))
+            shift = round(float(generator.uniform(-SHIFT, SHIFT)) * side)
+            last = length - side
+            lowest, highest = min(0, last), max(0, last)
+            view_start.append(min(max(first + shift, lowest), highest))
 
         intensities = draw_corruption(views_of(plan).intensity_share, generator)
-        views.append(View(as_size(place), affine, intensities))
+        views.append(View(as_size(view_start), affine, intensities))
 
-    token_layers = plan.sequence.crop_size_vox[0] // plan.encoder.token_size_vox[0]
-    slab_layers = views_of(plan).slab_vox // plan.encoder.token_size_vox[0]
-    window = int(generator.integers(token_layers - slab_layers + 1))
+    token_depth = plan.encoder.token_size_vox[0]
+    crop_layers = plan.sequence.crop_size_vox[0] // token_depth
+    slab_layers = views_of(plan).slab_vox // token_depth
+    window = int(generator.integers(crop_layers - slab_layers + 1))
+
     order = generator.permutation(1 if is_image else num_slabs(plan))
     return ViewsDraw(tuple(views), window, order.astype(np.int64))
 
@@ -138,22 +148,19 @@ def _draw_affine(
     Every number is drawn in every case, so that later draws do not depend on these.
     """
     s = plan.sequence
-    rotated, zoomed = generator.random(2) < s.spatial_share
-    angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * rotated
-    smallest, largest = s.zoom
-    logarithm = float(generator.uniform(math.log(smallest), math.log(largest))) * zoomed
-    flips = generator.integers(2, size=2)
-    is_swapped = bool(generator.integers(2))
+    log_smallest, log_largest = (math.log(factor) for factor in s.zoom)
 
-    _, height, width = size
-    _, y_mm, x_mm = spacing_mm
-    is_square = height == width and abs(y_mm / x_mm - 1) < 0.01
-    can_swap = s.swap_axes and is_square
+    is_rotated, is_zoomed = generator.random(2) < s.spatial_share
+    angle_deg = float(generator.uniform(-s.max_rotation_deg, s.max_rotation_deg)) * is_rotated
+    log_zoom = float(generator.uniform(log_smallest, log_largest)) * is_zoomed
+    flips = [bool(flip) and s.flip for flip in generator.integers(2, size=2)]
+    is_swapped = bool(generator.integers(2)) and s.swap_axes
+
     return in_plane(
         angle_deg,
-        math.exp(logarithm),
-        tuple(bool(flip) and s.flip for flip in flips),
-        is_swapped and can_swap,
+        math.exp(log_zoom),
+        flips,
+        is_swapped and may_swap(1, 2, size, spacing_mm),
         z_step,
         spacing_mm,
     )
@@ -186,23 +193,29 @@ def in_plane(
     mirrored = np.diag([-1.0 if flip else 1.0 for flip in flips])
     swapped = np.array([[0.0, 1.0], [1.0, 0.0]]) if is_swapped else np.eye(2)
     # Read from right to left: pixels of the crop, swapped and mirrored, to mm, zoomed and rotated.
-    step = pixel_of_mm @ rotation @ mm_of_pixel @ mirrored @ swapped / zoom
+    step = pixel_of_mm @ rotation @ mm_of_pixel @ mirrored @ swapped / zoom  # (2, 2)
     (yy, yx), (xy, xx) = step.tolist()
-    return Affine(angle_deg, zoom, ((z_step, 0.0, 0.0), (0.0, yy, yx), (0.0, xy, xx)))
+    matrix = (
+        (z_step, 0.0, 0.0),
+        (0.0, yy, yx),
+        (0.0, xy, xx),
+    )
+    return Affine(angle_deg, zoom, matrix)
 
 
 def apply(plan: Plan, case: StoredCase, drawn: ViewsDraw, case_id: int, is_image: bool) -> Sample:
     """Read the parts of the case that the views will be resampled from."""
-    size = slab_size(plan) if is_image else plan.sequence.crop_size_vox
+    s, token = plan.sequence, plan.encoder.token_size_vox
+    size = slab_size(plan) if is_image else s.crop_size_vox
     sources = []
     for view in drawn.views:
-        max_source = plan.sequence.max_source
-        source = read_source(case, view.start, size, view.affine, max_source)
-        sources.append(replace(source, voxels=changed(source.voxels, view.intensities)))
+        source = read_source(case, view.start, size, view.affine, s.max_source)
+        voxels_CZYX = changed(source.voxels, view.intensities)
+        sources.append(replace(source, voxels=voxels_CZYX))
 
-    token = plan.encoder.token_size_vox
-    grid = grid_of(plan.sequence.crop_size_vox, token)
-    positions = window_positions(grid, grid_of(slab_size(plan), token), (drawn.window, 0, 0))
+    grid = grid_of(s.crop_size_vox, token)
+    slab_grid = grid_of(slab_size(plan), token)
+    positions = window_positions(grid, slab_grid, (drawn.window, 0, 0))  # (tokens of a slab,)
 
     voxels, valid_mask = empty_crops(NUM_VIEWS, size)
     return Sample(
@@ -225,12 +238,17 @@ def changed(voxels_CZYX: Tensor, change: Corruption) -> Tensor:
     if change == CLEAN or deviation <= LEAST_DEVIATION:
         return voxels_CZYX
 
+    # Gamma, as in ``corruption.corrupted``.
     lowest, highest = voxels_CZYX.min(), voxels_CZYX.max()
     mean = voxels_CZYX.mean()
-    bent = ((voxels_CZYX - lowest) / (highest - lowest)) ** change.gamma
-    bent = (bent - bent.mean()) / bent.std().clamp(min=1e-6) * deviation + mean
-    stretched = ((bent - mean) * change.contrast + mean).clamp(lowest, highest)
+    scaled_CZYX = (voxels_CZYX - lowest) / (highest - lowest)
+    bent_CZYX = scaled_CZYX**change.gamma
+    bent_deviation = bent_CZYX.std().clamp(min=1e-6)
+    restored_CZYX = (bent_CZYX - bent_CZYX.mean()) / bent_deviation * deviation + mean
+
+    stretched_CZYX = (restored_CZYX - mean) * change.contrast + mean
+    within_bounds_CZYX = stretched_CZYX.clamp(lowest, highest)
 
     generator = torch.Generator().manual_seed(change.seed)
-    noise = torch.randn(voxels_CZYX.shape, generator=generator)
-    return stretched + change.noise * deviation * noise
+    noise_CZYX = torch.randn(voxels_CZYX.shape, generator=generator)
+    return within_bounds_CZYX + change.noise * deviation * noise_CZYX

@@ -52,7 +52,7 @@ from nnunet_autoreg.report.slices import plain_panel, validation_pictures
 from nnunet_autoreg.sampling import members
 from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.neighbours import places_alike
-from nnunet_autoreg.sampling.pool import Place, SamplingPool, Structure
+from nnunet_autoreg.sampling.pool import SamplingPool, StoredLocation, Structure
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.sampling.sampler import TRAINING, SequenceSampler
 
@@ -498,8 +498,8 @@ def test_t10_the_mirrored_place_of_a_mirrored_scan_shows_the_mirrored_crop(
     shape = (20, 24, 20)
     places = (
         # The x axis has 20 voxels, so the mirror of 4.5 is 19 - 4.5 = 14.5.
-        Place("patient 0", Ramp(shape), (9.5, 11.5, 4.5)),  # type: ignore[arg-type]
-        Place("patient 1", Mirrored(shape), (9.5, 11.5, 14.5)),  # type: ignore[arg-type]
+        StoredLocation("patient 0", Ramp(shape), (9.5, 11.5, 4.5)),  # type: ignore[arg-type]
+        StoredLocation("patient 1", Mirrored(shape), (9.5, 11.5, 14.5)),  # type: ignore[arg-type]
     )
     pool = SamplingPool((), (), (Structure("place", (2.0, 2.0, 2.0), places),))
 
@@ -518,7 +518,7 @@ def test_t9_pairs_are_crops_that_hold_a_part_of_each_scan() -> None:
     # Two opposite corners, where most of a crop lies outside the scan, and the centre.
     corners = [(0.0, 0.0, 0.0), (19.0, 23.0, 19.0), (10.0, 12.0, 10.0)]
     places = tuple(
-        Place(f"patient {number}", case, corner)  # type: ignore[arg-type]
+        StoredLocation(f"patient {number}", case, corner)  # type: ignore[arg-type]
         for number, (case, corner) in enumerate(zip(cases, corners, strict=True))
     )
     pool = SamplingPool((), (), (Structure("place", (2.0, 2.0, 2.0), places),))

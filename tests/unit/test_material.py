@@ -57,9 +57,9 @@ from nnunet_autoreg.pretrain.request import Request
 from nnunet_autoreg.records import from_jsonable, to_jsonable
 from nnunet_autoreg.report.preview import draw_preview, use_of_blocks
 from nnunet_autoreg.sampling.kinds import num_codes
-from nnunet_autoreg.sampling.members import choose_places
+from nnunet_autoreg.sampling.members import choose_locations
 from nnunet_autoreg.sampling.neighbours import places_alike
-from nnunet_autoreg.sampling.pool import Place, Structure
+from nnunet_autoreg.sampling.pool import StoredLocation, Structure
 from nnunet_autoreg.sampling.sampler import SequenceSampler
 from nnunet_autoreg.store.groups import ensure_groups
 from nnunet_autoreg.store.store import Store
@@ -682,9 +682,9 @@ def test_the_names_of_patients_do_not_decide_which_of_them_are_drawn():
     renewed = replace(plan, data=replace(plan.data, salt_free=True))
 
     def drawn(plan, names):
-        places = tuple(Place(name, number, (0, 0, 0)) for number, name in enumerate(names))
+        places = tuple(StoredLocation(name, number, (0, 0, 0)) for number, name in enumerate(names))
         structure = Structure("kidney", (1.0, 1.0, 1.0), places)
-        chosen = choose_places(plan, structure, np.random.default_rng(5))
+        chosen = choose_locations(plan, structure, np.random.default_rng(5))
         return [place.case for place in chosen]
 
     names, others = "abcdef", "fbdace"
