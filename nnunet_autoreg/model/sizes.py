@@ -25,6 +25,7 @@ from nnunet_autoreg.families import (
     token_size_of,
 )
 from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.plan import EncoderPlan
 
 PRIMUS_WIDTHS = {
     "tiny": (264, 6, 4),
@@ -51,10 +52,10 @@ class EncoderSize:
         arguments: its constructor's arguments, without channels, classes and input shape.
         token_size: voxels (z, y, x) of one token - of a CNN, its total stride; crops and patches
             are multiples of it.
-        block_tokens: tokens of a block per axis (z, y, x) where the images are large enough.
+        block_tokens: tokens of a block per axis (z, y, x) if the images are large enough.
         max_crop_vox: largest useful number of voxels of a crop or patch.
-        scratch_rate, pretrained_rate: peak learning rates of fine-tuning (finetuning recipe: AdamW,
-            of a CNN SGD).
+        scratch_rate, pretrained_rate: peak learning rates of fine-tuning, without and with
+            pretrained weights (AdamW; SGD for a CNN).
         pretrain_rate: peak learning rate of pretraining at the reference batch (AdamW).
         patch_gib: for a CNN, the GPU memory for which nnU-Net's planner of the same name plans
             patch and batch.
@@ -85,8 +86,13 @@ class EncoderSize:
         """Return whether this size is meant for CPUs and very small images."""
         return self.name.endswith("_tiny")
 
+    def encoder_plan(self) -> EncoderPlan:
+        """Return the part of this record that a plan keeps."""
+        return EncoderPlan(self.name, self.class_path, self.arguments, self.token_size)
+
 
 def _primus(family: str, size: str) -> EncoderSize:
+    """Return one size of a Primus family."""
     width, depth, heads = PRIMUS_WIDTHS[size]
     is_tiny = size == "tiny"
     arguments: dict[str, Any] = {
@@ -126,6 +132,7 @@ def _resenc(
     blocks: list[int],
     patch_gib: float | None,
 ) -> EncoderSize:
+    """Return a CNN of these features and blocks per stage, for an isotropic patch."""
     is_tiny = size == "tiny"
     num_stages = len(features)
     arguments: dict[str, Any] = {
@@ -190,15 +197,14 @@ def _all_sizes() -> list[EncoderSize]:
         pretrained_rate=1e-4,
         pretrain_rate=1e-4,
     )
-    sizes += [
+    return [
+        *sizes,
         _resenc("tiny", [16, 32, 64, 128], [1, 2, 2, 2], None),
         _resenc("m", _RESENC_FEATURES, _RESENC_BLOCKS, 8.0),
         _resenc("l", _RESENC_FEATURES, _RESENC_BLOCKS, 24.0),
         _resenc("xl", _RESENC_FEATURES, _RESENC_BLOCKS, 40.0),
         vit_b16,
     ]
-
-    return sizes
 
 
 ENCODERS: dict[str, EncoderSize] = {size.name: size for size in _all_sizes()}

@@ -4,7 +4,7 @@ from nnunet_autoreg.families import has_transformer, smallest_block
 from nnunet_autoreg.geometry import volume
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size, suited_to
 from nnunet_autoreg.objective_kinds import kind_of
-from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, EncoderPlan, ObjectivePlan
+from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, ObjectivePlan
 from nnunet_autoreg.planning.layout import MIN_BLOCKS, side_of
 from nnunet_autoreg.planning.pool import (
     BY_USER,
@@ -15,12 +15,13 @@ from nnunet_autoreg.planning.pool import (
     dimensions,
     unpadded_share,
 )
+from nnunet_autoreg.planning.tokens import SMALL_IMAGE_TOKENS, USUAL_SIDE
 
-SMALL_IMAGE_TOKENS = 512
 STOCK_PLANNERS = {"resenc_l": "nnUNetPlannerResEncL", "resenc_m": "nnUNetPlannerResEncM"}
 """The encoders of GPUs, largest first, and nnU-Net's planners of the same networks."""
 ROUNDED_SIZE = 0.9
 """GPUs that are sold as 24 GB report 22 to 24 GiB."""
+TOKEN_BY_TOKEN = "the preset goes token by token, which a CNN cannot"
 POOL_TOKENS = (("primus_s", 250_000), ("primus_b", 1_500_000))
 """A pool of fewer tokens takes at most this encoder: some hundred parameters a token.
 
@@ -48,14 +49,14 @@ def choose_encoder(
         reason = f"device {hardware.device}: larger encoders need a GPU"
         return _tiny_encoder(reason, pool, single_tokens)
 
-    num_tokens = volume(pool.median_shape_vox) / volume(encoder_size("resenc_tiny").token_size)
+    num_tokens = volume(pool.median_shape_vox) / USUAL_SIDE**3
     if num_tokens < SMALL_IMAGE_TOKENS:
         reason = f"the median scan holds {num_tokens:.0f} tokens, fewer than {SMALL_IMAGE_TOKENS}"
         return _tiny_encoder(reason, pool, single_tokens)
 
     if single_tokens:
         size, reason = _primus_by_memory(hardware)
-        return size, f"{reason}; and the preset goes token by token, which a CNN cannot"
+        return size, f"{reason}; and {TOKEN_BY_TOKEN}"
 
     memory = f"{hardware.memory_gib:.0f} GiB of GPU memory"
     for size, planner in STOCK_PLANNERS.items():
@@ -77,22 +78,27 @@ def choose_encoder(
 
 def _primus_by_memory(hardware: Hardware) -> tuple[str, str]:
     """Return the transformer for a GPU's memory, and the reason."""
+    memory = f"{hardware.memory_gib:.0f} GiB of GPU memory"
     for limit_gib, size in ((10, "primus_s"), (20, "primus_b")):
         if hardware.memory_gib < limit_gib:
-            return size, f"{hardware.memory_gib:.0f} GiB of GPU memory, under {limit_gib}"
-    return "primus_m", f"{hardware.memory_gib:.0f} GiB of GPU memory"
+            return size, f"{memory}, under {limit_gib}"
+    return "primus_m", memory
 
 
 def _doubt(cnn: EncoderSize, pool: Pool) -> str:
     """Return why the blocks of a CNN do not suit the scans; "" if they do."""
-    # A crop of whole blocks, of the smallest that the norms allow, about as large as the scan.
+    # A crop about as large as the scan, of whole blocks of the smallest size that the norms allow.
     side = side_of(cnn, smallest_block(cnn.family, cnn.token_size))
-    crop = [max(1, round(m / b)) * b for m, b in zip(pool.median_shape_vox, side, strict=True)]
+    crop = []
+    for scan_vox, block_vox in zip(pool.median_shape_vox, side, strict=True):
+        num_blocks = max(1, round(scan_vox / block_vox))
+        crop.append(num_blocks * block_vox)
 
+    blocks = f"blocks of {dimensions(side)} voxels, which a CNN needs"
     if volume(crop) < MIN_BLOCKS * volume(side):
-        return f"fewer than {MIN_BLOCKS} blocks of {dimensions(side)} voxels, which a CNN needs"
+        return f"fewer than {MIN_BLOCKS} {blocks}"
     if unpadded_share(crop, pool.median_shape_vox) < MOSTLY_PADDING:
-        return f"blocks of {dimensions(side)} voxels, which a CNN needs, would be mostly padding"
+        return f"{blocks}, would be mostly padding"
     return ""
 
 
@@ -102,11 +108,13 @@ def _tiny_encoder(reason: str, pool: Pool, single_tokens: bool) -> tuple[str, st
     They do not if scans are too small or too flat for a sequence of them.
     """
     if single_tokens:
-        return "primus_tiny", f"{reason}; and the preset goes token by token, which a CNN cannot"
+        return "primus_tiny", f"{reason}; and {TOKEN_BY_TOKEN}"
 
     cnn = suited_to(encoder_size("resenc_tiny"), pool.spacing_mm)
     doubt = _doubt(cnn, pool)
-    return ("primus_tiny", f"{reason}; and {doubt}") if doubt else (cnn.name, reason)
+    if doubt:
+        return "primus_tiny", f"{reason}; and {doubt}"
+    return cnn.name, reason
 
 
 def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
@@ -116,16 +124,15 @@ def limit_by_pool(name: str, reason: str, pool: Pool) -> tuple[str, str]:
     """
     # A large encoder would learn a small pool by heart.
     num_tokens = pool.total_vox / volume(encoder_size(name).token_size)
+    held = f"the pool holds {count_of(num_tokens)} tokens"
     sizes = ("primus_s", "primus_b", "primus_m")
 
     for smaller, limit in POOL_TOKENS:
         is_larger = name in sizes and sizes.index(name) > sizes.index(smaller)
         if is_larger and num_tokens < limit:
-            return smaller, (
-                f"the pool holds {count_of(num_tokens)} tokens, fewer than {count_of(limit)}; the "
-                f"memory would allow {name}"
-            )
-    return name, f"{reason}; the pool holds {count_of(num_tokens)} tokens"
+            reason = f"{held}, fewer than {count_of(limit)}; the memory would allow {name}"
+            return smaller, reason
+    return name, f"{reason}; {held}"
 
 
 def choose_order(encoder: EncoderSize) -> tuple[str, str, str]:
@@ -147,5 +154,4 @@ def choose_objective(encoder: EncoderSize) -> tuple[ObjectivePlan, dict[str, str
 
     ``objective_kinds.with_objective`` plans another one afterwards.
     """
-    record = EncoderPlan(encoder.name, encoder.class_path, encoder.arguments, encoder.token_size)
-    return kind_of(DEFAULT_OBJECTIVE).settings(record)
+    return kind_of(DEFAULT_OBJECTIVE).settings(encoder.encoder_plan())

@@ -49,15 +49,18 @@ def plan_crop(
     """
     # A box of START_VOX voxels, as long in mm along every axis, clipped to the median shape.
     resolution = [1 / s for s in spacing_mm]
-    scale = (START_VOX / (resolution[0] * resolution[1] * resolution[2])) ** (1 / 3)
+    side_mm = (START_VOX / (resolution[0] * resolution[1] * resolution[2])) ** (1 / 3)
     start = []
-    for voxels_per_mm, side in zip(resolution, median_shape_vox, strict=True):
-        start.append(max(1, min(round(voxels_per_mm * scale), round(side))))
+    for voxels_per_mm, median_side in zip(resolution, median_shape_vox, strict=True):
+        side = round(voxels_per_mm * side_mm)
+        start.append(max(1, min(side, round(median_side))))
 
     if round_to_nearest:
-        # Python's own ``round`` would round halves to even numbers.
-        numbers = [math.floor(s / t + 0.5) for s, t in zip(start, token_vox, strict=True)]
-        crop = [max(1, number) * t for number, t in zip(numbers, token_vox, strict=True)]
+        crop = []
+        for side, token in zip(start, token_vox, strict=True):
+            # Python's own ``round`` would round halves to even numbers.
+            number = math.floor(side / token + 0.5)
+            crop.append(max(1, number) * token)
     else:
         crop = list(round_up(start, token_vox))
 
@@ -77,7 +80,7 @@ def with_variety(crop: Size, side: Size, median_shape_vox: Sequence[float]) -> S
 
     A crop holds the whole scan if it covers more than 0.8 of every axis. It is then shortened block
     by block, always along the axis that it covers most, to 0.5 - 0.8 of the scan. An axis keeps its
-    length where blocks are too large for that, and every axis where fewer than 8 blocks would be
+    length if blocks are too large for that, and every axis does if fewer than 8 blocks would be
     left.
 
     Args:
@@ -95,9 +98,10 @@ def with_variety(crop: Size, side: Size, median_shape_vox: Sequence[float]) -> S
         for axis in range(3):
             # One block less along this axis takes a whole layer of blocks away.
             layer_blocks = num_blocks // (shorter[axis] // side[axis])
+            has_blocks = num_blocks - layer_blocks >= MIN_BLOCKS
             share_left = (shorter[axis] - side[axis]) / median_shape_vox[axis]
             is_long = shorter[axis] > MOST_EXTENT * median_shape_vox[axis]
-            if is_long and share_left >= LEAST_EXTENT and num_blocks - layer_blocks >= MIN_BLOCKS:
+            if is_long and has_blocks and share_left >= LEAST_EXTENT:
                 shrinkable.append(axis)
         if not shrinkable:
             return as_size(shorter)
@@ -151,8 +155,8 @@ def _layout_of_convolutional_tokens(
 ) -> CropLayout:
     """Return the crop and the blocks of a transformer with a convolutional tokenizer.
 
-    The crop is rounded to the nearest whole block; where that makes fewer than 8 blocks, it takes
-    the smallest blocks that the tokenizer's norms allow, and at last it is rounded up.
+    The crop is rounded to the nearest whole block. If that makes fewer than 8 blocks, it takes the
+    smallest blocks that the tokenizer's norms allow. If there are still fewer, it is rounded up.
     """
     smallest = smallest_block(encoder.family, encoder.token_size)
 
@@ -161,7 +165,10 @@ def _layout_of_convolutional_tokens(
     for axis, median_vox in enumerate(pool.median_shape_vox):
         number = encoder.block_tokens[axis]
         fills_half = median_vox >= number * encoder.token_size[axis] / 2
-        usual.append(max(number, smallest[axis]) if fills_half else smallest[axis])
+        if fills_half:
+            usual.append(max(number, smallest[axis]))
+        else:
+            usual.append(smallest[axis])
 
     # From the best way to the last resort.
     for block, nearest in ((as_size(usual), True), (smallest, True), (smallest, False)):
@@ -195,8 +202,7 @@ def _layout_of_cnn(
 ) -> CropLayout:
     """Return the crop and the blocks of a CNN: a block is as large as the network's total stride.
 
-    The crop is rounded to the nearest whole block; where that makes too few blocks, it is rounded
-    up.
+    The crop is rounded to the nearest whole block. If that makes too few blocks, it is rounded up.
     """
     # Rounded up, a crop holds more padding, but more blocks.
     single = (1, 1, 1)
@@ -252,8 +258,7 @@ def choose_crop(
     whole = crop
     crop = with_variety(whole, side, pool.median_shape_vox)
 
-    extent_mm = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
-    tokens = volume(crop) // volume(encoder.token_size)
+    # The reason: limit by memory or by the encoder, then the part of the scan, then the result.
     unit = "tokens" if volume(block_tokens) == 1 else "blocks"
     cause = f"at most {limit} voxels"
     if max_vox != limit:
@@ -265,7 +270,9 @@ def choose_crop(
             f"{MOST_EXTENT:g} of an axis where its {unit} allow: crops of whole images taught far "
             "less (AIM, arXiv 2401.08541)"
         )
-    return crop, f"{why}: {dimensions(extent_mm)} mm, {tokens} tokens"
+    extent_mm = [size * spacing for size, spacing in zip(crop, pool.spacing_mm, strict=True)]
+    num_tokens = volume(crop) // volume(encoder.token_size)
+    return crop, f"{why}: {dimensions(extent_mm)} mm, {num_tokens} tokens"
 
 
 def side_of(encoder: EncoderSize, block_tokens: Size) -> Size:

@@ -33,8 +33,9 @@ def choose_length(pool: Pool, step_vox: int, num_epochs: float | None = None) ->
 
     usual = NUM_PASSES * steps_per_epoch
     steps = round(min(max(usual, MIN_STEPS), MAX_STEPS))
-    epochs = f"{steps / steps_per_epoch:.0f} epochs over {voxels}"
-    return steps, f"{epochs}: {NUM_PASSES}, but within {MIN_STEPS} to {MAX_STEPS} steps"
+    planned_epochs = steps / steps_per_epoch
+    bounds = f"within {MIN_STEPS} to {MAX_STEPS} steps"
+    return steps, f"{planned_epochs:.0f} epochs over {voxels}: {NUM_PASSES}, but {bounds}"
 
 
 def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
@@ -44,15 +45,17 @@ def with_length(plan: Plan, num_steps: int, reason: str) -> Plan:
     """
     by_preset = [preset.reason for _, preset in presets().values()]
     fixed = (BY_USER, *by_preset)
-    # Twenty times in a run, but not so often that it costs, nor so rarely that little is seen.
-    every = min(num_steps, max(25, min(1000, num_steps // 20)))
 
     # Values of the user or of a preset do not follow the length.
     def derived(key: str, planned: int, current: int) -> int:
         return current if plan.reasons.get(key) in fixed else planned
 
+    twentieth = num_steps // 20
+    warmup = derived("optim.warmup_steps", max(1, twentieth), plan.optim.warmup_steps)
     why_warmup = plan.reasons.get("optim.warmup_steps", "5 % of the steps")
-    warmup = derived("optim.warmup_steps", max(1, num_steps // 20), plan.optim.warmup_steps)
+
+    # Twenty times in a run, but not so often that it costs, nor so rarely that little is seen.
+    every = min(num_steps, max(25, min(1000, twentieth)))
     checkpoint = derived("run.checkpoint_every", every, plan.run.checkpoint_every)
     validate = derived("run.validate_every", every, plan.run.validate_every)
 
@@ -68,7 +71,7 @@ def choose_compile(num_steps: int, num_hours: float | None = None) -> tuple[bool
     """Return whether a GPU compiles the transformer's layers, and the reason.
 
     Args:
-        num_hours: the length, where it was given in hours.
+        num_hours: the length, if it was given in hours.
     """
     # The steps of a run of this many hours are not known before one is measured.
     if num_hours is None:
@@ -88,8 +91,10 @@ def choose_compile(num_steps: int, num_hours: float | None = None) -> tuple[bool
 
 def needs_timing(plan: Plan) -> bool:
     """Return whether the length was given in hours and no step has been timed yet."""
-    is_open = plan.request.get("num_hours") is not None and plan.run.seconds_per_step is None
-    return is_open and plan.reasons.get("optim.num_steps") != BY_USER
+    has_hours = plan.request.get("num_hours") is not None
+    is_timed = plan.run.seconds_per_step is not None
+    is_fixed = plan.reasons.get("optim.num_steps") == BY_USER
+    return has_hours and not is_timed and not is_fixed
 
 
 def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -> Plan:
@@ -99,9 +104,13 @@ def with_hours(plan: Plan, hours: float, seconds_per_step: float, device: str) -
     """
     training_s = TRAINING_SHARE * hours * 3600
     steps = max(1, int(training_s / seconds_per_step))
+
+    percent = 100 * TRAINING_SHARE
     pace = f"{seconds_per_step:.3g} s a step measured on {device}"
+    reason = f"{percent:.0f} % of {hours:g} h at {pace}"
+
     timed = replace(plan, run=replace(plan.run, seconds_per_step=seconds_per_step))
-    return with_length(timed, steps, f"{100 * TRAINING_SHARE:.0f} % of {hours:g} h at {pace}")
+    return with_length(timed, steps, reason)
 
 
 def expected_seconds(plan: Plan, device: str) -> float | None:

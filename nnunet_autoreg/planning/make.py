@@ -14,7 +14,6 @@ from nnunet_autoreg.machine import GIB
 from nnunet_autoreg.model.sizes import EncoderSize, encoder_size, suited_to
 from nnunet_autoreg.plan import (
     DataPlan,
-    EncoderPlan,
     OptimPlan,
     Plan,
     RunPlan,
@@ -40,11 +39,10 @@ from nnunet_autoreg.planning.pool import (
     unpadded_share,
     unpadded_voxels,
 )
-from nnunet_autoreg.planning.tokens import with_tokens
+from nnunet_autoreg.planning.tokens import THICK_SLICES, with_tokens
 
 BATCH_GPU, BATCH_ELSEWHERE = 32, 8
 SPATIAL_SHARE, MAX_ROTATION_DEG, ZOOM = 0.2, 30.0, (0.7, 1.4)
-THICK_SLICES = 3.0
 
 
 def make_plan(
@@ -58,19 +56,26 @@ def make_plan(
 ) -> Plan:
     """Return the plan that fits these scans and this hardware."""
     memory = _remembering(memory_of)
-    encoder, why_encoder, why_token = plan_encoder(pool, hardware, overrides)
+    encoder, why_encoder = plan_encoder(pool, hardware, overrides)
 
     # What a sequence is, and what is learned from it.
     layout = choose_layout(encoder, hardware, pool, memory)
     crop = layout.crop
     data, why_data = plan_data(pool, crop)
     order, predictor, why_order = choose_order(encoder)
+    sequence = SequencePlan(
+        crop,
+        layout.block_tokens,
+        order,
+        predictor,
+        spatial_share=SPATIAL_SHARE,
+        max_rotation_deg=MAX_ROTATION_DEG,
+        zoom=ZOOM,
+    )
     objective, why_objective = choose_objective(encoder)
 
     # The batch, the length, and how much of a batch is on the device at once.
-    batch, why_batch = choose_batch(hardware)
-    if overrides.batch_size is not None:
-        batch, why_batch = overrides.batch_size, BY_USER
+    batch, why_batch = choose_batch(hardware, overrides.batch_size)
     step_vox = unpadded_voxels(crop, pool.median_shape_vox) * batch
     steps, why_steps = plan_length(pool, step_vox, overrides)
     optim, why_optim = plan_optim(encoder, crop, batch, steps, hardware, memory)
@@ -79,11 +84,7 @@ def make_plan(
     reasons = {
         **why_data,
         "data.min_scans": why_min_scans(data.min_scans, pool.num_scans),
-        "encoder.name": why_encoder,
-    }
-    if why_token:
-        reasons["encoder.token_size_vox"] = why_token
-    reasons |= {
+        **why_encoder,
         **why_objective,
         "sequence.crop_size_vox": layout.why_crop,
         "sequence.block_tokens": layout.why_block,
@@ -93,25 +94,11 @@ def make_plan(
         **why_optim,
         "run.compile": why_compile,
     }
-
     plan = Plan(
         name=name,
         data=data,
-        encoder=EncoderPlan(
-            encoder.name,
-            encoder.class_path,
-            encoder.arguments,
-            encoder.token_size,
-        ),
-        sequence=SequencePlan(
-            crop,
-            layout.block_tokens,
-            order,
-            predictor,
-            spatial_share=SPATIAL_SHARE,
-            max_rotation_deg=MAX_ROTATION_DEG,
-            zoom=ZOOM,
-        ),
+        encoder=encoder.encoder_plan(),
+        sequence=sequence,
         objective=objective,
         optim=optim,
         run=RunPlan(seed, checkpoint_every=1, validate_every=1, compile=compiles),
@@ -123,7 +110,7 @@ def make_plan(
 
 
 def _remembering(memory_of: MemoryOf) -> MemoryOf:
-    """Return the same function, but one that counts each combination once.
+    """Return a function that calls ``memory_of`` once for each combination.
 
     Counting takes seconds for a large encoder, and most combinations occur several times.
     """
@@ -142,13 +129,13 @@ def plan_encoder(
     pool: Pool,
     hardware: Hardware,
     overrides: Overrides,
-) -> tuple[EncoderSize, str, str]:
-    """Return the encoder, with strides or tokens that suit the scans, and why both were chosen."""
-    chosen, why_encoder = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
-    if why_encoder != BY_USER:
-        chosen, why_encoder = limit_by_pool(chosen, why_encoder, pool)
+) -> tuple[EncoderSize, dict[str, str]]:
+    """Return the encoder, with strides or tokens that suit the scans, and the reasons."""
+    name, why_name = choose_encoder(overrides.encoder, hardware, pool, overrides.single_tokens)
+    if why_name != BY_USER:
+        name, why_name = limit_by_pool(name, why_name, pool)
 
-    encoder = suited_to(encoder_size(chosen), pool.spacing_mm)
+    encoder = suited_to(encoder_size(name), pool.spacing_mm)
     if overrides.arguments is not None:
         token_size = token_size_of(encoder.class_path, overrides.arguments)
         encoder = replace(encoder, arguments=overrides.arguments, token_size=token_size)
@@ -161,7 +148,11 @@ def plan_encoder(
     )
     if not has_transformer(encoder.family):
         why_token = "total stride; as nnU-Net plans strides by spacing"
-    return encoder, why_encoder, why_token
+
+    reasons = {"encoder.name": why_name}
+    if why_token:
+        reasons["encoder.token_size_vox"] = why_token
+    return encoder, reasons
 
 
 def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
@@ -194,20 +185,24 @@ def plan_data(pool: Pool, crop: Size) -> tuple[DataPlan, dict[str, str]]:
         described.append(text)
 
     largest = pool.groups[0]
+    why_spacing = (
+        f"that of the largest of {len(groups)} groups ({largest.modality}, {largest.reason})"
+    )
+    why_groups = "spacings within about a factor of 2 share a target: " + "; ".join(described)
     data = DataPlan(pool.spacing_mm, pool.ct_window, spacing_groups=tuple(groups), salt_free=True)
-    return data, {
-        "data.spacing_mm": f"that of the largest of {len(groups)} groups ({largest.modality}, "
-        f"{largest.reason})",
-        "data.spacing_groups": "spacings within about a factor of 2 share a target: "
-        + "; ".join(described),
-    }
+    return data, {"data.spacing_mm": why_spacing, "data.spacing_groups": why_groups}
 
 
-def choose_batch(hardware: Hardware) -> tuple[int, str]:
+def choose_batch(hardware: Hardware, fixed: int | None = None) -> tuple[int, str]:
     """Return crops per optimiser step and the reason.
 
     They are the same for every GPU, so that its memory does not change the result.
+
+    Args:
+        fixed: the number that the user set.
     """
+    if fixed is not None:
+        return fixed, BY_USER
     if hardware.device != "cuda":
         return BATCH_ELSEWHERE, f"device {hardware.device}: small steps"
     return BATCH_GPU, "the same on every GPU; what does not fit at once is accumulated"
@@ -290,7 +285,8 @@ def choose_micro_batch(
     if bytes_per_crop:
         room = (hardware.usable_bytes - fixed_bytes) // bytes_per_crop
 
-    num_parts = math.ceil(batch_size / min(max(room, 1), batch_size))
+    at_once = min(max(room, 1), batch_size)
+    num_parts = math.ceil(batch_size / at_once)
     micro = math.ceil(batch_size / num_parts)
     needed = (fixed_bytes + micro * bytes_per_crop) / GIB
     usable = f"{100 * hardware.usable_share:.0f} % of {hardware.memory_gib:.4g} GiB"
@@ -310,11 +306,12 @@ def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
 
     Source: the square-root rule for adaptive optimisers - Malladi et al. 2022, arXiv 2205.10287.
     """
-    usual = BATCH_ELSEWHERE if encoder.is_tiny else BATCH_GPU
-    rate = encoder.pretrain_rate * math.sqrt(batch_size / usual)
+    usual_rate = encoder.pretrain_rate
+    usual_batch = BATCH_ELSEWHERE if encoder.is_tiny else BATCH_GPU
+    rate = usual_rate * math.sqrt(batch_size / usual_batch)
     reason = (
-        f"the usual {encoder.pretrain_rate:g} of {encoder.name} at batch {usual}, times the root "
-        f"of {batch_size}/{usual}"
+        f"the usual {usual_rate:g} of {encoder.name} at batch {usual_batch}, times the root of "
+        f"{batch_size}/{usual_batch}"
     )
     # Three digits are enough, and are easier to read in the plan.
     return float(f"{rate:.3g}"), reason
@@ -322,27 +319,28 @@ def choose_rate(encoder: EncoderSize, batch_size: int) -> tuple[float, str]:
 
 def plan_length(pool: Pool, step_vox: int, overrides: Overrides) -> tuple[int, str]:
     """Return the number of steps of ``step_vox`` voxels each, and why."""
-    steps, why_steps = choose_length(pool, step_vox, overrides.num_epochs)
     if overrides.num_steps is not None:
-        steps, why_steps = overrides.num_steps, BY_USER
+        return overrides.num_steps, BY_USER
+
+    steps, why_steps = choose_length(pool, step_vox, overrides.num_epochs)
     if overrides.num_hours is not None:
         why_steps = (
-            f"a placeholder until a step has been timed; then what {overrides.num_hours:g} h allow"
+            "a placeholder until a step has been timed; then as many as "
+            f"{overrides.num_hours:g} h allow"
         )
     return steps, why_steps
 
 
 def why_varied(spacing_mm: Sequence[float]) -> dict[str, str]:
     """Return the reasons for rotating and zooming training crops."""
-    where = ""
+    source = "nnU-Net's and nnssl's"
+    why_share = f"{source}: one training crop in five is rotated, and one in five zoomed"
     if max(spacing_mm) > THICK_SLICES * min(spacing_mm):
-        where = (
+        why_share += (
             f", in the plane of the slices only: one spacing is over {THICK_SLICES:g} times another"
         )
-    source = "nnU-Net's and nnssl's"
     return {
-        "sequence.spatial_share": f"{source}: one training crop in five is rotated, and one in "
-        f"five zoomed{where}",
+        "sequence.spatial_share": why_share,
         "sequence.max_rotation_deg": source,
         "sequence.zoom": source,
     }

@@ -20,7 +20,7 @@ MemoryOf = Callable[[EncoderSize, Size, bool], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the run has.
+    """The device of a run and its memory.
 
     Attributes:
         device: "cpu", "cuda" or "mps".
@@ -32,8 +32,11 @@ class Hardware:
 
     @property
     def usable_bytes(self) -> float:
-        """What a training step may take: 80 % of a GPU, half of a machine that others use too."""
-        return self.usable_share * self.memory_gib * 2**30
+        """Memory that a training step may take.
+
+        It is 80 % of a GPU's, or half of a machine's, which other programs use too.
+        """
+        return self.usable_share * self.memory_gib * GIB
 
     @property
     def usable_share(self) -> float:
@@ -55,10 +58,10 @@ def hardware_of(device: str, memory_gib: float | None = None) -> Hardware:
 
 @dataclass(frozen=True)
 class Pool:
-    """What planning needs to know of the scans.
+    """Facts about the scans from which a run is planned.
 
     Attributes:
-        spacing_mm: target spacing, of several that of the largest group.
+        spacing_mm: target spacing; of several, that of the largest group.
         median_shape_vox, total_vox: after resampling.
         ct_window: None if there is no CT among the scans.
         groups: scans by target spacing.
@@ -74,9 +77,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the user fixed; None is planned.
+    """The values that the user set; None is planned.
 
-    At most one of ``num_steps``, ``num_epochs`` and ``num_hours``.
+    At most one of ``num_steps``, ``num_epochs`` and ``num_hours`` is set.
 
     Attributes:
         token_size_vox: token size of the weights that training starts from, or of arguments that

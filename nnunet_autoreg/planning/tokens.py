@@ -1,4 +1,4 @@
-"""How large the linear tokens of a Primus are, for scans of this size and spacing. Torch-free.
+"""The size of a Primus's linear tokens, for scans of a given size and spacing. Torch-free.
 
 The token size is planned once, in pretraining, and stored in the encoder's card. Fine-tuning keeps
 it.
@@ -71,7 +71,8 @@ def with_tokens(
         sides_mm = [side * spacing for side, spacing in zip(sides, spacing_mm, strict=True)]
         return _resized(encoder, as_size(sides), single), f"thick slices: {dimensions(sides_mm)} mm"
 
-    num_tokens = volume([max(1, round(m)) for m in median_shape_vox]) / volume(usual)
+    rounded_shape = [max(1, round(side)) for side in median_shape_vox]
+    num_tokens = volume(rounded_shape) / volume(usual)
     if num_tokens < SMALL_IMAGE_TOKENS:
         why = (
             f"small images: the median scan holds {num_tokens:.0f} tokens of 8^3 voxels, fewer "
@@ -107,5 +108,6 @@ def objection_to_flat_tokens(token_size: Size, spacing_mm: Sequence[float]) -> s
 
 
 def _resized(encoder: EncoderSize, token: Size, block_tokens: Size) -> EncoderSize:
+    """Return the encoder with tokens of ``token`` voxels, in blocks of ``block_tokens`` tokens."""
     arguments = {**encoder.arguments, "patch_embed_size": list(token)}
     return replace(encoder, arguments=arguments, token_size=token, block_tokens=block_tokens)
