@@ -12,7 +12,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -146,7 +146,7 @@ def _wrap_after_execution(spec: "ModuleSpec") -> None:
 
 
 def _wrap_lookup(module: "ModuleType") -> None:
-    """Replace the look-up function in its module.
+    """Replace the look-up function in its module by one that also looks in our tables.
 
     Modules of nnU-Net that have imported it from there already get the wrapped function as well.
     """
@@ -154,15 +154,6 @@ def _wrap_lookup(module: "ModuleType") -> None:
     if stock is None or hasattr(stock, "is_autoreg_bridge"):
         return
 
-    wrapped = _with_our_classes(stock)
-    for name, user in list(sys.modules.items()):
-        if name.startswith("nnunetv2.") and getattr(user, HOOKED_FUNCTION, None) is stock:
-            setattr(user, HOOKED_FUNCTION, wrapped)
-    setattr(module, HOOKED_FUNCTION, wrapped)
-
-
-def _with_our_classes(stock: "Callable[..., Any]") -> "Callable[..., Any]":
-    """Return the stock look-up, followed by a look-up in our tables where it found nothing."""
     import functools
 
     @functools.wraps(stock)
@@ -171,17 +162,21 @@ def _with_our_classes(stock: "Callable[..., Any]") -> "Callable[..., Any]":
         if found is not None:
             return found
 
-        # The signature is (folder, class_name, current_module, ...).
+        # nnU-Net found nothing. The signature is (folder, class_name, current_module, ...).
         class_name = str(kwargs.get("class_name", args[1] if len(args) > 1 else ""))
         searched = kwargs.get("current_module", args[2] if len(args) > 2 else None)
-        module = find_module(class_name, searched)
-        if module is not None:
-            return _load(class_name, module)
+        our_module = find_module(class_name, searched)
+        if our_module is not None:
+            return _load(class_name, our_module)
         _suggest(class_name, searched)
         return None
 
-    recursive_find_python_class.is_autoreg_bridge = True  # type: ignore[attr-defined]
-    return recursive_find_python_class
+    wrapped: Any = recursive_find_python_class
+    wrapped.is_autoreg_bridge = True
+    for name, user in list(sys.modules.items()):
+        if name.startswith("nnunetv2.") and getattr(user, HOOKED_FUNCTION, None) is stock:
+            setattr(user, HOOKED_FUNCTION, wrapped)
+    setattr(module, HOOKED_FUNCTION, wrapped)
 
 
 def find_module(class_name: str, searched: "str | None") -> "str | None":
@@ -209,7 +204,7 @@ _suggested: "set[str]" = set()
 def _suggest(class_name: str, searched: "str | None") -> None:
     """Print the closest of our names where nnU-Net asks for a class that begins like ours.
 
-    The look-up continues: the class may be one of the user's own, in a folder of nnUNet_extTrainer.
+    The look-up continues: the class may be the user's, in a folder of nnUNet_extTrainer.
     """
     base, underscore, length = class_name.partition("_")
     known: list[str] = []

@@ -30,9 +30,35 @@ STOPPED = 130
 
 def descendants(pid: int | None = None) -> list[int]:
     """Return the ids of all processes below ``pid`` (default: this process), parents first."""
+    # (process, its parent) of all running processes. Those that have ended, but that nobody has
+    # waited for, are left out.
+    running: list[tuple[int, int]] = []
+    if Path("/proc/self/stat").exists():
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            try:
+                # The program's name is in parentheses, and may hold spaces and parentheses itself.
+                fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue  # It ended meanwhile.
+            if fields[0] != "Z":
+                running.append((int(folder.name), int(fields[1])))
+    else:
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid=,stat="],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+        for line in listed.splitlines():
+            child, parent, state = line.split()
+            if not state.startswith("Z"):
+                running.append((int(child), int(parent)))
+
     children: dict[int, list[int]] = {}
-    for child, parent in _parents().items():
-        children.setdefault(parent, []).append(child)
+    for number, of_parent in running:
+        children.setdefault(of_parent, []).append(number)
 
     found: list[int] = []
     waiting = [os.getpid() if pid is None else pid]
@@ -41,36 +67,6 @@ def descendants(pid: int | None = None) -> list[int]:
         found += below
         waiting += below
     return found
-
-
-def _parents() -> dict[int, int]:
-    """Return process id -> id of its parent for all running processes.
-
-    Processes that have ended, but that nobody has waited for, are left out.
-    """
-    if not Path("/proc/self/stat").exists():
-        listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,stat="],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
-        rows = [line.split() for line in listed.splitlines()]
-        return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
-
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            # The program's name stands in parentheses and may hold spaces and parentheses of its
-            # own.
-            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # It ended meanwhile.
-        if fields[0] != "Z":
-            parents[int(folder.name)] = int(fields[1])
-    return parents
 
 
 def end_children(pid: int | None = None) -> None:
@@ -164,7 +160,7 @@ def _end_program(program: "subprocess.Popen[bytes]") -> None:
         program.wait(END_WITHIN_S)
 
     end_children()
-    # Those whose parent has ended are nobody's descendants where the guard cannot take them over.
+    # Those whose parent has ended are nobody's descendants if the guard cannot take them over.
     for child in below:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(child, signal.SIGKILL)

@@ -65,6 +65,12 @@ def results_folder() -> Path:
 
 
 def _environment_folder(variable: str) -> Path:
+    """Return the folder that an environment variable names.
+
+    Raises:
+        UsageError: it is not set, or is not an existing folder; with the value that was probably
+            intended if the shell has not expanded it.
+    """
     value = os.environ.get(variable, "")
     if not value:
         raise UsageError(
@@ -77,7 +83,23 @@ def _environment_folder(variable: str) -> Path:
         raise UsageError(f"{variable} is set to {value}: {problem}", code="usage-name")
     folder = Path(value)
     if not folder.exists():
-        _refuse_unexpanded(variable, value)
+        # Quotes, "~" or a variable that the shell has not expanded would be taken literally.
+        bare = value.strip()
+        stripped = bare.strip("\"'").strip()
+        meant = os.path.expandvars(os.path.expanduser(stripped))  # noqa: PTH111
+        if meant != value:
+            kinds = (
+                ("quotation marks", bare != bare.strip("\"'")),
+                ("~", stripped.startswith("~")),
+                ("a variable", "$" in stripped),
+                ("spaces around it", value != bare),
+            )
+            found = " and ".join(kind for kind, is_there in kinds if is_there)
+            raise UsageError(
+                f"{variable} is set to {value}, with {found} as part of the folder's name; nnU-Net "
+                f"uses it literally, so type: export {variable}={shell_quoted(meant)}",
+                code="usage-unexpanded",
+            )
         raise UsageError(
             f"{variable} is set to {value}, which does not exist; type: mkdir -p "
             f"{shell_quoted(value)}, or set {variable} to another folder",
@@ -90,32 +112,6 @@ def _environment_folder(variable: str) -> Path:
             code="usage-no-folder",
         )
     return folder
-
-
-def _refuse_unexpanded(variable: str, value: str) -> None:
-    """Refuse a value that contains quotes, ``~`` or a variable literally.
-
-    The shell has not expanded them, and nnU-Net would take them as part of the folder's name.
-
-    Raises:
-        UsageError: with the value that was probably intended (code "usage-unexpanded").
-    """
-    stripped = value.strip().strip("\"'").strip()
-    meant = os.path.expandvars(os.path.expanduser(stripped))  # noqa: PTH111
-    if meant == value:
-        return
-    kinds = (
-        ("quotation marks", value.strip() != value.strip().strip("\"'")),
-        ("~", stripped.startswith("~")),
-        ("a variable", "$" in stripped),
-        ("spaces around it", value != value.strip()),
-    )
-    found = " and ".join(kind for kind, is_there in kinds if is_there)
-    raise UsageError(
-        f"{variable} is set to {value}, with {found} as part of the folder's name; nnU-Net uses it "
-        f"literally, so type: export {variable}={shell_quoted(meant)}",
-        code="usage-unexpanded",
-    )
 
 
 def dataset_number(name: str) -> str:

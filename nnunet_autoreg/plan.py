@@ -389,48 +389,36 @@ def override(plan: Plan, settings: list[str]) -> Plan:
                 f"--set {setting}: write it as key=value, e.g. optim.lr=3e-4",
                 code="plan-setting",
             )
-        value = literal(text.strip())
-        _refuse_other_objective(plan, key.strip(), value)
-        _assign(data, key.strip(), value)
-        data["reasons"][key.strip()] = "set by the user"
+        key, value = key.strip(), literal(text.strip())
+
+        # Only --objective plans the values that another objective needs.
+        is_objective = key == "objective.name" and isinstance(value, str)
+        objective = objective_plans().get(value) if is_objective else None
+        if objective is not None and objective is not type(plan.objective):
+            raise PlanError(
+                f"--set objective.name={value}: this plan was made for --objective "
+                f"{plan.objective.name}, whose values {value} does not have; type --objective "
+                f"{value} instead",
+                code="plan-other-objective",
+            )
+
+        *path, leaf = key.split(".")
+        node: Any = data
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        exists = bool(path) and isinstance(node, dict) and leaf in node
+        if not exists or path[0] in ("reasons", "request"):
+            known = _known_keys()
+            # "lr" is most likely meant as "optim.lr".
+            same_leaf = [name for name in known if name.endswith(f".{key}")]
+            suggestion = did_you_mean((same_leaf or [key])[0], known)
+            raise PlanError(
+                f"--set {key}: there is no such setting; {suggestion}",
+                code="plan-unknown-key",
+            )
+        node[leaf] = value
+        data["reasons"][key] = "set by the user"
     return from_jsonable(Plan, data, "--set")
-
-
-def _refuse_other_objective(plan: Plan, key: str, value: Any) -> None:
-    """Refuse a setting that would turn the plan of one objective into that of another.
-
-    Only ``--objective`` plans the values that the other objective needs.
-    """
-    is_objective = isinstance(value, str) and value in objective_plans()
-    if key != "objective.name" or not is_objective:
-        return
-    if objective_plans()[value] is not type(plan.objective):
-        raise PlanError(
-            f"--set objective.name={value}: this plan was made for --objective "
-            f"{plan.objective.name}, whose values {value} does not have; type --objective {value} "
-            "instead",
-            code="plan-other-objective",
-        )
-
-
-def _assign(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value by its dotted key, in place."""
-    *path, leaf = key.split(".")
-    node: Any = data
-    for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
-
-    exists = bool(path) and isinstance(node, dict) and leaf in node
-    if not exists or path[0] in ("reasons", "request"):
-        known = _known_keys()
-        # "lr" alone is most likely meant as "optim.lr".
-        same_leaf = [name for name in known if name.endswith(f".{key}")]
-        suggestion = did_you_mean((same_leaf or [key])[0], known)
-        raise PlanError(
-            f"--set {key}: there is no such setting; {suggestion}",
-            code="plan-unknown-key",
-        )
-    node[leaf] = value
 
 
 def _known_keys() -> list[str]:

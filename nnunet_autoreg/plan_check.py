@@ -27,7 +27,6 @@ from nnunet_autoreg.plan import (
     SHARDINGS,
     EncoderPlan,
     Plan,
-    SpacingGroup,
     check_not_negative,
     check_positive,
 )
@@ -147,13 +146,10 @@ def _check_prefix(plan: Plan) -> None:
             "given and some predicted",
             code="plan-out-of-range",
         )
-    if s.prefix == "uniform_from_0":
-        _check_start(plan)
+    if s.prefix != "uniform_from_0":
+        return
 
-
-def _check_start(plan: Plan) -> None:
-    """Refuse a prefix of no blocks where no START token can predict the first block."""
-    s = plan.sequence
+    # Only a START token can predict the first block from a prefix of no blocks.
     remedy = "use sequence.prefix=uniform"
     if not has_start(family_of(plan.encoder.class_path)):
         why = f"encoder {plan.encoder.name} has no START token that could predict the first block"
@@ -173,6 +169,7 @@ def _check_start(plan: Plan) -> None:
 
 
 def _check_encoder(encoder: EncoderPlan) -> None:
+    """Refuse arguments that the network cannot be built with, and impossible sizes of tokens."""
     missing = missing_arguments(encoder.class_path, encoder.arguments)
     if missing:
         raise PlanError(
@@ -188,28 +185,24 @@ def _check_encoder(encoder: EncoderPlan) -> None:
             "token size that encoder.arguments state",
             code="plan-token-size",
         )
-    _check_token(encoder, stated)
 
-
-def _check_token(encoder: EncoderPlan, token: list[int]) -> None:
-    """Refuse tokens that the downstream network could not turn back into voxels."""
+    # The downstream network has to turn tokens back into voxels. The decoder of Primus doubles the
+    # grid step by step, along each axis as often as the token can be halved.
     family = family_of(encoder.class_path)
-    # Its decoder doubles the grid step by step, along each axis as often as the token can be
-    # halved.
-    are_powers_of_two = all(side >= 1 and not side & (side - 1) for side in token)
-    if family == PRIMUS and (max(token) < 2 or not are_powers_of_two):
+    are_powers_of_two = all(side >= 1 and not side & (side - 1) for side in stated)
+    if family == PRIMUS and (max(stated) < 2 or not are_powers_of_two):
         raise PlanError(
-            f"encoder.arguments.patch_embed_size={token}: {encoder.name} doubles its grid until it "
-            "has voxels, so each side has to be "
+            f"encoder.arguments.patch_embed_size={stated}: {encoder.name} doubles its grid until "
+            "it has voxels, so each side has to be "
             "1, 2, 4, 8 or 16, and not all 1; use e.g. 4,4,4 or 1,8,8, and encoder.token_size_vox "
             "likewise",
             code="plan-token-size",
         )
     if family in (PRIMUS_V2, PRIMUS_V3):
         halved = 2 ** len(encoder.arguments.get("depth_per_level", (1, 1, 1)))
-        if token != [halved] * 3:
+        if stated != [halved] * 3:
             raise PlanError(
-                f"encoder.arguments.patch_embed_size={token}: the convolutions of {encoder.name} "
+                f"encoder.arguments.patch_embed_size={stated}: the convolutions of {encoder.name} "
                 f"make tokens of {halved}^3 voxels and no "
                 "others; use --encoder primus_* for other tokens",
                 code="plan-token-size",
@@ -226,7 +219,7 @@ def _check_numbers(plan: Plan) -> None:
         "run.dry_step_seconds": run.dry_step_seconds,
         "run.loader_seconds_per_crop": run.loader_seconds_per_crop,
     }
-    positive = {
+    positive: dict[str, float] = {
         "optim.num_steps": o.num_steps,
         "optim.batch_size": o.batch_size,
         "optim.lr": o.lr,
@@ -239,10 +232,15 @@ def _check_numbers(plan: Plan) -> None:
         **{f"sequence.block_tokens[{i}]": v for i, v in enumerate(plan.sequence.block_tokens)},
         **{f"encoder.token_size_vox[{i}]": v for i, v in enumerate(plan.encoder.token_size_vox)},
         **{f"data.spacing_mm[{i}]": v for i, v in enumerate(plan.data.spacing_mm)},
-        **_spacings(plan.data.spacing_groups),
         **{key: value for key, value in optional.items() if value is not None},
     }
+    for number, group in enumerate(plan.data.spacing_groups):
+        for axis in range(3):
+            key = f"data.spacing_groups[{number}]"
+            positive[f"{key}.native_mm[{axis}]"] = group.native_mm[axis]
+            positive[f"{key}.spacing_mm[{axis}]"] = group.spacing_mm[axis]
     check_positive(positive)
+
     not_negative = {
         "run.max_rollbacks": run.max_rollbacks,
         "run.max_collapsed": run.max_collapsed,
@@ -265,17 +263,6 @@ def _check_numbers(plan: Plan) -> None:
                 f"{key}={share} must lie in [0, 1)",
                 code="plan-out-of-range",
             )
-
-
-def _spacings(groups: tuple[SpacingGroup, ...]) -> dict[str, float]:
-    """Return all spacings of the groups by their keys in the plan."""
-    values = {}
-    for number, group in enumerate(groups):
-        key = f"data.spacing_groups[{number}]"
-        for axis in range(3):
-            values[f"{key}.native_mm[{axis}]"] = group.native_mm[axis]
-            values[f"{key}.spacing_mm[{axis}]"] = group.spacing_mm[axis]
-    return values
 
 
 def _check_blocks(plan: Plan) -> None:
@@ -377,7 +364,20 @@ def _check_whole_network(plan: Plan) -> None:
 def _check_kinds(plan: Plan) -> None:
     """Refuse unknown kinds of sequences, and kinds that cannot be drawn."""
     s = plan.sequence
-    _check_weights(plan)
+    known = kind_of(plan.objective.name).sequence_kinds
+    for kind, weight in s.weights.items():
+        if kind not in known:
+            raise PlanError(
+                f"sequence.weights: there are no '{kind}' sequences for --objective "
+                f"{plan.objective.name}; {did_you_mean(kind, known)}",
+                code="plan-unknown-kind",
+            )
+        if not 0 <= weight < float("inf"):
+            raise PlanError(
+                f"sequence.weights.{kind}={weight} must not be negative",
+                code="plan-out-of-range",
+            )
+
     wanted = {kind for kind, weight in s.weights.items() if weight > 0}
     if not wanted:
         raise PlanError(
@@ -398,23 +398,6 @@ def _check_kinds(plan: Plan) -> None:
             "contrast follows; name exactly as many contrasts, or use sequence.predictor=query",
             code="plan-ill-posed",
         )
-
-
-def _check_weights(plan: Plan) -> None:
-    """Refuse weights of unknown kinds of sequences, and negative or infinite ones."""
-    known = kind_of(plan.objective.name).sequence_kinds
-    for kind, weight in plan.sequence.weights.items():
-        if kind not in known:
-            raise PlanError(
-                f"sequence.weights: there are no '{kind}' sequences for --objective "
-                f"{plan.objective.name}; {did_you_mean(kind, known)}",
-                code="plan-unknown-kind",
-            )
-        if not 0 <= weight < float("inf"):
-            raise PlanError(
-                f"sequence.weights.{kind}={weight} must not be negative",
-                code="plan-out-of-range",
-            )
 
 
 def _check_strided(plan: Plan) -> None:

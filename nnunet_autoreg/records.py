@@ -146,7 +146,13 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
             code="plan-wrong-type",
         )
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    _refuse_newer(fields, data, where)
+    newest = fields["version"].default if "version" in fields else None
+    version = data.get("version")
+    if isinstance(newest, int) and isinstance(version, int) and version > newest:
+        raise PlanError(
+            f"{where} is of format {version}, newer than {newest}; update nnunet-autoreg",
+            code="plan-newer-format",
+        )
 
     for key in data:
         if key not in fields:
@@ -167,21 +173,6 @@ def _convert_record(kind: type, data: Any, where: str) -> Any:
     for key, value in data.items():
         values[key] = _convert(hints[key], value, f"{where}.{key}")
     return kind(**values)
-
-
-def _refuse_newer(
-    fields: dict[str, "dataclasses.Field[Any]"],
-    data: dict[str, Any],
-    where: str,
-) -> None:
-    """Refuse a record whose version is newer than the one that the dataclass has by default."""
-    known = fields["version"].default if "version" in fields else None
-    found = data.get("version")
-    if isinstance(known, int) and isinstance(found, int) and found > known:
-        raise PlanError(
-            f"{where} is of format {found}, newer than {known}; update nnunet-autoreg",
-            code="plan-newer-format",
-        )
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -213,7 +204,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        # The process's mask of new files can only be read by setting it.
+        mask = os.umask(0o022)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
         # A full disk names no file, and the temporary name says nothing to the user. Copying names
@@ -224,13 +218,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """Return the process's mask of new files, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:
@@ -264,11 +251,11 @@ def read_json(path: Path, advice: str = MEND_OURS, max_bytes: int = MAX_JSON_BYT
     """Parse a JSON file.
 
     Args:
-        advice: what to do about one that is no JSON.
+        advice: what to do about one that is not JSON.
         max_bytes: a larger file is refused before it is read.
 
     Raises:
-        PlanError: it cannot be read, is too large, or is no JSON.
+        PlanError: it cannot be read, is too large, or is not JSON.
     """
     try:
         size = regular(path).stat().st_size
@@ -311,7 +298,7 @@ def parse_json(text: str) -> Any:
     """Return the value of a JSON text; memory is bounded and the nesting limited.
 
     Raises:
-        ValueError: it is no JSON, or has too many values or levels.
+        ValueError: it is not JSON, or has too many values or levels.
     """
     num_values = text.count(",") + text.count("[") + text.count("{")
     if num_values > MAX_JSON_VALUES:
@@ -329,7 +316,7 @@ def read_object(path: Path, keys: Sequence[str] = (), advice: str = MEND_OURS) -
         keys: what the object must have.
 
     Raises:
-        PlanError: it cannot be read, is no JSON, holds something else, or a key is missing.
+        PlanError: it cannot be read, is not JSON, holds something else, or a key is missing.
     """
     content = read_json(path, advice)
     if not isinstance(content, dict):

@@ -65,9 +65,30 @@ def find_violations() -> tuple[Violation, ...]:
         for owner, requirement in required:
             if not _is_met(requirement, installed):
                 broken.append((owner, requirement))
-        if broken:
-            remedy = _remedy(package, [requirement for _, requirement in required])
-            violations.append(Violation(package, installed, _clauses(broken), remedy))
+        if not broken:
+            continue
+
+        # One clause for each different requirement, with the names of all who require it.
+        owners_of: dict[str, list[str]] = {}
+        for owner, requirement in broken:
+            owners_of.setdefault(_plain(requirement), []).append(owner)
+        clauses = []
+        for text, owners in owners_of.items():
+            clauses.append(f"{text} is required by {' and '.join(owners)}")
+
+        # The remedy meets all requirements of the package at once, not only the violated ones.
+        specifiers: set[str] = set()
+        extras: set[str] = set()
+        for _, requirement in required:
+            specifiers.update(str(specifier) for specifier in requirement.specifier)
+            extras.update(requirement.extras)
+        with_extras = f"{package}[{','.join(sorted(extras))}]" if extras else package
+        together = [
+            with_extras + ",".join(sorted(specifiers)),
+            *INSTALLED_TOGETHER.get(package, ()),
+        ]
+        remedy = f"pip install {shlex.join(together)}"
+        violations.append(Violation(package, installed, tuple(clauses), remedy))
     return tuple(violations)
 
 
@@ -159,31 +180,6 @@ def _is_met(requirement: Requirement, installed: str | None) -> bool:
         return True
     # A pre-release was installed on purpose, so it is compared like any other version.
     return requirement.specifier.contains(version, prereleases=True)
-
-
-def _remedy(package: str, requirements: list[Requirement]) -> str:
-    """Return the pip command that meets all requirements of a package at once."""
-    specifiers: set[str] = set()
-    extras: set[str] = set()
-    for requirement in requirements:
-        specifiers.update(str(specifier) for specifier in requirement.specifier)
-        extras.update(requirement.extras)
-
-    with_extras = f"{package}[{','.join(sorted(extras))}]" if extras else package
-    wanted = with_extras + ",".join(sorted(specifiers))
-    return "pip install " + shlex.join([wanted, *INSTALLED_TOGETHER.get(package, ())])
-
-
-def _clauses(broken: list[tuple[str, Requirement]]) -> tuple[str, ...]:
-    """Return one clause for each different requirement, with the names of all who require it."""
-    owners_of: dict[str, list[str]] = {}
-    for owner, requirement in broken:
-        owners_of.setdefault(_plain(requirement), []).append(owner)
-
-    clauses = []
-    for text, owners in owners_of.items():
-        clauses.append(f"{text} is required by {' and '.join(owners)}")
-    return tuple(clauses)
 
 
 def _plain(requirement: Requirement) -> str:

@@ -20,7 +20,7 @@ from nnunet_autoreg.records import regular
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-"""Variables of PyTorch's own that overrule the argument ``weights_only`` of ``torch.load``."""
+"""Variables of PyTorch that overrule the argument ``weights_only`` of ``torch.load``."""
 
 STOCK_KINDS = ("float32", "float64", "int32", "int64", "bool")
 """The kinds of numpy's numbers that nnU-Net's logs and plans hold."""
@@ -81,44 +81,36 @@ def plain_loading(where: Path) -> Iterator[None]:
     Raises:
         WeightsError: a file asked to run code. Nothing of it was run.
     """
+    import numpy as np
     import torch
+
+    # The functions that make a single number of numpy; none of them runs code. Earlier versions of
+    # numpy named the module differently, and the file names the one that wrote it.
+    scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    kinds = [type(np.dtype(kind)) for kind in STOCK_KINDS]
+    numbers: list[Any] = [*((scalar, name) for name in names), np.dtype, *kinds]
 
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
     try:
-        with torch.serialization.safe_globals(_numbers_of_numpy()):
+        with torch.serialization.safe_globals(numbers):
             yield
     except pickle.UnpicklingError as error:
-        raise WeightsError(_why_refused(where, str(error)), code="weights-run-code") from error
+        reason = (
+            "cannot be read as tensors and plain values (it is damaged, or contains code); no code "
+            "in it was run"
+        )
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is not None:
+            # A file can name anything here, line breaks and control characters included.
+            function = ascii(named[1])[1:-1][:80]
+            reason = (
+                f"would run '{function}' when it is loaded; no code in it was run, because only "
+                "tensors and plain values are read. Ask its author for a safetensors file or a "
+                "plain state dict"
+            )
+        raise WeightsError(f"{where} {reason}", code="weights-run-code") from error
     finally:
         del os.environ[FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def _numbers_of_numpy() -> list[Any]:
-    """Return the functions that make a single number of numpy; none of them runs code."""
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    # Earlier versions of numpy named the module differently, and the file names the one that wrote
-    # it.
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    by_name = [(scalar, name) for name in names]
-    kinds = [type(np.dtype(kind)) for kind in STOCK_KINDS]
-    return [*by_name, np.dtype, *kinds]
-
-
-def _why_refused(where: Path, message: str) -> str:
-    named = re.search(r"GLOBAL (\S+)", message)
-    if named is None:
-        return (
-            f"{where} cannot be read as tensors and plain values (it is damaged, or contains "
-            "code); no code in it was run"
-        )
-    # A file can name anything here, line breaks and control characters included.
-    function = ascii(named[1])[1:-1][:80]
-    return (
-        f"{where} would run '{function}' when it is loaded; no code in it was run, because only "
-        "tensors and plain values are read. Ask its author for a safetensors file or a plain state "
-        "dict"
-    )

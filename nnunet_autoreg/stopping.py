@@ -4,8 +4,8 @@ Python runs signal handlers between two instructions of the main thread. Three t
 go wrong, and each is provided for:
 
 1. Code that catches every exception swallows the one that the handler raises.
-   ``InterruptedRunError`` is no ``Exception``, so that only ``except BaseException`` catches it,
-   and the handler is run once more after ``NUDGE_S``. What catches exceptions of other people's
+   ``InterruptedRunError`` is not an ``Exception``, so that only ``except BaseException`` catches
+   it, and the handler is run once more after ``NUDGE_S``. What catches exceptions of other people's
    code calls ``raise_if_stopped``.
 2. The main thread is inside a long call of compiled code, and the handler does not run at all. The
    C part of Python notes the signal in a pipe nevertheless; a thread reads the pipe and ends the
@@ -51,7 +51,7 @@ the first one, delivered twice.
 
 
 class _Stop:
-    """The state of this process. ``session`` tells one use of ``stoppable`` from the next."""
+    """The state of this process. ``session`` is the number of the use of ``stoppable``."""
 
     def __init__(self) -> None:
         self.session = 0
@@ -145,7 +145,13 @@ def stoppable(command: str = "", until_exit: bool = False) -> Iterator[None]:
     handlers = {number: signal.signal(number, _on_signal) for number in STOP_SIGNALS}
     wakeup = signal.set_wakeup_fd(_stop.watchdog.writer, warn_on_full_buffer=False)
     hook = sys.unraisablehook
-    sys.unraisablehook = _without_interruptions(hook)
+
+    def quiet(unraisable: Any) -> None:
+        # An interruption that was raised in a destructor is raised once more later.
+        if not isinstance(unraisable.exc_value, InterruptedRunError):
+            hook(unraisable)
+
+    sys.unraisablehook = quiet
     try:
         yield
     finally:
@@ -307,7 +313,8 @@ class _Watchdog(threading.Thread):
 
         while _stop.session == session:
             elapsed = time.monotonic() - began
-            if elapsed >= grace_s or (elapsed > SECOND_PRESS_S and self._second_press()):
+            is_pressed_again = elapsed > SECOND_PRESS_S and signal.SIGINT in self.read()
+            if elapsed >= grace_s or is_pressed_again:
                 _end_now()
 
             # Where signals are only noted, or the command is about to end, nothing is raised.
@@ -318,10 +325,6 @@ class _Watchdog(threading.Thread):
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             time.sleep(0.05)
 
-    def _second_press(self) -> bool:
-        """Return whether Ctrl-C was pressed again."""
-        return signal.SIGINT in self.read()
-
 
 def _end_now() -> None:
     """End this process and all below it, with its line."""
@@ -331,19 +334,6 @@ def _end_now() -> None:
         end_children()
     finally:
         os._exit(InterruptedRunError.exit_code)
-
-
-def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Return a hook that does not print an interruption that was raised in a destructor.
-
-    The handler raises it once more later.
-    """
-
-    def quiet(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, InterruptedRunError):
-            hook(unraisable)
-
-    return quiet
 
 
 def _forget_in_child() -> None:
@@ -363,7 +353,7 @@ if hasattr(os, "register_at_fork"):
 def refuse_interruption(error: BaseException) -> None:
     """Raise the interruption that is hidden in an exception of other code, if there is one.
 
-    torch's compiler wraps whatever is raised inside it; what it wrapped is then no fault of the
+    torch's compiler wraps whatever is raised inside it; what it wrapped is then not a fault of the
     code that was compiled.
 
     Raises:

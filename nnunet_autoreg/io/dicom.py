@@ -332,16 +332,28 @@ def is_archive(name: str) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _files_by_series(path: str, below: bool, _stamp: int) -> dict[str, list[str]]:
-    """Return series -> names of the files that hold its slices."""
-    root = Path(path)
+def _files_by_series(folder: str, below: bool, _stamp: int) -> dict[str, list[str]]:
+    """Return series -> names of the files that hold its slices.
+
+    Args:
+        folder: the folder, archive or file.
+        below: also take files from deeper folders.
+    """
+    root = Path(folder)
     slices: list[DicomSlice] = []
     if is_archive(root.name):
         for of_member in _archived(root, None):
             slices += of_member
     elif root.is_dir():
-        for name in sorted(_names_in(root, below)):
-            if may_be_dicom(name):
+        names = [path.name for path in root.iterdir() if path.is_file()]
+        if below:
+            names = []
+            for deeper, _, in_folder in os.walk(root, followlinks=True):
+                inside = Path(deeper).relative_to(root)
+                names += [(inside / name).as_posix() for name in in_folder]
+        for name in sorted(names):
+            is_hidden = Path(name).name.startswith(".")
+            if may_be_dicom(name) and not is_hidden:
                 slices += _or_nothing(root / name, name)
     else:
         slices = _or_nothing(root, root.name)
@@ -352,18 +364,6 @@ def _files_by_series(path: str, below: bool, _stamp: int) -> dict[str, list[str]
         files = found.setdefault(one.series, [])
         if not files or files[-1] != one.file:
             files.append(one.file)
-    return found
-
-
-def _names_in(root: Path, below: bool) -> list[str]:
-    """Return the files of a folder that are not hidden; with ``below``, also deeper ones."""
-    if not below:
-        return [p.name for p in root.iterdir() if p.is_file() and not p.name.startswith(".")]
-    found = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            if not name.startswith("."):
-                found.append(Path(folder, name).relative_to(root).as_posix())
     return found
 
 

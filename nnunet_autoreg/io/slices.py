@@ -123,7 +123,7 @@ PARTS = {
     "OPP_PHASE": "OP",
     "OUT_PHASE": "OP",
 }
-"""Words of Image Type that tell the images of one acquisition apart."""
+"""Words of Image Type that distinguish the images of one acquisition."""
 
 
 class NotAScanError(Exception):
@@ -155,7 +155,7 @@ class DicomSlice:
         shape: (rows, columns); ``spacing`` alike.
         orientation: directions along a row, then along a column.
         parts: magnitude, phase, water, fat ... as Image Type says.
-        order: what tells slices of one position apart, as ``ORDER_NAMES`` names it, and the
+        order: what distinguishes slices of one position, as ``ORDER_NAMES`` names it, and the
             instance number at the end.
         problem: (status, reason) why its series cannot be used; ("", "") mostly.
         thickness: NaN where the file does not say.
@@ -380,12 +380,10 @@ def _image_type(header: DicomHeader) -> list[str]:
 
 def _problem_of_file(header: DicomHeader, num_bytes: int) -> tuple[str, str]:
     """Return what is wrong with a file as a whole: (status, reason), or ``NO_PROBLEM``."""
-    if header.pixels is None:
-        return problem_of_pixels(header, num_bytes)
     samples = int(header.number("SamplesPerPixel", 1))
-    if samples > 1 or header.text("PhotometricInterpretation").startswith(
-        ("RGB", "YBR", "PALETTE"),
-    ):
+    colours = ("RGB", "YBR", "PALETTE")
+    is_coloured = header.text("PhotometricInterpretation").startswith(colours)
+    if header.pixels is not None and (samples > 1 or is_coloured):
         return (
             "rgb",
             f"colour images ({samples} values per pixel): a screenshot or overlay, not a scan",

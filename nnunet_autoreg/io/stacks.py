@@ -1,4 +1,4 @@
-"""The slices of a DICOM series sorted into volumes, or the reason why they are none, with figures.
+"""Sort the slices of a DICOM series into volumes, or say with figures why they are not volumes.
 
 Pure: no file is read.
 """
@@ -42,7 +42,7 @@ UNEVEN, MISSING = 0.05, 1.5
 MAX_DECIMALS = 3
 MAX_TILT_DEGREES = 0.5
 MAX_STACKS = 6
-# Of one series, told apart by the header: phases of a heart, or time points of other coverage each.
+# Of one series, by the header: phases of a heart, or time points of different coverage.
 MAX_PARTS = 64
 MIN_PART_SLICES = 2
 SAME_VALUE = 1e-3
@@ -133,8 +133,8 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
     """Return the stacks of slices of one size and orientation.
 
     Slices that differ in echo, time, acquisition and the like are of different volumes. Where these
-    lie at the same positions they are the volumes of one 4D stack; elsewhere each is a stack of its
-    own, since putting them into one would mix them.
+    lie at the same positions they are the volumes of one 4D stack; elsewhere each is a separate
+    stack, since putting them into one would mix them.
     """
     whole = _stack(group)
 
@@ -320,10 +320,20 @@ def _stack(group: list[DicomSlice]) -> Stack:
 
     lowest = [level[0] for level in levels]
     volumes, repeated_over, problem = _volumes(levels, level_mm)
-    step, uneven = _step(level_mm, lowest[0].spacing, _rounding(lowest, direction))
-    for found in (uneven, _tilt(lowest, direction)):
-        if not problem[0]:
-            problem = found
+    step, uneven = _step(level_mm, lowest, direction)
+    if not problem[0]:
+        problem = uneven
+
+    # Slices may be shifted against each other in their plane.
+    along = np.array(lowest[-1].position) - np.array(lowest[0].position)
+    x, y, z = (float(along @ direction[:, axis]) for axis in range(3))
+    tilt_degrees = math.degrees(math.atan2(math.hypot(x, y), abs(z)))
+    if not problem[0] and tilt_degrees > MAX_TILT_DEGREES:
+        reason = (
+            f"tilted gantry: the slices are sheared by {tilt_degrees:.1f} degrees; convert it "
+            "with dcm2niix, which corrects that, and give the result"
+        )
+        problem = ("direction", reason)
     return Stack(volumes, direction, (step, *group[0].spacing), repeated_over, problem)
 
 
@@ -387,8 +397,8 @@ def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
         if any(len(of_level) != num_volumes for of_level in values):
             continue
         # These continue from slice to slice; the others are the same for a whole volume.
-        goes_on = name in PACKAGE_NAMES
-        if goes_on or all(np.allclose(of_level, values[0], rtol=1e-3) for of_level in values):
+        are_equal = all(np.allclose(of_level, values[0], rtol=1e-3) for of_level in values)
+        if name in PACKAGE_NAMES or are_equal:
             return index, name
 
     # No single value tells the volumes apart, but all of them together may.
@@ -397,77 +407,68 @@ def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
         counts.append(len({one.order[:-1] for one in level}))
     if all(count == num_volumes for count in counts):
         return 0, "instance number"
-    if _runs_by_volume(levels) or _runs_by_level(levels):
+    if _instance_numbers_run(levels):
         return -1, "instance number"
     return 0, ""
 
 
-def _runs_by_volume(levels: list[Level]) -> bool:
-    """Return whether instance numbers run through one volume after the other.
+def _instance_numbers_run(levels: list[Level]) -> bool:
+    """Return whether instance numbers run through volume after volume, or slice after slice.
 
     This is so in a 4D series that says nothing else.
     """
     numbers = [one.order[-1] for one in itertools.chain(*levels)]
-    if len(set(numbers)) != len(numbers) or len(levels[0]) <= 2:
+    if len(set(numbers)) != len(numbers):
         return False
-    # The first volume has the lowest number of every level, and these follow each other.
     lowest = []
+    by_slice = True
     for level in levels:
-        lowest.append(min(one.order[-1] for one in level))
-    return max(lowest) - min(lowest) == len(levels) - 1
+        of_level = [one.order[-1] for one in level]
+        lowest.append(min(of_level))
+        by_slice &= max(of_level) - min(of_level) == len(of_level) - 1
+
+    # The first volume has the lowest number of every level, and these follow each other.
+    by_volume = len(levels[0]) > 2 and max(lowest) - min(lowest) == len(levels) - 1
+    return by_volume or by_slice
 
 
-def _runs_by_level(levels: list[Level]) -> bool:
-    """Return whether instance numbers run through all volumes of a slice before the next slice."""
-    all_numbers = [s.order[-1] for s in itertools.chain(*levels)]
-    if len(set(all_numbers)) != len(all_numbers):
-        return False
-    for level in levels:
-        numbers = [s.order[-1] for s in level]
-        if max(numbers) - min(numbers) != len(numbers) - 1:
-            return False
-    return True
-
-
-def _rounding(slices: Sequence[DicomSlice], direction: npt.NDArray[Any]) -> float:
-    """Return by how much rounded positions may change the distance of two slices, in mm.
-
-    It is 0 for exact positions.
-    """
-    positions = np.array([s.position for s in slices])
+def _is_even_within_rounding(
+    level_mm: list[float],
+    lowest: Sequence[DicomSlice],
+    direction: npt.NDArray[Any],
+) -> bool:
+    """Return whether rounded positions can make the gaps of even slices differ as they do."""
+    positions = np.array([s.position for s in lowest])  # (N, xyz) in mm
     moving = np.ptp(positions, axis=0) > SAME_POSITION_MM
+    rounding_mm = 0.0
     for num_decimals in range(MAX_DECIMALS + 1):
         scaled = positions[:, moving] * 10**num_decimals
         if np.abs(scaled - np.rint(scaled)).max(initial=0) < 1e-6 * 10**num_decimals:
             # Either end is off by up to half of the last decimal, along each axis that the normal
             # has a part of.
-            return float(10.0**-num_decimals * np.abs(direction[moving, 2]).sum())
-    return 0.0
+            rounding_mm = float(10.0**-num_decimals * np.abs(direction[moving, 2]).sum())
+            break
 
-
-def _is_even_within_rounding(levels: list[float], rounding: float) -> bool:
-    """Return whether rounding can make the gaps of even slices differ as they do."""
-    gaps = np.diff(levels)
-    step = (levels[-1] - levels[0]) / (len(levels) - 1)
-    tolerance = rounding * 1.01
+    gaps = np.diff(level_mm)
+    step = (level_mm[-1] - level_mm[0]) / (len(level_mm) - 1)
+    tolerance = rounding_mm * 1.01
     # Where rounding is coarse beside the gaps, a missing slice would pass for a rounded position.
     if not 0 < tolerance <= step / 2:
         return False
-    straight = levels[0] + step * np.arange(len(levels))
-    return bool(
-        gaps.max() - gaps.min() <= tolerance
-        and np.abs(np.array(levels) - straight).max() <= tolerance,
-    )
+    straight = level_mm[0] + step * np.arange(len(level_mm))
+    are_like = gaps.max() - gaps.min() <= tolerance
+    is_straight = np.abs(np.array(level_mm) - straight).max() <= tolerance
+    return bool(are_like and is_straight)
 
 
 def _step(
     level_mm: list[float],
-    spacing: Sequence[float],
-    rounding: float,
+    lowest: Sequence[DicomSlice],
+    direction: npt.NDArray[Any],
 ) -> tuple[float, tuple[str, str]]:
     """Return (distance of the slices in mm, problem)."""
     if len(level_mm) < 2:
-        return float(max(spacing)), NO_PROBLEM
+        return float(max(lowest[0].spacing)), NO_PROBLEM
     gaps = np.diff(level_mm)
     multiples = gaps / gaps.min()
     are_multiples = np.abs(multiples - np.rint(multiples)).max() < UNEVEN
@@ -475,7 +476,7 @@ def _step(
 
     tolerance = max(UNEVEN * usual, 2 * SAME_POSITION_MM)
     is_even = np.abs(gaps - usual).max() <= tolerance
-    if is_even or _is_even_within_rounding(level_mm, rounding):
+    if is_even or _is_even_within_rounding(level_mm, lowest, direction):
         return round((level_mm[-1] - level_mm[0]) / (len(level_mm) - 1), 5), NO_PROBLEM
 
     widest = int(gaps.argmax())
@@ -492,21 +493,6 @@ def _step(
         "slices",
         f"uneven slices: {gaps.min():.2f} to {gaps.max():.2f} mm apart (widest {between}); "
         "resample the scan first",
-    )
-
-
-def _tilt(slices: list[DicomSlice], direction: npt.NDArray[Any]) -> tuple[str, str]:
-    """Return the problem of a stack whose slices are shifted against each other in their plane."""
-    if len(slices) < 2:
-        return NO_PROBLEM
-    along = np.array(slices[-1].position) - np.array(slices[0].position)
-    x, y, z = (float(along @ direction[:, axis]) for axis in range(3))
-    degrees = math.degrees(math.atan2(math.hypot(x, y), abs(z)))
-    if degrees <= MAX_TILT_DEGREES:
-        return NO_PROBLEM
-    return "direction", (
-        f"tilted gantry: the slices are sheared by {degrees:.1f} degrees; convert it with "
-        "dcm2niix, which corrects that, and give the result"
     )
 
 
