@@ -184,7 +184,7 @@ def find_module(class_name: str, searched: "str | None") -> "str | None":
 
     Args:
         searched: the package of nnU-Net in which the class is looked for. A trainer is not offered
-            where a planner is wanted. None stands for a folder of nnUNet_extTrainer.
+            if a planner is wanted. None: it is looked for in a folder of nnUNet_extTrainer.
     """
     base, _ = split_length(class_name)
     candidates = (

@@ -87,7 +87,10 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             format.
     """
     damaged: list[tuple[Path, str]] = []
-    for path in (folder / name for name in RESUMABLE if (folder / name).exists()):
+    for name in RESUMABLE:
+        path = folder / name
+        if not path.exists():
+            continue
         damage = damage_of(path)
         if damage:
             damaged.append((path, damage))
@@ -106,8 +109,9 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             )
         return path, content
     if damaged:
-        path, why = damaged[0]
-        others = f", nor can {', '.join(p.name for p, _ in damaged[1:])}" if damaged[1:] else ""
+        (path, why), *more = damaged
+        names = ", ".join(other.name for other, _ in more)
+        others = f", nor can {names}" if more else ""
         raise CheckpointError(
             f"{path} cannot be read ({why}){others}; move the checkpoints away to start from the "
             "beginning",
@@ -121,12 +125,12 @@ def newest_scheduled(folder: Path) -> dict[str, Any] | None:
 
     It is marked ``"scheduled"``. None if there is none.
     """
-    for path in (
-        folder / name for name in (LATEST_NAME, PREVIOUS_NAME) if (folder / name).exists()
-    ):
-        content = {} if damage_of(path) else _read(path)
-        if content.get("scheduled"):
-            return content
+    for name in (LATEST_NAME, PREVIOUS_NAME):
+        path = folder / name
+        if path.exists() and not damage_of(path):
+            content = _read(path)
+            if content.get("scheduled"):
+                return content
     return None
 
 
@@ -150,10 +154,8 @@ def damage_of(path: Path) -> str:
             "again",
             code="checkpoint-unreadable",
         ) from error
-    if (
-        left < 0
-        or ending[: len(_NO_COMMENT) + len(_MARK)] != _COMMENT_BYTES.to_bytes(2, "little") + _MARK
-    ):
+    has_mark = ending.startswith(_COMMENT_BYTES.to_bytes(2, "little") + _MARK)
+    if left < 0 or not has_mark:
         return "its end is missing"
     digest.update(_NO_COMMENT)
     return "" if ending[-64:] == digest.hexdigest().encode() else "its checksum differs"
@@ -171,9 +173,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
                 raise writer.error from error
             raise
         handle.seek(-len(_NO_COMMENT), os.SEEK_END)
-        handle.write(
-            _COMMENT_BYTES.to_bytes(2, "little") + _MARK + writer.digest.hexdigest().encode(),
-        )
+        comment = _MARK + writer.digest.hexdigest().encode()
+        handle.write(_COMMENT_BYTES.to_bytes(2, "little") + comment)
         handle.flush()
         os.fsync(handle.fileno())
 

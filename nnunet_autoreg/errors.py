@@ -87,8 +87,7 @@ class ClassesError(AutoregError):
 class LostProcessError(AutoregError):
     """Another process of the training is gone.
 
-    A launcher then ends the others too, by SIGTERM. The loss, and not that signal, is what the user
-    has to be told.
+    A launcher then ends the others too, by SIGTERM. The user has to see the loss, not that signal.
     """
 
     code = "lost-process"

@@ -63,7 +63,7 @@ MAX_COUNT = 2**20
 MOST_LAYERS = 1000
 """Of one kind in a network; the largest encoder has 24."""
 LAYER_NAME = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
-"""What a name in a network's arguments may stand for: a layer of torch.
+"""What a name in a network's arguments may be: a layer of torch.
 
 A longer path would reach any module that torch imports.
 """
@@ -190,7 +190,7 @@ def _check_stages(arguments: Mapping[str, Any], where: str) -> None:
     }
     for key, length in lengths.items():
         value = arguments.get(key, 1)
-        # One number stands for all stages.
+        # One number holds for all stages.
         if num_stages and not isinstance(value, int) and len(value) != length:
             raise PlanError(
                 f"{where}.{key}: {shown(value)} has {len(value)} values, {length} are needed for "

@@ -1,8 +1,7 @@
 """Axis order, millimetres and divisibility.
 
-Arrays are always (C, Z, Y, X) or (Z, Y, X); sizes are in voxels and spacings in mm, in the same (Z,
-Y, X) order.
-SimpleITK speaks (x, y, z): ``zyx`` is the one place where that is turned.
+Arrays are always (C, Z, Y, X) or (Z, Y, X). Sizes are in voxels and spacings in mm, in the same
+order (z, y, x). SimpleITK has the order (x, y, z), which only ``zyx`` reverses.
 """
 
 import math
@@ -98,8 +97,7 @@ def volume(size: Sequence[int]) -> int:
 def spacing_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the largest factor, over the axes, between two spacings (always >= 1).
 
-    Axes are compared sorted by spacing,
-    because nnU-Net moves the coarsest axis to the front.
+    Axes are compared sorted by spacing, because nnU-Net moves the coarsest axis to the front.
     """
     pairs = zip(sorted(a), sorted(b), strict=True)
     return max(max(p / q, q / p) for p, q in pairs)

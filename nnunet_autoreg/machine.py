@@ -43,7 +43,7 @@ def usable_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Return the size of this machine's memory; 0 where the system does not say."""
+    """Return the size of this machine's memory; 0 if the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -135,7 +135,7 @@ NO_MEMORY = (
     "DefaultCPUAllocator: not enough memory",
     "MPS backend out of memory",
 )
-"""Beginnings of torch's messages where it raises a plain RuntimeError: on CPUs (Linux and macOS,
+"""Beginnings of torch's messages when it raises a plain RuntimeError: on CPUs (Linux and macOS,
 Windows) and on Apple's GPUs.
 """
 

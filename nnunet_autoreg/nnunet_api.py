@@ -125,7 +125,7 @@ def dataset_number(name: str) -> str:
 
 
 def without_dataset_name(dataset: str) -> str:
-    """Return the number of a raw dataset, which stands for its name in a run's plan.
+    """Return the number of a raw dataset, which replaces its name in a run's plan.
 
     A dataset that does not exist, or shares its number with another, stays as it was typed.
     """
@@ -160,7 +160,10 @@ def dataset_folder(dataset: str) -> Path:
             code="usage-no-dataset",
         )
 
-    numbers = {name: int(name[len("Dataset") :].split("_")[0]) for name in found}
+    numbers = {}
+    for name in found:
+        digits, _, _ = name.removeprefix("Dataset").partition("_")
+        numbers[name] = int(digits)
     if not is_whole_number(dataset):
         raise UsageError(
             f"-d {dataset}: there is no such dataset in {root}; {did_you_mean(dataset, found)}",

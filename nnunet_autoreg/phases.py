@@ -21,7 +21,7 @@ QUIET_S = 5.0
 """A sign of life is given after this many seconds without any other output."""
 
 QUIET_BESIDE_BAR_S = 60.0
-"""The same where a progress bar has moved since the phase began: the user sees that it lives."""
+"""The same if a progress bar has moved since the phase began: the user sees that it lives."""
 
 LOOK_EVERY_S = 0.25
 MOST_QUIET_S = 60.0
@@ -75,7 +75,7 @@ def visible_bars() -> list[Any]:
     """Return the progress bars of tqdm that are shown now. Any thread may ask.
 
     tqdm lists a bar before it sets it up, so that a thread may meet one without ``disable`` or
-    ``n``; so does whoever looks after a bar whose set-up was interrupted. Such a bar shows nothing.
+    ``n``; it meets such a bar also if the set-up was interrupted. Such a bar shows nothing.
     """
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     try:

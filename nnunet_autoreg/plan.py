@@ -176,7 +176,7 @@ class SequencePlan:
     def is_at_once(self) -> bool:
         """Whether all unknown blocks are predicted at once, so that their order means nothing.
 
-        This is so for a whole CNN, and where a fixed share of the blocks is known.
+        This is so for a whole CNN, and if a fixed share of the blocks is known.
         """
         return self.predictor == "network" or self.prefix == "fixed"
 

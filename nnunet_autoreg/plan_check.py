@@ -138,7 +138,7 @@ def _check_names(plan: Plan) -> None:
 
 
 def _check_prefix(plan: Plan) -> None:
-    """Refuse prefixes of all blocks or of none, unless a START token can stand for none."""
+    """Refuse prefixes of all blocks, and of no blocks if no START token can predict the first."""
     s = plan.sequence
     if not 0 < s.prefix_share < 1:
         raise PlanError(
@@ -193,9 +193,8 @@ def _check_encoder(encoder: EncoderPlan) -> None:
     if family == PRIMUS and (max(stated) < 2 or not are_powers_of_two):
         raise PlanError(
             f"encoder.arguments.patch_embed_size={stated}: {encoder.name} doubles its grid until "
-            "it has voxels, so each side has to be "
-            "1, 2, 4, 8 or 16, and not all 1; use e.g. 4,4,4 or 1,8,8, and encoder.token_size_vox "
-            "likewise",
+            "it has voxels, so each side has to be 1, 2, 4, 8 or 16, and not all 1; use e.g. 4,4,4 "
+            "or 1,8,8, and encoder.token_size_vox likewise",
             code="plan-token-size",
         )
     if family in (PRIMUS_V2, PRIMUS_V3):
@@ -203,8 +202,8 @@ def _check_encoder(encoder: EncoderPlan) -> None:
         if stated != [halved] * 3:
             raise PlanError(
                 f"encoder.arguments.patch_embed_size={stated}: the convolutions of {encoder.name} "
-                f"make tokens of {halved}^3 voxels and no "
-                "others; use --encoder primus_* for other tokens",
+                f"make tokens of {halved}^3 voxels and no others; use --encoder primus_* for other "
+                "tokens",
                 code="plan-token-size",
             )
 
@@ -284,20 +283,20 @@ def _check_blocks(plan: Plan) -> None:
                 code="plan-crop",
             )
         if crop <= 0 or crop % side:
-            near = f"{max(crop // side, 1) * side} or {(max(crop // side, 0) + 1) * side}"
+            smaller = max(crop // side, 1) * side
+            larger = (max(crop // side, 0) + 1) * side
+            near = f"{smaller} or {larger}"
             raise PlanError(
                 f"sequence.crop_size_vox: {crop} on axis {axis} is not a multiple of the block of "
-                f"{side} voxels "
-                f"({block} tokens of {token}); use {near}",
+                f"{side} voxels ({block} tokens of {token}); use {near}",
                 code="plan-crop",
             )
         num_blocks *= crop // side
     if num_blocks < 2:
         raise PlanError(
             f"a crop of {s.crop_size_vox} voxels holds one block of {plan.encoder.name}; a "
-            "sequence needs at least 2: enlarge "
-            "sequence.crop_size_vox, or use an --encoder with smaller blocks, such as primus_tiny "
-            "or resenc_tiny",
+            "sequence needs at least 2: enlarge sequence.crop_size_vox, or use an --encoder with "
+            "smaller blocks, such as primus_tiny or resenc_tiny",
             code="plan-one-block",
         )
 

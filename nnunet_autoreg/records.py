@@ -60,7 +60,10 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if origin is tuple and isinstance(data, (list, tuple)):
         return _convert_tuple(args, data, where)
     if origin is dict and isinstance(data, dict):
-        return {str(key): _convert(args[1], value, f"{where}.{key}") for key, value in data.items()}
+        values = {}
+        for key, value in data.items():
+            values[str(key)] = _convert(args[1], value, f"{where}.{key}")
+        return values
     if kind is Any:
         return data
 
@@ -84,7 +87,7 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
 
 
 def _convert_tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
-    """Convert a list by the types of a tuple; ``...`` stands for any number of the first."""
+    """Convert a list by the types of a tuple; ``...`` means any number of the first."""
     has_any_length = len(args) == 2 and args[1] is ...
     kinds = [args[0]] * len(data) if has_any_length else list(args)
     if len(kinds) != len(data):
@@ -115,7 +118,7 @@ FORMULA_MARKS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def shown(data: Any) -> str:
-    """Return a value as it is shown in a message, cut where it is long."""
+    """Return a value as it is shown in a message, cut if it is long."""
     try:
         text = printable(repr(data))
     except (RecursionError, ValueError):
@@ -136,7 +139,9 @@ def to_cell(text: str) -> str:
 
 def from_cell(cell: str) -> str:
     """Return the inverse of ``to_cell``."""
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith((*FORMULA_MARKS, "'")) else cell
+    quoted = cell.removeprefix("'")
+    is_quoted = quoted != cell and quoted.startswith((*FORMULA_MARKS, "'"))
+    return quoted if is_quoted else cell
 
 
 def _convert_record(kind: type, data: Any, where: str) -> Any:
@@ -199,7 +204,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two machines that share the folder may have the same process number.
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    process = f"{platform.node()}-{os.getpid()}"
+    temporary = path.with_name(f".{path.name}.{process}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as handle:

@@ -50,7 +50,7 @@ class Violation:
 def find_violations() -> tuple[Violation, ...]:
     """Return every violated requirement of the checked distributions, sorted by package.
 
-    Markers are evaluated for this interpreter. Requirements of an extra count only where another
+    Markers are evaluated for this interpreter. Requirements of an extra count only if another
     requirement asks for that extra.
     """
     wanted: dict[str, list[tuple[str, Requirement]]] = {}

@@ -10,7 +10,7 @@ go wrong, and each is provided for:
 2. The main thread is inside a long call of compiled code, and the handler does not run at all. The
    C part of Python notes the signal in a pipe nevertheless; a thread reads the pipe and ends the
    process after ``GRACE_S``. It needs the interpreter's lock, which nearly all compiled code gives
-   back while it works; what does not (SimpleITK) runs in worker processes where it may take long.
+   back while it works; what does not (SimpleITK) runs in worker processes if it may take long.
 3. Other processes continue. All descendants are killed before the process ends.
 
 Everything that has to survive is written to a temporary file and renamed, so that the end may come
@@ -168,7 +168,7 @@ def stops_noted(line_if_forced: Callable[[], str]) -> Iterator[Callable[[], bool
     """Note signals inside the block without ending it, so that the state can be saved first.
 
     Yields a function that returns whether one has come. An interruption that is raised inside ends
-    the command with its line, whatever comes after it: another signal, or the end by force.
+    the command with its line, even if another signal or the end by force comes after it.
 
     Args:
         line_if_forced: returns the line for a process that has to be ended by force, because the
@@ -216,7 +216,7 @@ def stops_passed_on(send: Callable[[], object]) -> Iterator[None]:
         _stop.number = _stop.number or number
         send()
 
-    # The watchdog leaves this process alone: the other one has its own watchdog.
+    # The watchdog does not end this process: the other one has its own watchdog.
     was_active, _stop.is_active = _stop.is_active, False
     handlers = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
@@ -280,7 +280,7 @@ def keep_silent() -> None:
 
 
 class _Watchdog(threading.Thread):
-    """Ends the process where it does not end by itself after a signal."""
+    """Ends the process if it does not end by itself after a signal."""
 
     def __init__(self) -> None:
         super().__init__(name="stop watchdog", daemon=True)
@@ -353,8 +353,8 @@ if hasattr(os, "register_at_fork"):
 def refuse_interruption(error: BaseException) -> None:
     """Raise the interruption that is hidden in an exception of other code, if there is one.
 
-    torch's compiler wraps whatever is raised inside it; what it wrapped is then not a fault of the
-    code that was compiled.
+    torch's compiler wraps every exception that is raised inside it. An interruption that it has
+    wrapped is not a fault of the code that was compiled.
 
     Raises:
         InterruptedRunError: SIGTERM or Ctrl-C has come, or one of the causes of ``error`` is an

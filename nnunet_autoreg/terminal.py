@@ -120,7 +120,7 @@ def progress_bar(
     initial: int = 0,
     is_shown: bool = True,
 ) -> ProgressBar:
-    """Return a progress bar on stderr, which shows nothing where that is not a terminal.
+    """Return a progress bar on stderr, which shows nothing if that is not a terminal.
 
     Args:
         unit: unit of what is counted, in the singular.

@@ -21,7 +21,7 @@ class Candidate:
     Attributes:
         id: unique and stable: ``Dataset004_Hippocampus/hippocampus_001_0000``, or folder name /
             path below it, no ending.
-        path: the file, or the folder that a left-out row stands for.
+        path: the file, or the folder that a left-out row is about.
         dataset: name of the nnU-Net dataset, or of the folder given.
         case: groups the channels of one nnU-Net case; in plain folders the path below the folder,
             no ending.

@@ -98,18 +98,19 @@ class DicomCollector:
     def rows(self) -> Iterator[DicomRow]:
         """Yield scans first, then rows that are left out."""
         groups = list(self._series())
-        original = {_kind(group[0]) for _, group in groups if not originals(group)[0].derived}
+        original = set()
+        for _, group in groups:
+            if not originals(group)[0].derived:
+                original.add(_kind(group[0]))
 
         num_derived_used = 0
         for path, group in groups:
             kept = list(originals(group))
-            # Derived images within a series of originals are not a stack of their own.
-            for one in group if len(kept) < len(group) else []:
-                if one.derived:
-                    reason = (
-                        f"derived images ({one.derived}) beside the original ones of their series"
-                    )
-                    self.left[path, one.series, one.modality, "derived", reason] += 1
+            # Derived images within a series of originals are not a separate stack.
+            beside = [one for one in group if one.derived and len(kept) < len(group)]
+            for one in beside:
+                reason = f"derived images ({one.derived}) beside the original ones of their series"
+                self.left[path, one.series, one.modality, "derived", reason] += 1
 
             reason = _why_derived(kept, original)
             if kept[0].derived and not reason:
@@ -126,7 +127,8 @@ class DicomCollector:
 
         # The loop above adds to these, so they come last.
         for (source, series, what, status, reason), count in self.left.items():
-            name = f"{what}-{salted(series or f'{source} {reason}', self.salt)}"
+            identity = series or f"{source} {reason}"
+            name = f"{what}-{salted(identity, self.salt)}"
             yield DicomRow(source, name, status=status, reason=f"{reason} ({_num_files(count)})")
 
     def _series(self) -> Iterator[tuple[Path, list[DicomSlice]]]:

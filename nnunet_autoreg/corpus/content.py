@@ -4,7 +4,7 @@ scaling.
 A scan stored as DICOM and as NIfTI differs in the 7th digit: always in the spacing, and in the
 voxels if a rescale slope is not a whole number (PET, some MR). A hash of rounded values does not
 tolerate this, because among millions of voxels some lie on a border of the rounding. So the hash is
-exact, over integers where all voxels are integers (CT, most MR); what it misses is found by
+exact, over integers if all voxels are integers (CT, most MR); what it misses is found by
 comparing signatures with a tolerance, which has no borders.
 
 Limits: a copy that was cropped, resampled, smoothed, clipped or stored with another voxel size is

@@ -210,12 +210,24 @@ class _Finder:
         # Everything else in the dataset's folder is counted, so that nothing is left out silently.
         others: Counter[str] = Counter()
         for path in sorted(folder.iterdir(), key=lambda p: p.name):
-            if path.is_dir():
-                is_asked_for = only is None or path.name == only
-                if is_asked_for and path.name not in ("imagesTr", "imagesTs"):
-                    self._count_other(folder, path.name)
-            elif not only and path.is_file() and path.name != "dataset.json":
+            if path.is_file() and not only and path.name != "dataset.json":
                 others[_ending(path.name)] += 1
+            is_asked_for = only is None or path.name == only
+            if not path.is_dir() or not is_asked_for or path.name in ("imagesTr", "imagesTs"):
+                continue
+
+            # One row for all images of a folder that is not read.
+            count = 0
+            for _, _, names in os.walk(path):
+                count += sum(map(_is_image, names))
+            if count:
+                status, kind = "ignored", "images outside imagesTr and imagesTs"
+                if path.name.startswith("labels"):
+                    status, kind = "labels", "label maps"
+                reason = (
+                    f"{count} {kind} of an nnU-Net dataset; only imagesTr and imagesTs are read"
+                )
+                self.scans.leave_out(path, folder.name, path.name, status, reason)
         self.scans.leave_out_others(folder, folder.name, "(other files)", others)
 
     def _add_images(self, folder: Path, part: str, described: DatasetJson) -> None:
@@ -274,20 +286,6 @@ class _Finder:
                     facts,
                     self._num_volumes(path),
                 )
-
-    def _count_other(self, folder: Path, part: str) -> None:
-        """Add one row for the images in a folder of a dataset that is not read."""
-        count = 0
-        for _, _, names in os.walk(folder / part):
-            count += sum(map(_is_image, names))
-        if not count:
-            return
-
-        status, kind = "ignored", "images outside imagesTr and imagesTs"
-        if part.startswith("labels"):
-            status, kind = "labels", "label maps"
-        reason = f"{count} {kind} of an nnU-Net dataset; only imagesTr and imagesTs are read"
-        self.scans.leave_out(folder / part, folder.name, part, status, reason)
 
     def add_folder(self, root: Path) -> None:
         """Add everything below a plain folder."""
@@ -508,7 +506,7 @@ def _is_image(name: str) -> bool:
 
 
 def _holds_voxels(path: Path) -> bool:
-    """Return whether a file is the .img of a NIfTI pair, whose .hdr stands for both."""
+    """Return whether a file is the .img of a NIfTI pair, whose .hdr is listed for both."""
     name = path.name
     stem = name[: -len(".gz")] if name.lower().endswith(".img.gz") else name
     if not stem.lower().endswith(".img"):

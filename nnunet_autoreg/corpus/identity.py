@@ -24,11 +24,9 @@ def salted(text: str, salt: str) -> str:
     stripped = text.strip().strip("\0").strip()
     if not stripped:
         return ""
-    return hmac.new(
-        salt.encode(),
-        stripped.encode("utf-8", "surrogateescape"),
-        hashlib.sha256,
-    ).hexdigest()[:NUM_HEX]
+    encoded = stripped.encode("utf-8", "surrogateescape")
+    digest = hmac.new(salt.encode(), encoded, hashlib.sha256)
+    return digest.hexdigest()[:NUM_HEX]
 
 
 def load_salt(folder: Path) -> str:
@@ -62,8 +60,7 @@ def load_salt(folder: Path) -> str:
     if len(salt) != 2 * NUM_SALT_BYTES:
         raise UsageError(
             f"{path} is damaged: {len(salt)} characters instead of {2 * NUM_SALT_BYTES}; put it "
-            "back, or remove it "
-            "(subjects then get new hashes)",
+            "back, or remove it (subjects then get new hashes)",
             code="salt-damaged",
         )
     return salt
@@ -75,7 +72,8 @@ def _make(path: Path) -> None:
     Only the first of several processes can do that, and other processes never read an unfinished
     file.
     """
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    unique = f"{os.getpid()}.{secrets.token_hex(4)}"
+    fresh = path.with_name(f"{path.name}.{unique}.tmp")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "w", encoding="ascii") as file:

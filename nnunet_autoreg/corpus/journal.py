@@ -24,8 +24,8 @@ class ScanFacts:
     """Facts found by reading one scan, without personal information.
 
     Attributes:
-        status, reason: as in ``ScanRow``; "" if the scan is good. shape_vox ... percentiles: as in
-        ``ScanRow``.
+        status, reason: as in ``ScanRow``; "" if the scan is good.
+        shape_vox ... percentiles: as in ``ScanRow``.
         signature: base64 of ``content.signature``; "" without one.
         samples: base64 of float32 Hounsfield values drawn inside the body; "" unless the scan is a
             CT.

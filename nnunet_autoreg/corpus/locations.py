@@ -19,10 +19,10 @@ from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.grid import oriented_voxel, read_label_map
 from nnunet_autoreg.corpus.parallel import parallel_map
 from nnunet_autoreg.corpus.private import public_dataset, terminal_only
-from nnunet_autoreg.corpus.read import load_scan, occupied_indices
+from nnunet_autoreg.corpus.read import box_around, load_scan
 from nnunet_autoreg.corpus.rows import ScanRow, public_message
 from nnunet_autoreg.errors import ScanError, UsageError, did_you_mean
-from nnunet_autoreg.geometry import as_size
+from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.io.dicom import claims_dicom
 from nnunet_autoreg.io.names import case_and_channel, strip_ending
 from nnunet_autoreg.records import from_jsonable, read_json, regular
@@ -58,8 +58,8 @@ class StructureLocation:
     Attributes:
         scan: id of its row.
         subject: identifies the patient.
-        structure: name, with dataset and channel where labels of different datasets need not mean
-            the same.
+        structure: name, with dataset and channel, because a label need not mean the same in another
+            dataset.
         centre: position as shares of the scan's cropped and transposed box, (z, y, x), each 0..1.
     """
 
@@ -207,7 +207,7 @@ def part_centres(mask_ZYX: npt.NDArray[np.bool_]) -> list[Point]:
     return centres
 
 
-def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def nonzero_box(row: ScanRow) -> tuple[Size, Size]:
     """Return the box that preprocessing crops a scan to.
 
     It is the first voxel, and the one after the last.
@@ -219,10 +219,7 @@ def nonzero_box(row: ScanRow) -> tuple[tuple[int, int, int], tuple[int, int, int
     if row.cropped_shape_vox == row.shape_vox:
         return (0, 0, 0), row.shape_vox
     scan = load_scan(Path(row.source), row.part)
-    occupied = occupied_indices(scan.array_CZYX[0] != 0)
-    low = as_size([indices[0] for indices in occupied])
-    high = as_size([indices[-1] + 1 for indices in occupied])
-    return low, high
+    return box_around(scan.array_CZYX[0] != 0)
 
 
 def _share(row: ScanRow, low: Sequence[int], high: Sequence[int], voxel: Sequence[float]) -> Point:
@@ -303,7 +300,8 @@ def read_boxes(path: Path) -> list[Box]:
     for boxes in joined.values():
         low = np.min([box.low for box in boxes], axis=0).tolist()
         high = np.max([box.high for box in boxes], axis=0).tolist()
-        surrounding.append(Box(boxes[0].scan, boxes[0].structure, tuple(low), tuple(high)))
+        first = boxes[0]
+        surrounding.append(Box(first.scan, first.structure, tuple(low), tuple(high)))
     return surrounding
 
 

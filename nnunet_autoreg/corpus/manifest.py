@@ -61,8 +61,7 @@ def read_manifest(file: Path) -> Manifest:
     """Read a CSV with a header line; separated by commas, semicolons or tabs.
 
     Columns: ``path`` (of a file or folder; absolute, or relative to the manifest), and any of
-        ``subject``, ``session``,
-    ``contrast``, ``class``, ``modality``. An empty cell says nothing.
+    ``subject``, ``session``, ``contrast``, ``class``, ``modality``. An empty cell says nothing.
 
     Raises:
         UsageError: it cannot be read, has an unknown column, no ``path``, a row that is too long,
@@ -134,8 +133,7 @@ def _gather(file: Path, rows: list[dict[str, str]]) -> Manifest:
         if row.get(""):
             raise UsageError(
                 f"--manifest {file}: row {number} has more cells than the first line has columns; "
-                "quote cells that hold "
-                "the separator",
+                "quote cells that hold the separator",
                 code="manifest-extra-cells",
             )
         cells = {name: (row.get(name) or "").strip() for name in COLUMNS}

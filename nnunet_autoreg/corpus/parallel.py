@@ -64,7 +64,7 @@ class _EndedError(SystemExit):
 
 
 def end_with_parent() -> None:
-    """Let this worker process end when its parent ends, for whatever reason."""
+    """Let this worker process end when its parent ends, for any reason."""
     parent = parent_process()
     assert parent is not None, "only workers call this"
 
@@ -130,7 +130,7 @@ def parallel_map(
     workers are ended in the middle of their work.
 
     Args:
-        chunk: items per hand-over; more than 1 where an item takes less than some milliseconds.
+        chunk: items per hand-over; more than 1 if an item takes less than some milliseconds.
         apart: use a worker even if it is the only one, so that the work can be ended at any moment.
 
     Raises:

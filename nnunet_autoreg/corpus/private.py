@@ -115,15 +115,15 @@ def hide_paths(
     for field in fields:
         value = request.get(field)
         values = [value] if isinstance(value, str) else list(value or ())
-        stand_ins = []
+        placeholders = []
         for number, path in enumerate(values):
             key = f"{field}:{number}"
-            stand_ins.append(HIDDEN + key)
-            # A plan that is written again holds stand-ins, whose paths are known.
+            placeholders.append(HIDDEN + key)
+            # A plan that is written again holds placeholders, whose paths are known.
             if not path.startswith(HIDDEN):
                 paths[key] = path
         if values:
-            hidden[field] = stand_ins[0] if isinstance(value, str) else stand_ins
+            hidden[field] = placeholders[0] if isinstance(value, str) else placeholders
     return hidden, paths
 
 

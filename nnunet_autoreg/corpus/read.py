@@ -28,6 +28,9 @@ MAX_DIRECTION_ERROR = 1e-2
 # measured: 34 to 47.
 BYTES_PER_VOXEL = 48
 NEEDS_3D = "3D scans are needed (--objective joint learns from 2D images as well)"
+NOT_AT_RIGHT_ANGLES = (
+    "the axes are not at right angles (sheared or tilted gantry); resample the scan first"
+)
 MAX_LABELS, SURE_LABELS = 512, 16
 LABEL_RUNS, NAMED_LABEL_RUNS = 0.6, 0.35
 LABEL_NAME = re.compile(
@@ -182,9 +185,11 @@ def _file_header(reader: Any, part: ScanPart) -> tuple[ScanHeader, Turn]:
     check_dimensions(size)
 
     # SimpleITK counts x, y, z, and its direction has a row and a column for every axis.
-    shape_vox, spacing_mm = as_size(size[::-1]), zyx(reader.GetSpacing()[:3])
+    shape_vox = as_size(size[::-1])
+    spacing_mm = zyx(reader.GetSpacing()[:3])
     check_spacing(spacing_mm)
-    direction = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
+    num_axes = reader.GetDimension()
+    direction = np.array(reader.GetDirection()).reshape(num_axes, num_axes)[:3, :3]
     _check_direction(direction)
     check_memory(shape_vox)
 
@@ -199,16 +204,17 @@ def check_dimensions(size: Sequence[int]) -> None:
         ScanError: not3d, 4d or tiny.
     """
     listed = size_text(size)
+    num_volumes = math.prod(size[3:])
     if len(size) > 3 and 1 in size[:3]:
         # Taking each "volume" as a scan would give single slices.
         raise ScanError(
             "not3d",
-            f"{math.prod(size[3:])} single slices along the fourth axis ({listed}), which is time; "
-            "store the slices along the third axis",
+            f"{num_volumes} single slices along the fourth axis ({listed}), which is time; store "
+            "the slices along the third axis",
         )
     if len(size) > 3:
         how = "--split-4d takes each as a scan" if len(size) == 4 else "split it into 3D files"
-        raise ScanError("4d", f"a series of {math.prod(size[3:])} volumes ({listed}); {how}")
+        raise ScanError("4d", f"a series of {num_volumes} volumes ({listed}); {how}")
     if len(size) < 3 or sorted(size)[0] == 1:
         raise ScanError("not3d", f"a single slice ({listed}); {NEEDS_3D}")
     if min(size) < MIN_AXIS_VOX:
@@ -263,10 +269,7 @@ def _check_direction(direction: Any) -> None:
         error = np.abs(direction @ direction.T - np.eye(3)).max()
         is_orthonormal = error <= MAX_DIRECTION_ERROR
     if not is_orthonormal:
-        raise ScanError(
-            "direction",
-            "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
-        )
+        raise ScanError("direction", NOT_AT_RIGHT_ANGLES)
 
 
 def check_memory(shape_vox: Sequence[int]) -> None:
@@ -311,19 +314,24 @@ def check_voxels(array_ZYX: Array, name: str = "") -> None:
         raise ScanError("labelmap", reason)
 
 
-def cropped_shape(array_ZYX: Array) -> Size:
+def cropped_shape(array_ZYX: npt.NDArray[Any]) -> Size:
     """Return the size of the box around all non-zero voxels, to which nnU-Net crops."""
-    hits = occupied_indices(array_ZYX != 0)
-    return as_size([int(h[-1] - h[0] + 1) if h.size else 0 for h in hits])
+    low, high = box_around(array_ZYX != 0)
+    return as_size([end - start for start, end in zip(low, high, strict=True)])
 
 
-def occupied_indices(mask_ZYX: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
-    """Return, for z, y and x, the sorted indices at which any voxel is True."""
-    hits = []
+def box_around(mask_ZYX: npt.NDArray[np.bool_]) -> tuple[Size, Size]:
+    """Return the first voxel, and the one after the last, of the box around all True voxels.
+
+    Both are (0, 0, 0) if no voxel is True.
+    """
+    low, high = [], []
     for axis in range(3):
         others = tuple(other for other in range(3) if other != axis)
-        hits.append(np.flatnonzero(mask_ZYX.any(axis=others)))
-    return hits
+        hits = np.flatnonzero(mask_ZYX.any(axis=others))
+        low.append(int(hits[0]) if hits.size else 0)
+        high.append(int(hits[-1]) + 1 if hits.size else 0)
+    return as_size(low), as_size(high)
 
 
 def _labelmap_reason(array_ZYX: Array, low: float, high: float, name: str) -> str:
@@ -379,7 +387,7 @@ TRANSLATIONS = (
     (
         ("orthonormal",),
         "direction",
-        "the axes are not at right angles (sheared or tilted gantry); resample the scan first",
+        NOT_AT_RIGHT_ANGLES,
     ),
     (
         ("Zero-valued spacing", "Negative spacing"),

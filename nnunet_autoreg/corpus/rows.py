@@ -38,7 +38,7 @@ class ScanRow:
     to ``paths_do_not_share.csv`` only.
 
     Attributes:
-        id: salted hash that stands for the scan in all outputs.
+        id: salted hash that represents the scan in all outputs.
         dataset: number of the nnU-Net dataset, or a hash of the folder.
         case: groups the channels of one nnU-Net case. In other folders it is the path below the
             folder, without ending. Only in ``paths_do_not_share.csv``.
@@ -135,7 +135,7 @@ def write_index(
     Sizes are written as 35x51x35 and spacings as 1.0x1.0x1.0, (z, y, x); percentiles with spaces
     between them.
     """
-    # The private file first: without it, the ids of the index would stand for nothing.
+    # The private file first: without it, nobody could find the scan of an id.
     rows = list(rows)
     if paths is None:
         scans = {row.id for row in rows}
@@ -254,7 +254,8 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
 
 def _check_columns(names: Iterable[str]) -> None:
     found = set(names)
-    unknown, missing = sorted(found - set(COLUMNS)), sorted(set(COLUMNS) - NEWER - found)
+    unknown = sorted(found - set(COLUMNS))
+    missing = sorted(set(COLUMNS) - NEWER - found)
     if unknown:
         raise ValueError(f"unknown column '{unknown[0]}'; {did_you_mean(unknown[0], COLUMNS)}")
     if missing:

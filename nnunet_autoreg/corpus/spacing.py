@@ -201,36 +201,28 @@ def _cores(logs: Log2) -> list[Indices]:
     binned = np.round(logs * BINS_PER_OCTAVE) / BINS_PER_OCTAVE
     points, of_scan, counts = np.unique(binned, axis=0, return_inverse=True, return_counts=True)
 
+    # Points are near each other within GROUP_RATIO along every axis.
+    radius = math.log2(GROUP_RATIO) + 1e-9
+    distances = np.abs(points[:, None] - points[None]).max(axis=-1)  # (points, points)
+    near = distances <= radius
+
     free = np.ones(len(points), dtype=bool)
     cores: list[Indices] = []
     while free.any():
-        ball = _densest_ball(points, counts, free)
+        # The free points around the one with the most scans near it.
+        scans_around = np.where(free, (near & free[None]) @ counts, -1)
+        ball: npt.NDArray[np.bool_] = near[int(scans_around.argmax())] & free
+
+        # The densest point may lie at the edge of its group, so the ball moves to the median.
+        for _ in range(RECENTRINGS):
+            centre = np.median(np.repeat(points[ball], counts[ball], axis=0), axis=0)
+            moved = (np.abs(points - centre).max(axis=-1) <= radius) & free
+            if not moved.any() or (moved == ball).all():
+                break
+            ball = moved
+
         if cores and counts[ball].sum() < MIN_GROUP_SCANS:
             break
         cores.append(np.flatnonzero(ball[of_scan.reshape(-1)]))
         free &= ~ball
     return cores
-
-
-def _densest_ball(
-    points: Log2,
-    counts: Indices,
-    free: npt.NDArray[np.bool_],
-) -> npt.NDArray[np.bool_]:
-    """Return the free points around the point with the most neighbours.
-
-    They lie within ``GROUP_RATIO`` of it, recentred on their median.
-    """
-    radius = math.log2(GROUP_RATIO) + 1e-9
-    near = np.abs(points[:, None] - points[None]).max(axis=-1) <= radius  # (points, points)
-    scans_around = np.where(free, (near & free[None]) @ counts, -1)
-    ball: npt.NDArray[np.bool_] = near[int(scans_around.argmax())] & free
-
-    # The densest point may lie at the edge of its group, so the ball moves to the median.
-    for _ in range(RECENTRINGS):
-        centre = np.median(np.repeat(points[ball], counts[ball], axis=0), axis=0)
-        moved = (np.abs(points - centre).max(axis=-1) <= radius) & free
-        if not moved.any() or (moved == ball).all():
-            break
-        ball = moved
-    return ball

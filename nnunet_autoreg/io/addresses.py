@@ -1,4 +1,4 @@
-"""Addresses on the web that were typed where a file or folder is expected.
+"""Addresses on the web that were typed instead of a file or folder.
 
 ``Path`` would turn ``https://host/file`` into the relative path ``https:/host/file``, so addresses
 are recognised before paths are made.

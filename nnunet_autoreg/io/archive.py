@@ -84,7 +84,7 @@ def _danger(info: zipfile.ZipInfo) -> tuple[str, str] | None:
 def would_fill_the_disk(info: zipfile.ZipInfo) -> bool:
     """Return whether a member is packed as tightly as in archives that are made to do harm.
 
-    The sizes are what the archive claims, and unpacking stops where they are exceeded.
+    The sizes are those that the archive claims, and unpacking stops if they are exceeded.
     """
     is_large = info.file_size > SMALL_BYTES
     return is_large and info.file_size > MAX_RATIO * max(info.compress_size, 1)
@@ -94,7 +94,7 @@ def would_fill_the_disk(info: zipfile.ZipInfo) -> bool:
 def unpacked(path: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
     """Unpack members of an archive into a temporary folder.
 
-    They get names of our own with their endings, so that none can leave that folder.
+    They get new names with their endings, so that none can leave that folder.
 
     Raises:
         ScanError: ``unreadable``: a member is missing, damaged or dangerous, or there is no room

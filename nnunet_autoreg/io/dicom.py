@@ -188,10 +188,11 @@ def read_volume(path: Path, slices: Sequence[DicomSlice]) -> Array:
 def _frames(file: Path, slices: Sequence[DicomSlice]) -> Array:
     """Read frames of a multi-frame file.
 
-    GDCM rescales all of them as it does the first, which is undone where their slopes differ.
+    GDCM rescales all of them as it does the first, which is undone if their slopes differ.
     """
     whole = _pixels(file, None)
-    if whole.shape[1:] != slices[0].shape or max(s.frame for s in slices) >= len(whole):
+    last_frame = max(one.frame for one in slices)
+    if whole.shape[1:] != slices[0].shape or last_frame >= len(whole):
         raise ScanError(
             "unreadable",
             f"holds {len(whole)} frames of {whole.shape[1:]}, its header says otherwise; export it "
@@ -271,7 +272,8 @@ def dicom_image(file: Path) -> DicomImage | None:
     if problem[0]:
         raise ScanError(*problem)
 
-    rows, columns = int(header.number("Rows", 0)), int(header.number("Columns", 0))
+    rows = int(header.number("Rows", 0))
+    columns = int(header.number("Columns", 0))
     frames = int(header.number("NumberOfFrames", 1))
     # Radiographs give the spacing at the detector.
     spacing = header.numbers("PixelSpacing") or header.numbers("ImagerPixelSpacing")

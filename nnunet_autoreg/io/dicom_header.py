@@ -129,8 +129,8 @@ class DicomHeader:
     """Values of a DICOM header by keyword, such as ``header.number("Rows", 0)``.
 
     A frame of a multi-frame file has its values in several nested data sets: the first one that has
-    a value counts. A value that cannot be decoded counts as missing, as one bad value is no reason
-    to refuse a file.
+    a value counts. A value that cannot be decoded counts as missing, because one bad value is not
+    a reason to refuse a file.
 
     Attributes:
         pixels: None in files without any.
@@ -255,7 +255,7 @@ def _nested(item: Dataset) -> list[Dataset]:
 
 
 class _StopAtPixels:
-    """Tells pydicom to stop at the pixels, and keeps how many bytes they are said to have."""
+    """Makes pydicom stop at the pixels, and keeps their number of bytes by the header."""
 
     def __init__(self) -> None:
         self.length: int | None = None
@@ -369,20 +369,14 @@ def _parse(stream: IO[bytes], num_bytes: int, deflated: bool) -> tuple[DicomHead
             header.is_irregular = stop.is_implicit != (syntax == ImplicitVRLittleEndian)
         return header, True
 
-    # pydicom skips what is not wanted without a look, so it may have skipped past the end.
-    is_cut_short = stream.tell() > num_bytes or _last_value_is_cut(dataset)
-    return header, names_its_kind and not is_cut_short
-
-
-def _last_value_is_cut(dataset: Dataset) -> bool:
-    """Return whether the file ended within the last value that was read."""
+    # pydicom skips what is not wanted without a look, so it may have skipped past the end. Or the
+    # file ends within the last value that was read.
     elements = list(dataset.keys())
-    if not elements:
-        return True
-    last = dataset.get_item(elements[-1], keep_deferred=True)
-    stored = getattr(last, "value", None)
-    length = getattr(last, "length", 0)
-    return isinstance(stored, bytes) and length != UNKNOWN_LENGTH and len(stored) < length
+    last = dataset.get_item(elements[-1], keep_deferred=True) if elements else None
+    stored, length = getattr(last, "value", None), getattr(last, "length", 0)
+    is_torn = isinstance(stored, bytes) and length != UNKNOWN_LENGTH and len(stored) < length
+    is_cut_short = not elements or is_torn or stream.tell() > num_bytes
+    return header, names_its_kind and not is_cut_short
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def check_nifti(path: Path) -> None:
     """Check a NIfTI file's header and length; of a pair, those of the .hdr and the .img file.
 
     Raises:
-        ScanError: ``unreadable`` (no NIfTI, truncated, damaged gzip, one file of a pair),
+        ScanError: ``unreadable`` (not NIfTI, truncated, damaged gzip, one file of a pair),
             ``complex``, ``spacing``, ``direction`` (or no direction at all), ``nonfinite``.
     """
     with path.open("rb") as handle:
@@ -239,7 +239,7 @@ def parse_header(head: bytes) -> NiftiHeader:
     """Parse the first 540 bytes of an (uncompressed) NIfTI-1 or NIfTI-2 file.
 
     Raises:
-        ScanError: ``unreadable``: it is no NIfTI header.
+        ScanError: ``unreadable``: it is not a NIfTI header.
     """
     if len(head) >= 348:
         for order in "<>":
@@ -328,7 +328,9 @@ def _check_header(header: NiftiHeader) -> None:
     registered = header.sform_code >= REGISTERED_SFORM and header.qform_code > 0
     if header.sform_code < 1 or registered or len(header.dims) < 3:
         return
-    worst = max(abs(s / p - 1) for s, p in zip(header.sform_scales, header.pixdim, strict=True))
+    sizes = zip(header.sform_scales, header.pixdim, strict=True)
+    worst = max(abs(of_sform / of_qform - 1) for of_sform, of_qform in sizes)
+    # Written so that NaN counts as a disagreement.
     if not worst <= MAX_SCALE_DISAGREEMENT:
         raise ScanError(
             "direction",

@@ -158,8 +158,8 @@ class DicomSlice:
         order: what distinguishes slices of one position, as ``ORDER_NAMES`` names it, and the
             instance number at the end.
         problem: (status, reason) why its series cannot be used; ("", "") mostly.
-        thickness: NaN where the file does not say.
-        distance: to the next slice, as the file states it; NaN where it does not.
+        thickness: NaN if the file does not say.
+        distance: to the next slice, as the file states it; NaN if it does not.
         derived: the words of Image Type that mark a derived image; "" for an original one.
         is_irregular: as of ``DicomHeader``.
     """
@@ -339,7 +339,7 @@ def _modality(header: DicomHeader) -> str:
             if is_of_class and len(prefix) > len(longest):
                 longest = prefix
                 status, reason = described
-        # Reasons begin with the kind's name, such as RTSTRUCT, where it has one.
+        # Reasons begin with the kind's name, such as RTSTRUCT, if it has one.
         name = reason.split(" ")[0]
         name = name if name.isupper() else known or "DICOM"
         subject = header.text("PatientID") or header.text("StudyInstanceUID")
@@ -371,7 +371,8 @@ def _derived(header: DicomHeader, modality: str) -> str:
     if made:
         return made[0]
     # PET is always computed, so the word says nothing there.
-    return SECONDARY if words[1:2] == ["SECONDARY"] and modality != "PT" else ""
+    is_secondary = words[1:2] == ["SECONDARY"] and modality != "PT"
+    return SECONDARY if is_secondary else ""
 
 
 def _image_type(header: DicomHeader) -> list[str]:
@@ -424,7 +425,8 @@ def _problem_of_geometry(frame: DicomHeader, shape: tuple[int, int]) -> tuple[st
     position = frame.numbers("ImagePositionPatient")
     orientation = frame.numbers("ImageOrientationPatient")
     is_complete = len(position) == 3 and len(orientation) == 6
-    if not is_complete or not all(map(math.isfinite, (*position, *orientation))):
+    is_finite = all(map(math.isfinite, (*position, *orientation)))
+    if not is_complete or not is_finite:
         return (
             "slices",
             "a slice does not say where it lies (Image Position and Orientation (Patient)); export "
@@ -432,7 +434,8 @@ def _problem_of_geometry(frame: DicomHeader, shape: tuple[int, int]) -> tuple[st
         )
 
     spacing = frame.numbers("PixelSpacing")
-    if len(spacing) != 2 or not all(math.isfinite(s) and s > 0 for s in spacing):
+    are_positive = all(math.isfinite(step) and step > 0 for step in spacing)
+    if len(spacing) != 2 or not are_positive:
         listed = ", ".join(f"{s:g}" for s in spacing) or "none"
         return (
             "spacing",

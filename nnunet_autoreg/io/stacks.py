@@ -60,7 +60,7 @@ class Stack:
             4D series.
         direction: (3, 3), column k the direction of axis k of (x, y, z) in LPS.
         spacing_mm: (z, y, x).
-        repeated_over: what tells the volumes apart.
+        repeated_over: the value that differs between the volumes.
         problem: (status, reason) that keeps it from being used; ("", "") mostly.
     """
 
@@ -144,7 +144,7 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
         return studies
 
     # Slices between each other's slices make one volume if all of them fit side by side. Nothing is
-    # known where the thickness lacks (NaN).
+    # known without a thickness (NaN).
     thickest = PACKAGE_OVERLAP * whole.spacing_mm[0]
     thickness, distance = whole.first.thickness, whole.first.distance
     are_packages = thickness < thickest
@@ -198,7 +198,8 @@ def _parts_by_runs(group: Sequence[DicomSlice]) -> list[list[DicomSlice]]:
     if is_impossible or len(numbers) != len(group):
         return []
     ordered = sorted(group, key=lambda s: s.order[-1])
-    heights = (np.array([s.position for s in ordered]) @ direction[:, 2]).tolist()
+    positions = np.array([one.position for one in ordered])  # (N, xyz) in mm
+    heights = (positions @ direction[:, 2]).tolist()
 
     parts = [[ordered[0]]]
     step: float | None = None
@@ -217,7 +218,7 @@ def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
     """Return one stack for all parts at the same positions.
 
     Returns:
-        Nothing where that gives a single stack, or one with a problem.
+        Nothing if that gives a single stack, or one with a problem.
     """
     if not 1 < len(parts) <= MAX_PARTS or min(map(len, parts)) < MIN_PART_SLICES:
         return []
@@ -256,8 +257,9 @@ def _overlap(stacks: Sequence[Stack]) -> bool:
     for stack in stacks:
         normal = stack.direction[:, 2]
         volume = stack.volumes[0]
-        lowest, highest = np.array(volume[0].position), np.array(volume[-1].position)
-        extents.append((float(lowest @ normal), float(highest @ normal)))
+        lowest_mm = float(np.array(volume[0].position) @ normal)
+        highest_mm = float(np.array(volume[-1].position) @ normal)
+        extents.append((lowest_mm, highest_mm))
 
     step = min(stack.spacing_mm[0] for stack in stacks)
     pairs = itertools.pairwise(sorted(extents))
@@ -290,7 +292,8 @@ def _broken(slices: Sequence[DicomSlice], problem: tuple[str, str]) -> Stack:
 
 def _alike(a: DicomSlice, b: DicomSlice) -> bool:
     """Return whether two slices may belong to one stack."""
-    if (a.shape, a.parts, a.derived, a.frame < 0) != (b.shape, b.parts, b.derived, b.frame < 0):
+    kinds = [(one.shape, one.parts, one.derived, one.frame < 0) for one in (a, b)]
+    if kinds[0] != kinds[1]:
         return False
     for p, q in zip(a.spacing, b.spacing, strict=True):
         if not abs(p - q) <= SAME_SPACING_MM * max(p, q, 1):
@@ -309,7 +312,8 @@ def _stack(group: list[DicomSlice]) -> Stack:
         return _broken(group, ("direction", reason))
 
     # Slices at one height along the normal are of different volumes.
-    heights = np.array([s.position for s in group]) @ direction[:, 2]
+    positions = np.array([one.position for one in group])  # (N, xyz) in mm
+    heights = positions @ direction[:, 2]
     levels: list[Level] = []
     level_mm: list[float] = []
     for i in np.argsort(heights, kind="stable"):
@@ -339,7 +343,8 @@ def _stack(group: list[DicomSlice]) -> Stack:
 
 def _direction(one: DicomSlice) -> tuple[npt.NDArray[Any], bool]:
     """Return (directions of x, y and z as columns, whether they are impossible)."""
-    x, y = np.array(one.orientation[:3]), np.array(one.orientation[3:])
+    x = np.array(one.orientation[:3])
+    y = np.array(one.orientation[3:])
     errors = (np.linalg.norm(x) - 1, np.linalg.norm(y) - 1, x @ y)
     if max(map(abs, errors)) > 1e-2:
         return np.eye(3), True
@@ -367,24 +372,24 @@ def _volumes(
     if len(set(counts)) > 1:
         reason = (
             f"{len(repeated)} of {len(levels)} slice positions occur up to {most} times and others "
-            f"{min(counts)} (first at {first_mm}); "
-            "duplicate slices, or a 4D series with slices missing: export it again"
+            f"{min(counts)} (first at {first_mm}); duplicate slices, or a 4D series with slices "
+            "missing: export it again"
         )
         return everything, "", ("slices", reason)
 
-    index, name = _what_tells_apart(levels)
+    index, name = _distinguishing_value(levels)
     if name:
         sorted_levels = [sorted(level, key=lambda s: s.order[index:]) for level in levels]
         return tuple(zip(*sorted_levels, strict=True)), name, NO_PROBLEM
     reason = (
-        f"each of {len(levels)} slice positions occurs {most} times with nothing that tells "
-        f"them apart (first at {first_mm}): duplicate slices; export it again"
+        f"each of {len(levels)} slice positions occurs {most} times and no value "
+        f"distinguishes them (first at {first_mm}): duplicate slices; export it again"
     )
     return everything, "", ("slices", reason)
 
 
-def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
-    """Return where in ``order`` the sorting of each level begins, and what tells volumes apart.
+def _distinguishing_value(levels: list[Level]) -> tuple[int, str]:
+    """Return where in ``order`` the sorting of each level begins, and the value that differs.
 
     Returns:
         (0, "") if nothing does.
@@ -401,7 +406,7 @@ def _what_tells_apart(levels: list[Level]) -> tuple[int, str]:
         if name in PACKAGE_NAMES or are_equal:
             return index, name
 
-    # No single value tells the volumes apart, but all of them together may.
+    # No single value distinguishes the volumes, but all of them together may.
     counts = []
     for level in levels:
         counts.append(len({one.order[:-1] for one in level}))
@@ -428,8 +433,8 @@ def _instance_numbers_run(levels: list[Level]) -> bool:
         by_slice &= max(of_level) - min(of_level) == len(of_level) - 1
 
     # The first volume has the lowest number of every level, and these follow each other.
-    by_volume = len(levels[0]) > 2 and max(lowest) - min(lowest) == len(levels) - 1
-    return by_volume or by_slice
+    by_volume = max(lowest) - min(lowest) == len(levels) - 1
+    return by_slice or (by_volume and len(levels[0]) > 2)
 
 
 def _is_even_within_rounding(
@@ -477,12 +482,16 @@ def _step(
     tolerance = max(UNEVEN * usual, 2 * SAME_POSITION_MM)
     is_even = np.abs(gaps - usual).max() <= tolerance
     if is_even or _is_even_within_rounding(level_mm, lowest, direction):
-        return round((level_mm[-1] - level_mm[0]) / (len(level_mm) - 1), 5), NO_PROBLEM
+        extent = level_mm[-1] - level_mm[0]
+        return round(extent / (len(level_mm) - 1), 5), NO_PROBLEM
 
     widest = int(gaps.argmax())
-    between = f"between {level_mm[widest]:.2f} and {level_mm[widest + 1]:.2f} mm"
+    below, above = level_mm[widest : widest + 2]
+    between = f"between {below:.2f} and {above:.2f} mm"
     if gaps[widest] > MISSING * usual:
-        num_missing = sum(max(0, round(float(gap) / usual) - 1) for gap in gaps)
+        num_missing = 0
+        for gap in gaps.tolist():
+            num_missing += max(0, round(gap / usual) - 1)
         return usual, (
             "slices",
             f"about {num_missing} of {len(level_mm) + num_missing} slices are missing: the widest "

@@ -117,7 +117,7 @@ class StoredCase:
         high = np.minimum(np.add(start, size), self.shape_vox)
         length = high - low
         if (length > 0).all():
-            z, y, x = (slice(a, b) for a, b in zip(low - start, high - start, strict=True))
+            z, y, x = box_at((low - start).tolist(), length.tolist())
             crop[:, z, y, x] = self.read(low.tolist(), length.tolist())
             valid[z, y, x] = True
         return crop, valid
@@ -272,7 +272,9 @@ def compressed(data_CZYX: Array) -> Any:
         return blosc2.asarray(data, cparams=settings, **shapes)
 
     # Compress one chunk from the middle of the case both ways.
-    starts = [(n - min(n, c)) // 2 for n, c in zip(data_CZYX.shape[1:], chunk, strict=True)]
+    starts = []
+    for side, length in zip(data_CZYX.shape[1:], chunk, strict=True):
+        starts.append(max(side - length, 0) // 2)
     z, y, x = box_at(starts, chunk)
     middle = np.ascontiguousarray(data_CZYX[:, z, y, x])
     shuffled_bytes = packed(middle, blosc2.Filter.SHUFFLE).schunk.cbytes

@@ -21,14 +21,10 @@ from nnunet_autoreg.corpus.fingerprint import row_spacing, transpose_axes
 from nnunet_autoreg.corpus.grid import brought_onto, grid_of_scan
 from nnunet_autoreg.corpus.groups import ContrastGroup, reduced
 from nnunet_autoreg.corpus.parallel import is_large, parallel_map, workers_for
-from nnunet_autoreg.corpus.read import (
-    check_memory,
-    cropped_shape,
-    occupied_indices,
-)
+from nnunet_autoreg.corpus.read import box_around, check_memory, cropped_shape
 from nnunet_autoreg.corpus.rows import ScanRow
 from nnunet_autoreg.errors import ScanError
-from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, size_text, volume
+from nnunet_autoreg.geometry import Spacing, as_size, as_spacing, box_at, size_text, volume
 from nnunet_autoreg.nnunet_api import (
     CT_SCHEME,
     Array,
@@ -87,7 +83,8 @@ def ensure_groups(
         records = [read_record(case_path(store.root, key)) for key in task.keys]
         if None in records:
             missing.append(task)
-            voxels.append(sum(volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows))
+            sizes = [volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows]
+            voxels.append(sum(sizes))
 
     if missing:
         log.info("store: %d of %d groups of contrasts are missing", len(missing), len(tasks))
@@ -131,15 +128,15 @@ def plan_group(
 
     # A member is made as its scan would be without the group, but its key depends on the whole
     # group.
-    alone = [plan_task(row, spacing, ct_window) for row in group.rows]
+    single = [plan_task(row, spacing, ct_window) for row in group.rows]
     whole = [[row.content_hash for row in group.rows], reference, group.channels]
     keys = []
-    for number, task in enumerate(alone):
+    for number, task in enumerate(single):
         known = json.dumps(["group", LAYOUT, number, whole, task.key])
         keys.append(hashlib.sha256(known.encode()).hexdigest())
 
-    schemes = tuple(task.scheme for task in alone)
-    windows = tuple(task.ct_window for task in alone)
+    schemes = tuple(task.scheme for task in single)
+    windows = tuple(task.ct_window for task in single)
     return GroupTask(group, reference, spacing, tuple(keys), schemes, windows)
 
 
@@ -168,7 +165,7 @@ def _make_group(root: Path, task: GroupTask) -> None:
     source_mm = as_spacing([spacing_mm[a] for a in axes])
 
     is_occupied_ZYX = (stack_CZYX != 0).any(axis=0)
-    cropped = cropped_shape(is_occupied_ZYX.astype(np.float32))
+    cropped = cropped_shape(is_occupied_ZYX)
     shape = resampled_shape(cropped, source_mm, task.spacing_mm)
     if min(shape) < 1:
         raise ScanError(
@@ -224,7 +221,8 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
     target = scans[task.reference]
 
     # Channels of one nnU-Net case lie on one grid already.
-    if task.group.channels and all(s.array_CZYX.shape == target.array_CZYX.shape for s in scans):
+    shapes = {scan.array_CZYX.shape for scan in scans}
+    if task.group.channels and len(shapes) == 1:
         return np.concatenate([s.array_CZYX for s in scans]), target.spacing_mm
 
     grids = []
@@ -254,15 +252,15 @@ def _on_one_grid(task: GroupTask) -> tuple[Array, Spacing]:
         return np.stack(moved), target.spacing_mm
 
     # Crop all members to the box around what every one of them covers.
-    hits = occupied_indices(np.logical_and.reduce(covered))
-    sides = [int(h[-1] - h[0] + 1) if h.size else 0 for h in hits]
+    low, high = box_around(np.logical_and.reduce(covered))
+    sides = [end - start for start, end in zip(low, high, strict=True)]
     if min(sides) < MIN_SHARED_VOX:
         raise ScanError(
             "geometry",
             f"they share only {size_text(sides)} voxels: they show different parts of the body",
         )
 
-    shared = tuple(slice(int(h[0]), int(h[-1]) + 1) for h in hits)
+    shared = box_at(low, sides)
     return np.stack([array_ZYX[shared] for array_ZYX in moved]), target.spacing_mm
 
 
@@ -285,5 +283,6 @@ def store_groups(
     stored = []
     for group in fitting:
         if group.name in keys:
-            stored.append((group, [store.open(key) for key in keys[group.name]]))
+            members = [store.open(key) for key in keys[group.name]]
+            stored.append((group, members))
     return stored

@@ -34,7 +34,8 @@ def layout_of(shape_vox: Size) -> tuple[Size, Size]:
             lengths.append(LARGE_AXIS_BLOCKS)
         else:
             most_parts = max(1, side // 4)
-            lengths.append(sorted({math.ceil(side / n) for n in range(1, most_parts + 1)}))
+            of_equal_parts = {math.ceil(side / n) for n in range(1, most_parts + 1)}
+            lengths.append(sorted(of_equal_parts))
 
     choices = itertools.product(*lengths)
     allowed = [block for block in choices if volume(block) <= MAX_BLOCK_VOX]
@@ -84,7 +85,8 @@ def chunks_touched(
     _, ny, nx = (math.ceil(n / c) for n, c in zip(shape_vox, chunk_vox, strict=True))
     per_axis = []
     for start, size, chunk in zip(start_zyx, size_zyx, chunk_vox, strict=True):
-        per_axis.append(range(start // chunk, (start + size - 1) // chunk + 1))
+        first, last = start // chunk, (start + size - 1) // chunk
+        per_axis.append(range(first, last + 1))
     return [(z * ny + y) * nx + x for z, y, x in itertools.product(*per_axis)]
 
 
