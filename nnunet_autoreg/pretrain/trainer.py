@@ -233,7 +233,9 @@ class Trainer:
             raise InterruptedRunError(self.checkpoints.line_if_forced()) from error
 
     def _is_due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.plan.optim.num_steps
+        """Return whether something that is done regularly is due; at the last step it always is."""
+        step = self.progress.step
+        return step % every == 0 or step == self.plan.optim.num_steps
 
     def _open_metrics(self, start: int) -> MetricsFile:
         path = self.folder / "metrics.jsonl"
@@ -249,7 +251,8 @@ class Trainer:
             elapsed: seconds since the last log entry.
         """
         seconds = elapsed / self.plan.run.log_every
-        bar.set_postfix_str(postfix(error, self.throughput.metrics(seconds)))
+        throughput = self.throughput.metrics(seconds)
+        bar.set_postfix_str(postfix(error, throughput))
 
         step, num_steps = self.progress.step, self.plan.optim.num_steps
         left = duration(seconds * (num_steps - step))
@@ -270,7 +273,7 @@ class Trainer:
             elapsed: seconds since the last log entry.
         """
         self.checkpoints.require_folder()
-        # JSON knows no NaN; the skipped steps are logged beside.
+        # JSON has no NaN. Steps that are skipped for it are counted in metrics of their own.
         if math.isfinite(error) and math.isfinite(norm):
             self._log_error(metrics, step, error)
             metrics.log(step, "gradient_norm", norm, "1")
@@ -290,7 +293,7 @@ class Trainer:
             metrics.note(step, "data_wait_warning", warning)
 
     def _log_error(self, metrics: MetricsFile, step: int, loss: float) -> None:
-        """Write the figure of merit in training, and the terms of the loss where it has several."""
+        """Write the figure of merit in training, and the terms of the loss if it has several."""
         figure, means = self.objective.figure, self.train_step.term_means
         error = loss
         if figure.term:

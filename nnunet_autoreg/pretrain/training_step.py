@@ -65,8 +65,10 @@ def learning_rate(optim: OptimPlan, step: int) -> float:
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     # A short run may be all warm-up.
-    progress = (step - optim.warmup_steps) / max(1, optim.num_steps - optim.warmup_steps)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    num_falling = max(1, optim.num_steps - optim.warmup_steps)
+    share_done = min(1.0, (step - optim.warmup_steps) / num_falling)
+    half_cosine = 0.5 * (1 + math.cos(math.pi * share_done))
+    return optim.lr * half_cosine
 
 
 class BatchLoss(nn.Module):
@@ -91,8 +93,8 @@ class BatchLoss(nn.Module):
         """Return the loss to differentiate, the sums of all terms, and the statistics.
 
         Args:
-            ratios: by how much the sum of a term counts more than that of the first term because
-                it sums over fewer things, by name; no entry where both count the same things.
+            ratios: for each term, the count of the first term over its own count, by name. The
+                sum of a term counts that much more. Empty if all terms count the same things.
 
         Returns:
             the weighted sum of the terms, a scalar; their sums and counts, (2, terms), without
@@ -104,7 +106,9 @@ class BatchLoss(nn.Module):
         if not ratios:
             weighted = loss.total
         else:
-            parts = [term.weight * ratios[name] * term.total for name, term in loss.terms.items()]
+            parts = []
+            for name, term in loss.terms.items():
+                parts.append(term.weight * ratios[name] * term.total)
             weighted = torch.stack(parts).sum()
 
         totals = torch.stack([term.total.detach().float() for term in loss.terms.values()])
@@ -236,8 +240,7 @@ class TrainingStep:
                     weighted, part_sums, found = self.loss_of(part.to(self.device), ratios)
                 torch.autograd.backward(weighted / scale)
             sums = part_sums if sums is None else sums + part_sums
-            for name, value in found.items():
-                statistics[name] = statistics[name] + value if name in statistics else value
+            add_to(statistics, found)
         assert sums is not None, "a process has at least one sample"
 
         totals, counts = self.world.add(sums).unbind()  # (terms,) each
@@ -258,12 +261,18 @@ class TrainingStep:
         """Return the first term's count over that of each term, in the batch of all processes."""
         totals: dict[str, Tensor] = {}
         for part in parts:
-            for name, count in self.objective.term_counts(part).items():
-                totals[name] = totals[name] + count if name in totals else count
+            add_to(totals, self.objective.term_counts(part))
 
-        counts = self.world.add(torch.stack([count.float() for count in totals.values()]))
-        counts = counts.clamp(min=1)
-        return dict(zip(totals, (counts[0] / counts).unbind(), strict=True))
+        own_counts = torch.stack([count.float() for count in totals.values()])  # (terms,)
+        counts = self.world.add(own_counts).clamp(min=1)
+        ratios = counts[0] / counts
+        return dict(zip(totals, ratios.unbind(), strict=True))
+
+
+def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add values to sums of the same names; a name that has no sum yet gets one."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def parameter_groups(
@@ -331,7 +340,8 @@ class LossSpikeGuard:
         mean, variance, seen = self.loss.unbind()
         nonfinite = ~(torch.isfinite(loss) & torch.isfinite(norm))
         # A smooth loss deviates so little that a spike has to be large beside the mean as well.
-        margin = torch.maximum(self.spike_sigmas * variance.sqrt(), (SPIKE_RATIO - 1) * mean.abs())
+        deviation = variance.sqrt()
+        margin = torch.maximum(self.spike_sigmas * deviation, (SPIKE_RATIO - 1) * mean.abs())
         spike = ~nonfinite & (seen >= WINDOW) & (loss > mean + margin)
         bad = nonfinite | spike
 
@@ -343,13 +353,16 @@ class LossSpikeGuard:
 
     def statistics(self) -> StepStatistics:
         """Return the counts; this waits for the device."""
-        nonfinite, spikes, in_row, mean = torch.cat([self.counts, self.loss[:1]]).tolist()
+        # One tensor, so that the device is waited for once.
+        values = torch.cat([self.counts, self.loss[:1]])
+        nonfinite, spikes, in_row, mean = values.tolist()
         return StepStatistics(int(nonfinite), int(spikes), int(in_row), float(mean))
 
     def reset(self) -> None:
         """Start the running mean and the row again, after a roll-back; other counts stay."""
         self.loss = torch.zeros_like(self.loss)
-        self.counts = self.counts * torch.tensor([1.0, 1.0, 0.0], device=self.counts.device)
+        keeps_all_but_row = torch.tensor([1.0, 1.0, 0.0], device=self.counts.device)
+        self.counts = self.counts * keeps_all_but_row
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for checkpoints."""
@@ -377,8 +390,8 @@ def update_running(statistics: Tensor, value: Tensor) -> Tensor:
 def skip_if(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """Have the next step of a fused optimizer change nothing where ``bad`` is 1.
 
-    No weight, moment or count then changes. torch's gradient scaler tells fused kernels in the same
-    way whether a gradient is finite; nothing waits for the device.
+    No weight, moment or count then changes. torch's gradient scaler uses the same two attributes to
+    say whether a gradient is finite. Nothing waits for the device.
     """
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -450,7 +463,7 @@ def measure_throughput(
     try:
         crops_per_device = plan.optim.batch_size / num_devices
         first_crop = next(micro_batches(sample, 1)).to(device)
-        # The crops of a batch have one shape, so that one of them stands for all.
+        # The crops of a batch have one shape, so that one of them is enough.
         flops = crops_per_device * step_flops(objective, first_crop)
         peak = matmul_peak(device)
     except (RuntimeError, NotImplementedError) as error:
@@ -489,7 +502,8 @@ def matmul_peak(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     # The first products wake the device, and the median leaves them out.
-    return 2 * PEAK_SIDE**3 / sorted(times)[len(times) // 2]
+    median_s = sorted(times)[len(times) // 2]
+    return 2 * PEAK_SIDE**3 / median_s
 
 
 def peak_memory_gib(device: torch.device) -> float:

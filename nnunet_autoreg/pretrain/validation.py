@@ -27,7 +27,7 @@ from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import Plan, RunPlan
 from nnunet_autoreg.pretrain.checkpointing import Checkpoints
 from nnunet_autoreg.pretrain.distributed import gathered
-from nnunet_autoreg.pretrain.training_step import StepStatistics, TrainingStep
+from nnunet_autoreg.pretrain.training_step import StepStatistics, TrainingStep, add_to
 from nnunet_autoreg.report.metrics import MetricsFile
 from nnunet_autoreg.sampling.sample import Batch
 from nnunet_autoreg.wording import counted
@@ -92,11 +92,10 @@ class Health:
 
     def message(self) -> str:
         """Return one line for the log."""
-        baselines = ", ".join(
-            f"{name} {value:.4f}" for name, value in self.errors.items() if name != "error"
-        )
         message = f"validation {self.figure.name} {self.errors['error']:.4f}"
-        if baselines:
+        trivial = {name: value for name, value in self.errors.items() if name != "error"}
+        if trivial:
+            baselines = ", ".join(f"{name} {value:.4f}" for name, value in trivial.items())
             message += f" (baselines: {baselines})"
         if self.parts:
             parts = " and ".join(f"{value:.4f} of {name}" for name, value in self.parts.items())
@@ -158,6 +157,7 @@ def sums_of(loss: LossTerms) -> LossSums:
     terms = {}
     for name, term in loss.terms.items():
         terms[name] = (float(term.total), float(term.count), term.weight)
+
     references = {name: float(total) for name, total in loss.references.items()}
     statistics = {name: value.float().cpu() for name, value in loss.statistics.items()}
     return LossSums(terms, references, statistics)
@@ -171,12 +171,11 @@ def added(parts: Sequence[LossSums]) -> LossSums:
     for part in parts:
         for name, (total, count, weight) in part.terms.items():
             # Not every kind of sequence need have every term.
-            before = terms.get(name, (0.0, 0.0, weight))
-            terms[name] = (before[0] + total, before[1] + count, weight)
+            total_before, count_before, _ = terms.get(name, (0.0, 0.0, weight))
+            terms[name] = (total_before + total, count_before + count, weight)
         for name, total in part.references.items():
             references[name] = references.get(name, 0.0) + total
-        for name, value in part.statistics.items():
-            statistics[name] = statistics[name] + value if name in statistics else value
+        add_to(statistics, part.statistics)
     return LossSums(terms, references, statistics)
 
 
@@ -232,14 +231,9 @@ class Validation:
         if self.probe.works:
             # Voxels do not change in training, so that their score is computed once.
             if self.voxel_score is None:
-                self.voxel_score = self.probe.score(
-                    lambda batch: self._describe(batch).voxels[0].float().cpu(),
-                )
-            feature_score = self.probe.score(
-                lambda batch: self._describe(batch).features[0].float().cpu(),
-            )
+                self.voxel_score = self.probe.score(self._voxels)
             scores = {
-                "features": feature_score,
+                "features": self.probe.score(self._token_features),
                 "voxels": self.voxel_score,
                 "chance": self.probe.chance,
             }
@@ -260,6 +254,14 @@ class Validation:
     def _describe(self, batch: Batch) -> TokenFeatures:
         with autocast(self.device):
             return self.objective.describe(batch.to(self.device))
+
+    def _voxels(self, batch: Batch) -> Tensor:
+        """Return the voxels of every token of a batch's first crop, (T, P)."""
+        return self._describe(batch).voxels[0].float().cpu()
+
+    def _token_features(self, batch: Batch) -> Tensor:
+        """Return the features of every token of a batch's first crop, (T, V)."""
+        return self._describe(batch).features[0].float().cpu()
 
     def _features(self) -> tuple[Tensor, Tensor]:
         """Return features of valid tokens, and their part that depends on the image.
@@ -435,15 +437,12 @@ def content_part(features_NV: Tensor, position_N: Tensor) -> Tensor:
     The mean of all tokens at the same position of the grid is subtracted.
     """
     num_positions = int(position_N.max()) + 1 if len(position_N) else 0
-    sums = torch.zeros(
-        num_positions,
-        features_NV.shape[1],
-        dtype=features_NV.dtype,
-        device=features_NV.device,
-    )
-    sums.index_add_(0, position_N, features_NV)
-    count = torch.bincount(position_N, minlength=num_positions).clamp(min=1).to(features_NV.dtype)
-    return features_NV - (sums / count[:, None])[position_N]
+    # One row for each position of the grid.
+    sum_PV = features_NV.new_zeros(num_positions, features_NV.shape[1])
+    sum_PV.index_add_(0, position_N, features_NV)
+    count_P = torch.bincount(position_N, minlength=num_positions).clamp(min=1)
+    mean_PV = sum_PV / count_P.to(features_NV.dtype)[:, None]
+    return features_NV - mean_PV[position_N]
 
 
 def token_variance(content_NV: Tensor, features_NV: Tensor) -> float:
