@@ -212,3 +212,13 @@ def test_every_test_that_the_page_of_robustness_names_exists() -> None:
 
     assert len(named) > 40
     assert named <= existing, sorted(named - existing)
+
+
+def test_every_class_to_know_first_is_in_the_file_that_the_page_names() -> None:
+    page = (DOCS / "explanation/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([A-Z]\w+)` \| `([\w/]+\.py)` \|", page, re.MULTILINE)
+
+    assert len(rows) == 15
+    for name, file in rows:
+        source = (ROOT / "nnunet_autoreg" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^class {name}\b", source, re.MULTILINE), f"{name} in {file}"
