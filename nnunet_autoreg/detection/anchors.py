@@ -1,8 +1,10 @@
-"""Anchors: planned from the sizes of the objects, laid over feature maps, matched to objects.
+"""Plan anchors for the sizes of objects, lay them over feature maps, and match them to objects.
 
-Level 0 is the finest. Every level has the same K shapes, doubled from level to level as the stride
-doubles, because all levels share one head. Sizes, strides and shapes are in voxels of the
+Level 0 is the finest. Every level has the same K shapes, enlarged from level to level as the stride
+grows, because all levels share one head. Sizes, strides and shapes are in voxels of the
 preprocessed image, (z, y, x).
+
+Shape suffixes: N objects of a training set, K shapes, G objects of a patch, A anchors.
 """
 
 import logging
@@ -27,14 +29,14 @@ REACHABLE_IOU = 0.3
 MOST_LEVELS = 4
 USUAL_STRIDE, SMALL_STRIDE, SMALL_SIDE_VOX = 4, 2, 4.0
 ANCHOR_SIDES = 4
-"""A level is meant for objects whose side is this many strides: nnDetection's ratio, 16 voxels at
-stride 4.
+"""A level is meant for objects whose side is this many strides. The ratio is nnDetection's: 16
+voxels at stride 4.
 """
 RESTARTS, ROUNDS = 4, 40
 NUM_CANDIDATE_CELLS = 4
 WINDOW = 4
-"""Cells per axis among which the four nearest ones lie, regardless of the strides: two on either
-side.
+"""Number of cells per axis, two on either side, among which the four nearest ones lie for any
+strides.
 """
 
 log = logging.getLogger(__name__)
@@ -45,13 +47,13 @@ class AnchorPlan:
     """Hold the levels and the anchor shapes of a detector.
 
     Attributes:
-        stages: which of the encoder's stages the levels are, finest first.
+        stages: the encoder's stages that are levels, finest first.
         strides_vox: stride of each level.
         shapes_vox: the K shapes of level 0.
-        mean_iou: mean over the objects of the IoU with the best shape of any level, with the
-            centres put together.
-        unreachable: class name -> share of its objects that no anchor overlaps with an IoU of 0.3,
-            for a grid that lies as it happens to fall.
+        mean_iou: mean over the objects of the IoU with the best shape of any level, if both have
+            one centre.
+        unreachable: class name -> share of its objects whose IoU with every anchor is below 0.3, at
+            the mean distance from the nearest cell's centre.
     """
 
     stages: tuple[int, ...]
@@ -76,11 +78,12 @@ def plan_anchors(
     A warning names every class with objects that are too small or too thin for all anchors.
 
     Args:
-        sizes_vox: class name -> sides of its objects, at the target spacing.
+        sizes_vox: class name -> sides (z, y, x) of its objects, at the target spacing.
         stage_strides_vox: the stride of every stage that can carry a level, finest first.
+        seed: random seed of the clustering.
 
     Raises:
-        PlanError: no object, an object without extent, or no stage.
+        PlanError: there is no object, an object without extent, or no stage.
     """
     every_size = [side for of_class in sizes_vox.values() for side in of_class]
     sizes = np.array(every_size, dtype=np.float64).reshape(-1, 3)  # (N, 3)
@@ -91,9 +94,10 @@ def plan_anchors(
             code="detection-no-objects",
         )
     if sizes.min() <= 0:
-        wrong = tuple(sizes[sizes.min(1).argmin()].tolist())
+        smallest = sizes[sizes.min(1).argmin()]
         raise PlanError(
-            f"an object has sides of {wrong} voxels; every side must be greater than 0",
+            f"an object has sides of {tuple(smallest.tolist())} voxels; every side must be greater "
+            "than 0",
             code="detection-object-without-extent",
         )
 
@@ -125,13 +129,13 @@ def plan_anchors(
 def choose_levels(sizes_N3: Floats, stage_strides_vox: Sequence[Size]) -> list[int]:
     """Return the encoder's stages that become levels, finest first.
 
-    The finest level has stride 4, or stride 2 where a tenth of the objects have a mean side below 4
-    voxels. The mean side is geometric; the stride of a stage is its largest one. Levels go up to
-    the one that the largest object belongs to. There are at least two (if there are two stages) and
-    at most four.
+    The finest level has stride 4, or stride 2 if a tenth of the objects have a mean side below 4
+    voxels. The mean side is the geometric mean, and the stride of a stage is its largest one. The
+    highest level is the one that the largest object belongs to. There are at least two levels, if
+    there are two stages, and at most four.
 
     Raises:
-        PlanError: no stage.
+        PlanError: there is no stage.
     """
     if not stage_strides_vox:
         raise PlanError(
@@ -149,10 +153,10 @@ def choose_levels(sizes_N3: Floats, stage_strides_vox: Sequence[Size]) -> list[i
     first = fitting[-1] if fitting else 0
     available = list(range(first, min(first + MOST_LEVELS, len(stage_strides_vox))))
 
+    # Levels above that of the largest object are meant for none of the objects.
     level_of_object = _levels_of(sizes_N3, [stage_strides_vox[i] for i in available])
-    highest = int(level_of_object.max())
-    # Higher levels are meant for none of the objects.
-    return available[: max(highest + 1, 2)]
+    num_levels = int(level_of_object.max()) + 1
+    return available[: max(num_levels, 2)]
 
 
 def choose_shapes(
@@ -162,9 +166,9 @@ def choose_shapes(
 ) -> tuple[Floats, float]:
     """Return the fewest shapes, at most 12, with which the mean best IoU reaches 0.7.
 
-    If 12 do not reach it, the best shapes found are returned. Every object is first halved once per
-    level below its own. The shapes are the means of clusters, in logarithms, by k-means whose
-    distance is 1 - IoU of boxes with one centre.
+    If 12 do not reach it, the best shapes found are returned. The sizes of all objects are first
+    scaled to level 0. Then they are clustered by k-means, with 1 - IoU of boxes with one centre as
+    the distance. The shapes are the geometric means of the clusters.
 
     Returns:
         (K, 3) shapes of level 0, smallest first, and their mean best IoU over all levels.
@@ -172,15 +176,15 @@ def choose_shapes(
     Source: Redmon and Farhadi 2017, "YOLO9000" (arXiv 1612.08242), in 2D.
     """
     level_of_object = _levels_of(sizes_N3, strides_vox)
-    halved = sizes_N3 / _factors(strides_vox)[level_of_object]  # (N, 3)
+    scaled = sizes_N3 / _factors(strides_vox)[level_of_object]  # (N, 3)
 
-    best = halved[:1]
+    best = scaled[:1]
     best_iou = -1.0
-    most = min(MOST_SHAPES, len(np.unique(halved, axis=0)))
+    most = min(MOST_SHAPES, len(np.unique(scaled, axis=0)))
     for k in range(1, most + 1):
         # One cluster has one solution; several depend on where they start.
         for restart in range(RESTARTS if k > 1 else 1):
-            shapes = _k_means(halved, k, generator(seed, "anchors", k, restart))
+            shapes = _k_means(scaled, k, generator(seed, "anchors", k, restart))
             mean = float(_best_iou(sizes_N3, shapes, strides_vox, offset=0.0).mean())
             if mean > best_iou:
                 best = shapes
@@ -188,19 +192,25 @@ def choose_shapes(
         # Every further shape would add an anchor to every cell.
         if best_iou >= ENOUGH_IOU:
             break
-    return best[np.argsort(best.prod(1), kind="stable")], best_iou
+
+    smallest_first = np.argsort(best.prod(1), kind="stable")
+    return best[smallest_first], best_iou
 
 
 def _levels_of(sizes_N3: Floats, strides_vox: Sequence[Size]) -> NDArray[np.intp]:
-    """Return the level (N,) of each object: where its side is nearest to four strides, by ratio."""
-    sides = np.log2(np.cbrt(sizes_N3.prod(1)))  # (N,)
-    mean_strides = np.cbrt(np.array(strides_vox, dtype=np.float64).prod(1))  # (L,)
-    meant_for = np.log2(ANCHOR_SIDES * mean_strides)
-    return np.asarray(np.abs(sides[:, None] - meant_for[None]).argmin(1))
+    """Return the level (N,) of each object: its mean side is nearest to four strides, by ratio."""
+    mean_sides = np.cbrt(sizes_N3.prod(1))  # (N,)
+    strides = np.array(strides_vox, dtype=np.float64)  # (L, 3)
+    meant_for = ANCHOR_SIDES * np.cbrt(strides.prod(1))  # (L,)
+    log_ratios = np.log2(mean_sides)[:, None] - np.log2(meant_for)[None]  # (N, L)
+    return np.asarray(np.abs(log_ratios).argmin(1))
 
 
 def _factors(strides_vox: Sequence[Size]) -> Floats:
-    """Return how much larger the shapes of each level are than those of level 0, (L, 3)."""
+    """Return the factors (L, 3) by which the shapes of each level are larger than those of level 0.
+
+    They are the ratios of the strides.
+    """
     strides = np.array(strides_vox, dtype=np.float64)
     return np.asarray(strides / strides[0])
 
@@ -250,7 +260,8 @@ def _best_iou(
     strides = np.array(strides_vox, dtype=np.float64)
     per_level = []
     for factor, stride in zip(_factors(strides_vox), strides, strict=True):
-        per_level.append(_centred_iou(sizes_N3, shapes_K3 * factor, offset * stride).max(1))
+        iou_NK = _centred_iou(sizes_N3, shapes_K3 * factor, offset * stride)
+        per_level.append(iou_NK.max(1))
     return np.asarray(np.max(per_level, axis=0))
 
 
@@ -261,7 +272,7 @@ class AnchorGrid:
     The order is level, then cell (z, y, x), then shape.
 
     Attributes:
-        boxes_A6: float32.
+        boxes_A6: float32, in voxel edges of the patch.
         level_cells: number of cells (z, y, x) of each level.
         strides_vox: stride of each level.
         num_shapes: K.
@@ -280,10 +291,10 @@ def lay_out(
 ) -> AnchorGrid:
     """Return the anchors over feature maps of ``level_cells`` cells.
 
-    All anchors of cell i have its centre, (i + 1/2) strides.
+    All anchors of cell i have the centre of that cell, (i + 1/2) strides.
 
     Raises:
-        PlanError: another number of feature maps than levels.
+        PlanError: the number of feature maps differs from the number of levels.
     """
     if len(level_cells) != len(plan.strides_vox):
         raise PlanError(
@@ -293,20 +304,16 @@ def lay_out(
         )
 
     shapes = torch.tensor(plan.shapes_vox, dtype=torch.float32)  # (K, 3)
+    factors = torch.tensor(_factors(plan.strides_vox), dtype=torch.float32)  # (L, 3)
     levels = []
-    for cells, stride, factor in zip(
-        level_cells,
-        plan.strides_vox,
-        _factors(plan.strides_vox),
-        strict=True,
-    ):
+    for cells, stride, factor in zip(level_cells, plan.strides_vox, factors, strict=True):
         axes = []
         for num_cells, step in zip(cells, stride, strict=True):
             axes.append((torch.arange(num_cells, dtype=torch.float32) + 0.5) * step)
         grid = torch.meshgrid(*axes, indexing="ij")
         middle = torch.stack(grid, -1).reshape(-1, 1, 3)  # (cells, 1, 3)
 
-        half = (shapes * torch.tensor(factor, dtype=torch.float32) / 2)[None]  # (1, K, 3)
+        half = (shapes * factor / 2)[None]  # (1, K, 3)
         boxes = torch.cat([middle - half, middle + half], -1)  # (cells, K, 6)
         levels.append(boxes.reshape(-1, 6))
 
@@ -319,7 +326,7 @@ def lay_out(
 
 
 def _warn_about_unreachable(shares: Mapping[str, float], finest_stride: Size) -> None:
-    """Warn about every class of which a share of the objects fits no anchor."""
+    """Warn about every class with objects that no anchor fits."""
     for name, share in shares.items():
         if share > 0:
             log.warning(
@@ -343,11 +350,11 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
     similarity of volume.
 
     Args:
-        centre_inside: the anchor's centre must also lie inside the object. nnDetection does not ask
-            for that.
+        centre_inside: the anchor's centre must also lie inside the object, which nnDetection does
+            not require.
 
     Returns:
-        (A,) index of the object, or -1 for background.
+        (A,) index of the object of each anchor, or -1 for background.
 
     Source: Zhang et al. 2020, "Bridging the gap between anchor-based and anchor-free detection"
         (arXiv 1912.02424).
@@ -395,12 +402,13 @@ def match(objects_G6: Tensor, grid: AnchorGrid, *, centre_inside: bool = False) 
 def _fitness(anchors_C6: Tensor, object_6: Tensor, overlap_C: Tensor) -> Tensor:
     """Return how well anchors fit an object, (C,): by overlap, distance, similarity of volume.
 
-    The later ones decide only where the earlier ones are equal.
+    The distance decides only between equal overlaps, and the volume only between equal distances.
     """
-    ratio_C = bx.volumes(anchors_C6) / bx.volumes(object_6).clamp(min=1e-6)
-    ratio_C = ratio_C.log().abs()  # as far off at twice the volume as at half of it
     distance_C = (bx.centres(anchors_C6) - bx.centres(object_6)).square().sum(-1)
-    return overlap_C.double() - 1e-6 * distance_C.double() - 1e-9 * ratio_C.double()
+    ratio_C = bx.volumes(anchors_C6) / bx.volumes(object_6).clamp(min=1e-6)
+    # Twice the volume differs as much as half of it.
+    difference_C = ratio_C.log().abs()
+    return overlap_C.double() - 1e-6 * distance_C.double() - 1e-9 * difference_C.double()
 
 
 def _candidates(centres_G3: Tensor, grid: AnchorGrid) -> Tensor:
@@ -416,7 +424,8 @@ def _candidates(centres_G3: Tensor, grid: AnchorGrid) -> Tensor:
 
         # A window of 4 cells per axis around the centre, moved inwards at the border.
         location = centres_G3 / step - 0.5  # (G, 3), in cells
-        start = torch.minimum(location.floor().long() - 1, num_cells - WINDOW).clamp(min=0)
+        before = location.floor().long() - 1
+        start = torch.minimum(before, num_cells - WINDOW).clamp(min=0)
         axes = []
         away = []
         for i in range(3):
@@ -430,8 +439,8 @@ def _candidates(centres_G3: Tensor, grid: AnchorGrid) -> Tensor:
 
         rows = z[:, :, None, None] * cells[1] + y[:, None, :, None]
         index = (rows * cells[2] + x[:, None, None, :]).flatten(1)  # (G, up to 64)
-        nearest = torch.sort(distance, dim=1, stable=True).indices[:, :NUM_CANDIDATE_CELLS]
-        cell = index.gather(1, nearest)  # (G, 4)
+        by_distance = torch.sort(distance, dim=1, stable=True).indices
+        cell = index.gather(1, by_distance[:, :NUM_CANDIDATE_CELLS])  # (G, 4)
 
         shape = torch.arange(grid.num_shapes, device=cell.device)
         anchors = first_anchor + cell[:, :, None] * grid.num_shapes + shape  # (G, 4, K)

@@ -1,8 +1,8 @@
-"""Boxes as tensors: overlap, suppression, clustering, and the deltas that a network predicts.
+"""Compute with boxes as tensors: overlap, suppression, clustering, and the deltas of a network.
 
-A box is (z0, y0, x0, z1, y1, x1) in voxel edges, half open: voxel i covers [i, i + 1). A box of the
-voxels 3 to 5 therefore reads 3, 6, and its volume is its number of voxels. All arithmetic is in
-float32 or better, regardless of the input type.
+A box is (z0, y0, x0, z1, y1, x1) in voxel edges, half open: voxel i covers [i, i + 1). So the
+voxels 3 to 5 have the edges 3 and 6, and the volume of a box is its number of voxels. All results
+are computed in float32 or float64, regardless of the input type.
 """
 
 import math
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Boxes that ``nms`` decides at a time. With 64, 5000 boxes take 0.15 s on one core; with 256,
-whose pairs no longer fit into the cache, 0.28 s.
+"""Number of boxes that ``nms`` decides at a time. With 64, 5000 boxes take 0.15 s on one core. With
+256, whose pairs do not fit into the cache, they take 0.28 s.
 """
 
 LARGEST_LOG_FACTOR = math.log(16.0)
@@ -22,19 +22,19 @@ overflow.
 
 
 def sizes(boxes_N6: Tensor) -> Tensor:
-    """Return the sides in voxels, (N, 3)."""
+    """Return the sides of boxes in voxels, (N, 3)."""
     return boxes_N6[..., 3:] - boxes_N6[..., :3]
 
 
 def centres(boxes_N6: Tensor) -> Tensor:
-    """Return the centres in voxel edges, (N, 3)."""
+    """Return the centres of boxes in voxel edges, (N, 3)."""
     return (boxes_N6[..., 3:] + boxes_N6[..., :3]) / 2
 
 
 def volumes(boxes_N6: Tensor) -> Tensor:
-    """Return the volumes in voxels, (N,).
+    """Return the volumes of boxes in voxels, (N,).
 
-    A box whose ends are the wrong way round has the volume 0.
+    A box that ends before it starts has the volume 0.
     """
     return sizes(_at_least_float32(boxes_N6)).clamp(min=0).prod(-1)
 
@@ -75,7 +75,9 @@ def pair_giou(a_N6: Tensor, b_N6: Tensor) -> Tensor:
     hull = (upper - lower).clamp(min=0).prod(-1)  # (N,)
 
     tiny = torch.finfo(union.dtype).tiny
-    return common / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    overlap = common / union.clamp(min=tiny)
+    empty_share = (hull - union) / hull.clamp(min=tiny)
+    return overlap - empty_share
 
 
 def clip(boxes_N6: Tensor, shape_vox: tuple[int, int, int]) -> Tensor:
@@ -98,19 +100,20 @@ def nms(
 
     Args:
         iou_threshold: in [0, 1].
-        labels_N: boxes of different labels do not suppress each other. Without it, all boxes have
-            one label.
-        max_kept: the largest number of boxes to keep.
+        labels_N: boxes of different labels do not suppress each other. If it is None, all boxes
+            have one label.
+        max_kept: largest number of boxes to keep; None for no limit.
 
     Returns:
-        Indices of the boxes kept, highest score first; of equal scores the one that comes first.
+        Indices of the boxes kept, highest score first. Boxes of equal scores keep their order.
     """
     boxes = _at_least_float32(boxes_N6)
     if labels_N is not None and len(boxes):
-        # Boxes of different labels are moved so far apart that they cannot touch. In float64: far
-        # from the origin float32 would round small boxes.
+        # Boxes of different labels are moved so far apart that they cannot touch. This needs
+        # float64, because float32 would round small boxes far from the origin.
         boxes = boxes.double()
-        boxes = boxes + labels_N.to(boxes)[:, None] * (boxes.max() - boxes.min() + 1)
+        distance = boxes.max() - boxes.min() + 1
+        boxes = boxes + labels_N.to(boxes)[:, None] * distance
 
     order = torch.sort(scores_N, descending=True, stable=True).indices  # (N,)
     ordered = boxes[order]
@@ -152,15 +155,15 @@ def cluster(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge the boxes that several models or mirrorings found into one box per object.
 
-    This is weighted box clustering. From the highest score down, a cluster consists of every box
-    left of that label which overlaps by more than the threshold. With w = weight x IoU with the
-    highest, its score is sum(w s) / (sum(w) + missing mean(w)), and its box is the mean weighted by
-    w s. Missing votes thus count as 0.
+    This is weighted box clustering. The remaining box with the highest score s begins a cluster. It
+    takes in all remaining boxes of the same label that overlap it by more than the threshold. With
+    w = weight x IoU with the first box, the score of the cluster is sum(w s) / (sum(w) + missing
+    mean(w)), and its box is the mean weighted by w s. So missing votes count as scores of 0.
 
     Args:
         weights_N: for example 1 in the middle of a tile and less towards its border; 1 if None.
-        expected_N: how many votes an object there could get. "Missing" is their mean in the cluster
-            minus the votes found, never below 0. 1 if None.
+        expected_N: number of votes that an object there could get; 1 if None. "Missing" is its mean
+            in the cluster minus the number of votes found, but at least 0.
 
     Returns:
         Boxes (M, 6), scores (M,), labels (M,), and number of merged votes (M,), highest score
@@ -186,7 +189,7 @@ def cluster(
         is_member[0] = True
         members = remaining[is_member]
 
-        # An empty box overlaps itself by 0, and would weigh nothing in its own cluster.
+        # The first box counts fully. If it is empty, its IoU with itself is 0.
         overlap = overlap[is_member]
         overlap = torch.where(members == first, torch.ones_like(overlap), overlap)
         weight = weights[members] * overlap
@@ -197,7 +200,7 @@ def cluster(
         merged_scores.append(score)
         merged_labels.append(labels_N[first])
         num_votes.append(len(members))
-        # Every box belongs to one cluster.
+        # Every box belongs to only one cluster.
         remaining = remaining[~is_member]
 
     if not num_votes:
@@ -231,29 +234,32 @@ def _weighted_mean(
 def encode(boxes_N6: Tensor, anchors_N6: Tensor) -> Tensor:
     """Return the deltas (N, 6) that a network has to predict for box i from anchor i.
 
-    The first three are the shift in anchor sides, the others the logarithms of the ratios of sides.
+    The first three are the shift of the centre in anchor sides, the others the logarithms of the
+    ratios of sides.
     """
     boxes = _at_least_float32(boxes_N6)
     anchors = _at_least_float32(anchors_N6)
     shift = (centres(boxes) - centres(anchors)) / sizes(anchors)  # (N, 3)
-    return torch.cat([shift, torch.log(sizes(boxes) / sizes(anchors))], -1)
+    log_factor = torch.log(sizes(boxes) / sizes(anchors))  # (N, 3)
+    return torch.cat([shift, log_factor], -1)
 
 
 def decode(deltas_N6: Tensor, anchors_N6: Tensor) -> Tensor:
-    """Return the boxes (N, 6) that the deltas mean at the anchors.
+    """Return the box (N, 6) that delta i makes of anchor i.
 
     This is the inverse of ``encode`` up to a factor of 16 per side.
     """
     deltas = _at_least_float32(deltas_N6)
     anchors = _at_least_float32(anchors_N6)
-    middle = centres(anchors) + deltas[..., :3] * sizes(anchors)
-    half = sizes(anchors) * deltas[..., 3:].clamp(max=LARGEST_LOG_FACTOR).exp() / 2  # (N, 3)
+    middle = centres(anchors) + deltas[..., :3] * sizes(anchors)  # (N, 3)
+    factor = deltas[..., 3:].clamp(max=LARGEST_LOG_FACTOR).exp()
+    half = sizes(anchors) * factor / 2  # (N, 3)
     return torch.cat([middle - half, middle + half], -1)
 
 
 def _intersection(a: Tensor, b: Tensor) -> Tensor:
     """Return the volumes (...) that boxes (..., 6) have in common, in voxels."""
-    # Axis by axis: a product over a last axis of three is several times slower.
+    # Axis by axis, because a product over a last axis of three is several times slower.
     sides = []
     for axis in range(3):
         upper = torch.minimum(a[..., axis + 3], b[..., axis + 3])

@@ -1,4 +1,4 @@
-"""Objects in preprocessed space, and patches with their boxes from nnU-Net's loader.
+"""Prepare the objects in preprocessed images, and load patches with their boxes.
 
 Augmentation carries a map of object ids. Components are not searched for after augmentation,
 because cropping and rotating merge and split them.
@@ -6,10 +6,9 @@ because cropping and rotating merge and split them.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -17,7 +16,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, infer_dataset_class
 from numpy.typing import NDArray
 
-from nnunet_autoreg.detection.geometry import preprocessing_of
+from nnunet_autoreg.detection.geometry import as_box, preprocessing_of
 from nnunet_autoreg.detection.instances import Instance, ObjectClass, Rules, boxes_of_ids
 from nnunet_autoreg.detection.objects import ObjectSource, in_parallel
 from nnunet_autoreg.errors import ObjectsError, PlanError
@@ -62,12 +61,12 @@ class InstanceIndex:
         return all(case.has_masks for case in self.cases.values())
 
     def sizes_vox(self) -> dict[str, list[list[float]]]:
-        """Return class name -> sides of its objects; ignored objects are left out."""
+        """Return class name -> sides (z, y, x) of its objects; ignored objects are left out."""
         found: dict[str, list[list[float]]] = {kind.name: [] for kind in self.classes}
         for case in self.cases.values():
             for item in case.objects:
                 if not item.ignored:
-                    sides = [float(item.box_zyx[a + 3] - item.box_zyx[a]) for a in range(3)]
+                    sides = np.subtract(item.box_zyx[3:], item.box_zyx[:3]).tolist()
                     found[self.classes[item.class_index].name].append(sides)
         return found
 
@@ -110,13 +109,14 @@ def instances_folder(preprocessed: Path) -> Path:
 
 @dataclass(frozen=True)
 class IdMapMaker:
-    """Make id maps; all that it holds can be sent to another process.
+    """Make id maps; it can be sent to another process.
 
     Attributes:
         preprocessed: folder of preprocessed cases.
         source: source of the objects.
-        transpose, target_spacing_mm, patch_size: values of the configuration.
-        resample_seg: nnU-Net's function for label maps.
+        transpose: axis i of the preprocessed image is axis ``transpose[i]`` of the original.
+        target_spacing_mm, patch_size: values of the configuration, axes transposed.
+        resample_seg: nnU-Net's function that resamples label maps.
     """
 
     preprocessed: Path
@@ -127,7 +127,11 @@ class IdMapMaker:
     resample_seg: Any
 
     def stamp(self, case: str, shape_vox: Size) -> str:
-        """Return a description of the inputs of a case's objects, apart from the rules."""
+        """Return a description of the inputs of a case's objects, apart from the rules.
+
+        Raises:
+            ObjectsError: a file is missing.
+        """
         files = []
         try:
             for file in self.source.files(case):
@@ -140,14 +144,18 @@ class IdMapMaker:
                 code="objects-unreadable",
             ) from error
 
-        # An earlier version took boxes for those of the reader's array. Where the reader turns
-        # images, those must be made again, so the stamp says that these are right.
+        # An earlier version took boxes for those of the reader's array. If the reader turns images,
+        # those were wrong and must be made again, so the stamp of right ones differs.
         uses_stored_boxes = self.source.turns_images and not self.source.has_masks(case)
         suffix = " boxes of the stored array" if uses_stored_boxes else ""
         return f"{shape_vox} {self.target_spacing_mm} {files}{suffix}"
 
     def make(self, case: str) -> CaseBoxes:
-        """Write the id map of a case and return its boxes."""
+        """Write the id map of a case and return its boxes.
+
+        Raises:
+            ObjectsError: labels that are missing, damaged, or contradict each other.
+        """
         dataset_class = infer_dataset_class(str(self.preprocessed))
         dataset = dataset_class(str(self.preprocessed), [case])
         _, seg, _, properties = dataset.load_case(case)
@@ -174,15 +182,13 @@ class IdMapMaker:
                 blocks=blocks[1:],
             )
 
-        # Boxes are transformed and not measured: the map has whole voxels only.
+        # Boxes are transformed and not measured, because the map has only whole voxels.
         present = boxes_of_ids(ids_ZYX)
         objects = []
         for item in found.instances.objects:
-            box = tuple(float(v) for v in geometry.to_preprocessed(item.box_zyx))
+            box = as_box(geometry.to_preprocessed(item.box_zyx))
             num_voxels = present[item.id][1] if item.id in present else 0
-            objects.append(
-                Instance(item.id, item.class_index, cast(Any, box), num_voxels, item.ignored),
-            )
+            objects.append(replace(item, box_zyx=box, num_voxels=num_voxels))
         return CaseBoxes(self.stamp(case, shape), tuple(objects), found.has_masks)
 
 
@@ -194,6 +200,10 @@ def prepare_instances(
     """Return the objects of all cases; those that were made before are kept.
 
     ``boxes.json`` is written last.
+
+    Args:
+        cases: names of the preprocessed cases.
+        num_processes: largest number of processes.
 
     Raises:
         ObjectsError: labels that are missing, damaged, or contradict each other.
@@ -214,21 +224,22 @@ def prepare_instances(
         except PlanError as error:
             log.warning("%s; the objects are searched for again", error)
 
+    # An equal stamp says that neither labels nor spacing nor size have changed.
     dataset = infer_dataset_class(str(maker.preprocessed))(str(maker.preprocessed), list(cases))
-
     kept = {}
     for case in cases:
-        stamp = maker.stamp(case, as_size(dataset.load_case(case)[1].shape[1:]))
-        if case in old and old[case].stamp == stamp and (folder / f"{case}.b2nd").is_file():
-            # Neither labels nor spacing nor size have changed.
+        _, seg, _, _ = dataset.load_case(case)
+        stamp = maker.stamp(case, as_size(seg.shape[1:]))
+        is_same = case in old and old[case].stamp == stamp
+        if is_same and (folder / f"{case}.b2nd").is_file():
             kept[case] = old[case]
 
     wanted = [case for case in cases if case not in kept]
     if wanted:
         log.info("finding the objects of %d cases (only once)", len(wanted))
-    # In the order of ``cases``, whichever were kept.
-    results = in_parallel(partial(_make, maker), wanted, num_processes)
+    results = in_parallel(maker.make, wanted, num_processes)
     made = dict(zip(wanted, results, strict=True))
+    # In the order of ``cases``, regardless of which were kept.
     by_case = {case: kept.get(case) or made[case] for case in cases}
     index = InstanceIndex(source.rules, source.classes, by_case)
     if made:
@@ -237,25 +248,26 @@ def prepare_instances(
     return index
 
 
-def _make(maker: IdMapMaker, case: str) -> CaseBoxes:
-    return maker.make(case)
-
-
 def _log_numbers(index: InstanceIndex) -> None:
-    number = {kind.name: 0 for kind in index.classes}
-    num_ignored = num_vanished = num_empty = 0
+    """Log how many objects of each class there are, and warn about those that vanish."""
+    num_of_class = {kind.name: 0 for kind in index.classes}
+    num_ignored = 0
+    num_vanished = 0
+    num_empty = 0
     for case in index.cases.values():
         num_empty += not case.objects
         for item in case.objects:
-            number[index.classes[item.class_index].name] += not item.ignored
-            num_ignored += item.ignored
-            num_vanished += not item.num_voxels and not item.ignored
+            if item.ignored:
+                num_ignored += 1
+                continue
+            num_of_class[index.classes[item.class_index].name] += 1
+            num_vanished += not item.num_voxels
 
     log.info(
         "%d cases, %d of them without an object: %s; %d objects smaller than %d voxels are ignored",
         len(index.cases),
         num_empty,
-        ", ".join(f"{n} {name}" for name, n in number.items()),
+        ", ".join(f"{number} {name}" for name, number in num_of_class.items()),
         num_ignored,
         index.rules.min_voxels,
     )
@@ -290,8 +302,8 @@ class InstanceDataset:
 class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
     """nnU-Net's loader, which draws a share of each batch around an object.
 
-    Every object of the fold is as likely as any other. A batch has ``objects`` besides: for each
-    sample the boxes (G, 6) in voxel edges of the patch, the class indices, and which are ignored.
+    Every object of the fold is equally likely. A batch also has ``objects``: for each sample the
+    boxes (G, 6) in voxel edges of the patch, the class indices, and which are ignored.
     """
 
     def __init__(self, data: InstanceDataset, *args: Any, **kwargs: Any):
@@ -334,29 +346,30 @@ class InstanceLoader(nnUNetDataLoader):  # type: ignore[misc]
         overwrite_class: Any = None,
         verbose: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """Return where a patch lies: anywhere, or around the wanted object.
+        """Return the start and the end (z, y, x) of a patch: anywhere, or around the wanted object.
 
-        That object is whole in what remains of the patch after augmentation.
+        That object is whole in the part of the patch that augmentation keeps.
         """
-        box = self.wanted.pop(0)
         start = patch_start(
-            box,
+            self.wanted.pop(0),
             as_size(data_shape),
             as_size(self.patch_size),
             as_size(self.final_patch_size),
         )
-        return start, [low + size for low, size in zip(start, self.patch_size, strict=True)]
+        end = [low + size for low, size in zip(start, self.patch_size, strict=True)]
+        return start, end
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Return nnU-Net's batch, with its id map turned into boxes."""
         batch: dict[str, Any] = super().generate_train_batch()
         # The target's channels are the labels and the ids.
         ids_BZYX = batch["target"][:, 1].numpy()
-        # Everything behind the loader expects only labels.
+        # The steps after the loader expect only labels.
         batch["target"] = batch["target"][:, :1].contiguous()
         objects = []
         for ids_ZYX, name in zip(ids_BZYX, batch["keys"], strict=True):
-            objects.append(objects_of_patch(ids_ZYX, self.objects_of_case[name], self.min_voxels))
+            known = self.objects_of_case[name]
+            objects.append(objects_of_patch(ids_ZYX, known, self.min_voxels))
         batch["objects"] = objects
         return batch
 
@@ -369,9 +382,15 @@ def patch_start(
 ) -> list[int]:
     """Return the start of a patch that augmentation cuts to its middle ``final`` voxels.
 
-    With a box, the start is drawn so that the box is whole in that middle, or the middle whole in a
-    larger box, as near as the image's borders allow. Without a box it is drawn anywhere. The middle
-    stays in the image; an image that is smaller is padded on both sides.
+    Without a box, the start is drawn anywhere. With a box, it is drawn so that the box is whole in
+    that middle. If the box is larger, the middle is whole in the box. The middle stays in the
+    image, even if the box lies at its border. An image that is smaller is padded on both sides.
+
+    Args:
+        box_zyx: voxel edges of an object; None for none.
+        shape: shape of the image, (z, y, x).
+        patch: size of the patch, (z, y, x).
+        final: size of its middle, (z, y, x).
     """
     starts = []
     for axis in range(3):
@@ -401,7 +420,15 @@ def objects_of_patch(
 ) -> dict[str, NDArray[Any]]:
     """Return the boxes of the parts of objects that are in a patch.
 
-    Remains of fewer than ``min_voxels`` are ignored.
+    Parts of fewer than ``min_voxels`` are ignored.
+
+    Args:
+        ids_ZYX: the patch's map of ids.
+        known: id -> object of the case.
+
+    Returns:
+        ``boxes`` (G, 6) in voxel edges of the patch, ``labels`` (G,) with the class indices, and
+        ``ignored`` (G,).
     """
     boxes = []
     labels = []

@@ -1,14 +1,22 @@
-"""All figures of an evaluation, from the true objects and the detections of every scan."""
+"""Compute all figures of an evaluation from the true objects and the detections of every scan."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from nnunet_autoreg.detection.instances import ObjectClass
-from nnunet_autoreg.detection.matching import DUPLICATES, HitRule, Matched, ScanBoxes, match_scan
+from nnunet_autoreg.detection.matching import (
+    DUPLICATES,
+    HitRule,
+    Matched,
+    ScanBoxes,
+    largest_sides_mm,
+    match_scan,
+)
 from nnunet_autoreg.detection.metrics import (
     FP_PER_SCAN,
     Bools,
@@ -36,16 +44,16 @@ FORMAT, VERSION = "nnunet_autoreg.detection_evaluation", 1
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The rules of an evaluation.
+    """Hold the rules of an evaluation.
 
     Attributes:
         ious: IoUs of the average precisions; the mean over 0.1 to 0.5 is always added.
         hit: rule of the FROC curve, the operating points, the sizes and the list of objects.
         duplicates: a further detection of one object is ``false`` or ``ignored``.
-        max_detections: per scan and class; the highest scores count.
-        fp_per_scan: operating points.
-        size_edges_mm: borders between strata of the largest side; thirds of the objects if None, no
-            strata if empty.
+        max_detections: largest number per scan and class; the highest scores count.
+        fp_per_scan: false positives per scan of the operating points.
+        size_edges_mm: borders between strata by the largest side. Each stratum has a third of the
+            objects if None; there are no strata if empty.
         num_resamples: number of resamples of the bootstrap; 0 for no intervals.
         seed: random seed of the bootstrap.
     """
@@ -99,6 +107,19 @@ def check_settings(settings: EvaluationSettings) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Hold a measure of every class with objects: class index -> value.
+
+    Attributes:
+        values: over all scans.
+        resampled: the same for every bootstrap resample of the scans.
+    """
+
+    values: dict[int, float]
+    resampled: list[dict[int, float]]
+
+
 class _Matchings:
     """Match the detections of every class by one hit rule after the other."""
 
@@ -112,11 +133,11 @@ class _Matchings:
         self.settings = settings
         # Indices of the classes with objects.
         self.present = present
-        # A single scan drawn again and again is always the same scan: no interval.
-        num_resamples = settings.num_resamples if len(scans) > 1 else 0
-        self.resamples: list[Floats] = []
-        if num_resamples:
-            self.resamples = list(bootstrap_weights(len(scans), num_resamples, settings.seed))
+        # A single scan has no interval, because every resample would be that scan.
+        self.resamples: list[Floats] = []  # each (S,)
+        if settings.num_resamples and len(scans) > 1:
+            weights_BS = bootstrap_weights(len(scans), settings.num_resamples, settings.seed)
+            self.resamples = list(weights_BS)
 
     def matched(
         self,
@@ -148,13 +169,17 @@ class _Matchings:
         self,
         pooled: dict[int, Pooled],
         measure: Callable[..., float],
-    ) -> dict[str, Any]:
-        """Return the measure of every class, over all scans and over every resample of them."""
+    ) -> _Measured:
+        """Return a measure of every class, over all scans and over every resample of them.
+
+        Args:
+            measure: takes the pooled detections, and the weights (S,) of the scans in a resample.
+        """
         resampled = []
-        for weights in self.resamples:
-            resampled.append({index: measure(found, weights) for index, found in pooled.items()})
+        for weights_S in self.resamples:
+            resampled.append({index: measure(found, weights_S) for index, found in pooled.items()})
         values = {index: measure(found) for index, found in pooled.items()}
-        return {"values": values, "resampled": resampled}
+        return _Measured(values, resampled)
 
 
 def evaluate(
@@ -162,11 +187,13 @@ def evaluate(
     classes: Sequence[ObjectClass],
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
-    """Return everything that is written as JSON; None means that there is nothing to measure.
+    """Return all figures, as they are written as JSON.
+
+    None in place of a number means that there is nothing to measure.
 
     Raises:
-        UsageError: impossible settings.
-        ObjectsError: no scan.
+        UsageError: the settings are impossible.
+        ObjectsError: there is no scan.
     """
     check_settings(settings)
     if not scans:
@@ -185,14 +212,19 @@ def evaluate(
     num_empty = sum(scan.is_empty for scan in scans)
     of_classes = {}
     for index, kind in enumerate(classes):
-        num_ignored = num_with_objects = num_detections = num_false = 0
+        num_ignored = 0
+        num_with_objects = 0
+        num_detections = 0
         for scan in scans:
             is_own = scan.true_classes_G == index
             num_ignored += int((is_own & scan.ignored_G).sum())
             num_with_objects += bool((is_own & ~scan.ignored_G).any())
             num_detections += int((scan.classes_D == index).sum())
+
+        num_false = 0
         for matched in matchings.matched(index, settings.hit):
-            num_false += int(((matched.object_of < 0) & ~matched.ignored).sum())
+            is_false = (matched.object_of < 0) & ~matched.ignored
+            num_false += int(is_false.sum())
         of_classes[kind.name] = {
             "label": kind.label,
             "objects": number[index],
@@ -221,6 +253,7 @@ def evaluate(
 
 
 def _average_precisions(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
+    """Return the average precision at every IoU, and the mean over the IoUs from 0.1 to 0.5."""
     ious = sorted({*matchings.settings.ious, *MAP_IOUS})
     found = {}
     for iou in ious:
@@ -229,39 +262,37 @@ def _average_precisions(matchings: _Matchings, names: Sequence[str]) -> dict[str
 
     # The mean over the IoUs, of every class and in every resample.
     averaged = [found[iou] for iou in MAP_IOUS]
-    values = {}
+    mean = _Measured({}, [])
     for index in matchings.present:
-        values[index] = float(np.mean([of_iou["values"][index] for of_iou in averaged]))
-
-    resampled = []
+        of_ious = [of_iou.values[index] for of_iou in averaged]
+        mean.values[index] = float(np.mean(of_ious))
     for b in range(len(matchings.resamples)):
         sample = {}
         for index in matchings.present:
-            of_ious = [of_iou["resampled"][b][index] for of_iou in averaged]
+            of_ious = [of_iou.resampled[b][index] for of_iou in averaged]
             sample[index] = float(np.mean(of_ious))
-        resampled.append(sample)
+        mean.resampled.append(sample)
 
-    mean = {"values": values, "resampled": resampled}
     return {
         "ap": {f"{iou:g}": _summary(found[iou], names) for iou in ious},
         "map": {MAP_NAME: _summary(mean, names)},
     }
 
 
-def _summary(figures: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _summary(measured: _Measured, names: Sequence[str]) -> dict[str, Any]:
     """Return ``mean`` over the classes with objects, ``per_class``, and their intervals."""
-    values = figures["values"]
-    resampled = figures["resampled"]
     # A class without objects in a resample is left out of its mean.
-    means = [mean_of_present(list(sample.values())) for sample in resampled]
+    means = [mean_of_present(list(sample.values())) for sample in measured.resampled]
     per_class = {}
     per_class_ci = {}
-    for index, value in values.items():
+    for index, value in measured.values.items():
+        of_resamples = [sample[index] for sample in measured.resampled]
         per_class[names[index]] = _finite_or_none(value)
-        per_class_ci[names[index]] = _interval_list([sample[index] for sample in resampled])
+        per_class_ci[names[index]] = _interval_list(of_resamples)
 
+    mean = mean_of_present(list(measured.values.values()))
     return {
-        "mean": _finite_or_none(mean_of_present(list(values.values()))),
+        "mean": _finite_or_none(mean),
         "ci95": _interval_list(means),
         "per_class": per_class,
         "per_class_ci95": per_class_ci,
@@ -269,6 +300,7 @@ def _summary(figures: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _froc(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
+    """Return the free-response curves, and the sensitivities at the operating points."""
     points = matchings.settings.fp_per_scan
     hit = matchings.settings.hit
     pooled = matchings.pooled(hit)
@@ -289,8 +321,8 @@ def _froc(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
             of_class = [_operating_point(matchings, pooled[index], curve, p) for p in points]
             operating_points[name] = of_class
         else:
-            # A class without objects has a curve too: its sensitivity is null, but its false
-            # positives count for whoever sets a threshold.
+            # A class without objects has a curve too: its sensitivity is null, but a threshold
+            # depends on its false positives.
             curve = froc(pool(matchings.matched(index, hit)))
         plain_curves[name] = {
             "fp_per_scan": [_finite_or_none(value) for value in curve.fp_per_scan],
@@ -317,31 +349,26 @@ def _operating_point(
     curve: Froc,
     point: float,
 ) -> dict[str, Any]:
-    """Return the results at the threshold for a number of false positives per scan.
+    """Return the results of a class at the threshold for a number of false positives per scan.
 
     False positives are listed separately for scans with and without any object.
     """
     threshold = threshold_at([(curve, 1)], point)
     is_shown = pooled.scores >= threshold
-    is_empty = np.array([scan.is_empty for scan in matchings.scans])
+    num_hits = int((is_shown & pooled.is_hit).sum())
     false_scans = pooled.scan[is_shown & ~pooled.is_hit]
+    is_empty = np.array([scan.is_empty for scan in matchings.scans])
     num_false = np.bincount(false_scans, minlength=len(is_empty))  # (S,)
     in_positive = float(num_false[~is_empty].mean()) if (~is_empty).any() else None
     in_empty = float(num_false[is_empty].mean()) if is_empty.any() else None
     return {
         "fp_per_scan_at_most": point,
         "threshold": _finite_or_none(threshold),
-        "sensitivity": float((is_shown & pooled.is_hit).sum()) / pooled.num_objects,
+        "sensitivity": num_hits / pooled.num_objects,
         "fp_per_scan": float(num_false.mean()),
         "fp_per_positive_scan": in_positive,
         "fp_per_empty_scan": in_empty,
     }
-
-
-def largest_sides_mm(boxes_N6: Floats, scan: ScanBoxes) -> Floats:
-    """Return the largest side of each box, (N,)."""
-    sides_mm = (boxes_N6[:, 3:] - boxes_N6[:, :3]) * np.array(scan.spacing_mm)  # (N, 3)
-    return np.asarray(sides_mm.max(1, initial=0.0))
 
 
 def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
@@ -353,10 +380,10 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
     found_sides = []
     counted = []
     for scan in matchings.scans:
-        sides = largest_sides_mm(scan.true_boxes_G6, scan)
+        sides = largest_sides_mm(scan.true_boxes_G6, scan.spacing_mm)
         true_sides.append(sides)
         counted.append(sides[~scan.ignored_G])
-        found_sides.append(largest_sides_mm(scan.boxes_D6, scan))
+        found_sides.append(largest_sides_mm(scan.boxes_D6, scan.spacing_mm))
 
     all_counted = np.concatenate(counted)
 
@@ -371,7 +398,8 @@ def _sizes(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
 
     strata = []
     hit = matchings.settings.hit
-    for low, high in zip((0.0, *edges), (*edges, math.inf), strict=True) if edges else ():
+    borders = pairwise((0.0, *edges, math.inf)) if edges else ()
+    for low, high in borders:
         ignored = []
         for of_true, of_found in zip(true_sides, found_sides, strict=True):
             ignored.append(
@@ -417,13 +445,13 @@ def _interval_list(values: Sequence[float]) -> list[float] | None:
 def quick_scores(scans: Sequence[ScanBoxes], num_classes: int) -> dict[str, float]:
     """Return AP at IoU 0.1 and 0.5 and the mean AP from 0.1 to 0.5, as training needs them.
 
-    They are means over the classes that occur, and 0 where none does.
+    They are means over the classes that have objects, and 0 if none has any.
     """
     # Classes without objects would pull the mean to NaN.
-    present = []
-    for index in range(num_classes):
-        if any(((s.true_classes_G == index) & ~s.ignored_G).any() for s in scans):
-            present.append(index)
+    counted: set[int] = set()
+    for scan in scans:
+        counted.update(scan.true_classes_G[~scan.ignored_G].tolist())
+    present = [index for index in range(num_classes) if index in counted]
 
     by_iou = {}
     for iou in MAP_IOUS:

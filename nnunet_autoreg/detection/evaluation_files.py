@@ -1,9 +1,10 @@
-"""The files of an evaluation beside its JSON: a table, the FROC curve, and some scans with boxes.
+"""Write the files of an evaluation beside its JSON: a table, the FROC curve, and scans with boxes.
 
-The table has a row per object and detection.
+The table has a row for every detection, and for every object that was not found.
 """
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_autoreg.detection.evaluate import EvaluationSettings, largest_sides_mm
+from nnunet_autoreg.detection.evaluate import EvaluationSettings
 from nnunet_autoreg.detection.geometry import Frame
 from nnunet_autoreg.detection.instances import ObjectClass
-from nnunet_autoreg.detection.matching import ScanBoxes, match_scan, overlaps, parse_hit_rule
+from nnunet_autoreg.detection.matching import (
+    ScanBoxes,
+    largest_sides_mm,
+    match_scan,
+    overlaps,
+    parse_hit_rule,
+)
 from nnunet_autoreg.records import atomic_path, to_cell
 from nnunet_autoreg.report.palette import BLACK, BOXES, SERIES, SOFT, WHITE, Style
 
@@ -53,10 +60,13 @@ IGNORED = "excused"
 
 @dataclass(frozen=True)
 class Background:
-    """Hold the image (Z, Y, X) that boxes are drawn on, and how to show it.
+    """Hold the image that boxes are drawn on, and how to show it.
 
-    ``flip_y`` and ``flip_x`` are set where rows and columns run against the usual view: anterior
-    up, and the patient's right on the left.
+    The usual view has anterior up, and the patient's right on the left.
+
+    Attributes:
+        array_ZYX: the image, as stored.
+        flip_y, flip_x: whether rows and columns run against the usual view.
     """
 
     array_ZYX: NDArray[Any]  # noqa: N815
@@ -68,7 +78,8 @@ class Background:
 class BoxLabel:
     """Hold the text beside a box, and whether it is below the box rather than above.
 
-    So hits and false ones on the same object stay readable.
+    A hit and a false detection of the same object have their texts on different sides, so that both
+    can be read.
     """
 
     box: NDArray[np.float64]
@@ -84,10 +95,12 @@ def background(array_ZYX: NDArray[Any], frame: Frame | None) -> Background:
     """
     if frame is None:
         return Background(array_ZYX)
-    linear = np.array(frame.affine_ras)[:3, :3]
-    if np.abs(linear).argmax(0).tolist() != [0, 1, 2]:
+    main_direction = np.abs(frame.linear).argmax(0)
+    if main_direction.tolist() != [0, 1, 2]:
         return Background(array_ZYX)
-    return Background(array_ZYX, flip_y=bool(linear[1, 1] > 0), flip_x=bool(linear[0, 0] > 0))
+    runs_right = bool(frame.linear[0, 0] > 0)
+    runs_anterior = bool(frame.linear[1, 1] > 0)
+    return Background(array_ZYX, flip_y=runs_anterior, flip_x=runs_right)
 
 
 def write_rows(
@@ -96,9 +109,9 @@ def write_rows(
     classes: Sequence[ObjectClass],
     settings: EvaluationSettings,
 ) -> None:
-    """Write a CSV with every detection and every object that was missed or ignored.
+    """Write a CSV file with every detection, and every object that was missed or ignored.
 
-    A detection is a hit, false, excused, or beyond the most that count.
+    The column ``what`` holds the outcome (``outcomes``).
     """
     with (
         atomic_path(file) as temporary,
@@ -108,8 +121,8 @@ def write_rows(
         writer.writerow(COLUMNS)
         for scan in scans:
             overlap_DG = overlaps(scan.boxes_D6, scan.true_boxes_G6)
-            found_sides = largest_sides_mm(scan.boxes_D6, scan)
-            true_sides = largest_sides_mm(scan.true_boxes_G6, scan)
+            found_sides = largest_sides_mm(scan.boxes_D6, scan.spacing_mm)
+            true_sides = largest_sides_mm(scan.true_boxes_G6, scan.spacing_mm)
 
             for class_index, kind in enumerate(classes):
                 of_found, of_true = outcomes(scan, class_index, settings)
@@ -119,10 +132,11 @@ def write_rows(
                 # The detections first, by score, then the objects that were not found.
                 for d in sorted(of_found, key=lambda d: -scan.scores_D[d]):
                     score = f"{scan.scores_D[d]:.6g}"
-                    best = f"{of_class[d].max(initial=0.0):.4f}"
+                    best_iou = f"{of_class[d].max(initial=0.0):.4f}"
                     side = f"{found_sides[d]:.3f}"
                     edges = [f"{v:.4g}" for v in scan.boxes_D6[d]]
-                    rows.append((scan.name, kind.name, of_found[d], score, best, side, *edges))
+                    rows.append((scan.name, kind.name, of_found[d], score, best_iou, side, *edges))
+
                 for g, outcome in of_true.items():
                     if outcome != "found":
                         side = f"{true_sides[g]:.3f}"
@@ -141,7 +155,8 @@ def outcomes(
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Return the outcome of every detection and of every object of a class, by index.
 
-    Detections are hit, false, excused or beyond, objects are found, missed or ignored.
+    A detection is a ``hit``, ``false``, ``excused`` if it does not count, or ``beyond`` the largest
+    number that counts. An object is ``found``, ``missed`` or ``ignored``.
     """
     matched = match_scan(
         scan,
@@ -164,7 +179,11 @@ def outcomes(
 
 
 def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
-    """Draw the curves of all classes, and the operating points of their mean."""
+    """Draw the curves of all classes, and the operating points of their mean.
+
+    Args:
+        results: as ``evaluate`` returns them.
+    """
     figure = _figure((7.4, 5.2))
     axis = figure.subplots()
     froc = results["froc"]
@@ -172,7 +191,7 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
         if name in results["absent_classes"]:
             continue
         style = SERIES[number % len(SERIES)]
-        # 0 false positives have no place on a logarithmic axis.
+        # A logarithmic axis cannot show 0 false positives.
         x = np.clip(np.array(curve["fp_per_scan"]), LEAST_FP, None)
         # The last point holds for any larger number of false positives, because the detector has no
         # further box.
@@ -195,16 +214,17 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
             label=f"mean, CPM {froc['cpm']['mean']:.3f}",
         )
 
+    scans = results["scans"]
+    rule = parse_hit_rule(froc["hit"])
     axis.set_xscale("log", base=2)
     axis.set(
         xlim=(LEAST_FP, MOST_FP),
         ylim=(-0.02, 1.02),
         xticks=froc["fp_per_scan"],
         xticklabels=[f"{p:g}" for p in froc["fp_per_scan"]],
-        xlabel=f"false positives per scan ({results['scans']['number']} scans, "
-        f"{results['scans']['empty']} of them empty)",
+        xlabel=f"false positives per scan ({scans['number']} scans, {scans['empty']} empty)",
         ylabel="sensitivity",
-        title=f"FROC: {parse_hit_rule(froc['hit']).meaning()}",
+        title=f"FROC: {rule.meaning()}",
     )
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
@@ -214,16 +234,20 @@ def draw_froc(picture: Path, results: Mapping[str, Any]) -> None:
 
 
 def thresholds(results: Mapping[str, Any], classes: Sequence[ObjectClass]) -> list[float]:
-    """Return by class the score threshold of about 1 false positive per scan.
+    """Return the score threshold of about 1 false positive per scan of each class.
 
-    It is that of the nearest operating point, and 0 without objects.
+    It is that of the nearest operating point; 0 for a class without objects.
     """
+
+    def distance_from_1(point: Mapping[str, Any]) -> float:
+        return abs(math.log(point["fp_per_scan_at_most"]))
+
     found = []
     for kind in classes:
         points = results["froc"]["operating_points"].get(kind.name, [])
         threshold = None
         if points:
-            nearest = min(points, key=lambda point: abs(np.log(point["fp_per_scan_at_most"])))
+            nearest = min(points, key=distance_from_1)
             threshold = nearest["threshold"]
         found.append(0.0 if threshold is None else float(threshold))
     return found
@@ -240,14 +264,15 @@ def draw_scans(
     """Draw slices of some scans with true and found boxes, one row of slices per scan.
 
     Args:
-        backgrounds: by scan; scans without one are not drawn.
-        least_scores: by class; detections below are not drawn.
+        backgrounds: name of the scan -> its image; scans without one are not drawn.
+        least_scores: for each class; detections with lower scores are not drawn.
     """
     from matplotlib.lines import Line2D
 
     shown = pick_scans([scan for scan in scans if scan.name in backgrounds])
-    figure = _figure((SLICE_INCHES * SLICES, (SLICE_INCHES + 0.2) * max(1, len(shown)) + 0.9))
-    axes = figure.subplots(max(1, len(shown)), SLICES, squeeze=False)
+    num_rows = max(1, len(shown))
+    figure = _figure((SLICE_INCHES * SLICES, (SLICE_INCHES + 0.2) * num_rows + 0.9))
+    axes = figure.subplots(num_rows, SLICES, squeeze=False)
     for row, scan in zip(axes, shown, strict=False):
         on = backgrounds[scan.name]
         for axis, z in zip(row, pick_slices(scan, on.array_ZYX.shape[0]), strict=True):
@@ -279,7 +304,7 @@ def draw_scans(
 def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
     """Return at most four scans, spread evenly over the list.
 
-    At most one of them has no objects, and that is the last.
+    At most one of them has no objects, and it comes last.
     """
     empty = [scan for scan in scans if not len(scan.true_boxes_G6)][:1]
     # An empty scan shows only false positives.
@@ -291,10 +316,10 @@ def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
 
 
 def pick_slices(scan: ScanBoxes, depth: int) -> list[int]:
-    """Return three slices through the middles of objects spread over z.
+    """Return three slices through the middles of objects, spread over z.
 
-    If there are few objects, slices go through their quarters too. Without objects, they go through
-    detections, and without those through the image.
+    If there are few objects, slices through their quarters are used too. If there are none, slices
+    through detections are used, and otherwise slices through the image.
     """
     boxes = scan.true_boxes_G6 if len(scan.true_boxes_G6) else scan.boxes_D6
     if not len(boxes):
@@ -304,18 +329,21 @@ def pick_slices(scan: ScanBoxes, depth: int) -> list[int]:
         known = _cuts(boxes, (0.25, 0.5, 0.75))
 
     if len(known) > SLICES:
+        # Evenly spread, without both ends.
         spread = np.linspace(0, len(known) - 1, SLICES + 2)[1:-1]
         chosen = [round(float(index)) for index in spread]
     else:
         chosen = [index % len(known) for index in range(SLICES)]
-    return sorted(int(np.clip(known[index], 0, depth - 1)) for index in chosen)
+    slices = np.clip(known[chosen], 0, depth - 1)
+    return sorted(slices.astype(int).tolist())
 
 
 def _cuts(boxes_N6: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.float64]:
     """Return the slices at these shares of the boxes' depth, each once."""
     z0 = boxes_N6[:, 0, None]
     z1 = boxes_N6[:, 3, None]
-    return np.unique(np.floor(z0 + np.array(shares) * (z1 - z0)))
+    z = z0 + np.array(shares) * (z1 - z0)  # (N, shares)
+    return np.unique(np.floor(z))
 
 
 def _draw_slice(
@@ -327,12 +355,13 @@ def _draw_slice(
     settings: EvaluationSettings,
     least_scores: Sequence[float],
 ) -> None:
+    """Draw one slice with the boxes that cross it."""
     # A few bright voxels, such as metal, must not darken all others.
     finite = on.array_ZYX[np.isfinite(on.array_ZYX)]
     low, high = np.percentile(finite, [1, 99.5]) if finite.size else (0.0, 1.0)
     _, y_mm, x_mm = scan.spacing_mm
     height, width = on.array_ZYX.shape[1:]
-    # Edges, not centres: a box that ends at voxel v ends where the pixel does.
+    # The extent is in voxel edges, as the boxes are.
     axis.imshow(
         on.array_ZYX[z],
         cmap="gray",
@@ -353,11 +382,13 @@ def _draw_slice(
             _draw_box(axis, scan.true_boxes_G6[g], z, style)
         for d, outcome in of_found.items():
             score = scan.scores_D[d]
-            if score >= least_scores[class_index]:
-                style = BOXES[STYLE_OF_OUTCOME.get(outcome, "ignored")]
-                if _draw_box(axis, scan.boxes_D6[d], z, style):
-                    text = f"{kind.name} {score:.2f}"
-                    labels.append(BoxLabel(scan.boxes_D6[d], text, style, outcome != "hit"))
+            if score < least_scores[class_index]:
+                continue
+            box = scan.boxes_D6[d]
+            style = BOXES[STYLE_OF_OUTCOME.get(outcome, "ignored")]
+            if _draw_box(axis, box, z, style):
+                text = f"{kind.name} {score:.2f}"
+                labels.append(BoxLabel(box, text, style, is_below=outcome != "hit"))
 
     # The image fills the axis in one direction.
     longer_side = max(width, height * y_mm / x_mm)
@@ -371,7 +402,7 @@ def _draw_box(axis: Any, box: NDArray[np.float64], z: int, style: Style) -> bool
     from matplotlib.patches import Rectangle
 
     z0, y0, x0, z1, y1, x1 = box
-    # The slice is where the centres of its voxels are.
+    # A box crosses a slice if it holds the centres of its voxels.
     if not z0 <= z + 0.5 < z1:
         return False
 
@@ -395,12 +426,15 @@ def _draw_labels(
     points_per_voxel: float,
     stretch: float,
 ) -> None:
-    """Write the text of every box above or below it, moved away where it would cover another.
+    """Write the text of every box above or below it, moved away if it would cover another.
 
     Args:
+        points_per_voxel: width of a voxel in the picture.
         stretch: height of a voxel, divided by its width.
     """
     line_height = 1.5 * LABEL_SIZE
+    x_sign = -1 if axis.xaxis_inverted() else 1
+    y_sign = -1 if axis.yaxis_inverted() else 1
     # Left, right and lower edge of texts that are written already, in points.
     taken: list[tuple[float, float, float]] = []
 
@@ -410,25 +444,23 @@ def _draw_labels(
         foot = y1 if axis.yaxis_inverted() == label.is_below else y0
 
         # In points, to the right and upwards.
-        x_side, y_side = (-1 if axis.xaxis_inverted() else 1, -1 if axis.yaxis_inverted() else 1)
-        start = left * points_per_voxel * x_side
+        start = left * points_per_voxel * x_sign
         stop = start + 0.62 * LABEL_SIZE * len(label.text)
-        height = foot * points_per_voxel * stretch * y_side
-        away = -line_height if label.is_below else line_height
+        height = foot * points_per_voxel * stretch * y_sign
+        away = -1 if label.is_below else 1
         lower_edge = height - line_height if label.is_below else height
 
+        # Texts side by side do not cover each other.
+        edges = [edge for other, right, edge in taken if start < right and stop > other]
         moved = 0.0
-        while any(
-            start < right and stop > other and abs(lower_edge + moved - edge) < line_height
-            for other, right, edge in taken
-        ):
-            moved += away / 2
+        while any(abs(lower_edge + moved - edge) < line_height for edge in edges):
+            moved += away * line_height / 2
         taken.append((start, stop, lower_edge + moved))
 
         axis.annotate(
             label.text,
             (left, foot),
-            (0, moved + (-3 if label.is_below else 3)),
+            (0, moved + 3 * away),
             textcoords="offset points",
             va="top" if label.is_below else "bottom",
             # Letters in the colour of the box would be too dark for some of the colours.

@@ -1,4 +1,4 @@
-"""The two folders of an evaluation: true objects, and detections.
+"""Read the two folders of an evaluation: true objects, and detections.
 
 True objects are label maps, instance maps or boxes; detections are one file per scan.
 """
@@ -22,9 +22,9 @@ from nnunet_autoreg.detection.instances import (
     find_instances,
     ignore_value,
     known_instances,
-    label_values,
     labels_of_instances,
     object_classes,
+    other_label_values,
     read_rules,
     read_true_boxes,
 )
@@ -38,7 +38,7 @@ from nnunet_autoreg.records import MEND_YOURS, read_object
 DATASET_FILE = "dataset.json"
 MARKUP = ".mrk"
 OTHER_RESULTS = (MARKUP, "_boxes", "_instances")
-"""What follows a scan's name in the names of autoreg_detect's other files."""
+"""Suffixes of a scan's name in the names of autoreg_detect's other files."""
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ class Truth:
 
     Attributes:
         folder: folder of the files.
-        classes: what is scored.
+        classes: classes that are scored.
         rules: how label maps become objects.
-        ignore_label: value of voxels where nothing counts.
-        other_labels: values that exist and are not scored.
+        ignore_label: value of voxels in which nothing counts; None if there is no such value.
+        other_labels: label values that exist and are not scored.
     """
 
     folder: Path
@@ -70,8 +70,10 @@ class ScanDetections:
 
     Attributes:
         frame: position of the scan in the world.
-        boxes_N6, labels_N, scores_N, ids_N: voxel edges, nnU-Net's label values, scores and ids in
-            the file.
+        boxes_N6: in voxel edges.
+        labels_N: nnU-Net's label values.
+        scores_N: in [0, 1].
+        ids_N: ids in the file.
     """
 
     frame: Frame
@@ -81,7 +83,7 @@ class ScanDetections:
     ids_N: NDArray[np.int64]  # noqa: N815
 
     def only(self, labels: Sequence[int]) -> "ScanDetections":
-        """Return those of some labels."""
+        """Return the detections of some labels."""
         kept = np.isin(self.labels_N, labels)
         return ScanDetections(
             self.frame,
@@ -97,10 +99,11 @@ class Folders:
     """Hold the scans that both folders have, and the names of those that only one has.
 
     Attributes:
-        scans: what is scored, in natural order of the names.
+        scans: the scans that are scored, in natural order of their names.
         frames: position in the world of each scan's array, in which its boxes are.
         true_files: the image or JSON file of each scan's true objects.
-        undetected: names with true objects only, and ``unknown`` with detections only.
+        undetected: names of scans that have only true objects.
+        unknown: names of scans that have only detections.
     """
 
     scans: tuple[ScanBoxes, ...]
@@ -117,8 +120,8 @@ def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]
         The detections by name of the scan, and name -> label of the detector's classes.
 
     Raises:
-        UsageError: no folder, or no file of detections in it.
-        ObjectsError: a damaged file, or files that disagree about the classes.
+        UsageError: there is no such folder, or no file of detections in it.
+        ObjectsError: a file is damaged, or two files disagree about the classes.
     """
     if not folder.is_dir():
         raise UsageError(
@@ -126,15 +129,12 @@ def read_found(folder: Path) -> tuple[dict[str, ScanDetections], dict[str, int]]
             code="detections-no-folder",
         )
 
-    candidates = []
-    for file in folder.glob("*.json"):
-        if not file.name.startswith(".") and not file.name.endswith(f"{MARKUP}.json"):
-            candidates.append(file)
-
     found: dict[str, ScanDetections] = {}
     classes: dict[str, int] = {}
     others = []
-    for file in sorted(candidates, key=lambda f: natural_key(f.name)):
+    for file in sorted(folder.glob("*.json"), key=lambda f: natural_key(f.name)):
+        if file.name.startswith(".") or file.name.endswith(f"{MARKUP}.json"):
+            continue
         if not is_scan_file(file):
             others.append(file.name)
             continue
@@ -183,17 +183,18 @@ def read_classes(
 ) -> Truth:
     """Return the classes to score, from a dataset.json.
 
-    It is the given one, or the one in or beside the folder of the truth. Without one, the
-    detector's classes are scored.
+    Without ``dataset_file``, the dataset.json in the folder or beside it is read. If there is none,
+    the detector's classes are scored.
 
     Args:
+        folder: folder of the true objects.
         found: name -> label of the detector's classes.
-        wanted: names of those to score; all if empty.
-        min_voxels, connectivity: instead of dataset.json's.
+        wanted: names of the classes to score; all if empty.
+        min_voxels, connectivity: values to use instead of those in dataset.json.
 
     Raises:
-        UsageError: no such folder, or a class that does not exist.
-        PlanError: an impossible dataset.json.
+        UsageError: there is no such folder, or no class of a name.
+        PlanError: dataset.json has impossible values.
     """
     if not folder.is_dir():
         raise UsageError(
@@ -210,7 +211,8 @@ def read_classes(
     )
     every = object_classes(dataset, rules, where)
     _compare_classes(every, found, where)
-    known = {kind.name: kind for kind in every}
+
+    known = [kind.name for kind in every]
     for name in wanted:
         if name not in known:
             raise UsageError(
@@ -219,13 +221,8 @@ def read_classes(
             )
 
     chosen = tuple(kind for kind in every if not wanted or kind.name in wanted)
-
-    ignored = ignore_value(dataset)
-    others = {v for values in label_values(dataset, where).values() for v in values}
-    others -= {0, ignored}
-    for kind in chosen:
-        others -= set(kind.values)
-    return Truth(folder, chosen, rules, ignored, tuple(sorted(others)))
+    others = other_label_values(dataset, chosen, where)
+    return Truth(folder, chosen, rules, ignore_value(dataset), others)
 
 
 def _describing_dataset(
@@ -238,10 +235,8 @@ def _describing_dataset(
     Folders that have only boxes have none; the detector's classes are then used.
     """
     if dataset_file is None:
-        for candidate in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
-            if candidate.is_file():
-                dataset_file = candidate
-                break
+        candidates = (folder / DATASET_FILE, folder.parent / DATASET_FILE)
+        dataset_file = next((file for file in candidates if file.is_file()), None)
     if dataset_file is None:
         log.info("classes from the detections")
         return {"labels": {"background": 0, **found}}, "the detections"
@@ -290,14 +285,15 @@ def gather(
     """Read the objects of every scan and combine them with its detections.
 
     Args:
-        with_undetected: a scan without a file of detections counts as one without any detection;
-            else it is left out.
-        masks: folder with ``<scan>_instances`` of the detections, if overlaps are to be counted in
+        found: name of the scan -> its detections.
+        with_undetected: a scan without a file of detections counts as a scan in which nothing was
+            detected; otherwise it is left out.
+        masks: folder with ``<scan>_instances`` of the detections, if overlaps are counted in
             voxels.
 
     Raises:
-        UsageError: no scan is in both folders, or voxels are to be counted that are not known.
-        ObjectsError: a scan whose truth cannot be read, or whose detections were made on an image
+        UsageError: no scan is in both folders, or the voxels to count are not known.
+        ObjectsError: the truth of a scan cannot be read, or its detections were made on an image
             of another size or location.
     """
     files = _true_files(truth.folder)
@@ -311,14 +307,14 @@ def gather(
     undetected = [name for name in files if name not in found]
     unknown = [name for name in found if name not in files]
     if undetected:
-        what = "left out; --all-scans counts them as scans without a detection"
+        consequence = "left out; --all-scans counts them as scans without a detection"
         if with_undetected:
-            what = "counted as scans without a detection"
+            consequence = "counted as scans without a detection"
         log.warning(
             "%d scans have true objects but no file of detections (%s): %s",
             len(undetected),
             names_text(undetected),
-            what,
+            consequence,
         )
 
     if unknown:
@@ -342,7 +338,7 @@ def gather(
 def _true_files(folder: Path) -> dict[str, Path]:
     """Return case -> its image, or its JSON file if there is no image.
 
-    What autoreg_detect writes beside a file of detections is left out.
+    The other files that autoreg_detect writes beside a file of detections are left out.
     """
     files = {}
     images = {}
@@ -392,10 +388,14 @@ def _read_scan(
     Without a file of detections, it is the array as stored.
     """
     array = None
-    frame = found.frame if found else None
-    if file.suffix != ".json":
-        array, frame = read_array(file) if frame is None else (read_onto(file, frame), frame)
-    if frame is None:
+    has_image = file.suffix != ".json"
+    if found is not None:
+        frame = found.frame
+        if has_image:
+            array = read_onto(file, frame)
+    elif has_image:
+        array, frame = read_array(file)
+    else:
         raise ObjectsError(
             f"{file}: the voxel size of this scan is not known without detections; leave out "
             "--all-scans",
@@ -435,8 +435,7 @@ def _mask_overlaps(
     scored: ScanDetections,
     masks: Path,
 ) -> NDArray[np.float64]:
-    """Return the IoU (D, G) in voxels; 0 with a region that does not count, which is not an
-    object."""
+    """Return the IoU (D, G) in voxels; it is 0 with a region in which nothing counts."""
     if instances.ids_ZYX is None:
         raise UsageError(
             f"--hit mask: the objects of {scan.name} are known as boxes only; use --hit iou:0.1",

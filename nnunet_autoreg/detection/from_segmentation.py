@@ -1,7 +1,7 @@
-"""Detections from segmentations of stock ``nnUNetv2_predict --save_probabilities``.
+"""Make detections of segmentations that stock ``nnUNetv2_predict --save_probabilities`` wrote.
 
 This is the baseline for a detector. Every connected component of a label is an object, by the rules
-of dataset.json; its score is the highest probability of its class in it.
+of dataset.json. Its score is the highest probability of its class in it.
 
 Source: the idea of nnDetection's comparison with nnU-Net (Baumgartner et al. 2021, arXiv
     2106.00817).
@@ -11,7 +11,7 @@ import logging
 import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ from nnunet_autoreg.detection.instances import (
     object_classes,
     read_rules,
 )
-from nnunet_autoreg.detection.scanfile import Detection, ScanFile, make_scan_file
+from nnunet_autoreg.detection.objects import labelled_cases
+from nnunet_autoreg.detection.scanfile import Detection, ScanFile, make_scan_file, voxels_of
 from nnunet_autoreg.detection.validate import as_stored
 from nnunet_autoreg.downstream.results import FROM_SEG, public_model
 from nnunet_autoreg.downstream.scans import facts_of
 from nnunet_autoreg.errors import PlanError, ScanError, UsageError
+from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.io.files import check_file
 from nnunet_autoreg.io.names import natural_key
 from nnunet_autoreg.records import read_object
@@ -90,12 +92,7 @@ class Segmentations:
         self.classes = object_classes(self.dataset, self.rules)
         self.ending = str(self.dataset["file_ending"])
 
-        names = []
-        for file in folder.iterdir():
-            if file.name.endswith(self.ending) and not file.name.startswith("."):
-                names.append(file.name.removesuffix(self.ending))
-
-        self.names = sorted(names, key=natural_key)
+        self.names = sorted(labelled_cases(folder, self.ending), key=natural_key)
         if not self.names:
             raise UsageError(
                 f"--from-seg {folder} holds no segmentation (*{self.ending}); give the folder that "
@@ -135,8 +132,14 @@ class Segmentations:
     ) -> tuple[ScanFile, Ids, dict[str, Any]]:
         """Return the objects of a case.
 
+        Args:
+            name: name of the case.
+            min_score: objects with a lower score are left out.
+            settings: what the file says about the options.
+
         Returns:
-            Its file, the map (Z, Y, X) of the ids in it, and nnU-Net's properties of the image.
+            Its file of detections, the map (Z, Y, X) of the ids in it, and nnU-Net's properties of
+            the image.
 
         Raises:
             ScanError: segmentation or probabilities cannot be read, do not belong together, or are
@@ -148,7 +151,7 @@ class Segmentations:
         kept = [c for c in components if c.found.score >= min_score]
         kept.sort(key=lambda c: -c.found.score)
 
-        # From the numbers of all components to the ids of those that are kept; 0 for the others.
+        # From the number of every component to its id in the file; 0 if it is left out.
         new_id = np.zeros(int(ids.max(initial=0)) + 1, dtype=np.uint16)
         for number, component in enumerate(kept, start=1):
             new_id[component.id] = number
@@ -173,9 +176,10 @@ class Segmentations:
         try:
             array, properties = self.manager.image_reader_writer_class().read_seg(str(file))
             seg = np.asarray(array)[0]
-            # A small file may claim to hold any number of values, so that the size comes first.
+            # A small file may claim to hold any number of values, so its shape is read first.
             shape = _shape_of_probabilities(npz_file)
-            fits = len(shape) == 4 and shape[1:] == seg.shape and shape[0] <= MOST_CHANNELS
+            has_four_axes = len(shape) == 4
+            fits = has_four_axes and shape[0] <= MOST_CHANNELS and shape[1:] == seg.shape
             probabilities = np.load(npz_file)["probabilities"] if fits else None
         except UNREADABLE as error:
             raise ScanError(
@@ -192,15 +196,15 @@ class Segmentations:
         return seg, properties, probabilities
 
     def _channels(self) -> list[list[int]]:
-        """Return, by class, the channels of the probabilities whose sum is its own.
+        """Return for each class the channels whose probabilities add up to that of the class.
 
         A region inside another one of the class adds nothing to it.
         """
         labels = self.manager.get_label_manager(self.dataset)
-        if labels.has_regions:
-            regions = [{r} if isinstance(r, int) else set(r) for r in labels.foreground_regions]
-        else:
-            regions = [{int(label)} for label in labels.all_labels]
+        # Label values of every channel.
+        regions: list[set[int]] = []
+        for region in labels.foreground_regions if labels.has_regions else labels.all_labels:
+            regions.append(set(region) if isinstance(region, Iterable) else {int(region)})
 
         found = []
         for kind in self.classes:
@@ -220,10 +224,10 @@ class Segmentations:
 
 
 def _shape_of_probabilities(npz_file: Path) -> tuple[int, ...]:
-    """Return the shape of the probabilities, without unpacking them.
+    """Return the shape of the probabilities in a file, without unpacking them.
 
     Raises:
-        ValueError: it holds anything else, or is of a newer format.
+        ValueError: the file holds values of another type, or is of a newer format.
     """
     with zipfile.ZipFile(npz_file) as archive, archive.open("probabilities.npy") as stream:
         version = np.lib.format.read_magic(stream)
@@ -249,6 +253,8 @@ def objects_of(
     """Return the components of a segmentation with at least ``rules.min_voxels``.
 
     Args:
+        labels_ZYX: the segmentation.
+        probabilities_CZYX: one channel for each label or region.
         channels: channels of each class; the probabilities of several are added, up to 1.
 
     Returns:
@@ -264,13 +270,13 @@ def objects_of(
         if item.ignored:
             continue
         kind = classes[item.class_index]
-        ends = zip(item.box_zyx[:3], item.box_zyx[3:], strict=True)
-        region = tuple(slice(int(low), int(high)) for low, high in ends)
+        region = voxels_of(item.box_zyx, as_size(labels_ZYX.shape))
         of_channels = [probabilities_CZYX[c][region] for c in channels[item.class_index]]
         # Probabilities may be in half precision, in which sums would be rounded.
-        own = np.asarray(np.sum(of_channels, axis=0, dtype=np.float64))
+        own_ZYX = np.asarray(np.sum(of_channels, axis=0, dtype=np.float64))
+        is_inside = instances.ids_ZYX[region] == item.id
 
-        score = float(own[instances.ids_ZYX[region] == item.id].max())
+        score = float(own_ZYX[is_inside].max())
         if not math.isfinite(score):
             raise ScanError(
                 "nonfinite",
@@ -291,9 +297,9 @@ def objects_of(
 
 
 def _read_description(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file that lies in a folder of predictions, or above one of validation.
+    """Read a JSON file that lies in a folder of predictions, or two folders above it.
 
-    The latter is ``<model>/fold_0/validation``.
+    The second is the case for ``<model>/fold_0/validation``.
     """
     for candidate in (folder, folder.parent.parent):
         if (candidate / name).is_file():

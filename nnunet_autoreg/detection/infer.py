@@ -1,15 +1,16 @@
-"""Boxes of a whole scan, from tiles, mirrorings and models.
+"""Find the boxes of a whole scan, from tiles, mirrorings and models.
 
-Every pair of a model and a mirroring is a member of the ensemble. As in nnDetection v0.1, boxes of
-one tile that overlap by more than 0.6 are suppressed, then those of one member that overlap by more
-than 0.1, where boxes near a tile's border count less because they may be cut. The boxes of several
-members are merged by weighted box clustering.
+Every pair of a model and a mirroring is a member of the ensemble. The steps are those of
+nnDetection v0.1. First, boxes of one tile that overlap by more than 0.6 are suppressed. Then boxes
+of one member that overlap by more than 0.1 are suppressed; boxes near a tile's border count less,
+because they may be cut. At last, the boxes of several members are merged by weighted box
+clustering.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ MOST_PER_TILE, MOST_CANDIDATES = 1000, 1000
 BORDER_WEIGHT = 0.5
 BORDER_VOX = 0.5
 LOWEST_SCORE = 1e-3
-"""Below it nothing is a candidate; untrained heads give every anchor 0.01."""
+"""Boxes with a lower score are not candidates; untrained heads give every anchor 0.01."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class NmsSettings:
     """Hold overlaps (IoU) and numbers for every stage of suppression and merging.
 
     Attributes:
-        tile_iou, member_iou: if two boxes overlap more, the one with the lower score is removed.
-        merge_iou: boxes of different members that overlap more are one.
+        tile_iou, member_iou: if two boxes of a tile, or of a member, overlap more, the one with the
+            lower score is removed.
+        merge_iou: boxes of different members that overlap more become one.
         cut_factor: the score of a box that ends at a border between tiles is multiplied by it. The
             object may continue beyond the border, and another tile shows it whole, unless it is
             larger than half a tile.
@@ -73,9 +75,10 @@ class Candidates:
     """Hold boxes before merging, in voxel edges of the preprocessed image.
 
     Attributes:
+        scores_N: in [0, 1].
         labels_N: index of the class.
         weights_N: 1 for a box in the middle of its tile, down to 0.5 at its border.
-        members_N: index of the model and mirroring that a box comes from.
+        members_N: index of the ensemble member, a model and a mirroring, that found the box.
     """
 
     boxes_N6: Tensor  # noqa: N815
@@ -99,7 +102,9 @@ class Candidates:
 class MergedBoxes:
     """Hold the boxes after merging, highest score first.
 
-    ``votes_N`` is how many candidates were merged into each.
+    Attributes:
+        labels_N: index of the class.
+        votes_N: number of candidates that were merged into each box.
     """
 
     boxes_N6: Tensor  # noqa: N815
@@ -120,14 +125,18 @@ def concatenate(parts: Sequence[Candidates]) -> Candidates:
 
 
 def merge(candidates: Candidates, num_members: int, nms: NmsSettings = DEFAULT_NMS) -> MergedBoxes:
-    """Suppress overlapping candidates of every member, and merge those of all members."""
+    """Suppress overlapping candidates of every member, and merge those of all members.
+
+    Args:
+        num_members: number of members of the ensemble, also of those without any candidate.
+    """
     kept = []
     for member in range(num_members):
         index = torch.nonzero(candidates.members_N == member)[:, 0]
         own = candidates.at(index)
-        # The score itself stays: only the order depends on the location in the tile.
-        order = own.scores_N * own.weights_N
-        chosen = bx.nms(own.boxes_N6, order, nms.member_iou, own.labels_N, nms.most_boxes)
+        # The location in the tile decides only which box is kept. Its score does not change.
+        ranking = own.scores_N * own.weights_N
+        chosen = bx.nms(own.boxes_N6, ranking, nms.member_iou, own.labels_N, nms.most_boxes)
         kept.append(index[chosen])
 
     left = candidates.at(torch.cat(kept))
@@ -157,7 +166,7 @@ def boxes_of_output(
 ) -> list[Candidates]:
     """Return the candidates of each patch of a batch, after suppression, clipped to the patch.
 
-    They are of member 0, and weighted by where they lie in the patch.
+    Their member is 0, and their weights are those of their locations in the patch.
     """
     shape = as_size(output.logits_BCZYX.shape[2:])
     all_scores = output.scores_BAK.float().sigmoid()
@@ -191,9 +200,9 @@ def boxes_of_output(
 
 
 def tile_weights(boxes_N6: Tensor, shape_vox: Size) -> Tensor:
-    """Return the weight (N,) of boxes by where their centres lie in a tile.
+    """Return the weight (N,) of boxes by the location of their centres in a tile.
 
-    It is 1 in the middle, and 0.5 at the nearest border.
+    It is 1 in the middle, and falls to 0.5 at the nearest border.
     """
     if not len(boxes_N6):
         return boxes_N6.new_zeros(0)
@@ -206,11 +215,11 @@ class ScanDetector:
     """Run a detector over whole preprocessed scans.
 
     Args:
-        network: in evaluation mode with ``detect`` set; unwrapped.
-        anchors: the plan's.
-        patch_size: size of a tile.
-        mirror_axes: (0: z, 1: y, 2: x) along which to mirror too; every combination of them is a
-            member of the ensemble.
+        network: detector in evaluation mode with ``detect`` set, without DDP or torch.compile.
+        anchors: anchors of the detection plan.
+        patch_size: size of a tile, (z, y, x).
+        mirror_axes: axes (0: z, 1: y, 2: x) along which scans are mirrored. Every combination of
+            them, also none, is a member of the ensemble.
         autocast: makes the context of a forward pass.
     """
 
@@ -231,9 +240,10 @@ class ScanDetector:
         self.device = device
         self.nms = nms
         self.autocast = autocast
-        # No mirroring at all comes first.
-        by_number = (combinations(mirror_axes, n) for n in range(len(mirror_axes) + 1))
-        self.mirrorings = list(chain.from_iterable(by_number))
+        # The scan as it is comes first.
+        self.mirrorings: list[tuple[int, ...]] = []
+        for num_axes in range(len(mirror_axes) + 1):
+            self.mirrorings += combinations(mirror_axes, num_axes)
         self.grids: dict[tuple[Size, ...], AnchorGrid] = {}
 
     @property
@@ -249,7 +259,7 @@ class ScanDetector:
     ) -> tuple[Candidates, Tensor | None]:
         """Return the candidates of a preprocessed scan, and its segmentation logits (C, Z, Y, X).
 
-        There are at most 1000 candidates per member. The logits are None unless asked for.
+        There are at most 1000 candidates per member. The logits are None without ``with_logits``.
 
         Raises:
             WeightsError: the network gives numbers that are not finite.
@@ -272,12 +282,12 @@ class ScanDetector:
         found = concatenate(parts)
 
         # From the padded image back to the image itself.
-        origin = torch.tensor([s.start or 0 for s in inner[1:]], dtype=torch.float32)
-        shift = torch.cat([origin, origin])
+        origin = [s.start or 0 for s in inner[1:]]
+        shift = torch.tensor([*origin, *origin], dtype=torch.float32)
         boxes = bx.clip(found.boxes_N6 - shift, as_size(image_CZYX.shape[1:]))
         found = replace(found, boxes_N6=boxes)
 
-        # Of every member the best boxes, without those that lie in the padding.
+        # The best boxes of every member, without those that lie in the padding.
         chosen = []
         has_extent = (bx.sizes(boxes) > 0).all(1)
         for member in range(self.num_members):
@@ -315,7 +325,8 @@ class ScanDetector:
                 self.grids[output.cells] = lay_out(self.anchors, output.cells, self.device)
             (found,) = boxes_of_output(output, self.grids[output.cells], self.nms)
 
-            # Merging needs all tiles at once, and the GPU its memory for the network.
+            # Merging needs the boxes of all tiles at once. They are kept on the CPU, because the
+            # network needs the GPU's memory.
             boxes = mirrored(found.boxes_N6, axes, self.patch_size).cpu()
             is_cut = ends_between_tiles(boxes, start, self.patch_size, padded_shape)
             scores = found.scores_N.cpu()
@@ -333,7 +344,7 @@ class ScanDetector:
 
 
 def _check_finite(output: Output) -> None:
-    """Refuse NaN, which would come first in the ranking of scores and hide every box."""
+    """Refuse outputs with NaN, which would be ranked as the highest scores and hide every box."""
     has_scores = bool(torch.isfinite(output.scores_BAK).all())
     has_deltas = bool(torch.isfinite(output.deltas_BA6).all())
     if not (has_scores and has_deltas):
@@ -348,8 +359,13 @@ def _check_finite(output: Output) -> None:
 def ends_between_tiles(boxes_N6: Tensor, start: Size, patch_size: Size, shape_vox: Size) -> Tensor:
     """Return whether each box (N,) of the tile at ``start`` ends at a border between tiles.
 
-    A box ends at a border if it comes within half a voxel of it. At the borders of the image itself
-    no box is cut.
+    A box ends at a border if it comes within half a voxel of it. No box is cut at the borders of
+    the image itself.
+
+    Args:
+        boxes_N6: in voxel edges of the tile.
+        start: first voxel of the tile in the image.
+        shape_vox: shape of the image, (z, y, x).
     """
     found = torch.zeros(len(boxes_N6), dtype=torch.bool)
     for axis in range(3):
@@ -361,7 +377,7 @@ def ends_between_tiles(boxes_N6: Tensor, start: Size, patch_size: Size, shape_vo
 
 
 def mirrored(boxes_N6: Tensor, axes: Sequence[int], shape_vox: Size) -> Tensor:
-    """Return the boxes of an image mirrored along ``axes`` in the image itself."""
+    """Return the boxes of an image that was mirrored along ``axes`` in the image itself."""
     ends = boxes_N6.clone()
     for axis in axes:
         ends[:, axis] = shape_vox[axis] - boxes_N6[:, axis + 3]
@@ -373,13 +389,13 @@ class _LogitsMean:
     """Average the logits of overlapping tiles with nnU-Net's Gaussian weights."""
 
     def __init__(self, patch_size: Size):
-        cpu = torch.device("cpu")
-        self.gaussian: Tensor = compute_gaussian(
+        gaussian: Tensor = compute_gaussian(
             tuple(patch_size),
             sigma_scale=1.0 / 8,
             value_scaling_factor=10,
-            device=cpu,
-        ).float()
+            device=torch.device("cpu"),
+        )
+        self.gaussian = gaussian.float()
         self.total: Tensor | None = None
         self.weight: Tensor | None = None
 

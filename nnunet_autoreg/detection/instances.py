@@ -174,6 +174,23 @@ def ignore_value(dataset: Mapping[str, Any]) -> int | None:
     return values[0] if values else None
 
 
+def other_label_values(
+    dataset: Mapping[str, Any],
+    classes: Sequence[ObjectClass],
+    where: str = "dataset.json",
+) -> tuple[int, ...]:
+    """Return the label values of a dataset that belong to none of the classes.
+
+    Background and nnU-Net's ignore label are left out.
+    """
+    others: set[int] = set()
+    for values in label_values(dataset, where).values():
+        others.update(values)
+    for object_class in classes:
+        others.difference_update(object_class.values)
+    return tuple(sorted(others - {0, ignore_value(dataset)}))
+
+
 def label_values(
     dataset: Mapping[str, Any],
     where: str = "dataset.json",

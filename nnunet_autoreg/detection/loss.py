@@ -1,4 +1,7 @@
-"""The losses of the anchors (class and box) and of the auxiliary segmentation."""
+"""Compute the losses of the anchors (class and box), and of the auxiliary segmentation.
+
+Shape suffixes: B samples, A anchors, C classes, G objects of a sample, Z Y X voxels.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +26,10 @@ class PatchObjects:
     """Hold the objects of one patch.
 
     Attributes:
-        boxes_G6: voxel edges of the patch.
-        labels_G: class, from 0.
-        ignored_G: objects that are neither to be found nor background, because they are too small
-            or their label is not certain.
+        boxes_G6: in voxel edges of the patch.
+        labels_G: class index, from 0.
+        ignored_G: whether an object is neither to be found nor background, because it is too small
+            or marked so.
     """
 
     boxes_G6: Tensor  # noqa: N815
@@ -59,14 +62,17 @@ def anchor_losses(
     generator: torch.Generator | None = None,
     uncounted_BZYX: Tensor | None = None,
 ) -> AnchorLosses:
-    """Return the losses of a batch; images, and whole batches, without objects are fine.
+    """Return the losses of a batch; images, and whole batches, may be without objects.
 
     Args:
         logits_BAC: one logit per anchor and class, anchors in the order of ``grid``.
         deltas_BA6: predicted deltas (boxes.encode).
+        grid: the anchors.
+        objects: the objects of every sample.
         classification: ``hard_negatives`` or ``focal``.
-        generator: draws the sampled anchors, on the CPU; torch's global one if None.
-        uncounted_BZYX: bool, voxels without a known label. An anchor with its centre there is no
+        centre_inside: see ``anchors.match``.
+        generator: draws the sampled anchors, on the CPU; torch's global generator if None.
+        uncounted_BZYX: bool, voxels without a known label. An anchor with its centre there is not
             background.
 
     Raises:
@@ -97,7 +103,7 @@ def anchor_losses(
     is_positive = state_BA > 0
     num_positive = int(is_positive.sum())
     if classification == "focal":
-        # Focal loss uses every anchor: easy ones weigh little by themselves.
+        # The focal loss uses every anchor, because it gives easy ones a small weight.
         loss = focal(logits, target_BAC, state_BA >= 0, num_positive)
         is_used = is_positive
     else:
@@ -105,7 +111,8 @@ def anchor_losses(
         if bool(chosen.any()):
             loss = functional.binary_cross_entropy_with_logits(logits[chosen], target_BAC[chosen])
         else:
-            # Zero, but with a gradient for every parameter: distributed training waits for one.
+            # It is 0 but has a gradient for every parameter, because distributed training waits for
+            # all of them.
             loss = logits.sum() * 0
         # Boxes are learned only from the drawn positives.
         is_used = chosen & is_positive
@@ -117,7 +124,7 @@ def anchor_losses(
 def _at_centres(voxels_BZYX: Tensor, grid: AnchorGrid) -> Tensor:
     """Return the values (B, A) of the voxels that hold the anchors' centres.
 
-    Beyond the patch, the nearest voxels count.
+    For a centre beyond the patch it is the value of the nearest voxel.
     """
     voxel_A3 = bx.centres(grid.boxes_A6).floor().long()
     last_3 = torch.tensor(voxels_BZYX.shape[1:], device=voxel_A3.device) - 1
@@ -148,12 +155,16 @@ def sample_hard_negatives(
 ) -> Tensor:
     """Return the anchors (B, A) that count in this step, pooled over the whole batch.
 
-    Positives are drawn at random up to their share. Two negatives are drawn for each
-    positive, and two if there is no positive at all, at random from the hardest ones.
+    Positives are drawn at random up to their share. Two negatives are drawn for each positive, and
+    two if there is no positive at all. They are drawn at random from the hardest ones.
 
     Args:
-        state_BA: 1 positive, 0 background, -1 not counted.
+        state_BA: 1 for a positive, 0 for background, -1 if the anchor does not count.
         hardness_BA: highest logit of each anchor.
+        generator: see ``anchor_losses``.
+
+    Returns:
+        True for every anchor that was drawn.
     """
     state = state_BA.flatten()
     hardness = hardness_BA.flatten()
@@ -165,7 +176,7 @@ def sample_hard_negatives(
     negatives_per_positive = 1 / POSITIVE_SHARE - 1
     num_negative = min(len(negative), round(max(1, num_positive) * negatives_per_positive))
 
-    # From a pool of hard ones, so that not the same few are drawn in every step.
+    # From a pool of hard negatives, so that the drawn ones differ from step to step.
     pool_size = min(len(negative), num_negative * POOL)
     hardest = negative[hardness[negative].topk(pool_size).indices]
     chosen = torch.zeros_like(state, dtype=torch.bool)
@@ -182,12 +193,16 @@ def focal(
     gamma: float = 1.0,
     alpha: float = 0.75,
 ) -> Tensor:
-    """Return the sigmoid focal loss over every anchor that counts, per positive anchor.
+    """Return the sum of the sigmoid focal loss over all anchors that count, per positive anchor.
+
+    Args:
+        counted_BA: whether an anchor counts.
 
     Source: Lin et al. 2017 (arXiv 1708.02002); gamma 1 and alpha 0.75 are what nnDetection V002
         uses.
     """
-    logits, target = logits_BAC[counted_BA], target_BAC[counted_BA]  # (counted, C)
+    logits = logits_BAC[counted_BA]  # (counted, C)
+    target = target_BAC[counted_BA]
     entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     error = (logits.sigmoid() - target).abs()
     weight = alpha * target + (1 - alpha) * (1 - target)
@@ -222,7 +237,8 @@ def _targets(
     """Return the training targets of the anchors of one image.
 
     Returns:
-        State (A,) as in ``sample_hard_negatives``, and class (A,) and box (A, 6) of the object.
+        State (A,) as in ``sample_hard_negatives``, and the class index (A,) and the box (A, 6) of
+        the object that each anchor has to find.
     """
     device = grid.boxes_A6.device
     matched = match(objects.boxes_G6, grid, centre_inside=centre_inside)  # (A,)

@@ -1,5 +1,6 @@
-"""Which detection found which object: hit rules, and greedy matching from the highest score down,
-as in COCO.
+"""Match detections with objects, by hit rules.
+
+Matching is greedy, from the highest score down, as in COCO.
 """
 
 import math
@@ -31,11 +32,12 @@ class HitRule:
     """Define when a detection has found an object.
 
     Attributes:
-        kind: ``iou``: the boxes overlap by at least ``value``. ``centre``: its centre lies in the
-            object; in the object's box, where no map is known. ``radius``: its centre is at most
-            ``value`` mm from that of the object's box, and if ``value`` is 0 at most half the
-            object's largest side, which is LUNA16's rule. ``mask``: the IoU of their voxels, not of
-            their boxes, is at least ``value``, as RibFrac has it with 0.2.
+        kind: ``iou``: the IoU of the boxes is at least ``value``. ``mask``: the IoU of their voxels
+            is at least ``value``; RibFrac uses 0.2. ``centre``: the detection's centre lies in the
+            object, or in the object's box if no map is known. ``radius``: the distance between the
+            centres of the boxes is at most ``value`` mm; if ``value`` is 0, at most half the
+            object's largest side, which is LUNA16's rule.
+        value: an IoU, or mm; 0 for ``centre``.
     """
 
     kind: str = "iou"
@@ -49,10 +51,10 @@ class HitRule:
         if self.kind == "centre":
             return "an object is found if the centre of a detection lies in it"
         if self.kind == "radius":
-            far = f"{self.value:g} mm" if self.value else "half its size"
-            return f"an object is found if the centre of a detection is within {far}"
-        what = "mask" if self.kind == "mask" else "box"
-        return f"an object is found from a {what} IoU of {self.value:g}"
+            distance = f"{self.value:g} mm" if self.value else "half its size"
+            return f"an object is found if the centre of a detection is within {distance}"
+        compared = "mask" if self.kind == "mask" else "box"
+        return f"an object is found from a {compared} IoU of {self.value:g}"
 
 
 def parse_hit_rule(text: str) -> HitRule:
@@ -88,9 +90,9 @@ class ScanBoxes:
 
     Attributes:
         spacing_mm: (z, y, x).
-        true_boxes_G6, true_classes_G, ignored_G: objects, their class indices, and whether they are
-            ignored.
-        boxes_D6, classes_D, scores_D: detections.
+        true_boxes_G6, true_classes_G, ignored_G: objects in voxel edges, their class indices, and
+            whether they are ignored.
+        boxes_D6, classes_D, scores_D: detections in voxel edges, their class indices and scores.
         centre_inside_DG: whether the detection's centre is a voxel of the object.
         mask_overlap_DG: IoU of the voxels of each detection and object; None if they are not known.
     """
@@ -108,14 +110,14 @@ class ScanBoxes:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether it holds no object that counts."""
+        """Return whether the scan has no object that counts."""
         return bool(self.ignored_G.all())
 
     def a_voxel_longer(self) -> "ScanBoxes":
         """Return the scan with every box as nnDetection has it, one voxel longer on each axis.
 
-        Such a box reaches from the voxel before the first to the last. Small objects overlap more
-        that way.
+        Such a box also holds the voxel before the first one. Boxes of small objects overlap more in
+        this convention.
         """
         lower = np.array([1.0, 1, 1, 0, 0, 0])
         return replace(
@@ -129,13 +131,14 @@ class ScanBoxes:
 class Matched:
     """Hold the matching of one class in one scan.
 
-    All arrays but the last are by detection, highest score first.
+    All arrays but the last have one value per detection, highest score first.
 
     Attributes:
-        detections: their indices in the scan.
+        detections: indices of the detections in the scan.
+        scores: their scores.
         object_of: index, in the scan, of the object found; -1 for none.
-        ignored: neither a hit nor false: on an ignored object, or a second detection of an object
-            where those do not count.
+        ignored: whether a detection is neither a hit nor false. It lies on an ignored object, or it
+            is a further detection of an object and those do not count.
         objects: indices, in the scan, of the objects that count.
     """
 
@@ -155,15 +158,15 @@ def scan_boxes(
     ids: Sequence[int] = (),
     uncounted_ZYX: NDArray[np.bool_] | None = None,
 ) -> ScanBoxes:
-    """Combine objects (boxes, classes, ignored) and detections (boxes, classes, scores).
-
-    Classes are given by their indices.
+    """Combine the objects and the detections of a scan.
 
     Args:
-        ids_ZYX: map of the objects, in which they have ``ids``: decides whether a detection's
-            centre lies in an object. Where it is None, the boxes of the objects decide.
-        uncounted_ZYX: where it is True nothing counts: each connected part becomes an ignored
-            object of any class.
+        true: boxes (G, 6), class indices (G,), and whether each object is ignored (G,).
+        found: boxes (D, 6), class indices (D,), and scores (D,).
+        ids_ZYX: map of the objects, in which they have ``ids``. It decides whether a detection's
+            centre lies in an object; if it is None, the boxes of the objects decide.
+        uncounted_ZYX: True for voxels in which nothing counts. Each connected part of them becomes
+            an ignored object of any class.
     """
     true_boxes = np.asarray(true[0], dtype=np.float64).reshape(-1, 6)
     true_classes = np.asarray(true[1], dtype=np.int64)
@@ -176,12 +179,14 @@ def scan_boxes(
         is_below = middle[:, None] < true_boxes[None, :, 3:]
         inside = (is_above & is_below).all(-1)
     else:
-        inside = _values_at(ids_ZYX, middle)[:, None] == np.asarray(ids, dtype=np.int64)[None]
+        id_at_centre_D = _values_at(ids_ZYX, middle)
+        inside = id_at_centre_D[:, None] == np.asarray(ids, dtype=np.int64)[None]  # (D, G)
 
     if uncounted_ZYX is not None and uncounted_ZYX.any():
         parts = cc3d.connected_components(uncounted_ZYX, connectivity=26)
         regions = boxes_of_ids(parts)
-        in_region = _values_at(parts, middle)[:, None] == np.array(list(regions))[None]
+        part_at_centre_D = _values_at(parts, middle)
+        in_region = part_at_centre_D[:, None] == np.array(list(regions))[None]  # (D, regions)
         true_boxes = np.concatenate([true_boxes, [box for box, _ in regions.values()]])
         true_classes = np.concatenate([true_classes, np.full(len(regions), ANY_CLASS)])
         ignored = np.concatenate([ignored, np.ones(len(regions), dtype=bool)])
@@ -207,7 +212,11 @@ def scan_of_instances(
     found: tuple[Any, Any, Any],
     uncounted_ZYX: NDArray[np.bool_] | None = None,
 ) -> ScanBoxes:
-    """Combine the objects of a scan and its detections."""
+    """Combine the objects of a scan and its detections.
+
+    Args:
+        found, uncounted_ZYX: see ``scan_boxes``.
+    """
     objects = instances.objects
     true = (
         [item.box_zyx for item in objects],
@@ -235,7 +244,8 @@ def mask_overlaps(
 
     It is 0 for an id without any voxel.
     """
-    # What is 0 in either map is most of an image: it is not sorted, nor copied as larger numbers.
+    # Most voxels of an image are 0 in one of the maps. They are left out before anything is sorted
+    # or copied as larger numbers.
     in_both_ZYX = (found_ZYX != 0) & (true_ZYX != 0)
     base = int(true_ZYX.max(initial=0)) + 1
     # One number for every pair of ids.
@@ -243,7 +253,8 @@ def mask_overlaps(
     pairs, counts = np.unique(pair_ids, return_counts=True)
     common_of_pair = dict(zip(pairs.tolist(), counts.tolist(), strict=True))
 
-    found_size, true_size = (np.bincount(array[array != 0]) for array in (found_ZYX, true_ZYX))
+    found_size = np.bincount(found_ZYX[found_ZYX != 0])
+    true_size = np.bincount(true_ZYX[true_ZYX != 0])
     overlap = np.zeros((len(found_ids), len(true_ids)))
     for d, i in enumerate(found_ids):
         for g, j in enumerate(true_ids):
@@ -254,14 +265,20 @@ def mask_overlaps(
 
 
 def overlaps(a_N6: Floats, b_M6: Floats) -> Floats:
-    """Return the IoU (N, M), float64."""
+    """Return the IoU (N, M) of every pair of boxes, in float64."""
     a = torch.from_numpy(np.asarray(a_N6, np.float64))
     b = torch.from_numpy(np.asarray(b_M6, np.float64))
     return bx.iou(a, b).numpy()
 
 
+def largest_sides_mm(boxes_N6: Floats, spacing_mm: Spacing) -> Floats:
+    """Return the largest side of each box in mm, (N,)."""
+    sides_mm = (boxes_N6[:, 3:] - boxes_N6[:, :3]) * np.array(spacing_mm)  # (N, 3)
+    return np.asarray(sides_mm.max(1, initial=0.0))
+
+
 def distances_mm(scan: ScanBoxes) -> Floats:
-    """Return the distances (D, G) of the boxes' centres."""
+    """Return the distances (D, G) between the centres of detections and objects, in mm."""
     centres_mm = []
     for boxes_N6 in (scan.boxes_D6, scan.true_boxes_G6):
         centres_N3 = (boxes_N6[:, :3] + boxes_N6[:, 3:]) / 2
@@ -273,39 +290,41 @@ def distances_mm(scan: ScanBoxes) -> Floats:
 
 
 def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
-    """Return whether each detection would hit each object (D, G), and how well, regardless of the
-    class.
+    """Return whether each detection would hit each object, and how well, in any class.
 
-    A larger second value is a better hit. A region in which nothing counts is hit if the
-    detection's centre lies in it.
+    A region in which nothing counts is hit if the detection's centre lies in it.
+
+    Returns:
+        Whether there is a hit (D, G), and its quality (D, G): a larger value is a better hit.
 
     Raises:
         UsageError: the rule needs voxels, and only boxes are known.
     """
     if rule.kind in ("iou", "mask"):
-        is_iou = rule.kind == "iou"
-        quality = overlaps(scan.boxes_D6, scan.true_boxes_G6) if is_iou else scan.mask_overlap_DG
-        if quality is None:
+        if rule.kind == "iou":
+            quality = overlaps(scan.boxes_D6, scan.true_boxes_G6)
+        elif scan.mask_overlap_DG is not None:
+            quality = scan.mask_overlap_DG
+        else:
             raise UsageError(
                 f"hit rule {rule}: the voxels of the objects of {scan.name} are not known; use "
                 "iou:T",
                 code="hit-rule-without-voxels",
             )
-        # A threshold of 1 is reached by equal boxes, regardless of the rounding.
+        # Equal boxes reach a threshold of 1, even if their IoU is rounded.
         hit = quality >= min(rule.value, 1 - 1e-9)
     else:
-        away = distances_mm(scan)
-        quality = 1 / (1 + away)
+        away_mm = distances_mm(scan)
+        quality = 1 / (1 + away_mm)
         if rule.kind == "centre":
             hit = scan.centre_inside_DG
         else:
-            sides_vox = scan.true_boxes_G6[:, 3:] - scan.true_boxes_G6[:, :3]
-            sides_mm = sides_vox * np.array(scan.spacing_mm)
-            hit = away <= (rule.value or sides_mm.max(1, initial=0.0)[None] / 2)
+            half_sides_mm = largest_sides_mm(scan.true_boxes_G6, scan.spacing_mm) / 2
+            hit = away_mm <= (rule.value or half_sides_mm[None])
 
     # On an ignored object the centre is enough, regardless of the rule.
     hit = hit | (scan.ignored_G[None] & scan.centre_inside_DG)
-    # A region is not an object: its box may be the whole image, and means nothing.
+    # A region is not an object. Its box means nothing, because it may be the whole image.
     is_region = scan.true_classes_G == ANY_CLASS
     return np.where(is_region[None], scan.centre_inside_DG, hit), quality
 
@@ -326,11 +345,11 @@ def match_scan(
     detections.
 
     Args:
-        duplicates: what a further detection of an object is that was found already: ``false``
+        duplicates: whether a further detection of an object that was found already is a ``false``
             positive or ``ignored``.
-        max_detections: only the highest scores count.
-        ignored_objects: (G,) further objects that do not count here, e.g. those of another size.
-        ignored_if_unmatched: (D,) detections that are not false positives here.
+        max_detections: largest number of detections; the highest scores count.
+        ignored_objects: (G,) further objects that do not count here, such as those of another size.
+        ignored_if_unmatched: (D,) detections that are not false positives if they hit nothing.
     """
     hit, quality = hits(scan, rule)
     ignored = scan.ignored_G if ignored_objects is None else scan.ignored_G | ignored_objects

@@ -1,7 +1,9 @@
-"""Average precision, free-response curves, and their intervals, from matched detections.
+"""Compute average precisions and free-response curves from matched detections.
 
-Every function takes a weight per scan, so that a bootstrap resample costs no new matching: a scan
+Every function takes a weight per scan, so that a bootstrap resample needs no new matching: a scan
 that is drawn twice weighs 2.
+
+Shape suffix: S scans.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,8 @@ class Pooled:
     """Hold the detections of one class over all scans, without the ignored ones.
 
     Attributes:
-        scores, is_hit, scan: one value per detection, highest score first.
+        scores: one value per detection, highest first.
+        is_hit, scan: for each detection, whether it found an object, and the index of its scan.
         objects_S: number of objects of each scan.
     """
 
@@ -48,7 +51,9 @@ class Froc:
     At the first point nothing is detected.
 
     Attributes:
-        fp_per_scan, sensitivity, threshold: arrays of one length; the first threshold is infinite.
+        fp_per_scan: mean number of false positives per scan at each point.
+        sensitivity: share of the objects that are found at each point.
+        threshold: score threshold of each point; the first is infinite.
     """
 
     fp_per_scan: Floats
@@ -89,25 +94,28 @@ def average_precision(pooled: Pooled, weights_S: Floats | None = None) -> float:
     if num_objects == 0:
         return float("nan")
 
-    of_detection = weights[pooled.scan]
-    hits = np.cumsum(of_detection * pooled.is_hit)
-    misses = np.cumsum(of_detection * ~pooled.is_hit)
-    # A resample may leave out all scans up to here.
-    precision = hits / np.maximum(hits + misses, 1e-12)
+    weight_of_detection = weights[pooled.scan]
+    num_hits = np.cumsum(weight_of_detection * pooled.is_hit)
+    num_false = np.cumsum(weight_of_detection * ~pooled.is_hit)
+
+    # A resample may leave out the scans of all detections so far, so nothing is counted yet.
+    precision = num_hits / np.maximum(num_hits + num_false, 1e-12)
     best_beyond = np.maximum.accumulate(precision[::-1])[::-1]
     # A recall that is never reached has the precision 0.
     best_beyond = np.append(best_beyond, 0.0)
-    reached = np.searchsorted((hits / num_objects).astype(np.float32), RECALLS, side="left")
-    return float(best_beyond[reached].mean())
+
+    recall = (num_hits / num_objects).astype(np.float32)
+    first_reaching = np.searchsorted(recall, RECALLS, side="left")
+    return float(best_beyond[first_reaching].mean())
 
 
 def froc(pooled: Pooled, weights_S: Floats | None = None) -> Froc:
     """Return the sensitivity against false positives per scan, scans without objects included.
 
-    Detections of one score are added together.
+    Detections of equal scores become one point. Without objects, the sensitivity is NaN.
     """
     weights = np.ones(len(pooled.objects_S)) if weights_S is None else weights_S
-    of_detection = weights[pooled.scan]
+    weight_of_detection = weights[pooled.scan]
     last_of_score = np.zeros(0, dtype=np.int64)
     if len(pooled.scores):
         is_last = np.append(pooled.scores[1:] != pooled.scores[:-1], True)
@@ -115,13 +123,14 @@ def froc(pooled: Pooled, weights_S: Floats | None = None) -> Froc:
 
     num_objects = float(weights @ pooled.objects_S)
     num_scans = float(weights.sum())
-    hits = np.cumsum(of_detection * pooled.is_hit)[last_of_score]
-    misses = np.cumsum(of_detection * ~pooled.is_hit)[last_of_score]
-    sensitivity = hits / num_objects if num_objects else np.full(len(last_of_score), np.nan)
-    start = 0.0 if num_objects else np.nan
+    num_hits = np.cumsum(weight_of_detection * pooled.is_hit)[last_of_score]
+    num_false = np.cumsum(weight_of_detection * ~pooled.is_hit)[last_of_score]
+    sensitivity = np.full(len(num_hits) + 1, np.nan)
+    if num_objects:
+        sensitivity = np.append(0.0, num_hits / num_objects)
     return Froc(
-        fp_per_scan=np.append(0.0, misses / num_scans),
-        sensitivity=np.append(start, sensitivity),
+        fp_per_scan=np.append(0.0, num_false / num_scans),
+        sensitivity=sensitivity,
         threshold=np.append(np.inf, pooled.scores[last_of_score]),
     )
 
@@ -129,8 +138,8 @@ def froc(pooled: Pooled, weights_S: Floats | None = None) -> Froc:
 def sensitivity_at(curve: Froc, fp_per_scan: Sequence[float]) -> Floats:
     """Return the sensitivities at given numbers of false positives per scan.
 
-    Between the curve's points it is linear, as in LUNA16's evaluation. Beyond the last point the
-    curve stays where it is; without any detection it is 0.
+    Between the curve's points they are interpolated linearly, as in LUNA16's evaluation. Beyond the
+    last point the curve is constant; without any detection it is 0.
     """
     values = np.unique(curve.fp_per_scan)
     # Several sensitivities at one number of false positives: the last one is the highest.
@@ -144,13 +153,14 @@ def threshold_at(curves: Sequence[tuple[Froc, int]], fp_per_scan: float) -> floa
     It is infinite if even the highest score has more.
 
     Args:
-        curves: each with its number of scans, combined as if they were of one set of scans.
+        curves: curves of different scans, each with its number of scans. They are combined as if
+            they were of one set of scans.
     """
     all_thresholds = np.concatenate([curve.threshold for curve, _ in curves])
     thresholds = np.unique(all_thresholds)[::-1]
     num_false = np.zeros(len(thresholds))
     for curve, num_scans in curves:
-        # Thresholds fall; a curve stays where its last point at or above the threshold is.
+        # Thresholds fall. The last point at or above the threshold gives the curve's value.
         last = np.searchsorted(-curve.threshold, -thresholds, side="right") - 1
         num_false += curve.fp_per_scan[last] * num_scans
 

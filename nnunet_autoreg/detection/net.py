@@ -1,9 +1,9 @@
-"""Retina U-Net on the networks that fine-tuning builds: segmentation, and boxes beside it.
+"""Build a Retina U-Net on the networks that fine-tuning builds: segmentation, and boxes beside it.
 
 The boxes come from several feature maps. Encoder and decoder keep their key names, so that
-pretrained weights load as they do for segmentation; what is new lies below ``detection.``. In
-training, and where ``detect`` is set, ``forward`` returns an ``Output``. Otherwise it returns the
-only segmentation logits, so that stock ``nnUNetv2_predict`` works.
+pretrained weights load as they do for segmentation. The keys of new layers begin with
+``detection.``. In training, and if ``detect`` is set, ``forward`` returns an ``Output``. Otherwise
+it returns only the segmentation logits, so that stock ``nnUNetv2_predict`` works.
 
 Shape suffixes: B samples, C channels, Z Y X voxels, z y x cells of a feature map, A anchors of all
 levels, K classes.
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import RESENC, VIT, family_of, token_size_of
 from nnunet_autoreg.geometry import Size, as_size, multiplied
+from nnunet_autoreg.model.feature_maps import NAMES_OF_PARTS
 
 PRIOR = 0.01
 """Score that an untrained head gives to every anchor."""
@@ -38,10 +39,10 @@ GROUP = 16
 
 
 class Output(NamedTuple):
-    """The output of the network for a batch.
+    """Hold the output of the network for a batch.
 
     Attributes:
-        logits_BCZYX: segmentation.
+        logits_BCZYX: segmentation logits.
         scores_BAK: one logit per anchor and class.
         deltas_BA6: from the anchor to the box (boxes.encode).
         cells: number of cells (z, y, x) of each level.
@@ -56,7 +57,7 @@ class Output(NamedTuple):
 class Heads(nn.Module):
     """Classifier and box regressor, shared by all levels.
 
-    Only the scale of the boxes is each level's own.
+    Only the scale of the deltas differs between levels.
     """
 
     def __init__(self, num_channels: int, num_shapes: int, num_classes: int, num_levels: int):
@@ -66,10 +67,10 @@ class Heads(nn.Module):
         self.regressor = _head(num_channels, num_shapes * 6)
         # Levels may need deltas of different size.
         self.scales = nn.Parameter(torch.ones(num_levels))
-        last: Any = self.classifier[-1]
-        # Otherwise the many background anchors would dominate the first steps.
-        nn.init.constant_(last.bias, -math.log((1 - PRIOR) / PRIOR))
-        # Training starts from the anchors as they are: from random deltas, SGD at 1e-2 drove sides
+        # Scores start low. Otherwise the many background anchors would dominate the first steps.
+        to_scores: Any = self.classifier[-1]
+        nn.init.constant_(to_scores.bias, -math.log((1 - PRIOR) / PRIOR))
+        # Training starts from the anchors as they are. From random deltas, SGD at 1e-2 drove sides
         # to their limit, where the gradient is 0.
         to_deltas: Any = self.regressor[-1]
         nn.init.zeros_(to_deltas.weight)
@@ -93,6 +94,7 @@ def _by_anchor(values_BCzyx: Tensor, size: int) -> Tensor:
 
 
 def _head(num_channels: int, num_outputs: int) -> nn.Sequential:
+    """Return two normalised convolutions and one that gives the outputs, with small weights."""
     layers: list[nn.Module] = []
     for _ in range(2):
         layers.append(nn.Conv3d(num_channels, num_channels, 3, padding=1, bias=False))
@@ -100,23 +102,23 @@ def _head(num_channels: int, num_outputs: int) -> nn.Sequential:
         layers.append(nn.ReLU(inplace=True))
 
     layers.append(nn.Conv3d(num_channels, num_outputs, 3, padding=1))
-    head = nn.Sequential(*layers)
-
-    for layer in head:
+    for layer in layers:
         if isinstance(layer, nn.Conv3d):
             nn.init.normal_(layer.weight, std=0.01)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    return head
+    return nn.Sequential(*layers)
 
 
 class Detector(nn.Module):
-    """Base class: a segmentation network whose inner feature maps feed the heads.
+    """A segmentation network whose inner feature maps feed the heads; the base of all detectors.
 
     Args:
-        network: as ``encoders.build_network`` makes it, without deep supervision.
+        network: network of ``encoders.build_network``, without deep supervision.
         parts: names of its children that become children of the detector.
         level_channels: channels of the feature map of every level, finest first.
+        num_shapes: anchors per cell.
+        num_channels: channels of the laterals and heads.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class Detector(nn.Module):
         super().__init__()
         for part in parts:
             setattr(self, part, getattr(network, part))
-        for name in ("key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe"):
+        for name in NAMES_OF_PARTS:
             setattr(self, name, getattr(network, name))
         self.detect = False
         laterals = [nn.Conv3d(c, num_channels, kernel_size=1) for c in level_channels]
@@ -143,7 +145,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def forward(self, image_BCZYX: Tensor) -> Output | Tensor:
-        """Return an ``Output`` in training or where ``detect`` is set, else segmentation logits."""
+        """Return an ``Output`` in training or if ``detect`` is set, else segmentation logits."""
         logits, maps = self.both(image_BCZYX)
         if not (self.training or self.detect):
             return logits
@@ -159,10 +161,10 @@ class Detector(nn.Module):
 class ResEncDetector(Detector):
     """nnU-Net's residual encoder U-Net.
 
-    Levels are the outputs of the decoder's stages, and the bottleneck.
+    The feature maps are the outputs of the decoder's stages, and the bottleneck.
 
     Args:
-        stages: indices of stages of the encoder, 0 at full resolution.
+        stages: for each level, the index of a stage of the encoder; 0 is at full resolution.
     """
 
     def __init__(
@@ -196,16 +198,19 @@ class ResEncDetector(Detector):
         skips = encoder(image_BCZYX)
         x = skips[-1]
         outputs = [x]
+        coarsest_first = reversed(skips[:-1])
         for up, stage, skip in zip(
             decoder.transpconvs,
             decoder.stages,
-            reversed(skips[:-1]),
+            coarsest_first,
             strict=True,
         ):
             x = stage(torch.cat([up(x), skip], 1))
             outputs.append(x)
+
+        logits = decoder.seg_layers[-1](x)
         outputs.reverse()
-        return decoder.seg_layers[-1](x), [outputs[stage] for stage in self.stages]
+        return logits, [outputs[stage] for stage in self.stages]
 
 
 class TokenPyramid(nn.Module):
@@ -214,12 +219,14 @@ class TokenPyramid(nn.Module):
     Transposed convolutions enlarge it, and pooling reduces it.
 
     Args:
-        doublings: per level how often the token map is doubled; halved, if negative.
+        width: number of features of a token.
+        doublings: for each level, how often the token map is doubled; halved, if negative.
     """
 
     def __init__(self, width: int, doublings: Sequence[int]):
         super().__init__()
         self.doublings = tuple(doublings)
+        # Every doubling halves the number of channels.
         widths = [max(width // 2**n, GROUP) for n in range(max(0, *doublings) + 1)]
         self.ups = nn.ModuleList()
         for before, after in pairwise(widths):
@@ -229,14 +236,14 @@ class TokenPyramid(nn.Module):
         self.norms = nn.ModuleList(LayerNormNd(c) for c in self.channels)
 
     def forward(self, tokens_BCzyx: Tensor) -> list[Tensor]:
-        """Return a map for every level."""
-        grown = [tokens_BCzyx]
+        """Return the feature map (B, C, z, y, x) of every level."""
+        enlarged = [tokens_BCzyx]
         for up in self.ups:
-            grown.append(up(grown[-1]))
+            enlarged.append(up(enlarged[-1]))
 
         maps = []
         for doublings, norm in zip(self.doublings, self.norms, strict=True):
-            features = grown[max(0, doublings)]
+            features = enlarged[max(0, doublings)]
             if doublings < 0:
                 features = nn.functional.max_pool3d(features, 2**-doublings)
             maps.append(norm(features))
@@ -244,9 +251,13 @@ class TokenPyramid(nn.Module):
 
 
 class PrimusDetector(Detector):
-    """Primus, V2 and V3: a pyramid over the token map.
+    """Primus, PrimusV2 and PrimusV3: a pyramid over the token map.
 
     In V2 and V3 the stem's own features are added to it at their strides.
+
+    Args:
+        stages: for each level, an index into ``token_doublings``.
+        token: size of a token in voxels.
     """
 
     def __init__(
@@ -333,7 +344,11 @@ class PrimusDetector(Detector):
 
 
 class ViTDetector(Detector):
-    """The ViT of AR-SSL4M with its UNETR decoder: a pyramid over the last tokens."""
+    """The ViT of AR-SSL4M with its UNETR decoder: a pyramid over the last tokens.
+
+    Args:
+        stages, token: see ``PrimusDetector``.
+    """
 
     def __init__(
         self,
@@ -370,7 +385,8 @@ class ViTDetector(Detector):
             # Without the start token, as a map (B, C, z, y, x).
             states.append(state[:, 1:].transpose(1, 2).unflatten(2, self.grid))
         taps = [states[i] for i in self.tap_indices]
-        return decoder(image_BCZYX, taps, states[-1]), self.detection["pyramid"](states[-1])
+        logits = decoder(image_BCZYX, taps, states[-1])
+        return logits, self.detection["pyramid"](states[-1])
 
 
 def token_doublings(token_size: Size) -> list[int]:
@@ -379,7 +395,7 @@ def token_doublings(token_size: Size) -> list[int]:
     The finest stage comes first; a negative number means that the map is halved.
 
     Raises:
-        PlanError: the token is too small, or no power of two.
+        PlanError: the token is too small, or a side is not a power of two.
     """
     largest = max(token_size)
     if any(side & (side - 1) for side in token_size) or largest < FINEST_STRIDE:
@@ -401,23 +417,28 @@ def stage_strides(
     """Return the stride (z, y, x) in voxels of every stage that can carry a level, finest first.
 
     Args:
+        class_path: class of the network.
         arguments: arguments of the configuration's network.
-        patch_size: (z, y, x) voxels; a stage has at least one whole cell in it, and no cell is cut.
+        patch_size: (z, y, x) voxels. Stages of a transformer have whole cells in it.
     """
     if family_of(class_path) == RESENC:
         strides = []
-        total = (1, 1, 1)
+        stride = (1, 1, 1)
         for step in arguments["strides"]:
             steps = [step] * 3 if isinstance(step, int) else step
-            total = multiplied(total, steps)
-            strides.append(total)
+            stride = multiplied(stride, steps)
+            strides.append(stride)
         return strides
 
     token = token_size_of(class_path, arguments)
     strides = []
-    for n in token_doublings(token):
-        stride = as_size([side // 2**n if n >= 0 else side * 2**-n for side in token])
-        if all(p % s == 0 for p, s in zip(patch_size, stride, strict=True)):
+    for doublings in token_doublings(token):
+        if doublings >= 0:
+            stride = as_size([side // 2**doublings for side in token])
+        else:
+            stride = as_size([side * 2**-doublings for side in token])
+        has_whole_cells = [size % step == 0 for size, step in zip(patch_size, stride, strict=True)]
+        if all(has_whole_cells):
             strides.append(stride)
     return strides
 
@@ -435,12 +456,14 @@ def build_detector(
     """Return the detector over a segmentation network, whose parts become parts of it.
 
     Args:
+        class_path: class of the network.
+        arguments: arguments of the configuration's network.
         stages: indices into ``stage_strides`` that carry levels, finest first.
         num_shapes: anchors per cell.
         num_channels: number of channels of the heads.
 
     Raises:
-        PlanError: the class is of no known family.
+        PlanError: the class does not belong to a known family.
     """
     family = family_of(class_path)
     if family == RESENC:

@@ -1,4 +1,4 @@
-"""A task of nnDetection as an nnU-Net dataset, and detections as nnDetection writes them.
+"""Convert a task of nnDetection to an nnU-Net dataset, and write detections as nnDetection does.
 
 nnDetection's classes count from 0, nnU-Net's labels from 1.
 
@@ -12,7 +12,6 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from nnunet_autoreg.detection.geometry import RAS_OF_LPS
 from nnunet_autoreg.detection.images import array_of, open_image
 from nnunet_autoreg.detection.instances import (
+    MOST_OBJECTS,
     ObjectClass,
     Rules,
     known_instances,
@@ -38,33 +38,32 @@ RESERVED = ("background", "ignore")
 log = logging.getLogger(__name__)
 
 
-def labels_from_classes(class_of: Mapping[int, int]) -> dict[int, int]:
-    """Return instance id -> nnU-Net label, from nnDetection's instance id -> class."""
-    return {number: kind + 1 for number, kind in class_of.items()}
-
-
 def write_boxes(file: Path, record: ScanFile) -> None:
     """Write the detections of a scan as nnDetection's ``<case>_boxes.pkl``.
 
     Boxes are z0, y0, z1, y1, x0, x1, from the voxel before the first one to the voxel after the
     last. Classes count from 0 in the order of the labels.
     """
-    affine = np.array(record.affine_ras)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # nnDetection does not know labels.
-    class_index = {label: index for index, label in enumerate(sorted(record.classes.values()))}
+    labels = sorted(record.classes.values())
+    class_indices = [labels.index(box.label) for box in record.boxes]
 
     boxes = np.array([box.box_zyx for box in record.boxes], dtype=np.float32).reshape(-1, 6)
     voxel_before = np.array([1, 1, 0, 0, 1, 0], dtype=np.float32)
+
+    linear = record.frame.linear
+    spacing_xyz = np.linalg.norm(linear, axis=0)
+    origin_lps = RAS_OF_LPS @ np.array(record.affine_ras)[:3, 3]
+    direction_lps = RAS_OF_LPS @ linear / spacing_xyz
     data = {
         "pred_boxes": boxes[:, [0, 1, 3, 4, 2, 5]] - voxel_before,
         "pred_scores": np.array([box.score for box in record.boxes], dtype=np.float32),
-        "pred_labels": np.array([class_index[box.label] for box in record.boxes], dtype=np.int64),
+        "pred_labels": np.array(class_indices, dtype=np.int64),
         "restore": True,
         "original_size_of_raw_data": np.array(record.shape_zyx),
-        "itk_origin": tuple((RAS_OF_LPS @ affine[:3, 3]).tolist()),
-        "itk_spacing": tuple(spacing.tolist()),
-        "itk_direction": tuple((RAS_OF_LPS @ affine[:3, :3] / spacing).ravel().tolist()),
+        "itk_origin": tuple(origin_lps.tolist()),
+        "itk_spacing": tuple(spacing_xyz.tolist()),
+        "itk_direction": tuple(direction_lps.ravel().tolist()),
     }
     with atomic_path(file) as temporary, temporary.open("wb") as handle:
         pickle.dump(data, handle)
@@ -73,20 +72,20 @@ def write_boxes(file: Path, record: ScanFile) -> None:
 def convert_task(task: Path, dataset: Path) -> int:
     """Write an nnU-Net raw dataset with label maps and, beside them, instance maps.
 
-    Images are linked, or copied where links fail. Test images are converted with or without maps.
+    Images are linked, or copied if they cannot be linked. Test images need no maps.
 
     Args:
         task: nnDetection's folder of the task.
-        dataset: the folder to write, e.g. ``nnUNet_raw/Dataset100_Lesions``; must not exist.
+        dataset: the folder to write, such as ``nnUNet_raw/Dataset100_Lesions``; must not exist.
 
     Returns:
-        Number of training cases.
+        The number of training cases.
 
     Raises:
         UsageError: the task has no dataset.json or no training labels, or ``dataset`` exists.
-        PlanError: a dataset.json without classes or channels, or whose classes share a name or have
-            one of nnU-Net's own.
-        ObjectsError: a map that cannot be read, a map and a JSON that disagree, or an image that is
+        PlanError: dataset.json has no classes or channels, or two classes share a name, or a class
+            has a name that nnU-Net uses.
+        ObjectsError: a map cannot be read, a map and its JSON file disagree, or an image is
             missing.
     """
     names, channels = _read_task(task)
@@ -106,8 +105,8 @@ def convert_task(task: Path, dataset: Path) -> int:
 
     classes = tuple(ObjectClass(name, label, (label,)) for label, name in names.items())
 
-    # Written under another name, and renamed when whole: a conversion that fails leaves nothing
-    # that looks like a dataset.
+    # The dataset is written under another name, and renamed when it is whole. So a conversion that
+    # fails leaves nothing that looks like a dataset.
     unfinished = dataset.with_name(f".{dataset.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -148,18 +147,16 @@ def _read_task(task: Path) -> tuple[dict[int, str], list[str]]:
             code="convert-task-format",
         ) from error
 
-    names = dict(sorted(names.items()))
-
     every_name = list(names.values())
     for name in every_name:
-        what = ""
+        fault = ""
         if name in RESERVED:
-            what = "means something else to nnU-Net"
+            fault = "means something else to nnU-Net"
         elif every_name.count(name) > 1:
-            what = "is the name of several classes"
-        if what:
+            fault = "is the name of several classes"
+        if fault:
             raise PlanError(
-                f"{file}: '{name}' {what}; rename it under \"labels\", and convert again",
+                f"{file}: '{name}' {fault}; rename it under \"labels\", and convert again",
                 code="convert-class-name",
             )
 
@@ -170,7 +167,7 @@ def _read_task(task: Path) -> tuple[dict[int, str], list[str]]:
             file,
             data["target_class"],
         )
-    return names, [name for _, name in sorted(channels.items())]
+    return dict(sorted(names.items())), [name for _, name in sorted(channels.items())]
 
 
 def _convert_split(
@@ -188,8 +185,12 @@ def _convert_split(
         if named and named["case"] not in maps:
             bare.add(named["case"])
 
+    cases = list(maps)
     without_map = sorted(bare, key=natural_key)
-    if without_map and split == "Tr":
+    if split == "Ts":
+        # Test cases need no labels.
+        cases += without_map
+    elif without_map:
         log.warning(
             "%d training images have no map of instances and are left out (first: %s); one without "
             'objects needs a map of zeros and {"instances": {}}',
@@ -197,8 +198,7 @@ def _convert_split(
             without_map[0],
         )
 
-    # Test cases need no labels.
-    for case in [*maps, *(without_map if split == "Ts" else [])]:
+    for case in cases:
         for channel in range(num_channels):
             image = raw / f"images{split}" / f"{case}_{channel:04d}{ENDING}"
             if not image.is_file():
@@ -215,7 +215,8 @@ def _convert_split(
 
 def _files(folder: Path) -> list[Path]:
     """Return the images in a folder, without hidden files."""
-    return sorted(file for file in folder.glob(f"*{ENDING}") if not file.name.startswith("."))
+    images = [file for file in folder.glob(f"*{ENDING}") if not file.name.startswith(".")]
+    return sorted(images)
 
 
 def _convert_maps(
@@ -229,21 +230,24 @@ def _convert_maps(
     import SimpleITK
 
     image = open_image(file)
-    label_of = labels_from_classes(labels_of_instances(file.with_name(f"{case}.json")))
-    # Small objects stay objects: the rules of the new dataset decide later.
+    # A file of nnDetection has classes instead of labels.
+    class_of = labels_of_instances(file.with_name(f"{case}.json"))
+    label_of = {number: kind + 1 for number, kind in class_of.items()}
     found = known_instances(
         array_of(image, file),
         label_of,
         classes,
+        # Small objects stay objects: the rules of the new dataset decide later.
         Rules(min_voxels=1),
         str(file),
     )
-    ids = np.asarray(found.ids_ZYX)
-    label_of_id = np.zeros(65536, dtype=np.uint8)
+    ids_ZYX = np.asarray(found.ids_ZYX)
+    label_of_id = np.zeros(MOST_OBJECTS + 1, dtype=np.uint8)
     for item in found.objects:
         label_of_id[item.id] = classes[item.class_index].label
 
-    for folder, array in ((f"labels{split}", label_of_id[ids]), (f"instances{split}", ids)):
+    arrays = {f"labels{split}": label_of_id[ids_ZYX], f"instances{split}": ids_ZYX}
+    for folder, array in arrays.items():
         made: Any = SimpleITK.GetImageFromArray(array)
         made.CopyInformation(image)
         (dataset / folder).mkdir(parents=True, exist_ok=True)

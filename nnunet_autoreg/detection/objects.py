@@ -28,9 +28,9 @@ from nnunet_autoreg.detection.instances import (
     find_instances,
     ignore_value,
     known_instances,
-    label_values,
     labels_of_instances,
     object_classes,
+    other_label_values,
     read_rules,
     read_true_boxes,
     with_ellipsoids,
@@ -124,12 +124,7 @@ class ObjectSource:
     @cached_property
     def other_labels(self) -> tuple[int, ...]:
         """Return the label values that exist and are not detected."""
-        others: set[int] = set()
-        for values in label_values(self.dataset).values():
-            others.update(values)
-        for object_class in self.classes:
-            others.difference_update(object_class.values)
-        return tuple(sorted(others - {0, ignore_value(self.dataset)}))
+        return other_label_values(self.dataset, self.classes)
 
     @property
     def turns_images(self) -> bool:

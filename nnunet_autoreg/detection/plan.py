@@ -1,8 +1,8 @@
-"""The ``"autoreg_detection"`` block of a configuration in a plans file.
+"""Make and read the ``"autoreg_detection"`` block of a configuration in a plans file.
 
 It holds classes, levels, anchors, heads, and how they are trained. ``plan_from_labels`` makes it
-together with the plan for segmentation, from the raw dataset's labels, because nothing is
-preprocessed yet then.
+together with the plan for segmentation. It reads the raw dataset's labels, because nothing has been
+preprocessed at that time.
 """
 
 import logging
@@ -47,19 +47,20 @@ class DetectionPlan:
     Every value may be edited in the plans file.
 
     Attributes:
-        classes: what is detected.
+        classes: the classes that are detected.
         rules: how labels became objects (``dataset.json["autoreg_detection"]``).
         anchors: levels and anchor shapes.
         head_channels: number of channels of the laterals and heads.
-        has_masks: the labels outline the objects; False where only boxes are known, and no
-            segmentation is trained then.
-        num_epochs: length; a trainer's ``_<N>epochs`` name overrides it.
+        has_masks: whether the labels outline the objects. If only boxes are known, no segmentation
+            is trained.
+        num_epochs: length of a training; a trainer's ``_<N>epochs`` name overrides it.
         momentum: momentum of SGD, instead of the recipe's.
         average_decay: the weights that are validated and saved are a moving average with this
             factor per iteration.
         object_share: share of a batch that is drawn around an object.
-        classification: ``hard_negatives`` or ``focal``.
-        reasons: the reason of every value above.
+        classification: loss of the classes, ``hard_negatives`` or ``focal``.
+        reasons: the reasons of values above.
+        version: version of this format.
     """
 
     classes: tuple[ObjectClass, ...]
@@ -94,13 +95,15 @@ def plan_from_labels(
 
     Args:
         dataset: parsed dataset.json.
-        raw: the raw dataset.
+        raw: folder of the raw dataset.
         reader: nnU-Net's class that reads its images.
-        fit: the configuration's patch, and its network's arguments where they are its own.
+        encoder: the pretrained encoder.
+        fit: the configuration's patch, and the arguments of its network if they differ from the
+            encoder's.
 
     Raises:
-        PlanError: impossible rules or classes, or no object at all.
-        ObjectsError: labels that are missing, damaged, or contradict each other.
+        PlanError: the rules or classes are impossible, or there is no object.
+        ObjectsError: labels are missing, damaged, or contradict each other.
     """
     source = ObjectSource(raw / LABELS, raw, dataset, reader)
     cases = labelled_cases(source.labels, dataset["file_ending"])
@@ -132,6 +135,7 @@ def _sizes_of_case(
     transpose: Any,
     case: str,
 ) -> list[list[Spacing]]:
+    """Return the sizes of the objects of a case; it can be sent to another process."""
     return sizes_of(source.read(case), len(source.classes), spacing_mm, transpose)
 
 
@@ -152,26 +156,32 @@ def make_plan(
         sizes_vox: class name -> sides (z, y, x) of its objects at the target spacing, without
             ignored ones.
         strides_vox: strides of the stages that can carry a level, finest first (net.stage_strides).
+        patch_size: (z, y, x) voxels.
+        is_tiny: whether the encoder is one of the smallest, which get narrower heads.
+        has_masks: whether the labels outline the objects.
+        where: name of dataset.json in an error.
 
     Raises:
-        PlanError: impossible rules or classes, or no object at all.
+        PlanError: the rules or classes are impossible, or there is no object.
     """
     rules = read_rules(dataset, where)
     classes = object_classes(dataset, rules, where)
     anchors = plan_anchors(sizes_vox, strides_vox)
 
-    every_size = [sides for of_class in sizes_vox.values() for sides in of_class]
+    num_objects = 0
     num_too_large = 0
-    for sides in every_size:
-        fits = [side <= size for side, size in zip(sides, patch_size, strict=True)]
-        num_too_large += not all(fits)
+    for of_class in sizes_vox.values():
+        num_objects += len(of_class)
+        for sides in of_class:
+            fits = [side <= size for side, size in zip(sides, patch_size, strict=True)]
+            num_too_large += not all(fits)
 
     if num_too_large:
         log.warning(
             "%d of %d objects are larger than the patch of %s voxels and are never seen "
             "completely; plan with more memory, or a coarser spacing",
             num_too_large,
-            len(every_size),
+            num_objects,
             size_text(patch_size),
         )
 
@@ -180,7 +190,7 @@ def make_plan(
     if not has_masks:
         outlines = "boxesTr: only boxes are known, so no segmentation is trained"
     reasons = {
-        "anchors": f"{len(every_size)} objects: {anchors.num_shapes} shapes on strides {strides} "
+        "anchors": f"{num_objects} objects: {anchors.num_shapes} shapes on strides {strides} "
         f"reach a mean best IoU of {anchors.mean_iou:g}",
         "has_masks": outlines,
         "num_epochs": f"{NUM_EPOCHS} epochs of 250 iterations are nnDetection's length",
@@ -198,7 +208,7 @@ def make_plan(
 def read_plan(configuration: Mapping[str, Any], where: str) -> DetectionPlan | None:
     """Return the checked block of a configuration of parsed plans, None if it has none.
 
-    Inheritance must be resolved.
+    The configuration must hold the values that it inherits.
 
     Raises:
         PlanError: the format is newer, a key is unknown, or a value is impossible.
@@ -210,14 +220,15 @@ def read_plan(configuration: Mapping[str, Any], where: str) -> DetectionPlan | N
 
 
 def check(plan: DetectionPlan, where: str) -> DetectionPlan:
-    """Return ``plan`` if it can be carried out.
+    """Return ``plan`` if a detector can be built and trained by it.
 
     Raises:
-        PlanError: it cannot.
+        PlanError: a value is missing or impossible.
     """
     anchors = plan.anchors
     has_anchors = bool(anchors.shapes_vox) and bool(anchors.strides_vox)
-    if not plan.classes or not has_anchors or len(anchors.stages) != len(anchors.strides_vox):
+    has_stages = len(anchors.stages) == len(anchors.strides_vox)
+    if not plan.classes or not has_anchors or not has_stages:
         raise PlanError(
             f"{where}: {BLOCK} needs classes, and anchors with shapes_vox and as many stages as "
             "strides_vox; remove the block to have it planned again",

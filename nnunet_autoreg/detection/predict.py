@@ -1,7 +1,7 @@
 """Detect objects in new scans with a trained detector.
 
-Scans are preprocessed by nnU-Net, all folds and mirrorings are merged, and results lie in the
-original image.
+nnU-Net preprocesses the scans, the boxes of all folds and mirrorings are merged, and results are
+given in the original image.
 """
 
 import logging
@@ -17,7 +17,7 @@ from nnunetv2.inference.export_prediction import (
 )
 from numpy.typing import NDArray
 
-from nnunet_autoreg.detection.geometry import preprocessing_of, reader_turn, stored_array
+from nnunet_autoreg.detection.geometry import as_box, preprocessing_of, reader_turn, stored_array
 from nnunet_autoreg.detection.infer import (
     DEFAULT_NMS,
     Candidates,
@@ -50,21 +50,21 @@ from nnunet_autoreg.io.orientation import turned
 DRAWN_FROM = 0.5
 """Score from which boxes are drawn, if neither a score nor an operating point is asked for."""
 DRAWING = ("filled", "instances")
-"""The settings on which no box depends, but only the drawings."""
+"""The settings on which only the drawings depend, and no box does."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """The settings of a detection, and the files to write.
+    """Hold the settings of a detection, and which files are written.
 
     Attributes:
-        mirror: also along every axis, which costs eight times the time.
+        mirror: predict mirrored scans too, along every axis, which takes eight times as long.
         nms: overlaps, and how many boxes are kept.
-        min_score: one for all classes, or by class; lower scores are left out everywhere. None
-            keeps all.
-        filled: label maps of boxes are solid.
+        min_score: lowest score for all classes, or by class; lower scores are left out of every
+            file. None keeps all.
+        filled: boxes are solid in label maps, and not frames.
         with_instances: write the segmentation inside the boxes.
         for_nndetection: write nnDetection's pickle too.
     """
@@ -97,10 +97,9 @@ class DetectorModel(TrainedModel[DetectionPlan]):
         self.network.detect = True
 
     def thresholds(self, fp_per_scan: float, num_mirrorings: int) -> dict[str, float]:
-        """Return class -> the score threshold with this many false positives per scan in
-        validation.
+        """Return class -> the threshold with this many false positives per scan in validation.
 
-        The validation of all folds counts together.
+        The validations of all folds are counted together.
 
         Args:
             num_mirrorings: number of mirrorings of the prediction; validation may have used another
@@ -115,9 +114,12 @@ class DetectorModel(TrainedModel[DetectionPlan]):
 
 @dataclass(frozen=True)
 class Detected:
-    """Hold a scan's file, and its segmentation (Z, Y, X) in the image as it was read.
+    """Hold the result of one scan.
 
-    ``properties`` are nnU-Net's.
+    Attributes:
+        record: its file of detections.
+        labels_ZYX: its segmentation in the array that nnU-Net's reader gave; None if not wanted.
+        properties: what nnU-Net's reader and preprocessing say about the image.
     """
 
     record: ScanFile
@@ -176,7 +178,8 @@ def _merged(
 ) -> tuple[MergedBoxes, torch.Tensor | None]:
     """Return the merged boxes of all folds and mirrorings, in the preprocessed image.
 
-    Also return the mean of their segmentation logits (C, Z, Y, X).
+    Also return the mean of their segmentation logits (C, Z, Y, X), or None if no segmentation is
+    wanted.
     """
     detector = ScanDetector(
         cast(Detector, model.network),
@@ -192,7 +195,7 @@ def _merged(
     logits: torch.Tensor | None = None
     for number, _ in enumerate(model.weights()):
         found, of_fold = detector.candidates(image_CZYX, with_logits=needs_logits)
-        # Members are numbered through over the folds.
+        # Members of later folds have higher numbers.
         members = found.members_N + number * detector.num_members
         parts.append(replace(found, members_N=members))
         if of_fold is not None:
@@ -205,7 +208,7 @@ def _merged(
 def settings_of(model: DetectorModel, options: DetectionOptions) -> dict[str, Any]:
     """Return the options as results state them.
 
-    No box depends on the last two (``DRAWING``), but only the drawings.
+    Only the drawings depend on the last two (``DRAWING``).
     """
     return {
         "thinning": options.nms.for_file(),
@@ -221,12 +224,13 @@ def _with_instances(model: DetectorModel, options: DetectionOptions) -> bool:
 
 
 def num_mirrorings(model: DetectorModel, options: DetectionOptions) -> int:
-    """Return in how many mirrorings every model looks at a scan."""
+    """Return the number of mirrorings of a scan that every model reads."""
     return int(2 ** len(_mirror_axes(model, options)))
 
 
 def _mirror_axes(model: DetectorModel, options: DetectionOptions) -> tuple[int, ...]:
-    return tuple(model.stock.allowed_mirroring_axes or ()) if options.mirror else ()
+    trained_axes = model.stock.allowed_mirroring_axes or ()
+    return tuple(trained_axes) if options.mirror else ()
 
 
 def lowest_score(min_score: float | Mapping[str, float] | None, name: str) -> float:
@@ -237,7 +241,7 @@ def lowest_score(min_score: float | Mapping[str, float] | None, name: str) -> fl
 
 
 def write(model: DetectorModel, found: Detected, folder: Path, options: DetectionOptions) -> None:
-    """Write the files of a scan; its JSON file comes last, so that where it is, all is."""
+    """Write the files of a scan; its JSON file comes last, so if it exists, all of them do."""
     instances = None
     if found.labels_ZYX is not None:
         labels_ZYX = np.asarray(found.labels_ZYX)
@@ -245,8 +249,8 @@ def write(model: DetectorModel, found: Detected, folder: Path, options: Detectio
         # The segmentation lies in the reader's array, the boxes of the file in the stored one.
         boxes = []
         for box in _drawn(found.record, options):
-            z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_reader(box.box_zyx))
-            boxes.append(replace(box, box_zyx=(z0, y0, x0, z1, y1, x1)))
+            box_zyx = as_box(stored.to_reader(box.box_zyx))
+            boxes.append(replace(box, box_zyx=box_zyx))
         instances = draw_instances(boxes, labels_ZYX, model.plan.classes)
     writer = model.stock.plans_manager.image_reader_writer_class()
     write_record(
@@ -272,11 +276,15 @@ def write_record(
     """Write the files of a scan, its JSON file last, and remove those of an earlier run.
 
     Args:
-        writer: nnU-Net's for images of these properties.
+        record: the scan's detections.
+        instances_ZYX: ids of the boxes in the array that nnU-Net's reader gave; None if not wanted.
+        writer: nnU-Net's writer for the images of the dataset.
+        file_ending: file ending of these images.
+        properties: what nnU-Net's reader says about the image.
     """
     name = record.scan
     boxes = _drawn(record, options)
-    # The JSON file is removed first: where it is, all files are there, and of one run.
+    # The JSON file is removed first: if it exists, all files do, and they are of one run.
     for old in (f"{name}.json", f"{name}_instances{file_ending}", f"{name}_boxes.pkl"):
         (folder / old).unlink(missing_ok=True)
 
@@ -293,6 +301,6 @@ def write_record(
 
 
 def _drawn(record: ScanFile, options: DetectionOptions) -> list[FileBox]:
-    # With a score asked for, all that is left is drawn. Without one, low scores, which are for
-    # evaluation, are not drawn.
+    # If the user gave a lowest score, the record holds only boxes to draw. Otherwise it also holds
+    # boxes with low scores, which are there for an evaluation.
     return with_score(record.boxes, DRAWN_FROM if options.min_score is None else 0.0)

@@ -1,6 +1,8 @@
-"""The parts of a detector's training that do not depend on nnU-Net's trainer.
+"""Train a detector: the parts that do not depend on nnU-Net's trainer.
 
 They are its losses, its recipe, its pseudo Dice, and the moving average of the weights.
+
+Shape suffixes: B samples, C channels, Z Y X voxels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,19 +29,19 @@ from nnunet_autoreg.model.parameters import is_decayed
 Region = int | Sequence[int]
 
 WEIGHTS_KEY = "autoreg_training_weights"
-"""Where a checkpoint's optimiser state holds the weights that training continues from. Where a
-checkpoint usually holds the weights, it has their average.
+"""Key in a checkpoint's optimiser state. It holds the weights that training continues from, because
+the network's own entry of the checkpoint holds their average.
 """
 
 
 class MovingAverage:
-    """Keep a moving average of the weights, which is validated, saved and predicted with.
+    """Keep a moving average of the weights, with which the model is validated, saved and used.
 
     Training continues with the weights themselves. Early in a run the average forgets faster: the
     factor of step n is at most (1 + n) / (10 + n).
 
     Args:
-        network: unwrapped.
+        network: the network without DDP or torch.compile.
         decay: factor per step, in [0, 1).
     """
 
@@ -63,7 +65,11 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[list[Tensor]]:
-        """Give the network the average for a while; yields its own weights, which come back."""
+        """Give the network the average for a while.
+
+        Yields:
+            The network's own weights, which it has again afterwards.
+        """
         own = [p.detach().clone() for p in self.network.parameters()]
         self._copy(self.values)
         try:
@@ -72,9 +78,9 @@ class MovingAverage:
             self._copy(own)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have the optimiser's saved state hold the weights, because the network's is the average.
+        """Make the optimiser's saved state hold the weights, because the network's is the average.
 
-        nnU-Net decides what a checkpoint consists of. The optimiser's state is the one part to
+        nnU-Net decides which parts a checkpoint has. The optimiser's state is the one part to
         which an entry can be added.
         """
         optimizer.register_state_dict_post_hook(self._with_weights)
@@ -83,7 +89,7 @@ class MovingAverage:
 
     @contextmanager
     def saved(self) -> Iterator[None]:
-        """Let a checkpoint be written with the average as the network."""
+        """Give the network the average, and the optimiser's state the weights, for a checkpoint."""
         with self.applied() as own:
             self.saving = own
             try:
@@ -92,7 +98,8 @@ class MovingAverage:
                 self.saving = None
 
     def restore(self) -> None:
-        """Separate weights and average again, after a checkpoint was loaded."""
+        """Separate the weights from their average, after a checkpoint was loaded."""
+        # The checkpoint has put the average into the network.
         self.reset()
         if self.loaded is not None:
             self._copy(self.loaded)
@@ -139,9 +146,10 @@ class DetectionLoss:
     """Compute the three losses of batches; the segmentation's target is in nnU-Net's form.
 
     Args:
+        plan: plan of the detector.
         segmentation: nnU-Net's loss for logits and target.
-        regions: nnU-Net's regions (each one label or several), None for plain labels.
-        ignore_label: voxels that do not count.
+        regions: nnU-Net's regions (each one label or several); None for plain labels.
+        ignore_label: label of voxels that do not count; None if there is no such label.
     """
 
     def __init__(
@@ -170,7 +178,12 @@ class DetectionLoss:
         target_B1ZYX: Tensor,
         objects: Sequence[Mapping[str, NDArray[Any]]],
     ) -> Losses:
-        """Return the three losses of a batch, in float32."""
+        """Return the three losses of a batch, in float32.
+
+        Args:
+            target_B1ZYX: labels of the voxels.
+            objects: objects of each sample, as ``data.objects_of_patch`` gives them.
+        """
         device = output.deltas_BA6.device
         wanted = []
         for of_patch in objects:
@@ -193,46 +206,48 @@ class DetectionLoss:
         if self.plan.has_masks:
             segmentation = self.segmentation(logits, self.target(target_B1ZYX))
         else:
-            # No outline is known; every parameter still needs a gradient in distributed training.
+            # No outline is known. Distributed training still needs a gradient of every parameter.
             segmentation = logits.sum() * 0
         return Losses(found.classification, found.regression, segmentation)
 
     def uncounted(self, labels_B1ZYX: Tensor) -> Tensor | None:
-        """Return which voxels (B, Z, Y, X) have the ignore label; None if there is none."""
-        return None if self.ignore_label is None else labels_B1ZYX[:, 0] == self.ignore_label
+        """Return which voxels (B, Z, Y, X) have the ignore label; None without such a label."""
+        if self.ignore_label is None:
+            return None
+        return labels_B1ZYX[:, 0] == self.ignore_label
 
     def target(self, labels_B1ZYX: Tensor) -> Tensor:
         """Return the labels as the loss needs them.
 
-        That is as they are, or one channel per region and one for the ignore label. It is done on
-        the device, because nnU-Net's own transform would have dropped the ids that travel beside
-        the labels.
+        Plain labels are returned as they are. Regions become one channel each, and the ignore label
+        becomes the last channel. This is done on the device, because nnU-Net's own transform would
+        have dropped the ids that travel beside the labels.
         """
         if self.regions is None:
             return labels_B1ZYX
         regions = list(self.regions)
         if self.ignore_label is not None:
             regions.append(self.ignore_label)
-        return torch.cat([_is_in(labels_B1ZYX, region) for region in regions], 1)
+        return _as_channels(labels_B1ZYX, regions)
 
     def confusion(self, output: Output, labels_B1ZYX: Tensor) -> dict[str, NDArray[Any]]:
-        """Return the true positive, false positive and false negative voxels of each class.
+        """Return the number of true positive, false positive and false negative voxels per class.
 
         A class is a foreground label, or a region.
         """
         logits = output.logits_BCZYX
         if self.regions is None:
-            classes = range(1, logits.shape[1])
-            chosen = logits.argmax(1, keepdim=True)
-            predicted = torch.cat([chosen == c for c in classes], 1)
-            true = torch.cat([labels_B1ZYX == c for c in classes], 1)
+            labels = range(1, logits.shape[1])
+            predicted = _as_channels(logits.argmax(1, keepdim=True), labels)
+            true = _as_channels(labels_B1ZYX, labels)
         else:
             predicted = logits > 0
-            true = torch.cat([_is_in(labels_B1ZYX, region) for region in self.regions], 1)
+            true = _as_channels(labels_B1ZYX, self.regions)
 
         if self.ignore_label is not None:
             is_counted = labels_B1ZYX != self.ignore_label
-            predicted, true = predicted & is_counted, true & is_counted
+            predicted = predicted & is_counted
+            true = true & is_counted
 
         masks = {
             "tp_hard": predicted & true,
@@ -243,10 +258,14 @@ class DetectionLoss:
         return {name: mask.sum((0, 2, 3, 4)).cpu().numpy() for name, mask in masks.items()}
 
 
-def _is_in(labels: Tensor, region: Region) -> Tensor:
-    # A region may be a single label.
-    values = [region] if isinstance(region, int) else list(region)
-    return torch.isin(labels, torch.tensor(values, dtype=labels.dtype, device=labels.device))
+def _as_channels(labels_B1ZYX: Tensor, regions: Sequence[Region]) -> Tensor:
+    """Return one channel (B, regions, Z, Y, X) per region: True in the region."""
+    channels = []
+    for region in regions:
+        values = [region] if isinstance(region, int) else list(region)
+        in_region = torch.tensor(values, dtype=labels_B1ZYX.dtype, device=labels_B1ZYX.device)
+        channels.append(torch.isin(labels_B1ZYX, in_region))
+    return torch.cat(channels, 1)
 
 
 def make_segmentation_loss(
@@ -279,7 +298,13 @@ def patches_scored(
     first: int,
     uncounted_BZYX: Tensor | None = None,
 ) -> list[ScanBoxes]:
-    """Return every patch of a batch as if it were a scan; ``first`` is the first one's number."""
+    """Return every patch of a batch as if it were a scan, with its objects and boxes.
+
+    Args:
+        objects: objects of each sample, as ``data.objects_of_patch`` gives them.
+        first: number of the first patch, for its name.
+        uncounted_BZYX: True for voxels in which nothing counts.
+    """
     masks: Any = [None] * len(objects)
     if uncounted_BZYX is not None:
         masks = uncounted_BZYX.cpu().numpy()
@@ -288,21 +313,18 @@ def patches_scored(
     scans = []
     for number, (candidates, true, mask) in enumerate(of_patches, start=first):
         merged = merge(candidates, num_members=1)
-        found = (
-            merged.boxes_N6.cpu().numpy(),
-            merged.labels_N.cpu().numpy(),
-            merged.scores_N.cpu().numpy(),
-        )
-        objects_there = (true["boxes"], true["labels"], true["ignored"])
-        scans.append(
-            scan_boxes(
-                f"patch {number}",
-                (1.0, 1.0, 1.0),
-                objects_there,
-                found,
-                uncounted_ZYX=mask,
+        scan = scan_boxes(
+            name=f"patch {number}",
+            spacing_mm=(1.0, 1.0, 1.0),
+            true=(true["boxes"], true["labels"], true["ignored"]),
+            found=(
+                merged.boxes_N6.cpu().numpy(),
+                merged.labels_N.cpu().numpy(),
+                merged.scores_N.cpu().numpy(),
             ),
+            uncounted_ZYX=mask,
         )
+        scans.append(scan)
     return scans
 
 
@@ -323,9 +345,9 @@ def without_decay_on_norms(
     groups: Sequence[dict[str, Any]],
     network: nn.Module,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups with norms, biases and tables in groups without weight decay.
+    """Return the parameter groups, with norms, biases and tables in groups without weight decay.
 
-    Of two groups with one rate the decayed one comes first.
+    Of two groups with one learning rate, the decayed one comes first.
     """
     # Parameters are compared by identity: groups hold no names.
     decayed = {id(p) for name, p in network.named_parameters() if is_decayed(name, p)}
@@ -357,8 +379,8 @@ def mean_dice(outputs: Sequence[Mapping[str, Any]]) -> list[float]:
     sums = {}
     for name in ("tp_hard", "fp_hard", "fn_hard"):
         sums[name] = np.sum([output[name] for output in outputs], 0).astype(np.float64)
-    tp = sums["tp_hard"]
-    fp = sums["fp_hard"]
-    fn = sums["fn_hard"]
+
+    twice_true = 2 * sums["tp_hard"]
     with np.errstate(invalid="ignore"):
-        return [float(v) for v in 2 * tp / (2 * tp + fp + fn)]
+        dice = twice_true / (twice_true + sums["fp_hard"] + sums["fn_hard"])
+    return [float(value) for value in dice]

@@ -1,6 +1,6 @@
-"""The boxes of a fold's validation cases in their original images, and their scores.
+"""Find the boxes of a fold's validation cases in their original images, and score them.
 
-``score_thresholds`` reads the summaries of all folds again, for ``autoreg_detect --fppi``.
+``score_thresholds`` reads the summaries of all folds, for ``autoreg_detect --fppi``.
 """
 
 import logging
@@ -22,6 +22,7 @@ from nnunet_autoreg.detection.evaluate import (
 from nnunet_autoreg.detection.geometry import (
     Preprocessing,
     StoredArray,
+    as_box,
     preprocessing_of,
     stored_array,
 )
@@ -53,8 +54,8 @@ The smallest size and score are never tuned: that deletes small lesions.
 """
 
 SLIVER_VOX = 0.01
-"""A box with a shorter side is nothing: clipped away, or lost when its edges are written with four
-decimals.
+"""A box with a shorter side is left out: it was clipped away, or its extent would be lost when its
+edges are written with four decimals.
 """
 NOTHING_FOUND = Froc(np.zeros(1), np.full(1, np.nan), np.full(1, np.inf))
 """The curve of a class without any detection."""
@@ -64,13 +65,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ValidatedCase:
-    """Hold a case with its detections, for every overlap tried."""
+    """Hold a case with its objects and detections, for every overlap tried."""
 
     by_iou: dict[float, ScanBoxes]
 
     @property
     def usual(self) -> ScanBoxes:
-        """Return it with the default NMS settings."""
+        """Return the case with the default NMS settings."""
         return self.by_iou[DEFAULT_NMS.member_iou]
 
 
@@ -82,7 +83,13 @@ def in_original(
 ) -> list[Detection]:
     """Return the boxes in voxel edges of the image as it was read, clipped to it.
 
-    Boxes that lie outside are dropped.
+    Boxes that lie outside are left out.
+
+    Args:
+        found: in voxel edges of the preprocessed image.
+        geometry: how the image was preprocessed.
+        shape_vox: shape (z, y, x) of the image as it was read.
+        classes: classes of the detector.
     """
     boxes = geometry.to_original(found.boxes_N6.numpy().astype(np.float64).reshape(-1, 6))
     limit = np.array([*shape_vox, *shape_vox], dtype=np.float64)
@@ -95,10 +102,9 @@ def in_original(
         if not (box[3:] - box[:3] >= SLIVER_VOX).all():
             continue
         kind = classes[labels[n]]
-        z0, y0, x0, z1, y1, x1 = (float(v) for v in box)
         detections.append(
             Detection(
-                box_zyx=(z0, y0, x0, z1, y1, x1),
+                box_zyx=as_box(box),
                 label=kind.label,
                 name=kind.name,
                 score=min(float(scores[n]), 1.0),
@@ -112,8 +118,8 @@ def as_stored(detections: Sequence[Detection], stored: StoredArray) -> list[Dete
     """Return detections in the reader's array with the boxes of the stored array, as files do."""
     moved = []
     for found in detections:
-        z0, y0, x0, z1, y1, x1 = (float(v) for v in stored.to_stored(found.box_zyx))
-        moved.append(replace(found, box_zyx=(z0, y0, x0, z1, y1, x1)))
+        box = as_box(stored.to_stored(found.box_zyx))
+        moved.append(replace(found, box_zyx=box))
     return moved
 
 
@@ -130,8 +136,11 @@ def validate_cases(
     """Detect in every case, and write its detections and its candidates into ``folder``.
 
     Args:
+        detector: runs the trained network over whole scans.
         stock: nnU-Net's dataset of the preprocessed cases.
         source: source of the true objects.
+        plan: the detector's.
+        transpose_backward: value of the plans.
         model: what the files say about the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +196,8 @@ def validate_cases(
 def _write_candidates(file: Path, candidates: Candidates) -> None:
     """Write the candidates before merging, in the preprocessed image.
 
-    So other NMS settings can be tried. Half precision is a thirtieth of a voxel.
+    With them, other NMS settings can be tried. They are written in half precision, which is precise
+    to a thirtieth of a voxel.
     """
     arrays = {
         "boxes_N6": candidates.boxes_N6,
@@ -198,7 +208,8 @@ def _write_candidates(file: Path, candidates: Candidates) -> None:
     }
     small: dict[str, Any] = {}
     for name, values in arrays.items():
-        small[name] = values.numpy().astype(np.float16 if values.is_floating_point() else np.int16)
+        dtype = np.float16 if values.is_floating_point() else np.int16
+        small[name] = values.numpy().astype(dtype)
     with atomic_path(file) as temporary, temporary.open("wb") as handle:
         np.savez_compressed(handle, **small)
 
@@ -206,7 +217,8 @@ def _write_candidates(file: Path, candidates: Candidates) -> None:
 def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str, Any] | None:
     """Return this fold's scores with the overlap that is best on the other folds' cases.
 
-    That is an honest score of a tuned overlap.
+    This is an honest score of a tuned overlap, because it was not tuned on the cases that it is
+    scored on.
 
     Args:
         file: this fold's summary; the others lie beside it in ``fold_*/validation_detection/``.
@@ -223,7 +235,8 @@ def by_other_folds(file: Path, tried: dict[float, dict[str, float]]) -> dict[str
             continue
         try:
             of_fold = read_json(other)["sweep"]["tried"]
-            found[fold.name] = {iou: float(of_fold[f"{iou:g}"][f"map_{MAP_NAME}"]) for iou in tried}
+            scores = [float(of_fold[f"{iou:g}"][f"map_{MAP_NAME}"]) for iou in tried]
+            found[fold.name] = dict(zip(tried, scores, strict=True))
         except (PlanError, KeyError, TypeError, ValueError) as error:
             log.warning(
                 "%s is left out of sweep_of_other_folds: it holds no such sweep (%s); validate it "
@@ -252,7 +265,7 @@ def write_summary(
 ) -> dict[str, float]:
     """Write every figure of the default NMS settings, and return the main figures.
 
-    It also has the result of tuning the overlap on these same cases.
+    The file also has the result of tuning the overlap on these same cases.
     """
     figures = evaluate([case.usual for case in cases], plan.classes, EvaluationSettings())
 
@@ -306,6 +319,7 @@ def score_thresholds(
 
     Args:
         model: the trained folder, with ``fold_*`` in it.
+        classes: names of the detector's classes.
         num_mirrorings: number of mirrorings of the prediction; validation may have used another
             one.
 
@@ -378,32 +392,23 @@ def _curves_of_classes(
     """Return the curves of a summary by class, and warn about classes without a usable one."""
     curves = {}
     for name in classes:
-        curve = _curve(summary, name)
-        if curve is not None:
-            curves[name] = curve
-            continue
-        log.warning(
-            "--fppi: %s counts false boxes of %s without their scores, because an earlier version "
-            "wrote it; it is left out for this class. Validate again with --val",
-            file,
-            name,
-        )
+        written = summary["froc"]["curve"].get(name)
+        if written is not None:
+            # Null is the infinite threshold at which nothing is detected.
+            threshold = [np.inf if value is None else value for value in written["threshold"]]
+            curves[name] = Froc(
+                fp_per_scan=np.array(written["fp_per_scan"], dtype=np.float64),
+                sensitivity=np.array(written["sensitivity"], dtype=np.float64),
+                threshold=np.array(threshold),
+            )
+        elif summary["classes"][name]["detections"] == 0:
+            curves[name] = NOTHING_FOUND
+        else:
+            # Earlier versions left out the curves of classes without objects.
+            log.warning(
+                "--fppi: %s counts false boxes of %s without their scores, because an earlier "
+                "version wrote it; it is left out for this class. Validate again with --val",
+                file,
+                name,
+            )
     return curves
-
-
-def _curve(summary: dict[str, Any], name: str) -> Froc | None:
-    """Return the curve of a class from a summary.
-
-    It is None if an older summary, which leaves out absent classes, does not have the scores of
-    their false positives.
-    """
-    curve = summary["froc"]["curve"].get(name)
-    if curve is None:
-        return NOTHING_FOUND if summary["classes"][name]["detections"] == 0 else None
-    # Null is the infinite threshold at which nothing is detected.
-    threshold = [np.inf if value is None else value for value in curve["threshold"]]
-    return Froc(
-        fp_per_scan=np.array(curve["fp_per_scan"], dtype=np.float64),
-        sensitivity=np.array(curve["sensitivity"], dtype=np.float64),
-        threshold=np.array(threshold),
-    )
