@@ -1,6 +1,8 @@
-"""What a fine-tuned classifier has to beat: the majority class, sizes, and a linear probe.
+"""Fit and score the baselines of a classifier: the majority class, sizes, and a linear probe.
 
 All of them are fitted on the training cases and scored on the validation cases.
+
+Shape suffixes: N training cases, M test cases, V features, K classes.
 """
 
 import warnings
@@ -30,18 +32,26 @@ def size_features(
 ) -> NDArray[np.float64]:
     """Return the sizes of the labelled structures, as logarithms.
 
-    They are the volume of every label in mm^3, that of all together, and the sides of the box
-    around all of them in mm, the shortest first. A voxel is added, so that 0 is finite.
+    They are the volume of every label in mm^3, the volume of all labels together, and the sides of
+    the box around all of them in mm, the shortest first. A voxel is added to every volume, so that
+    the logarithm of 0 voxels is finite.
+
+    Args:
+        spacing_mm: (z, y, x).
+        values: label values of the structures.
     """
-    # Logarithms, because twice the size means as much for a small object as for a large one.
-    voxel_mm3 = float(np.prod(spacing_mm))
-    numbers = [int((labels_ZYX == value).sum()) for value in values]
     inside = np.argwhere(labels_ZYX > 0)  # (voxels, 3)
+    num_voxels = [int((labels_ZYX == value).sum()) for value in values]
+    num_voxels.append(len(inside))
+    voxel_mm3 = float(np.prod(spacing_mm))
+    volumes_mm3 = [(number + 1) * voxel_mm3 for number in num_voxels]
+
     sides_mm = np.array(spacing_mm, dtype=np.float64)
     if len(inside):
         sides_mm = (inside.max(0) - inside.min(0) + 1) * sides_mm
-    volumes = [(number + 1) * voxel_mm3 for number in (*numbers, len(inside))]
-    sizes = np.array([*volumes, *sorted(sides_mm.tolist())], dtype=np.float64)
+
+    # Logarithms, because twice the size means as much for a small object as for a large one.
+    sizes = np.array([*volumes_mm3, *sorted(sides_mm.tolist())], dtype=np.float64)
     return np.asarray(np.log(sizes))
 
 
@@ -58,41 +68,46 @@ def fit_predict(
     the lowest cross-entropy in an inner cross-validation over the groups.
 
     Args:
-        groups: the patient of every training case.
-        num: number of classes; one that no training case has gets the probability 0.
+        labels_N: class index of every training case.
+        groups: patient of every training case.
+        num: number of classes. A class that no training case has gets the probability 0.
     """
-    # Cases whose class is not known teach nothing.
+    # Cases whose class is not known are not used.
     known = np.array(labels_N) != UNKNOWN
     train = np.asarray(train_NV, dtype=np.float64)[known]
     labels = np.array(labels_N)[known]
 
-    # The scale of the test cases must not be looked at.
-    mean, deviation = train.mean(0), np.maximum(train.std(0), 1e-6)
+    # The scale of the test cases must not be used.
+    mean = train.mean(0)
+    deviation = np.maximum(train.std(0), 1e-6)
     train = (train - mean) / deviation
     test = (np.asarray(test_MV, dtype=np.float64) - mean) / deviation
 
-    # Patients are dealt out to the inner folds at random, but always in the same way.
-    groups_N = np.array(groups)[known]
-    names = sorted(set(groups_N.tolist()))
+    # Patients are distributed over the inner folds at random, but always in the same way.
+    groups_of_known = np.array(groups)[known].tolist()
+    names = sorted(set(groups_of_known))
     order = generator(0, "linear probe: inner folds").permutation(len(names))
     fold_of = {names[index]: number % NUM_INNER_FOLDS for number, index in enumerate(order)}
-    folds = np.array([fold_of[group] for group in groups_N.tolist()])
+    folds = np.array([fold_of[group] for group in groups_of_known])
 
     # The strength of the penalty is chosen only on training cases.
     errors = []
     for strength in STRENGTHS:
         losses = []
         for fold in range(NUM_INNER_FOLDS):
-            inner, outer = folds != fold, folds == fold
+            inner = folds != fold
+            outer = folds == fold
             if not outer.any() or len(set(labels[inner].tolist())) < 2:
                 continue
             probabilities = _fitted(train[inner], labels[inner], train[outer], strength, num)
             own = probabilities[np.arange(outer.sum()), labels[outer]]
 
-            # One confident error must not decide.
+            # The limit keeps one confident error from deciding.
             losses += (-np.log(np.maximum(own, 1e-6))).tolist()
         errors.append(float(np.mean(losses)) if losses else 0.0)
-    return _fitted(train, labels, test, STRENGTHS[int(np.argmin(errors))], num)
+
+    best_strength = STRENGTHS[int(np.argmin(errors))]
+    return _fitted(train, labels, test, best_strength, num)
 
 
 def _fitted(
@@ -102,6 +117,7 @@ def _fitted(
     strength: float,
     num: int,
 ) -> NDArray[np.float64]:
+    """Return the probabilities (test cases, K) of a logistic regression fitted on ``train``."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength, class_weight="balanced", max_iter=300)

@@ -1,4 +1,4 @@
-"""Label maps for datasets of which only classes are known: 1 inside the body."""
+"""Make label maps for datasets of which only classes are known: 1 inside the body."""
 
 import logging
 from pathlib import Path
@@ -26,9 +26,12 @@ log = logging.getLogger(__name__)
 def write_body_labels(dataset: Path) -> tuple[ClassTable, list[str]]:
     """Check the table of classes, and write ``labelsTr/<case>`` for cases without a label map.
 
-    The label is 1 inside the body: in CT the largest part above -300 HU with what it encloses;
-    otherwise the non-zero voxels, or the tissue where almost no voxel is zero. nnU-Net reads it to
-    measure intensities. The training does not use it.
+    The label is 1 inside the body. In CT, that is the largest part above -300 HU with all that it
+    encloses. Otherwise it is the non-zero voxels, or the tissue if almost no voxel is zero. nnU-Net
+    reads the label maps to measure intensities. The training does not use them.
+
+    Args:
+        dataset: folder of the raw dataset.
 
     Returns:
         The table, and the cases written.
@@ -70,6 +73,7 @@ def write_body_labels(dataset: Path) -> tuple[ClassTable, list[str]]:
 
 
 def _write(image_file: Path, target: Path, is_ct: bool) -> None:
+    """Write the label map of one image."""
     import SimpleITK
 
     try:
@@ -77,16 +81,17 @@ def _write(image_file: Path, target: Path, is_ct: bool) -> None:
     except ScanError as error:
         raise ScanError(error.status, f"{image_file}: {error}") from error
     array_ZYX: NDArray[np.float32] = SimpleITK.GetArrayFromImage(image).astype(np.float32)
-    inside = body_of(array_ZYX, is_ct)
-    if not inside.any():
+    inside_ZYX = body_of(array_ZYX, is_ct)
+    if not inside_ZYX.any():
         log.warning("%s: no body was found, so all of the image counts as body", image_file.name)
-        inside[:] = True
-    write_label_map(inside.astype(np.uint8) * BODY, image, target)
+        inside_ZYX[:] = True
+    write_label_map(inside_ZYX.astype(np.uint8) * BODY, image, target)
 
 
 def body_of(array_ZYX: NDArray[np.float32], is_ct: bool) -> NDArray[np.bool_]:
-    """Return where the body is in a scan."""
+    """Return which voxels (Z, Y, X) of a scan are inside the body."""
     if is_ct:
         return body_mask(array_ZYX)
     nonzero = np.asarray(array_ZYX != 0, dtype=bool)
-    return nonzero if nonzero.mean() <= MOST_NONZERO else tissue_mask(array_ZYX)
+    was_cut_out = nonzero.mean() <= MOST_NONZERO
+    return nonzero if was_cut_out else tissue_mask(array_ZYX)

@@ -1,4 +1,4 @@
-"""Patches with the classes of their cases, from nnU-Net's loader."""
+"""Load patches with the classes of their cases, by nnU-Net's loader."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,13 @@ from nnunet_autoreg.classification.table import UNKNOWN
 
 
 class ClassLoader(nnUNetDataLoader):  # type: ignore[misc]
-    """nnU-Net's loader; a batch has ``classes`` (B, T) besides, ``UNKNOWN`` where not known.
+    """nnU-Net's loader, whose batches also have ``classes`` (B, T): the class index of each task.
+
+    A class that is not known is ``UNKNOWN``.
 
     Args:
         labels: case -> index of its class in each task.
-        is_balanced: every class of the only task is drawn equally often.
+        is_balanced: draw every class of the only task equally often.
     """
 
     def __init__(

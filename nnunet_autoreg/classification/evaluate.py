@@ -1,4 +1,4 @@
-"""Predicted classes of a folder against a table of true classes."""
+"""Compare the predicted classes of a folder with a table of true classes."""
 
 import logging
 from collections.abc import Mapping
@@ -35,11 +35,14 @@ def evaluate_folders(
 
     Args:
         predictions: ``classes.csv``, or the folder that holds it.
+        truth: table of the true classes.
+        num_resamples: number of bootstrap resamples; 0 for no intervals.
+        seed: random seed of the bootstrap.
 
     Raises:
         ClassesError: a table is missing (code "classes-no-predictions") or wrong, or no scan or no
-            task is in both (codes "classes-no-common-case", "classes-no-common-task"), or a true
-            class is none of the model's (code "classes-unknown-class").
+            task is in both (codes "classes-no-common-case", "classes-no-common-task"), or the model
+            does not have a true class (code "classes-unknown-class").
     """
     file = predictions / NAME if predictions.is_dir() else predictions
     if not file.is_file():
@@ -60,9 +63,10 @@ def evaluate_folders(
         if task.name not in rows[common[0]]:
             log.warning("%s has no column %s: not scored", truth, task.name)
             continue
-        indices = [
-            class_index(truth, task, case, rows[case][task.name], "the model") for case in common
-        ]
+        indices = []
+        for case in common:
+            true_class = rows[case][task.name]
+            indices.append(class_index(truth, task, case, true_class, source="the model"))
         values_SK = np.stack([predicted.probabilities[case][number] for case in common])
         judged = judge(task, indices, values_SK, patients, num_resamples, seed)
         if judged is None:
@@ -121,7 +125,8 @@ def _matched(
 
 def lines_of(results: Mapping[str, Any]) -> list[str]:
     """Return the lines for the terminal."""
-    lines = [f"{results['scans']['number']} scans, {results['settings']['patients']}"]
+    num_scans = results["scans"]["number"]
+    lines = [f"{num_scans} scans, {results['settings']['patients']}"]
     for name, scores in results["tasks"].items():
         lines.append(f"{name}, {scores['cases']} cases: {shown(scores)}")
     return lines

@@ -1,4 +1,4 @@
-"""Folds for classification: stratified by class, and every patient in one part. Torch-free."""
+"""Make folds for classification: stratified by class, and every patient in one part. Torch-free."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -22,14 +22,15 @@ Fold = dict[str, list[str]]
 def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
     """Return stratified folds; the same table always gives the same folds.
 
-    The rarest class is dealt out first: each of its patients goes to the fold that has the fewest
-    patients of that class, and of those to the smallest.
+    The rarest class is distributed first: each of its patients goes to the fold with the fewest
+    patients of that class, and to the smallest fold if several have as few.
 
     Source: iterative stratification (Sechidis et al. 2011, ECML PKDD), with patients as samples.
 
     Raises:
         ClassesError: there are fewer patients than folds (code "classes-few-patients").
     """
+    # Patient -> the (task, class) pairs of the patient's cases.
     kinds_of: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for case, labels in table.labels.items():
         kinds = {(task, label) for task, label in enumerate(labels) if label != UNKNOWN}
@@ -45,7 +46,7 @@ def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
     sizes = [0] * num_folds
     in_fold: list[Counter[tuple[int, int]]] = [Counter() for _ in range(num_folds)]
 
-    # By hash, so that the order says nothing about sites or dates in the patients' names.
+    # By hash, so that the order does not depend on sites or dates in the patients' names.
     hash_of = {name: hashlib.sha256(name.encode()).hexdigest() for name in kinds_of}
     waiting = sorted(kinds_of, key=lambda name: hash_of[name])
     while waiting:
@@ -54,9 +55,12 @@ def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
         rarest = min(left, key=lambda kind: (left[kind], kind)) if left else None
         chosen = [p for p in waiting if rarest is None or rarest in kinds_of[p]]
         for patient in chosen:
-            # Of folds with equally few patients of the class, the smallest.
-            number_of_kind = [of_fold[rarest] if rarest else 0 for of_fold in in_fold]
-            chosen_fold = min(zip(number_of_kind, sizes, range(num_folds), strict=True))[2]
+            # By number of patients of the class, then by size, then by number of the fold.
+            ranked = []
+            for fold_index, counts in enumerate(in_fold):
+                num_of_class = counts[rarest] if rarest else 0
+                ranked.append((num_of_class, sizes[fold_index], fold_index))
+            _, _, chosen_fold = min(ranked)
             fold_of[patient] = chosen_fold
             sizes[chosen_fold] += 1
             in_fold[chosen_fold].update(kinds_of[patient])
@@ -75,8 +79,8 @@ def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
 def find_folds(folder: Path, table: ClassTable) -> tuple[list[Fold], str]:
     """Return the folds of a preprocessed dataset, and where they come from.
 
-    ``splits_final.json`` is used if it is there and keeps every patient in one part. Otherwise our
-    own file is read, or made; the other file is never changed.
+    ``splits_final.json`` is used if it exists and keeps every patient in one part. Otherwise our
+    own file is read, or made. ``splits_final.json`` is never changed.
 
     Raises:
         ClassesError: our file is of other cases (code "classes-other-folds").
@@ -107,6 +111,11 @@ def find_folds(folder: Path, table: ClassTable) -> tuple[list[Fold], str]:
 
 
 def _checked(file: Path, folds: Any) -> list[Fold]:
+    """Return the folds of a parsed file.
+
+    Raises:
+        ClassesError: they have another form (code "classes-damaged-folds").
+    """
     is_list = isinstance(folds, list) and bool(folds)
     if not is_list or not all(map(_is_fold, folds)):
         raise ClassesError(
@@ -131,15 +140,17 @@ def patients_in_two_parts(folds: Sequence[Fold], patient_of: Mapping[str, str]) 
     """Return patients with cases in both parts of a fold."""
     found: set[str] = set()
     for fold in folds:
-        parts = []
-        for name in ("train", "val"):
-            parts.append({patient_of[case] for case in fold[name] if case in patient_of})
-        found |= parts[0] & parts[1]
+        training = {patient_of[case] for case in fold["train"] if case in patient_of}
+        validation = {patient_of[case] for case in fold["val"] if case in patient_of}
+        found |= training & validation
     return sorted(found)
 
 
 def check_fold(fold: Fold, table: ClassTable, name: str) -> list[str]:
     """Return warnings about a fold that can be used.
+
+    Args:
+        name: name of the fold in messages.
 
     Raises:
         ClassesError: a part holds no case (code "classes-empty-fold"), a case has no row (code
@@ -148,9 +159,9 @@ def check_fold(fold: Fold, table: ClassTable, name: str) -> list[str]:
     """
     for part, cases in fold.items():
         if not cases:
+            purpose = "training" if part == "train" else "validation"
             raise ClassesError(
-                f"fold {name} has no case for {'training' if part == 'train' else 'validation'}; "
-                "correct the file of folds, or remove it",
+                f"fold {name} has no case for {purpose}; correct the file of folds, or remove it",
                 code="classes-empty-fold",
             )
         strangers = [case for case in cases if case not in table.labels]
@@ -163,20 +174,21 @@ def check_fold(fold: Fold, table: ClassTable, name: str) -> list[str]:
 
     warnings = []
     for number, task in enumerate(table.tasks):
-        counts = {part: table.counts(number, cases) for part, cases in fold.items()}
-        if sum(count > 0 for count in counts["train"]) < 2:
+        in_training = table.counts(number, fold["train"])
+        in_validation = table.counts(number, fold["val"])
+        if sum(count > 0 for count in in_training) < 2:
             raise ClassesError(
                 f"the training cases of fold {name} have fewer than two classes of {task.name}; "
                 "correct the file of folds, or remove it to have stratified folds made",
                 code="classes-single-class-fold",
             )
         for index, kind in enumerate(task.classes):
-            if not counts["train"][index]:
+            if not in_training[index]:
                 warnings.append(
                     f"no training case of fold {name} is {task.name} '{kind}'; "
                     "it cannot be learned",
                 )
-            if not counts["val"][index]:
+            if not in_validation[index]:
                 warnings.append(
                     f"no validation case of fold {name} is {task.name} '{kind}'; it is left out of "
                     "the scores",

@@ -1,4 +1,4 @@
-"""Scores of a classification with bootstrap intervals over patients. Torch-free.
+"""Compute the scores of a classification, with bootstrap intervals over patients. Torch-free.
 
 Every score takes a weight per case, so that all bootstrap resamples are computed at once: a patient
 that is drawn twice weighs 2. Cases whose class is not known are left out.
@@ -30,13 +30,13 @@ class Judged:
     """Hold the predictions of one task for the cases whose class is known.
 
     Attributes:
-        task: with its classes.
-        truth_S: index of the class.
+        task: the task, with its classes.
+        truth_S: index of the true class.
         probabilities_SK: probabilities of every class.
-        weights_BS: how much each case counts.
-        num_patients: number of patients among these cases.
-        strata_S: the AUC compares cases of one stratum only, such as those that one model has
-            predicted. All are in one stratum if it is None.
+        weights_BS: weight of each case in each weighting.
+        num_patients: number of patients with these cases.
+        strata_S: stratum of each case, such as the model that predicted it. The AUC compares only
+            cases of one stratum. All cases are in one stratum if it is None.
     """
 
     task: ClassificationTask
@@ -66,7 +66,14 @@ def judge(
     seed: int = 0,
     strata: Sequence[int] | None = None,
 ) -> Judged | None:
-    """Return the predictions of a task with their bootstrap weights; None if no class is known."""
+    """Return the predictions of a task with their bootstrap weights; None if no class is known.
+
+    Args:
+        truth: index of the class of each case; ``UNKNOWN`` if it is not known.
+        patients: patient of each case.
+        num_resamples: number of bootstrap resamples; 0 for none.
+        strata: stratum of each case (``Judged``).
+    """
     is_known = np.array(truth) != UNKNOWN
     if not is_known.any():
         return None
@@ -76,26 +83,26 @@ def judge(
     names = sorted(set(chosen))
     index_S = np.array([names.index(patient) for patient in chosen])
     weights_BS = np.ones((1, len(chosen)))
-    # A single patient drawn again and again is always the same patient: no interval.
+    # A single patient has no interval, because every resample would be that patient.
     if num_resamples and len(names) > 1:
         drawn_BJ = bootstrap_weights(len(names), num_resamples, seed)
         weights_BS = np.concatenate([weights_BS, drawn_BJ[:, index_S]])
 
     return Judged(
-        task,
-        np.array(truth)[is_known],
-        np.asarray(probabilities_SK, dtype=np.float64)[is_known],
-        weights_BS,
-        len(names),
-        None if strata is None else np.array(strata)[is_known],
+        task=task,
+        truth_S=np.array(truth)[is_known],
+        probabilities_SK=np.asarray(probabilities_SK, dtype=np.float64)[is_known],
+        weights_BS=weights_BS,
+        num_patients=len(names),
+        strata_S=None if strata is None else np.array(strata)[is_known],
     )
 
 
 def auc_of_class(judged: Judged, index: int) -> Floats:
     """Return the area under the ROC curve of one class against all others, (B,).
 
-    It is the probability that a case of the class has a higher score than another case, with half
-    of the ties; NaN where a resample lacks either.
+    It is the probability that a case of the class has a higher score than another case, plus half
+    of the probability of a tie. It is NaN for a resample without either kind of case.
     """
     scores_S = judged.probabilities_SK[:, index]
     is_own_S = judged.truth_S == index
@@ -110,11 +117,13 @@ def auc_of_class(judged: Judged, index: int) -> Floats:
     if judged.strata_S is not None:
         is_compared = judged.strata_S[is_own_S][:, None] == judged.strata_S[~is_own_S]
 
-    # A pair weighs as much as the product of its cases, so that a matrix product sums all pairs.
+    # The weight of a pair is the product of its cases' weights, so matrix products sum all pairs.
     own_weights = judged.weights_BS[:, is_own_S]
     other_weights = judged.weights_BS[:, ~is_own_S]
-    won_B = ((own_weights @ (wins * is_compared)) * other_weights).sum(1)
-    pairs_B = ((own_weights @ is_compared.astype(np.float64)) * other_weights).sum(1)
+    won_by_other = own_weights @ (wins * is_compared)  # (B, other cases)
+    pairs_of_other = own_weights @ is_compared.astype(np.float64)  # (B, other cases)
+    won_B = (won_by_other * other_weights).sum(1)
+    pairs_B = (pairs_of_other * other_weights).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(won_B / pairs_B)
 
@@ -136,7 +145,10 @@ def confusion(judged: Judged) -> Floats:
 
 
 def balanced_accuracy(judged: Judged) -> Floats:
-    """Return the mean over the classes of the share of their cases that is right, (B,)."""
+    """Return the mean, over the classes, of the share of their cases that is predicted right, (B,).
+
+    Classes without cases are left out.
+    """
     matrix = confusion(judged)
     with np.errstate(invalid="ignore", divide="ignore"):
         recall_BK = np.diagonal(matrix, axis1=1, axis2=2) / matrix.sum(2)
@@ -144,7 +156,7 @@ def balanced_accuracy(judged: Judged) -> Floats:
 
 
 def macro_f1(judged: Judged) -> Floats:
-    """Return the mean F1 score over the classes that exist, (B,)."""
+    """Return the mean F1 score over the classes that have cases, (B,)."""
     matrix = confusion(judged)
     right_BK = np.diagonal(matrix, axis1=1, axis2=2)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -153,7 +165,7 @@ def macro_f1(judged: Judged) -> Floats:
 
 
 def accuracy(judged: Judged) -> Floats:
-    """Return the share of the cases that is right, (B,)."""
+    """Return the share of the cases that is predicted right, (B,)."""
     is_right_S = judged.predicted_S == judged.truth_S
     right_B = judged.weights_BS @ is_right_S.astype(np.float64)
     return np.asarray(right_B / judged.weights_BS.sum(1))
@@ -182,7 +194,7 @@ def calibration_error(judged: Judged) -> Floats:
         inside = bins_S == number
         difference_S = is_right_S[inside] - confidence_S[inside]
 
-        # The difference of two means, times the weight of the bin.
+        # The difference between accuracy and mean confidence, times the weight of the bin.
         total_B += np.abs(judged.weights_BS[:, inside] @ difference_S)
     return np.asarray(total_B / judged.weights_BS.sum(1))
 
@@ -214,8 +226,7 @@ def scores_of(judged: Judged | None) -> dict[str, Any]:
         scores["mean_grades_off"] = ordinal_error
     found: dict[str, Any] = {"cases": len(judged.truth_S), "patients": judged.num_patients}
     for name, score in scores.items():
-        values_B = score(judged)
-        found[name] = {"value": _or_none(values_B[0]), "ci95": _ends(values_B)}
+        found[name] = _with_interval(score(judged))
     return found
 
 
@@ -225,8 +236,7 @@ def evaluate_task(judged: Judged) -> dict[str, Any]:
     counts = np.bincount(judged.truth_S, minlength=len(task.classes))
     per_class = {}
     for index in judged.present:
-        values_B = auc_of_class(judged, index)
-        per_class[task.classes[index]] = {"value": _or_none(values_B[0]), "ci95": _ends(values_B)}
+        per_class[task.classes[index]] = _with_interval(auc_of_class(judged, index))
     return {
         **scores_of(judged),
         "classes": list(task.classes),
@@ -245,12 +255,13 @@ def roc(judged: Judged) -> dict[str, Any]:
     others are averaged.
     """
     grid_F = np.linspace(0, 1, NUM_POINTS)
-    positives = [1] if len(judged.task.classes) == 2 else judged.present
+    is_binary = len(judged.task.classes) == 2
+    positives = [1] if is_binary else judged.present
     curves = [_roc_of_class(judged, index, grid_F) for index in positives]  # each (B, F)
     mean_BF = _mean_of_present(curves)
     band = [_ends(mean_BF[:, point]) for point in range(NUM_POINTS)]
     return {
-        "positive": judged.task.classes[1] if len(judged.task.classes) == 2 else None,
+        "positive": judged.task.classes[1] if is_binary else None,
         "false_positive_rate": grid_F.tolist(),
         "sensitivity": [_or_none(value) for value in mean_BF[0]],
         "ci95": None if any(ends is None for ends in band) else band,
@@ -259,14 +270,14 @@ def roc(judged: Judged) -> dict[str, Any]:
 
 def _roc_of_class(judged: Judged, index: int, grid_F: Floats) -> Floats:
     """Return the sensitivity (B, F) of a class at the false positive rates of a grid."""
-    scores_S = judged.probabilities_SK[:, index]
-    order = np.argsort(-scores_S, kind="stable")
+    order = np.argsort(-judged.probabilities_SK[:, index], kind="stable")
+    scores_S = judged.probabilities_SK[order, index]
     is_own_S = judged.truth_S[order] == index
-    # A threshold lies between different scores only.
-    is_last_S = np.append(np.diff(scores_S[order]) != 0, True)
     weights_BS = judged.weights_BS[:, order]
+    # A threshold lies only between different scores.
+    is_last_S = np.append(np.diff(scores_S) != 0, True)
 
-    # Lowering the threshold from the highest score takes in one case after the other.
+    # One case after the other becomes positive as the threshold falls from the highest score.
     own_BS = np.cumsum(weights_BS * is_own_S, 1)
     others_BS = np.cumsum(weights_BS * ~is_own_S, 1)
 
@@ -283,8 +294,8 @@ def _roc_of_class(judged: Judged, index: int, grid_F: Floats) -> Floats:
 def calibration(judged: Judged) -> dict[str, Any]:
     """Return how often a prediction is right, by its probability in ten bins.
 
-    Of two classes, the probability of the second and how often it is true; of more, the probability
-    of the predicted class and how often it is right.
+    For two classes, it is the probability of the second class, and how often that is the true one.
+    For more, it is the probability of the predicted class, and how often that is the true one.
     """
     if len(judged.task.classes) == 2:
         probability_S = judged.probabilities_SK[:, 1]
@@ -296,11 +307,11 @@ def calibration(judged: Judged) -> dict[str, Any]:
     rows = []
     for number in range(NUM_BINS):
         inside = bins_S == number
-        weights_B = judged.weights_BS[:, inside].sum(1)
         if not inside.any():
             continue
+        weights_BS = judged.weights_BS[:, inside]
         with np.errstate(invalid="ignore", divide="ignore"):
-            share_B = judged.weights_BS[:, inside] @ is_true_S[inside] / weights_B
+            share_B = weights_BS @ is_true_S[inside] / weights_BS.sum(1)
         rows.append(
             {
                 "probability": float(probability_S[inside].mean()),
@@ -321,6 +332,11 @@ def _mean_of_present(values: Sequence[Floats]) -> Floats:
     # Without any class there is no mean.
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(total_B / np.where(number_B, number_B, np.nan))
+
+
+def _with_interval(values_B: Floats) -> dict[str, Any]:
+    """Return a score over all cases, and the ends of its 95 % interval."""
+    return {"value": _or_none(values_B[0]), "ci95": _ends(values_B)}
 
 
 def _or_none(value: float) -> float | None:

@@ -1,9 +1,9 @@
-"""The classifier: an encoder, standardised means over all positions, a linear layer per task.
+"""Build the classifier: an encoder, standardised means over all positions, a linear layer per task.
 
 The encoder's parts keep the names that they have in the segmentation network, so that pretrained
 weights load unchanged.
 
-Shape suffixes: B samples, C channels, Z Y X voxels, V features, T tasks, K classes of a task.
+Shape suffixes: B or N samples, C channels, Z Y X voxels, V features, T tasks, K classes of a task.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,17 @@ from nnunet_autoreg.geometry import Size
 from nnunet_autoreg.model.feature_maps import FeatureEncoder
 
 MIN_DEVIATION = 0.1
-"""Smallest deviation that a feature is taken to have, as a share of the mean deviation."""
+"""Deviations below this share of the mean deviation are replaced by it."""
 
 
 class Classifier(FeatureEncoder):
-    """Gives the logits of every task for patches (B, C, Z, Y, X).
+    """An encoder with a linear layer per task, which gives the logits of every task.
 
-    It does so in training, and in evaluation mode where ``gives_classes`` is set.
+    It gives them in training, and in evaluation mode if ``gives_classes`` is set.
+
+    Args:
+        network, class_path, arguments, input_shape: see ``FeatureEncoder``.
+        class_numbers: number of classes of every task.
     """
 
     def __init__(
@@ -58,19 +62,22 @@ class Classifier(FeatureEncoder):
 
     @torch.no_grad()
     def standardise(self, pooled_NV: Tensor) -> None:
-        """Let the heads read features that have mean 0 and deviation 1 over these cases.
+        """Scale the features for the heads, to mean 0 and deviation 1 over these cases.
 
-        The scale stays the same in training: it is that of the encoder before fine-tuning.
+        The scale does not change in training: it is that of the encoder before fine-tuning.
         """
-        # Instance normalisation gives every channel of a CNN the same mean in every scan, up to the
-        # nonlinearity behind it. Means over positions then differ between scans by a small part of
-        # their value, and heads that read them as they are hardly learn.
+        # Instance normalisation gives every channel of a CNN the same mean in every scan, except
+        # for the nonlinearity after it. So the means over positions of different scans are almost
+        # equal, and heads that read them without scaling hardly learn.
         deviation_V = pooled_NV.std(0, correction=0)
-        # A feature that is almost constant must not be blown up.
+        # A feature that is almost constant must not be enlarged to the size of the others.
         deviation_V = deviation_V.clamp_min(MIN_DEVIATION * float(deviation_V.mean()))
-        is_constant = bool((deviation_V == 0).any())
+        # All deviations are 0 for a single case.
+        scale_V = torch.ones_like(deviation_V)
+        if not bool((deviation_V == 0).any()):
+            scale_V = 1 / deviation_V
         self.feature_mean.copy_(pooled_NV.mean(0))
-        self.feature_scale.copy_(torch.ones_like(deviation_V) if is_constant else 1 / deviation_V)
+        self.feature_scale.copy_(scale_V)
 
     def logits(self, pooled_BV: Tensor) -> list[Tensor]:
         """Return the logits (B, K) of every task."""
@@ -84,7 +91,7 @@ class Classifier(FeatureEncoder):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        # The heads of earlier releases read the features as they are.
+        # The heads of earlier releases read the features without scaling.
         state_dict.setdefault(f"{prefix}feature_mean", torch.zeros_like(self.feature_mean))
         state_dict.setdefault(f"{prefix}feature_scale", torch.ones_like(self.feature_scale))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -93,7 +100,7 @@ class Classifier(FeatureEncoder):
         """Return the logits (B, K) of every task.
 
         Raises:
-            PlanError: it is called for a segmentation (code "classification-no-segmentation").
+            PlanError: nnU-Net's predictor calls it (code "classification-no-segmentation").
         """
         # nnU-Net's predictor would take the logits for a segmentation.
         if not (self.training or self.gives_classes):
@@ -113,8 +120,8 @@ class Classifier(FeatureEncoder):
     ) -> Tensor:
         """Return the mean features (V,) of a preprocessed scan of any size.
 
-        A scan larger than the patch is covered by tiles. A smaller one is filled up with zeros on
-        both sides, which count as they do in training.
+        A scan larger than the patch is covered by tiles. A smaller one is padded with zeros on both
+        sides, which are part of the mean, as in training.
         """
         scan = TiledScan(image_CZYX, patch_size, self.token_size)
         parts = [self.pooled(tile.image_1CZYX.to(device))[0] for tile in scan]
@@ -131,13 +138,20 @@ class ClassificationLoss:
 
     def __init__(self, plan: ClassificationPlan, training_counts: Sequence[Sequence[int]]):
         self.plan = plan
+        # The weights (K,) of the classes of each task.
         self.weights: list[Tensor] = []
         for counts in training_counts:
-            self.weights.append(class_weights(counts) if plan.balance == WEIGHTS else ones(counts))
+            is_balanced = plan.balance == WEIGHTS
+            self.weights.append(class_weights(counts) if is_balanced else torch.ones(len(counts)))
 
     def __call__(self, logits: Sequence[Tensor], labels_BT: Tensor) -> Tensor:
-        """Return the loss of a batch; 0 with a gradient of 0 where nothing is known."""
-        # Every head gets a gradient, which distributed training waits for.
+        """Return the loss of a batch; it is 0, with a gradient of 0, if no class is known.
+
+        Args:
+            logits: logits (B, K) of every task.
+            labels_BT: class indices; ``UNKNOWN`` if not known.
+        """
+        # Every head gets a gradient, because distributed training waits for all of them.
         total = sum((values.sum() * 0 for values in logits), start=torch.zeros(()).to(logits[0]))
         for task_index, (task, values_BK) in enumerate(zip(self.plan.tasks, logits, strict=True)):
             labels_B = labels_BT[:, task_index]
@@ -154,9 +168,12 @@ class ClassificationLoss:
 
 
 def class_weights(counts: Sequence[int]) -> Tensor:
-    """Return weights (K,) that give every class the same share of the loss; their mean is 1.
+    """Return weights (K,) that give every class the same share of the loss.
 
-    The mean is taken over the cases. A class without cases has the weight 0.
+    Their mean over the cases is 1. A class without cases has the weight 0.
+
+    Args:
+        counts: number of training cases of each class.
     """
     present = [count for count in counts if count]
     even_share = sum(present) / len(present)
@@ -164,13 +181,8 @@ def class_weights(counts: Sequence[int]) -> Tensor:
     return torch.tensor(weights)
 
 
-def ones(counts: Sequence[int]) -> Tensor:
-    """Return a weight of 1 for every class."""
-    return torch.ones(len(counts))
-
-
 def smoothed(labels_N: Tensor, num_classes: int, share: float) -> Tensor:
-    """Return targets (N, K); the neighbours of a class share ``share`` of it evenly."""
+    """Return targets (N, K): 1 - ``share`` for the class, the rest evenly for its neighbours."""
     target_NK = functional.one_hot(labels_N, num_classes).float()
     if not share:
         return target_NK

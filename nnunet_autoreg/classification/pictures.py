@@ -1,4 +1,4 @@
-"""One picture of a classification: ROC curve, confusion matrix and calibration of every task."""
+"""Draw a picture of a classification: ROC curve, confusion matrix and calibration of each task."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,11 @@ WIDTH, HEIGHT = 4.2, 4.2
 
 
 def draw_tasks(picture: Path, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw a row of three panels for every task."""
+    """Draw a row of three panels for every task.
+
+    Args:
+        tasks: task -> its scores, as ``metrics.evaluate_task`` returns them.
+    """
     import matplotlib
 
     # No window is needed, and a cluster has none.
@@ -32,9 +36,11 @@ def draw_tasks(picture: Path, tasks: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _draw_roc(axis: Any, name: str, scores: Mapping[str, Any]) -> None:
+    """Draw the ROC curve of a task, with its interval."""
     roc = scores["roc"]
     auc = scores["auc"]
     axis.plot([0, 1], [0, 1], linestyle=":", color=SOFT, linewidth=1, label="chance")
+    # The AUC is None if there are only cases of one class.
     if auc["value"] is not None:
         rates = np.array(roc["false_positive_rate"])
         ends = auc["ci95"]
@@ -57,7 +63,7 @@ def _draw_roc(axis: Any, name: str, scores: Mapping[str, Any]) -> None:
             linewidth=2,
             label=f"AUC {auc['value']:.2f}{interval}",
         )
-    what = f"positive: {roc['positive']}" if roc["positive"] else "mean of one class against others"
+
     axis.set(
         xlim=(-0.02, 1.02),
         ylim=(-0.02, 1.02),
@@ -66,12 +72,16 @@ def _draw_roc(axis: Any, name: str, scores: Mapping[str, Any]) -> None:
         aspect="equal",
     )
     axis.grid(alpha=0.3)
-    num_scans = f"n = {scores['cases']}, patients: {scores['patients']}"
-    axis.set_title(f"{name} ({num_scans})\nROC curve, {what}", fontsize=10)
+    numbers = f"n = {scores['cases']}, patients: {scores['patients']}"
+    meaning = "mean of one class against others"
+    if roc["positive"]:
+        meaning = f"positive: {roc['positive']}"
+    axis.set_title(f"{name} ({numbers})\nROC curve, {meaning}", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
 
 
 def _draw_confusion(axis: Any, scores: Mapping[str, Any]) -> None:
+    """Draw the confusion matrix of a task, with numbers of cases and shares of the true class."""
     counts = np.array(scores["confusion"])  # (true, predicted)
     totals = counts.sum(1, keepdims=True)
     shares = counts / np.where(totals, totals, 1)
@@ -82,6 +92,7 @@ def _draw_confusion(axis: Any, scores: Mapping[str, Any]) -> None:
             colour = "white" if shares[row, column] > 0.55 else "black"
             text = f"{counts[row, column]}\n{100 * shares[row, column]:.0f} %"
             axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+
     classes = scores["classes"]
     ticks = range(len(classes))
     axis.set(xticks=ticks, yticks=ticks, xlabel="predicted", ylabel="true")
@@ -94,6 +105,7 @@ def _draw_confusion(axis: Any, scores: Mapping[str, Any]) -> None:
 
 
 def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
+    """Draw how often predictions of a task are right, against their probability."""
     bins = scores["calibration"]["bins"]
     axis.plot([0, 1], [0, 1], linestyle=":", color=SOFT, linewidth=1, label="perfect")
     x = [row["probability"] for row in bins]
@@ -111,10 +123,12 @@ def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
             fmt="none",
             label="95 %",
         )
-    # The area of a point shows how many cases it stands for.
+
+    # The area of a point shows the number of its cases.
     sizes = [12 + 160 * row["cases"] / scores["cases"] for row in bins]
-    # A line between the points would make much of tenths with a case or two.
+    # There is no line between the points, because it would emphasise bins of one or two cases.
     axis.scatter(x, y, s=sizes, color=VERMILLION, zorder=3, label="bin (area: cases)")
+
     is_binary = len(scores["classes"]) == 2
     kind = scores["classes"][1] if is_binary else "the predicted class"
     error = scores["calibration_error"]["value"]
@@ -126,7 +140,7 @@ def _draw_calibration(axis: Any, scores: Mapping[str, Any]) -> None:
         aspect="equal",
     )
     axis.grid(alpha=0.3)
-    # The error is always that of the predicted class, also where the points show one class.
+    # The error is always that of the predicted class, even if the points show one class.
     axis.set_title(f"calibration\nexpected calibration error {error:.2f}", fontsize=10)
     # Points may lie anywhere, so the legend is below the axes.
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)

@@ -1,9 +1,10 @@
-"""The ``"autoreg_classification"`` block of a configuration in a plans file.
+"""Make and read the ``"autoreg_classification"`` block of a configuration in a plans file.
 
-It holds the tasks, how unequal numbers of cases are balanced, and how the classifier is trained
-where that differs from segmentation.
+It holds the tasks, how unequal numbers of cases are balanced, and the values of the training that
+differ from those of segmentation.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,20 +34,20 @@ class ClassificationPlan:
     Every value may be edited in the plans file.
 
     Attributes:
-        tasks: what is classified.
-        class_counts: per task, the number of cases of each class in the dataset.
-        balance: ``sampling`` draws every class of the only task equally often; ``weights`` gives
-            every class the same share of the loss; ``none``.
+        tasks: the tasks, with their classes.
+        class_counts: for each task, the number of cases of each class in the dataset.
+        balance: ``sampling`` draws every class of the only task equally often. ``weights`` gives
+            every class the same share of the loss. ``none`` changes nothing.
         num_iterations_per_epoch: batches of an epoch, which is one pass over the cases.
         num_val_iterations_per_epoch: batches for the scores after each epoch.
-        num_epochs: length; a trainer's ``_<N>epochs`` name overrides it.
+        num_epochs: length of a training; a trainer's ``_<N>epochs`` name overrides it.
         pretrained_rate, scratch_rate: peak learning rate with and without pretrained weights.
         weight_decay: weight decay of AdamW; norms, biases and positions are not decayed.
         warmup_fraction: share of the run in which the learning rate rises.
         layer_decay: rate factor per layer from the output towards the input; 1.0 is off.
         ordinal_smoothing: share of the target that the neighbours of an ordinal class get; 0.0 is
             off.
-        reasons: the reason of every value above.
+        reasons: the reasons of values above.
         version: version of this format.
     """
 
@@ -80,13 +81,14 @@ def make_plan(
     """Return the plan of a configuration.
 
     Args:
+        batch_size: number of patches of a batch.
         class_path: class of the encoder's network.
         most_iterations: the recipe's length of an epoch, which is never exceeded.
     """
     counts = tuple(tuple(table.counts(number)) for number in range(len(table.tasks)))
     balance, why_balance = plan_balance(table.tasks, counts)
-    one_pass = max(1, -(-len(table.labels) // batch_size))
-    num_iterations = min(one_pass, most_iterations)
+    one_pass = math.ceil(len(table.labels) / batch_size)
+    num_iterations = min(max(1, one_pass), most_iterations)
 
     is_cnn = family_of(class_path) == RESENC
     decay_reason = "a CNN: off" if is_cnn else "a transformer: lower layers learn more slowly"
@@ -115,11 +117,12 @@ def plan_balance(
     worst = 1.0
     unequal = ""
     for task, counts in zip(tasks, class_counts, strict=True):
-        known = [count for count in counts if count]
-        ratio = max(known) / min(known)
-        if ratio > worst:
-            worst = ratio
-            unequal = f"{task.name} has {max(known)} cases of one class and {min(known)} of another"
+        present = [count for count in counts if count]
+        most, fewest = max(present), min(present)
+        if most / fewest > worst:
+            worst = most / fewest
+            unequal = f"{task.name} has {most} cases of one class and {fewest} of another"
+
     if worst <= MOST_UNEQUAL:
         return NONE, f"the classes are about equal in number (at most {worst:.2f} to 1)"
     if len(tasks) == 1:
@@ -148,7 +151,7 @@ def classification_recipe(recipe: Recipe, plan: ClassificationPlan) -> Recipe:
 def read_plan(configuration: Mapping[str, Any], where: str) -> ClassificationPlan | None:
     """Return the checked block of a configuration of parsed plans, None if it has none.
 
-    Inheritance must be resolved.
+    The configuration must hold the values that it inherits.
 
     Raises:
         PlanError: the format is newer, a key is unknown, or a value is impossible.
@@ -160,13 +163,14 @@ def read_plan(configuration: Mapping[str, Any], where: str) -> ClassificationPla
 
 
 def check(plan: ClassificationPlan, where: str) -> ClassificationPlan:
-    """Return ``plan`` if it can be carried out.
+    """Return ``plan`` if a classifier can be built and trained by it.
 
     Raises:
-        PlanError: it cannot.
+        PlanError: a value is missing or impossible.
     """
-    has_classes = bool(plan.tasks) and all(len(task.classes) > 1 for task in plan.tasks)
-    if not has_classes or tuple(len(counts) for counts in plan.class_counts) != plan.class_numbers:
+    has_classes = bool(plan.tasks) and all(number > 1 for number in plan.class_numbers)
+    counted = [len(counts) for counts in plan.class_counts]
+    if not has_classes or counted != list(plan.class_numbers):
         raise PlanError(
             f"{where}: {BLOCK} needs tasks of two classes or more, and a count for every class; "
             "remove the block to have it planned again",

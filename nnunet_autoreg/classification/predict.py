@@ -1,4 +1,4 @@
-"""Classify new scans with a trained classifier, all its folds together."""
+"""Classify new scans with all folds of a trained classifier together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,10 +40,10 @@ class ScanClasses:
     """Hold the probabilities of one scan.
 
     Attributes:
-        scan: its name.
-        model, settings, inputs: by which an earlier result is recognised.
+        scan: name of the scan.
+        model, settings, inputs: a later run compares them, to see whether the result is its own.
         probabilities: task -> class -> probability, the mean over the folds.
-        shape_vox: (z, y, x) after preprocessing; None in results of earlier releases.
+        shape_vox: shape (z, y, x) after preprocessing; None in results of earlier releases.
     """
 
     scan: str
@@ -55,10 +55,7 @@ class ScanClasses:
 
     def of_tasks(self) -> list[NDArray[np.float64]]:
         """Return one array (K,) for each task."""
-        found = []
-        for of_classes in self.probabilities.values():
-            found.append(np.array(list(of_classes.values())))
-        return found
+        return [np.array(list(of_classes.values())) for of_classes in self.probabilities.values()]
 
 
 def classify(model: ClassifierModel, scan: Scan) -> ScanClasses:
@@ -114,12 +111,14 @@ def probabilities_of(
     """Return the probabilities (K,) of every task for a preprocessed scan.
 
     Args:
+        network: classifier in evaluation mode.
+        image_CZYX: preprocessed.
         context: context manager of the forward passes, such as autocast.
 
     Raises:
         WeightsError: they are not finite (code "classification-not-finite").
     """
-    # Features are pooled over all tiles first, and then the heads read them once.
+    # The features of all tiles are averaged first, and then the heads read them once.
     with context:
         pooled_V = network.pooled_over_scan(image_CZYX, patch_size, device)
     with torch.no_grad():
@@ -141,12 +140,13 @@ def check_tasks(file: Path, found: ScanClasses, tasks: Sequence[ClassificationTa
     """Check that an earlier result has the probabilities of all classes of a model's tasks.
 
     Raises:
-        ClassesError: it has not; the file was edited (code "classes-scan-file").
+        ClassesError: it has not, because the file was edited (code "classes-scan-file").
     """
     for task in tasks:
         of_classes = found.probabilities.get(task.name, {})
         has_all = list(of_classes) == list(task.classes)
-        if not has_all or not are_probabilities(np.array(list(of_classes.values()))):
+        values_K = np.array(list(of_classes.values()))
+        if not has_all or not are_probabilities(values_K):
             raise ClassesError(
                 f"{file} does not hold a probability from 0 to 1 for every class of {task.name} "
                 f"({', '.join(task.classes)}), with the sum 1; remove that file to have the scan "
@@ -164,7 +164,7 @@ def read_scan_classes(file: Path) -> ScanClasses:
     """Read the result of one scan.
 
     Raises:
-        ClassesError: it is none (code "classes-scan-file").
+        ClassesError: the file is not such a result (code "classes-scan-file").
     """
     data = read_json(file, MEND_YOURS)
     try:

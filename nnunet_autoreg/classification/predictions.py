@@ -1,7 +1,7 @@
-"""``classes.csv``: the predicted classes and probabilities of scans, written and read. Torch-free.
+"""Write and read ``classes.csv``: the predicted classes and probabilities of scans. Torch-free.
 
-A row per scan: ``case``, then for every task its name with the predicted class, and ``task:class``
-with the probability of each class.
+There is a row per scan. Its columns are ``case``, then for every task a column of that name with
+the predicted class, and the columns ``task:class`` with the probability of each class.
 """
 
 import csv
@@ -30,7 +30,7 @@ class ClassPredictions:
     """Hold the probabilities of several scans.
 
     Attributes:
-        tasks: without their order, which the file does not say.
+        tasks: tasks with their classes. The file does not say whether the classes have an order.
         probabilities: scan -> one array (K,) for each task.
     """
 
@@ -43,7 +43,11 @@ def write_predictions(
     tasks: Sequence[ClassificationTask],
     probabilities: Mapping[str, Sequence[NDArray[np.floating]]],
 ) -> None:
-    """Write the table, whole or not at all."""
+    """Write the table, whole or not at all.
+
+    Args:
+        probabilities: scan -> one array (K,) for each task.
+    """
     header = [CASE_COLUMN]
     for task in tasks:
         header += [task.name, *(f"{task.name}:{kind}" for kind in task.classes)]
@@ -64,8 +68,9 @@ def read_predictions(file: Path) -> ClassPredictions:
     """Read the table.
 
     Raises:
-        ClassesError: it is missing, no such table (code "classes-predictions-format"), or a
-            probability is none (code "classes-probability").
+        ClassesError: the file is missing, it is not such a table (code
+            "classes-predictions-format"), or the probabilities of a scan are impossible (code
+            "classes-probability").
     """
     rows = read_rows(file)
     # A task is a column that has columns of probabilities beside it.
@@ -94,10 +99,11 @@ def read_predictions(file: Path) -> ClassPredictions:
 
 
 def are_probabilities(values_K: NDArray[np.float64]) -> bool:
-    """Return whether numbers are not negative and have the sum 1, but for rounding."""
-    # Six decimals of up to MOST_CLASSES values are written.
+    """Return whether numbers are not negative and have the sum 1, up to rounding."""
+    # Six decimals of each value are written.
     rounding = 1e-6 * max(MOST_CLASSES, len(values_K))
-    return bool((values_K >= 0).all() and abs(values_K.sum() - 1) <= rounding)
+    are_positive = bool((values_K >= 0).all())
+    return are_positive and bool(abs(values_K.sum() - 1) <= rounding)
 
 
 def _probabilities(
@@ -106,6 +112,7 @@ def _probabilities(
     task: ClassificationTask,
     cells: Sequence[str],
 ) -> NDArray[np.float64]:
+    """Return the probabilities (K,) of a task that are written in the cells of a row."""
     try:
         values = np.array([float(cell) for cell in cells])
     except ValueError:

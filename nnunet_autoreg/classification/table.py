@@ -1,7 +1,7 @@
-"""``classesTr.csv``: the class of every case in every task, and the patients. Torch-free.
+"""Read ``classesTr.csv``: the class of every case in every task, and the patients. Torch-free.
 
-A row per case; the column ``case``, one column per task, and optionally ``patient``. An empty cell
-is a class that is not known. ``dataset.json`` may name the tasks and their classes::
+There is a row per case, with the column ``case``, one column per task, and optionally ``patient``.
+An empty cell is a class that is not known. ``dataset.json`` may name the tasks and their classes::
 
     "classification": {"diagnosis": ["NOR", "MINF", "DCM"],
                        "texture": {"classes": ["1", "2", "3"], "ordinal": true}}
@@ -27,11 +27,11 @@ from nnunet_autoreg.records import from_cell, to_cell
 
 TABLE_NAME = "classesTr.csv"
 KEY = "classification"
-"""Of ``dataset.json``."""
+"""Key of ``dataset.json`` with the tasks."""
 CASE_COLUMN = "case"
 MOST_CLASSES = 20
 MOST_GRADE_DIGITS = 18
-"""Of a grade."""
+"""A whole number with more digits is not a grade."""
 UNKNOWN = -1
 """Index of a class that is not known."""
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Hold one task: which class does a scan belong to?
+    """Hold one task: a question about scans, and the classes that answer it.
 
     Attributes:
         name: name of its column.
@@ -59,9 +59,9 @@ class ClassTable:
 
     Attributes:
         tasks: all tasks, in the order of the columns.
-        labels: case -> index of its class in each task; ``UNKNOWN`` where the cell is empty.
+        labels: case -> index of its class in each task; ``UNKNOWN`` if the cell is empty.
         patient_of: case -> patient.
-        patient_rule: how the patients were found, for the user.
+        patient_rule: a sentence for the user about how the patients were found.
         ignored: column that is not a task -> the reason.
     """
 
@@ -88,23 +88,24 @@ def read_table(file: Path, dataset: Mapping[str, Any], cases: Sequence[str]) -> 
         cases: all cases of the dataset.
 
     Raises:
-        ClassesError: the file is missing or contradicts the dataset; see the codes below.
+        ClassesError: the file is missing, damaged, or contradicts the dataset, or a task cannot be
+            learned.
     """
     rows = read_rows(file)
     names = [row[CASE_COLUMN] for row in rows]
     _check_cases(file, names, cases)
 
-    columns = [name for name in rows[0] if name not in (CASE_COLUMN, *PATIENT_COLUMNS)]
+    # Column -> case -> cell.
     values: dict[str, dict[str, str]] = {}
-    for column in columns:
-        values[column] = {row[CASE_COLUMN]: row[column] for row in rows}
+    for column in rows[0]:
+        if column not in (CASE_COLUMN, *PATIENT_COLUMNS):
+            values[column] = {row[CASE_COLUMN]: row[column] for row in rows}
     tasks, ignored = _tasks(file, values, dataset.get(KEY))
 
     labels = {}
     for case in cases:
-        labels[case] = tuple(
-            class_index(file, task, case, values[task.name][case]) for task in tasks
-        )
+        indices = [class_index(file, task, case, values[task.name][case]) for task in tasks]
+        labels[case] = tuple(indices)
     patient_of, rule = patients_of(rows)
     table = ClassTable(tuple(tasks), labels, patient_of, rule, ignored)
     _check_classes(file, table)
@@ -170,7 +171,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
     rows = []
     for number, cells in enumerate(read, start=2):
-        # The key None holds cells without a column, the value None stands for cells that lack.
+        # The key None holds cells without a column, and the value None marks missing cells.
         if None in cells or None in cells.values():
             raise ClassesError(
                 f"{file}: line {number} has more or fewer cells than the first line; repair it",
@@ -202,6 +203,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def _text_of(cell: Any) -> str:
+    """Return the text that ``to_cell`` wrote into a cell, without blanks around it."""
     return from_cell(str(cell).strip())
 
 
@@ -228,7 +230,12 @@ def _tasks(
     values: Mapping[str, Mapping[str, str]],
     described: Any,
 ) -> tuple[list[ClassificationTask], dict[str, str]]:
-    """Return the tasks, and column -> why it is none."""
+    """Return the tasks, and for each column that is not a task the reason.
+
+    Args:
+        values: column -> case -> cell.
+        described: the tasks in dataset.json; None if it does not name them.
+    """
     if described is not None:
         tasks = read_tasks(described)
         for task in tasks:
@@ -242,14 +249,15 @@ def _tasks(
         ignored = {name: "dataset.json does not name it" for name in values if name not in named}
         return tasks, ignored
 
-    tasks, ignored = [], {}
+    tasks = []
+    ignored = {}
     for name, of_case in values.items():
         different = sorted(set(of_case.values()) - {""}, key=natural_key)
         if len(different) > MOST_CLASSES:
             ignored[name] = f"{len(different)} different values, more than {MOST_CLASSES}"
             continue
 
-        # Whole numbers are grades. Two of them could as well stand for no and yes.
+        # Whole numbers are grades, unless there are only two, which may mean no and yes.
         digits = [value.removeprefix("-") for value in different]
         are_whole = all(is_whole_number(word, MOST_GRADE_DIGITS) for word in digits)
         is_graded = are_whole and len(different) > 2
@@ -271,24 +279,28 @@ def read_tasks(described: Any) -> list[ClassificationTask]:
     Raises:
         ClassesError: it is of another form (code "classes-dataset-json").
     """
-    tasks: list[ClassificationTask] = []
-    for name, value in described.items() if isinstance(described, Mapping) else ():
+    tasks = []
+    is_right = isinstance(described, Mapping) and bool(described)
+    for name, value in described.items() if is_right else ():
         settings = value if isinstance(value, Mapping) else {"classes": value}
         listed: Any = settings.get("classes")
         ordinal: Any = settings.get("ordinal", False)
         names = tuple(str(kind) for kind in listed) if isinstance(listed, list) else ()
-        is_known_form = set(settings) <= {"classes", "ordinal"} and isinstance(ordinal, bool)
-        if not is_known_form or not names or len(set(names)) < len(names):
-            tasks = []
+        has_different_names = bool(names) and len(set(names)) == len(names)
+        has_only_known_keys = set(settings) <= {"classes", "ordinal"}
+        if not has_different_names or not has_only_known_keys or not isinstance(ordinal, bool):
+            is_right = False
             break
         tasks.append(ClassificationTask(str(name), names, ordinal))
-    if tasks:
-        return tasks
-    raise ClassesError(
-        f'dataset.json: "{KEY}" must be an object like {{"diagnosis": ["NOR", "DCM"]}}, or '
-        '{"grade": {"classes": ["1", "2", "3"], "ordinal": true}}, with different names of classes',
-        code="classes-dataset-json",
-    )
+
+    if not is_right:
+        raise ClassesError(
+            f'dataset.json: "{KEY}" must be an object like {{"diagnosis": ["NOR", "DCM"]}}, or '
+            '{"grade": {"classes": ["1", "2", "3"], "ordinal": true}}, with different names of '
+            "classes",
+            code="classes-dataset-json",
+        )
+    return tasks
 
 
 def class_index(
@@ -298,10 +310,13 @@ def class_index(
     value: str,
     source: str = "dataset.json",
 ) -> int:
-    """Return the index of a class; an empty cell is ``UNKNOWN``.
+    """Return the index of the class in a cell; an empty cell is ``UNKNOWN``.
 
     Args:
-        source: what states the classes.
+        file: the table, for messages.
+        case: the case of the cell.
+        value: the cell.
+        source: what defines the classes, for messages.
 
     Raises:
         ClassesError: there is no such class (code "classes-unknown-class").
@@ -319,9 +334,9 @@ def class_index(
 
 def patients_of(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], str]:
     """Return case -> patient of the rows of a table, and how they were found."""
-    by_name = subjects_by_name([row[CASE_COLUMN] for row in rows])
     columns = [name for name in PATIENT_COLUMNS if name in rows[0]]
     if not columns:
+        by_name = subjects_by_name([row[CASE_COLUMN] for row in rows])
         num_patients = len(set(by_name.values()))
         return by_name, f"{num_patients} patients by the cases' names; add a column patient to say"
 
@@ -335,8 +350,12 @@ def patients_of(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], str]
 
 
 def _check_classes(file: Path, table: ClassTable) -> None:
-    """Refuse tasks that cannot be learned: without classes, with one, or with a lone patient's."""
+    """Refuse tasks that cannot be learned.
+
+    They have no classes, only one, or a class of which all cases are of one patient.
+    """
     for number, task in enumerate(table.tasks):
+        # Index of the class -> patients with cases of it.
         patients = defaultdict(set)
         for case, labels in table.labels.items():
             if labels[number] != UNKNOWN:

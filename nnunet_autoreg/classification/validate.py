@@ -1,4 +1,4 @@
-"""Whole cases of a fold: their classes, their scores, and the baselines beside them."""
+"""Classify whole cases of a fold, and score them, with the baselines beside them."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ from nnunet_autoreg.geometry import Size, as_spacing
 from nnunet_autoreg.records import write_json, write_text
 
 SUMMARY = Path("validation") / "summary.json"
-"""nnU-Net's own name, so that nnUNetv2_export_model_to_zip takes it along."""
+"""nnU-Net's own name, so that nnUNetv2_export_model_to_zip includes the file."""
 BASELINES = Path("validation") / "baselines.json"
 FORMAT, VERSION = "nnunet_autoreg.classification_validation", 1
 NAMES_OF_BASELINES = {
@@ -49,13 +49,18 @@ def kept_table(preprocessed: Path, dataset: Mapping[str, Any], cases: Sequence[s
     The table of the raw dataset is copied beside the preprocessed cases, because the raw dataset
     may be gone when training is continued elsewhere. In the copy, patients have numbers.
 
+    Args:
+        preprocessed: folder of the preprocessed dataset.
+        dataset: parsed dataset.json.
+        cases: all cases of the dataset.
+
     Raises:
-        ClassesError: there is neither, or it contradicts the cases.
+        ClassesError: there is no table, or it contradicts the cases.
     """
     copy = preprocessed / TABLE_NAME
     raw = Path(os.environ.get("nnUNet_raw", "")) / preprocessed.name / TABLE_NAME  # noqa: SIM112
 
-    # Classes that were corrected in the raw dataset count; the copy is for datasets without it.
+    # The copy is read only if the raw dataset is missing, because classes may be corrected there.
     if not raw.is_file() and copy.is_file():
         return read_table(copy, dataset, cases)
     table = read_table(raw, dataset, cases)
@@ -92,8 +97,11 @@ def features_of_baselines(
     """Return the sizes of the labels and the frozen encoder's features: baseline -> case -> values.
 
     Args:
+        network: classifier in evaluation mode.
         stock: nnU-Net's dataset of the preprocessed cases.
+        spacing_mm: spacing (z, y, x) of the preprocessed cases.
         label_values: label values of the foreground.
+        autocast: makes the context of a forward pass.
     """
     sizes: dict[str, NDArray[Any]] = {}
     features: dict[str, NDArray[Any]] = {}
@@ -115,10 +123,15 @@ def write_baselines(
     validation: Sequence[str],
     features: Mapping[str, Mapping[str, NDArray[Any]]],
 ) -> dict[str, dict[str, Any]]:
-    """Fit, score and write the baselines of a fold; returns baseline -> task -> scores.
+    """Fit, score and write the baselines of a fold, and return baseline -> task -> scores.
 
     Their predictions are written as well, in the form of ``classes.csv``, so that those of several
     folds can be scored together.
+
+    Args:
+        folder: folder of the fold.
+        train, validation: cases of the fold.
+        features: as ``features_of_baselines`` returns them.
     """
     predicted = predict_baselines(table, train, validation, features)
     file = folder / BASELINES
@@ -142,7 +155,12 @@ def classify_cases(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, list[NDArray[np.float64]]]:
-    """Return case -> the probabilities (K,) of every task."""
+    """Return case -> the probabilities (K,) of every task.
+
+    Args:
+        stock: nnU-Net's dataset of the preprocessed cases.
+        autocast: makes the context of a forward pass.
+    """
     found = {}
     for case in cases:
         data, _, _, _ = stock.load_case(case)
@@ -162,7 +180,10 @@ def write_validation(
     """Write ``classes.csv`` and ``summary.json`` of a fold, and return task -> scores.
 
     Args:
+        folder: folder of the fold.
+        probabilities: case -> one array (K,) for each task.
         baselines: as ``write_baselines`` returns them; None if there are none.
+        model: what the summary says about the model.
     """
     cases = sorted(probabilities)
     patients = [table.patient_of[case] for case in cases]
@@ -208,9 +229,11 @@ def shown(scores: Mapping[str, Any]) -> str:
         found = scores.get(name)
         if not found or found["value"] is None:
             continue
-        ends = found["ci95"]
-        interval = f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else ""
-        parts.append(f"{name.replace('_', ' ')} {found['value']:.3f}{interval}")
+        text = f"{name.replace('_', ' ')} {found['value']:.3f}"
+        if found["ci95"]:
+            low, high = found["ci95"]
+            text += f" ({low:.3f} to {high:.3f})"
+        parts.append(text)
     return ", ".join(parts) or "nothing to score"
 
 
@@ -221,7 +244,8 @@ def patch_scores(
 ) -> list[float]:
     """Return the AUC of every task over the validation patches of an epoch.
 
-    Patches of one case are averaged. It is 0.5, which is chance, where only one class was drawn.
+    The probabilities of patches of one case are averaged. The AUC is 0.5, which is chance, if only
+    one class was drawn.
 
     Args:
         outputs: each with ``cases``, and ``probabilities``: one array (B, K) for each task.
@@ -229,10 +253,11 @@ def patch_scores(
     sums: dict[str, list[NDArray[np.float64]]] = {}
     for output in outputs:
         for row, case in enumerate(output["cases"]):
-            values = [of_task[row] for of_task in output["probabilities"]]
+            values = [of_task[row] for of_task in output["probabilities"]]  # each (K,)
             # Several patches may be of one case.
-            before = sums.get(case, [np.zeros_like(of_task) for of_task in values])
-            sums[case] = [a + b for a, b in zip(before, values, strict=True)]
+            if case in sums:
+                values = [a + b for a, b in zip(sums[case], values, strict=True)]
+            sums[case] = values
 
     cases = sorted(sums)
     found = []
