@@ -1,4 +1,4 @@
-"""Bootstrap intervals over scans or patients.
+"""Compute bootstrap intervals over scans or patients.
 
 Shape suffixes: B resamples, S scans (or patients).
 """
@@ -26,7 +26,7 @@ def bootstrap_weights(num_scans: int, num_resamples: int, seed: int) -> NDArray[
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the middle 95 % of resampled values; None if fewer than two are left.
+    """Return the ends of the middle 95 % of resampled values; None if fewer than two are left.
 
     NaN, from resamples without anything to measure, are left out.
     """

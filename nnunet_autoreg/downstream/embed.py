@@ -1,4 +1,4 @@
-"""Features of whole scans: one vector each, and optionally the features of all positions."""
+"""Compute the features of whole scans: a vector, and optionally the features of all positions."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -36,12 +36,11 @@ class EmbeddedScan:
 
     Attributes:
         name: name of the scan.
-        spacing_mm: (z, y, x), of the file.
-        vector_V: mean over the positions that lie in the scan.
-        grid_Vzyx: the features of every position of the preprocessed scan, which is filled up with
-            zeros on both sides to a whole number of positions; None if not wanted.
-        grid_spacing_mm, grid_offset_vox: spacing of the preprocessed voxels, and how many of them
-            were filled in before the first voxel of the scan.
+        spacing_mm: spacing (z, y, x) of the file.
+        vector_V: mean over the positions in the scan, or in the region of interest.
+        grid_Vzyx: the features of every position of the preprocessed scan; None if not wanted. The
+            scan is padded with zeros on both sides to a whole number of positions.
+        grid_offset_vox: number of voxels (z, y, x) of padding before the first voxel of the scan.
     """
 
     name: str
@@ -53,7 +52,7 @@ class EmbeddedScan:
 
 @dataclass(frozen=True)
 class LabelRegion:
-    """A region of interest: the bounding box of the labelled voxels.
+    """Define a region of interest: the bounding box of the labelled voxels.
 
     Attributes:
         folder: folder of label maps named like the scans, such as ``case.nii.gz``.
@@ -70,11 +69,12 @@ class LabelRegion:
         spacing_mm: Spacing,
         prepared: Size,
     ) -> Tensor:
-        """Return where features count in the preprocessed scan, (Z, Y, X) with 1 inside the box.
+        """Return the region in the preprocessed scan, (Z, Y, X) with 1 inside the box, else 0.
 
         Args:
             name: name of the scan.
-            image_CZYX: as stored in the file.
+            image_CZYX: the scan as stored in the file.
+            spacing_mm: spacing (z, y, x) of the file.
             prepared: shape of the preprocessed scan.
 
         Raises:
@@ -118,7 +118,7 @@ def map_chooser(encoder: PretrainedEncoder, layer: int) -> Callable[[Tensor], Te
     """Return a function that computes one feature map.
 
     Args:
-        layer: index of the map, the finest is 0; -1 is the deepest.
+        layer: index of the map; 0 is the finest, -1 the deepest.
 
     Raises:
         UsageError: there is no such map (code "embed-layer").
@@ -147,13 +147,16 @@ def embed_scan(
     device: torch.device | None = None,
     region: LabelRegion | None = None,
 ) -> EmbeddedScan:
-    """Return the features of a scan; larger scans are covered by tiles of the pretraining's crop.
+    """Return the features of a scan; a large scan is covered by tiles of the crop size.
 
     Args:
+        layer: see ``map_chooser``.
+        dense: also return the features of every position.
+        device: device of the encoder; None for the CPU.
         region: region of the mean; None for the whole scan.
 
     Raises:
-        ScanError: it cannot be read or preprocessed.
+        ScanError: the scan cannot be read or preprocessed.
         UsageError: there is no such layer.
     """
     feature_map = map_chooser(encoder, layer)
@@ -181,7 +184,7 @@ def embed_scan(
 
 
 def _read(scan: Scan) -> tuple[NDArray[np.float32], Spacing]:
-    """Return the channels (C, Z, Y, X) of a scan and its spacing."""
+    """Return the channels (C, Z, Y, X) of a scan, and its spacing (z, y, x) in mm."""
     with ready(scan) as files:
         channels = [_read_file(file) for file in files]
     shapes = {channel.array_CZYX.shape for channel in channels}
@@ -198,7 +201,7 @@ def _read_file(file: str) -> RawScan:
         ScanError: it cannot be read, or is not a 3D image.
     """
     path = Path(file)
-    # nnU-Net gives a 2D image slices of 999 mm, which would become hundreds of equal slices.
+    # nnU-Net reads a 2D image as a slice of 999 mm, which would become hundreds of equal slices.
     reader = information(path)
     check_3d(reader.GetDimension(), path.name)
     if reader.GetNumberOfComponents() != 1:
@@ -210,7 +213,7 @@ def _read_file(file: str) -> RawScan:
         with quiet_readers():
             return read_scan(path)
     except Exception as error:
-        # The reader raises errors of any kind; paths may hold the names of patients.
+        # The reader raises errors of any kind. Paths may hold the names of patients.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = without_names(lines[-1].strip(), [file])
         raise ScanError("unreadable", f"nnU-Net cannot read {path.name} ({reason})") from error
@@ -223,11 +226,14 @@ def write_features(
     layer: int,
     region: LabelRegion | None = None,
 ) -> None:
-    """Write the features of all scans atomically.
+    """Write the features of all scans, whole or not at all.
 
     ``.npz`` has ``ids`` (S,), ``features`` (S, V), ``spacing_mm`` (S, 3), and for every scan with a
     grid ``grid/<id>`` (V, z, y, x) and ``offset_vox/<id>``. ``.parquet`` has a row per scan. A JSON
     file beside it names the encoder.
+
+    Args:
+        layer, region: what the JSON file says about the features.
 
     Raises:
         AutoregError: ``.parquet`` needs a package that is not installed (code "embed-no-pyarrow").
@@ -238,8 +244,11 @@ def write_features(
     if file.suffix == PARQUET:
         _write_parquet(file, ids, features, spacings)
     else:
-        arrays: dict[str, Any] = {"ids": np.array(ids), "features": features}
-        arrays["spacing_mm"] = spacings
+        arrays: dict[str, Any] = {
+            "ids": np.array(ids),
+            "features": features,
+            "spacing_mm": spacings,
+        }
         for scan in scans:
             if scan.grid_Vzyx is not None:
                 arrays[f"grid/{scan.name}"] = scan.grid_Vzyx
@@ -268,6 +277,7 @@ def _write_parquet(
     features: NDArray[np.float32],
     spacings: NDArray[np.float64],
 ) -> None:
+    """Write a row per scan; ``features`` (S, V) and ``spacings`` (S, 3) become columns."""
     check_parquet()
     import pyarrow
     from pyarrow import parquet

@@ -1,4 +1,4 @@
-"""Pretrained encoders for Python programs: ``from nnunet_autoreg import load_encoder``."""
+"""Load pretrained encoders in Python programs: ``from nnunet_autoreg import load_encoder``."""
 
 import os
 from collections.abc import Sequence
@@ -29,7 +29,9 @@ EXPECTED_SHARE = 0.95
 """Share of the encoder's parameters that must come from the weights file."""
 RESULTS_VARIABLE = "nnUNet_results"
 MASK_BELOW = 0.75
-"""As nnU-Net: z-scores are taken inside the non-zero mask if cropping to it saves this much."""
+"""As in nnU-Net, only non-zero voxels are normalised if the box around them is smaller than this
+share of the image.
+"""
 
 
 class PretrainedEncoder(FeatureEncoder):
@@ -52,7 +54,7 @@ class PretrainedEncoder(FeatureEncoder):
         """Return a scan preprocessed as in pretraining, (C, Z, Y, X) in float32.
 
         It is cropped to its non-zero part, normalised, and resampled to the spacing of
-        pretraining. The coarsest axis comes first, if it is clearly coarser than the others.
+        pretraining. The coarsest axis comes first if it is clearly coarser than the others.
 
         Args:
             image_CZYX: intensities as stored in the file; Hounsfield units for CT.
@@ -70,14 +72,13 @@ class PretrainedEncoder(FeatureEncoder):
             only_ct = all(is_ct(modality) for modality in self.card.modalities)
             shows_ct = only_ct or looks_like_hounsfield(turned[0])
 
-        target_mm = self.target_spacing_mm(source_mm, shows_ct)
         normaliser = None
         if self.card.normalization == PERCENTILE_SCHEME:
             normaliser = AutoregPercentileNormalization(use_mask_for_norm=False)
         prepared = crop_resample_normalise(
             turned,
             source_mm,
-            target_mm,
+            self.target_spacing_mm(source_mm, shows_ct),
             CT_SCHEME if shows_ct else MR_SCHEME,
             use_mask=not shows_ct and _mostly_zero(turned),
             ct_window=self.card.ct_window if shows_ct else None,
@@ -86,7 +87,12 @@ class PretrainedEncoder(FeatureEncoder):
         return torch.from_numpy(prepared)
 
     def target_spacing_mm(self, source_mm: Sequence[float], shows_ct: bool) -> Spacing:
-        """Return the spacing of pretraining that is nearest to a scan's."""
+        """Return the spacing of pretraining that is nearest to that of a scan, (z, y, x).
+
+        Args:
+            source_mm: spacing (z, y, x) of the scan.
+            shows_ct: whether it is a CT scan; only spacings of such scans are compared.
+        """
         candidates = []
         for group in self.card.spacing_groups:
             if is_ct(group.modality) == shows_ct:
@@ -108,8 +114,9 @@ def load_encoder(
     Args:
         weights: the name of a finished run in ``$nnUNet_results``, the folder of a run, or a
             ``.safetensors`` file with its ``encoder.json`` beside it.
-        input_shape: (z, y, x) voxels of the images, which a transformer has to know; a multiple of
-            its token size. The default is the crop size of pretraining. A CNN reads any size.
+        input_shape: (z, y, x) voxels of the images, which a transformer has to know. It must be a
+            multiple of the token size. The default is the crop size of pretraining. A CNN reads
+            images of any size.
         channel_names: channel names of the images, if they differ from those of pretraining.
 
     Raises:
@@ -121,23 +128,24 @@ def load_encoder(
     file = locate(results, str(weights), given_as="weights ")
     card = read_card(file.parent)
     verify_weights(file, card.sha256)
-    # A card comes from anywhere: only known classes and layers are imported.
+    # A card may come from anyone, so only known classes and layers are imported.
     check_class(card.class_path, CARD_NAME)
     check_arguments(card.arguments, CARD_NAME)
 
     token = card.token_size_vox
-    asked = tuple(card.crop_size_vox if input_shape is None else input_shape)
-    has_three = len(asked) == len(token)
-    if not has_three or any(n <= 0 or n % step for n, step in zip(asked, token, strict=True)):
+    wanted = tuple(card.crop_size_vox if input_shape is None else input_shape)
+    fits = [n > 0 and n % step == 0 for n, step in zip(wanted, token, strict=False)]
+    if len(wanted) != len(token) or not all(fits):
         raise UsageError(
-            f"input_shape={asked} is not a multiple of the token size {token} of '{card.name}'; "
+            f"input_shape={wanted} is not a multiple of the token size {token} of '{card.name}'; "
             "give three positive numbers of voxels (z, y, x)",
             code="encoder-input-shape",
         )
-    shape = as_size(asked)
+    shape = as_size(wanted)
     names = tuple(channel_names or ())
     num_channels = len(names) or card.num_input_channels
 
+    # The network begins with random weights, which must not advance the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         network = build_network(card.class_path, card.arguments, shape, num_channels, num_classes=1)
     target = load.Target(num_channels, shape, names)
@@ -146,7 +154,7 @@ def load_encoder(
 
 
 def _mostly_zero(image_CZYX: NDArray[np.float32]) -> bool:
-    """Return whether the non-zero part is so small that nnU-Net uses a mask."""
+    """Return whether the box around the non-zero part is so small that nnU-Net uses a mask."""
     inside = np.argwhere(image_CZYX.any(axis=0))  # (voxels, 3)
     if not len(inside):
         return False

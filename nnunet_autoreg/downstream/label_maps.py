@@ -1,4 +1,4 @@
-"""Label maps for raw datasets that have none, because nnU-Net needs one for every case."""
+"""Write label maps for raw datasets without them, because nnU-Net needs one for every case."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ LABELS, IMAGES = "labelsTr", "imagesTr"
 
 
 def first_channels(dataset: Path, file_ending: str) -> dict[str, Path]:
-    """Return case -> the file of its first channel, of a raw dataset's training images."""
+    """Return the training cases of a raw dataset: case -> the file of its first channel."""
     images: dict[str, Path] = {}
     files = (dataset / IMAGES).glob(f"*{file_ending}")
     for file in sorted(files, key=lambda f: natural_key(f.name)):
@@ -32,8 +32,8 @@ def write_label_map(labels_ZYX: NDArray[np.uint8], image: Any, target: Path) -> 
     drawn: Any = SimpleITK.GetImageFromArray(labels_ZYX)
     drawn.CopyInformation(image)
 
-    # SimpleITK chooses the format by the ending, but a file that is half written must not have the
-    # ending of a label map. So the whole file is written elsewhere first.
+    # SimpleITK chooses the format by the ending, but an unfinished file must not have the ending of
+    # a label map. So the whole file is written elsewhere first.
     with atomic_path(target) as temporary, TemporaryDirectory() as elsewhere:
         whole = Path(elsewhere) / target.name
         SimpleITK.WriteImage(drawn, str(whole), True)

@@ -1,4 +1,4 @@
-"""A model trained by nnU-Net's command, with its folds, for prediction on new scans.
+"""Load a model that nnU-Net's command has trained, with its folds, for prediction on new scans.
 
 nnU-Net preprocesses the scans. Detection and classification add the outputs of their networks.
 """
@@ -34,7 +34,7 @@ from nnunet_autoreg.safe_load import plain_loading
 FOLD_ALL = "all"
 
 Plan = TypeVar("Plan")
-"""Of a task, such as ``DetectionPlan``."""
+"""Plan of a task, such as ``DetectionPlan``."""
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +45,21 @@ class TrainedModel(Generic[Plan]):
     Args:
         folder: ``<trainer>__<plans>__<configuration>``.
         folds: folds to use; if empty, all finished ones except ``all``, which must be named.
+        device: device of the network.
+        checkpoint: file name of the checkpoint in each fold.
 
     Raises:
         UsageError: there is no such model or fold.
-        PlanError: it was trained for something else.
+        PlanError: it was trained for another task.
         WeightsError: a checkpoint does not belong to the plans, or would run code.
     """
 
     kind: ClassVar[str]
-    """Part of the names of its trainers; other models are not suggested."""
+    """Part of the names of its trainers. Messages suggest only models with such a trainer."""
     noun: ClassVar[str]
     """Name of such a model in messages."""
     read_plan: Callable[[Mapping[str, Any], str], Plan | None]
-    """Return the task's checked plan in a configuration of parsed plans, None if it has none."""
+    """Return the checked plan of the task in a configuration of parsed plans; None without one."""
 
     def __init__(
         self,
@@ -80,8 +82,8 @@ class TrainedModel(Generic[Plan]):
             )
         self.plan: Plan = self._checked_plan()
         try:
-            # A folder from elsewhere must not run code: nnU-Net would unpickle all that its
-            # checkpoints hold.
+            # nnU-Net would unpickle all that checkpoints hold, but a folder from elsewhere must not
+            # run code.
             fold = self.folds[0] if len(self.folds) == 1 else "*"
             with plain_loading(folder / f"fold_{fold}" / checkpoint):
                 self.stock.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)
@@ -105,13 +107,12 @@ class TrainedModel(Generic[Plan]):
     @property
     def num_channels(self) -> int:
         """Return the number of channels of the images."""
-        return int(
-            determine_num_input_channels(
-                self.stock.plans_manager,
-                self.configuration,
-                self.stock.dataset_json,
-            ),
+        number = determine_num_input_channels(
+            self.stock.plans_manager,
+            self.configuration,
+            self.stock.dataset_json,
         )
+        return int(number)
 
     @property
     def file_ending(self) -> str:
@@ -121,7 +122,7 @@ class TrainedModel(Generic[Plan]):
     def describe(self) -> dict[str, Any]:
         """Return the description of the model for results.
 
-        ``sha256`` is that of every fold's weights and plans; a new training changes it.
+        ``sha256`` has a digest of the weights and plans for every fold. A new training changes it.
         """
         trainer, plans, configuration = self.folder.name.split("__")
         return public_model(
@@ -140,7 +141,7 @@ class TrainedModel(Generic[Plan]):
         """Return the plan of the task.
 
         Raises:
-            PlanError: there is none, or it is impossible.
+            PlanError: there is no such plan, or a value of it is impossible.
         """
         file = self.folder / "plans.json"
         plans = read_object(file, ("configurations",))
@@ -148,7 +149,7 @@ class TrainedModel(Generic[Plan]):
         configuration: dict[str, Any] = {}
         configurations = plans["configurations"]
         if isinstance(configurations, dict) and name in configurations:
-            # A configuration may have the block from the one that it inherits from.
+            # A configuration may inherit the block from another one.
             configuration = PlansManager(plans).get_configuration(name).configuration
         plan = type(self).read_plan(configuration, str(file))
         if plan is None:
@@ -159,7 +160,11 @@ class TrainedModel(Generic[Plan]):
         return plan
 
     def weights(self) -> Iterator[None]:
-        """Load the weights of one fold after the other into the network."""
+        """Load the weights of one fold after the other into the network.
+
+        Yields:
+            None, once for each fold.
+        """
         for parameters in self.stock.list_of_parameters:
             self.network.load_state_dict(parameters)
             yield
@@ -174,6 +179,7 @@ class TrainedModel(Generic[Plan]):
         """Return a preprocessed scan (C, Z, Y, X), and nnU-Net's properties of it.
 
         Args:
+            files: one file per channel.
             name: name of the scan in log lines.
 
         Raises:
@@ -214,14 +220,21 @@ class TrainedModel(Generic[Plan]):
         return torch.from_numpy(image), properties
 
     def _read(self, files: list[str], name: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Read a scan with nnU-Net's reader, which raises any kind of error and prints some."""
+        """Read a scan (C, Z, Y, X) with nnU-Net's reader, and its properties.
+
+        Raises:
+            ScanError: it cannot be read, or is not an image for this model.
+        """
+        # The reader raises errors of any kind, and prints the reason of some.
         printed = io.StringIO()
         reader = self.stock.plans_manager.image_reader_writer_class()
         try:
             with redirect_stdout(printed), quiet_readers():
                 data, properties = reader.read_images(files)
         except Exception as error:
-            lines = str(error).strip().splitlines()[-1:] or printed.getvalue().splitlines()[:1]
+            lines = str(error).strip().splitlines()[-1:]
+            if not lines:
+                lines = printed.getvalue().splitlines()[:1]
             reason = lines[0].strip() if lines else type(error).__name__
             listed = ", ".join(Path(file).name for file in files)
             # Paths may hold the names of patients.
@@ -242,6 +255,9 @@ class TrainedModel(Generic[Plan]):
 def prediction_device(wanted: str | None) -> torch.device:
     """Return the device of ``--device``; by default the GPU if there is one.
 
+    Args:
+        wanted: value of the option; None without it.
+
     Raises:
         UsageError: a GPU is wanted and there is none (code "device-no-gpu").
     """
@@ -255,17 +271,18 @@ def prediction_device(wanted: str | None) -> torch.device:
 
 
 def half_precision(device: torch.device) -> torch.dtype:
-    """Return the type a GPU computes in, as in training: bfloat16 where the hardware has it."""
+    """Return the type in which a GPU computes, as in training: bfloat16 if the hardware has it."""
     return torch.bfloat16 if has_bf16(device) else torch.float16
 
 
 def digest_of(parameters: Mapping[str, torch.Tensor], plans: bytes) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of a network's plans and weights."""
-    # Plans decide how boxes are made of the same weights.
+    # The plans are included, because results depend on them too.
     digest = hashlib.sha256(plans)
     for name, value in parameters.items():
+        as_bytes = value.cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(name.encode())
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(as_bytes.numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -284,21 +301,23 @@ def trained_folder(
 ) -> Path:
     """Return the folder of a trained model.
 
-    The dataset is given as ``4``, ``004`` or ``Dataset004_Hippocampus``.
+    Args:
+        results: ``nnUNet_results``.
+        dataset: ``4``, ``004`` or ``Dataset004_Hippocampus``.
 
     Raises:
         UsageError: no dataset of that number has been trained on, or several have.
     """
     name = dataset
     if dataset.isdecimal():
-        found = sorted(p.name for p in results.glob(f"Dataset{int(dataset):03}_*") if p.is_dir())
+        known = sorted(folder.name for folder in results.glob("Dataset*_*") if folder.is_dir())
+        found = [other for other in known if other.startswith(f"Dataset{int(dataset):03}_")]
         if len(found) > 1:
             raise UsageError(
                 f"-d {dataset}: {' and '.join(found)} share that number; give the full name",
                 code="model-dataset-ambiguous",
             )
         if not found:
-            known = sorted(p.name for p in results.glob("Dataset*_*") if p.is_dir())
             raise UsageError(
                 f"-d {dataset}: {results} (nnUNet_results) has no trained dataset of that number; "
                 f"there are: {', '.join(known) or 'none'}",
@@ -317,6 +336,9 @@ def finished_folds(
     """Return the folds to use; by default all finished ones except ``all``.
 
     Args:
+        folder: folder of a trained model.
+        wanted: names of the folds; may be empty.
+        checkpoint: file that a finished fold has.
         kind: part of the names of trainers that a message may suggest.
 
     Raises:
@@ -343,13 +365,14 @@ def finished_folds(
             f"-f {' '.join(missing)}: not finished in {folder}; there are: {', '.join(finished)}",
             code="model-fold-unfinished",
         )
-    # Fold all has seen every case: it is not a further member beside the folds, and nobody knows
-    # how good it is.
+    # Fold all has seen every case, so it could not be validated. It is not combined with the others
+    # unless the user asks for it.
     usual = [fold for fold in finished if fold != FOLD_ALL]
     if not wanted and not usual:
         raise UsageError(
             f"{folder} has no finished fold but all; add -f all to use that",
             code="model-fold-all-only",
         )
-    # In one order, so that -f 1 0 goes on with the results of -f 0 1.
-    return tuple(fold for fold in finished if fold in wanted) or tuple(usual)
+    # Always in the same order, so that -f 1 0 continues the results of -f 0 1.
+    chosen = [fold for fold in finished if fold in wanted]
+    return tuple(chosen or usual)

@@ -1,4 +1,4 @@
-"""The block in a configuration of a plans file with the plan of detection or classification."""
+"""Write and check the block of a plans file with the plan of detection or classification."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,10 @@ def store(plans: dict[str, Any], configuration: str, block: str, plan: object) -
     """Write a plan into parsed plans.
 
     Args:
+        plans: parsed plans file, which is changed.
+        configuration: name of the configuration.
         block: name of the block, such as "autoreg_detection".
+        plan: record of the plan's values.
     """
     plans["configurations"][configuration][block] = to_jsonable(plan)
 
@@ -26,7 +29,10 @@ def check_ranges(
     """Refuse the first value of a plan that is out of its range.
 
     Args:
-        rules: field -> (whether it is in its range, the range in words).
+        plan: record of the plan's values.
+        rules: field -> (whether it is in its range, the range as text).
+        block: name of the block in the message.
+        where: name of the plans file in the message.
         code: stable code of the error.
 
     Raises:

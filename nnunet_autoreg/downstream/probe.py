@@ -1,7 +1,7 @@
-"""A frozen probe: how well a linear classifier predicts a token's label from its features.
+"""Probe a frozen encoder: how well does a linear classifier predict a token's label?
 
-It is compared with a classifier on the token's raw voxels. The labels come from the label maps of a
-dataset among the inputs; no label reaches training.
+It reads the token's features, and is compared with a classifier that reads the token's raw voxels.
+The labels come from the label maps of a dataset among the inputs. Training never sees a label.
 
 Shape suffixes: N tokens, V width, C classes, T tokens of one crop.
 """
@@ -50,12 +50,12 @@ MAX_TOKENS, MAX_ITERATIONS, PENALTY = 8192, 50, 1e-3
 
 @dataclass(frozen=True)
 class LabelledCrop:
-    """One crop of a labelled case.
+    """Hold one crop of a labelled case.
 
     Attributes:
         batch: a batch of one sample.
-        labels: (T,) majority class of every token, raster order; -1 in padding or without a label.
-        is_test: the subject is one that the probe is not fitted on.
+        labels: (T,) label of every token in raster order (``token_labels``); -1 if not known.
+        is_test: whether the crop is scored, and not used to fit the probe.
     """
 
     batch: Batch
@@ -66,7 +66,7 @@ class LabelledCrop:
 class Probe:
     """A classifier that is fitted on the tokens of some crops and scored on those of others.
 
-    The tokens are the same every time.
+    Every score uses the same tokens.
 
     Args:
         crops: may be empty.
@@ -88,25 +88,28 @@ class Probe:
                 self.known[is_test] = known[evenly_spread(len(known), MAX_TOKENS)]
 
     def _known_labels(self, is_test: bool) -> Tensor:
+        """Return the labels (N,) of the tokens that are used."""
         return self.labels[is_test][self.known[is_test]]
+
+    def _num_classes(self, is_test: bool) -> int:
+        return len(torch.unique(self._known_labels(is_test)))
 
     @property
     def works(self) -> bool:
         """Whether there are at least two classes to fit and two to test on."""
-        if len(self.labels) < 2:
-            return False
-        return all(len(torch.unique(self._known_labels(part))) > 1 for part in (False, True))
+        has_both = len(self.labels) == 2
+        return has_both and self._num_classes(False) > 1 and self._num_classes(True) > 1
 
     @property
     def chance(self) -> float:
         """Balanced accuracy of guessing."""
-        return 1 / len(torch.unique(self._known_labels(True)))
+        return 1 / self._num_classes(True)
 
     def score(self, read: Callable[[Batch], Tensor]) -> float:
         """Return the balanced accuracy on the test crops; 0 if an input is not finite.
 
         Args:
-            read: gives the inputs of the tokens of a batch of one sample, (T, V) on the CPU.
+            read: computes the inputs (T, V), on the CPU, of the tokens of a batch of one sample.
         """
         parts = {}
         for is_test in (False, True):
@@ -114,7 +117,7 @@ class Probe:
             inputs = inputs[self.known[is_test]]  # (N, V)
             if not bool(torch.isfinite(inputs).all()):
                 return 0.0
-            parts[is_test] = inputs, self._known_labels(is_test)
+            parts[is_test] = (inputs, self._known_labels(is_test))
         return fit_and_score(parts[False], parts[True])
 
 
@@ -134,8 +137,10 @@ def fit_and_score(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> 
     Args:
         train, test: inputs (N, V) and labels (N,).
     """
-    train_NV, labels_N = train[0].double(), train[1]
-    mean, deviation = train_NV.mean(0), train_NV.std(0).clamp(min=1e-6)
+    train_NV = train[0].double()
+    labels_N = train[1]
+    mean = train_NV.mean(0)
+    deviation = train_NV.std(0).clamp(min=1e-6)
     train_NV = (train_NV - mean) / deviation
 
     num_classes = int(torch.cat([train[1], test[1]]).max()) + 1
@@ -168,7 +173,8 @@ def fit_and_score(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> 
 
     test_NV = (test[0].double() - mean) / deviation
     scores_NC = test_NV @ slope_VC.detach() + offset_C.detach()
-    return balanced_accuracy(scores_NC.argmax(1), test[1])
+    predicted_N = scores_NC.argmax(1)
+    return balanced_accuracy(predicted_N, test[1])
 
 
 def balanced_accuracy(predicted_N: Tensor, truth_N: Tensor) -> float:
@@ -188,15 +194,16 @@ def labelled_crops(
 ) -> list[LabelledCrop]:
     """Return one crop of each of up to 24 subjects, around labelled voxels.
 
-    Half of the subjects are for testing, validation scans first. Of several labelled datasets the
-    one with the most cases is used, of several channels the first.
+    Half of the subjects are for testing, validation scans first. If several datasets have labels,
+    the one with the most subjects is used. If a scan has several channels, the first is used.
 
     Args:
-        cases: the stored cases by scan id.
+        rows: all scans of pretraining.
+        cases: scan id -> stored case.
         validation: ids of scans that pretraining does not see.
 
     Returns:
-        [] if there are not 4 subjects, or too few classes.
+        The crops; none if there are fewer than 4 subjects, or too few classes.
     """
     chosen = choose_scans(rows, validation, plan.run.seed, plan.data.salt_free)
     crops = []
@@ -242,11 +249,11 @@ def choose_scans(
 ) -> list[ScanRow]:
     """Return one labelled scan for each of up to 24 subjects of one dataset.
 
-    Validation scans come first; a hash decides the rest of the order.
+    Validation scans come first. Apart from that, a hash decides the order.
 
     Args:
-        salt_free: ``data.salt_free`` of the plan: use the hash of the scan's content, not of the
-            subject.
+        validation: ids of scans that pretraining does not see.
+        salt_free: ``data.salt_free`` of the plan: hash the scan's content, and not the subject.
     """
 
     def name_of(row: ScanRow) -> str:
@@ -261,7 +268,7 @@ def choose_scans(
     counts = Counter(dataset for dataset, _ in first)
     if not counts or max(counts.values()) < MIN_CASES:
         return []
-    # Structures of two datasets may share a number but not a meaning.
+    # One dataset, because a label may mean different structures in two datasets.
     dataset = min(counts, key=lambda name: (-counts[name], name))
     labelled = [row for (name, _), row in first.items() if name == dataset]
 
@@ -274,6 +281,7 @@ def choose_scans(
 
 
 def _crop(plan: Plan, row: ScanRow, case: StoredCase, number: int, is_test: bool) -> LabelledCrop:
+    """Return a crop around labelled voxels; ``number`` is part of the seed of its location."""
     labels_ZYX = stored_labels(row, case.shape_vox)
     size = plan.sequence.crop_size_vox
     start = around_labels(labels_ZYX, size, rng.generator(plan.run.seed, "probe", number))
@@ -281,27 +289,32 @@ def _crop(plan: Plan, row: ScanRow, case: StoredCase, number: int, is_test: bool
 
     # The crop may reach beyond the case: copy what lies in both.
     padded_ZYX = np.full(size, UNKNOWN, dtype=np.int64)
-    in_crop, in_case = [], []
+    in_crop = []
+    in_case = []
     for first, length, num_voxels in zip(start, size, case.shape_vox, strict=True):
-        low, high = max(0, first), min(num_voxels, first + length)
+        low = max(0, first)
+        high = min(num_voxels, first + length)
         in_crop.append(slice(low - first, high - first))
         in_case.append(slice(low, high))
     padded_ZYX[tuple(in_crop)] = labels_ZYX[tuple(in_case)]
 
     labels_T = token_labels(padded_ZYX, plan.encoder.token_size_vox)
-    # All tokens are given, as in fine-tuning.
+    # All tokens are in one block, so that all are visible, as in fine-tuning.
     block_index_T = np.zeros(len(labels_T), dtype=np.int64)
     sample = Sample(voxels[None], valid[None], block_index_T, 1)
     return LabelledCrop(collate([sample]), torch.from_numpy(labels_T), is_test)
 
 
 def stored_labels(row: ScanRow, shape_vox: Size) -> Labels:
-    """Return the label map of a scan on the voxels of its stored case, by nearest neighbours.
+    """Return the label map (Z, Y, X) of a scan on the voxels of its stored case.
 
-    Values that have no name become -1.
+    It is resampled to the nearest neighbours. Values that have no name become -1.
+
+    Args:
+        shape_vox: shape of the stored case.
 
     Raises:
-        ScanError: it cannot be read, or does not fit the scan.
+        ScanError: the label map cannot be read, or does not fit the scan.
     """
     path = label_map_of(row)
     assert path is not None and row.spacing_mm is not None, "only labelled, usable rows come here"
@@ -330,22 +343,30 @@ def nearest_index(num_source: int, num_target: int) -> Labels:
 
 
 def around_labels(labels_ZYX: Labels, size: Size, generator: np.random.Generator) -> Size:
-    """Return the start of a crop with a labelled voxel in its middle.
+    """Return the start (z, y, x) of a crop with a labelled voxel in its middle.
 
-    A structure is drawn first, so that small ones are as likely as large ones. The crop is moved
-    as far as the case ends.
+    A structure is drawn first, so that small ones are as likely as large ones. Near the border of
+    the case, the crop is moved inwards.
+
+    Args:
+        labels_ZYX: label map of the case.
+        size: size of the crop, (z, y, x).
     """
     values = np.unique(labels_ZYX[labels_ZYX > 0])
     middle = [n // 2 for n in labels_ZYX.shape]
     if len(values):
-        voxels = np.argwhere(labels_ZYX == values[generator.integers(len(values))])
+        structure = values[generator.integers(len(values))]
+        voxels = np.argwhere(labels_ZYX == structure)  # (voxels, 3)
         middle = voxels[generator.integers(len(voxels))].tolist()
 
     start = []
     for centre, length, num_voxels in zip(middle, size, labels_ZYX.shape, strict=True):
+        first = 0
+        last = num_voxels - length
         # A case that is smaller than the crop lies in its middle.
-        first = min((num_voxels - length) // 2, 0)
-        last = max(num_voxels - length, (num_voxels - length) // 2)
+        if last < 0:
+            first = last // 2
+            last = first
         start.append(min(max(centre - length // 2, first), last))
     return as_size(start)
 
@@ -353,22 +374,22 @@ def around_labels(labels_ZYX: Labels, size: Size, generator: np.random.Generator
 def token_labels(labels_ZYX: Labels, token: Size) -> Labels:
     """Return the label of every token, (T,) in raster order.
 
-    It is the structure that fills most of the token, if that is at least a quarter of its known
-    voxels, else 0.
+    It is the structure with the most voxels of the token, if it fills at least a quarter of the
+    known voxels, else 0. A token without known voxels has the label -1.
 
     Args:
-        labels_ZYX: -1 where not known; so is a token of only such voxels.
+        labels_ZYX: -1 for voxels whose label is not known.
+        token: size of a token in voxels, (z, y, x).
     """
     z, y, x = grid_of(labels_ZYX.shape, token)
     cubes = labels_ZYX.reshape(z, token[0], y, token[1], x, token[2])
-    # (T, voxels of a token)
-    cubes = cubes.transpose(0, 2, 4, 1, 3, 5).reshape(z * y * x, -1)
+    cubes = cubes.transpose(0, 2, 4, 1, 3, 5).reshape(z * y * x, -1)  # (T, voxels of a token)
     num_known_T = (cubes >= 0).sum(axis=1)
-    values = np.unique(cubes[cubes > 0])
-    if not len(values):
-        return np.where(num_known_T > 0, 0, UNKNOWN)
 
-    counts = np.stack([(cubes == value).sum(axis=1) for value in values], axis=1)  # (T, values)
-    is_large = counts.max(axis=1) >= SMALLEST_SHARE * num_known_T
-    labels_T = np.where(is_large, values[counts.argmax(axis=1)], 0)
+    labels_T = np.zeros(len(cubes), dtype=np.int64)
+    values = np.unique(cubes[cubes > 0])
+    if len(values):
+        counts = np.stack([(cubes == value).sum(axis=1) for value in values], axis=1)  # (T, values)
+        is_large_T = counts.max(axis=1) >= SMALLEST_SHARE * num_known_T
+        labels_T = np.where(is_large_T, values[counts.argmax(axis=1)], 0)
     return np.where(num_known_T > 0, labels_T, UNKNOWN)

@@ -1,6 +1,7 @@
-"""A folder of results, one JSON file per scan: which scans an earlier run has already done.
+"""Continue a folder of results, which has one JSON file per scan. Torch-free.
 
-Torch-free.
+An earlier run may have done some of the scans. Its results are kept if they are of the same model,
+inputs and options.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.records import differences
 
 MOST_NAMED = 3
-"""Differences that a message lists."""
+"""Largest number of differences that a message lists."""
 
 FROM_SEG = "from_seg"
 """Key of the model in results of ``--from-seg``."""
@@ -24,8 +25,8 @@ NUM_HEX = 16
 def public_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the description of a model for results, without the name of a folder.
 
-    A dataset is named by its number, and a folder of segmentations by a digest, by which it is
-    recognised again. What is public already stays as it is.
+    A dataset is named by its number, and a folder of segmentations by a digest, which is the same
+    in the next run. A description that is public already does not change.
     """
     public = dict(model)
     if "dataset" in public:
@@ -54,7 +55,7 @@ def make_output_folder(folder: Path) -> None:
 
 
 def scans_with_results(folder: Path, names: Sequence[str], overwrite: bool) -> list[str]:
-    """Return the scans that have a JSON file in ``folder``; none if they are done again anyway."""
+    """Return the scans that have a JSON file in ``folder``; none if all are done again."""
     if overwrite:
         return []
     return [name for name in names if (folder / f"{name}.json").is_file()]
@@ -74,19 +75,18 @@ def check_same_run(
         is_minor: whether a difference, as ``records.differences`` words it, does not matter.
 
     Raises:
-        UsageError: they differ (code "results-of-another-run"); the message says in what.
+        UsageError: they differ (code "results-of-another-run"); the message lists differences.
     """
-    # Files of earlier versions name the folders of their models.
+    # A file that was edited may hold anything, and is then not a result of this model. Files of
+    # earlier versions name the folders of their models.
     model = present.get("model")
-    # What was edited may be of any kind, and is then no result of this model.
     known = public_model(model) if isinstance(model, Mapping) else {}
     present = {**present, "model": known}
     changes = [change for change in differences(present, wanted) if not is_minor(change)]
-    if not changes:
-        return
-    what = "; ".join(changes[:MOST_NAMED])
-    raise UsageError(
-        f"{file} was made by another model, of another input or with other options ({what}); "
-        "give another -o, or --overwrite, or remove that file to have the scan done again",
-        code="results-of-another-run",
-    )
+    if changes:
+        raise UsageError(
+            f"{file} was made by another model, of another input or with other options "
+            f"({'; '.join(changes[:MOST_NAMED])}); give another -o, or --overwrite, or remove that "
+            "file to have the scan done again",
+            code="results-of-another-run",
+        )

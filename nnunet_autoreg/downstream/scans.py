@@ -1,9 +1,9 @@
-"""The scans of a folder as nnU-Net's readers take them.
+"""Find the scans of a folder, and give them to nnU-Net's readers.
 
-They are cases by their names, or else whatever pretraining would find in the folder. Whatever is
-not a file for the dataset's reader - a DICOM series, a volume of a 4D file, another format - is
-written as a temporary NIfTI file of the same geometry. Nothing is turned: a network expects the
-orientation of the files that it was trained on.
+If files are named as cases, these are the scans. Otherwise they are the scans that pretraining
+would find in the folder. A DICOM series, a volume of a 4D file or a file of another format is
+written as a temporary NIfTI file of the same geometry. Nothing is turned, because a network expects
+the orientation of the files that it was trained on.
 """
 
 import hashlib
@@ -43,7 +43,8 @@ class Scan:
 
     Attributes:
         name: name of its results.
-        files: one per channel; empty where ``candidate`` has to be converted first.
+        files: one per channel; empty if ``candidate`` has to be converted first.
+        candidate: the scan as pretraining finds it; None for files that are named as cases.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Scan:
 
     @property
     def origin(self) -> str:
-        """Return the name of its input in messages."""
+        """Return the name of the scan's input in messages."""
         return self.candidate.id if self.candidate else self.files[0].name
 
     def inputs(self) -> tuple[dict[str, Any], ...]:
@@ -65,10 +66,11 @@ class Scan:
 
 
 def facts_of(files: Sequence[Path]) -> tuple[dict[str, Any], ...]:
-    """Return size and time of change of every file, by which another input is recognised.
+    """Return size and time of change of every file, which differ for another input.
 
-    There are no paths, because they may hold names of patients. For a folder it is only a digest of
-    its path: its DICOM series are identified by their UIDs, and others may be added to it.
+    Paths are left out, because they may hold names of patients. For a folder only a digest of its
+    path is returned: its DICOM series are identified by their UIDs, and files of others may be
+    added to it.
     """
     found: list[dict[str, Any]] = []
     for file in files:
@@ -88,16 +90,20 @@ def find(
     split_4d: bool = False,
     output: Path | None = None,
 ) -> list[Scan]:
-    """Return the scans of a folder, in natural order; the log says what is left out, and why.
+    """Return the scans of a folder, in natural order.
+
+    The log lists the files that are left out, and the reasons.
 
     Args:
-        file_ending: file ending of the dataset the model was trained on.
-        num_channels: the model's.
-        output: the folder of results; what lies in it is not a scan.
+        file_ending: file ending of the dataset that the model was trained on.
+        num_channels: number of channels of the model.
+        split_4d: take every volume of a 4D file as a scan.
+        output: folder of the results, in which nothing is a scan.
 
     Raises:
-        UsageError: no folder, no scan, channels missing, files without a channel in their names for
-            a model of several, two scans of one name, or results among the scans.
+        UsageError: there is no such folder, no scan, or a channel is missing; or the model has
+            several channels and files do not name theirs; or two scans have one name; or results
+            would be written among the scans.
     """
     if not folder.exists():
         raise UsageError(f"-i {folder} does not exist; check the path", code="scans-no-folder")
@@ -129,7 +135,9 @@ def find(
             )
         scans.append(Scan(name, tuple(channels[n] for n in range(num_channels))))
 
-    used = {file for scan in scans for file in scan.files}
+    used: set[Path] = set()
+    for scan in scans:
+        used.update(scan.files)
     _warn_of_others(folder, file_ending, used, output)
     _check_names(scans, folder)
     return scans
@@ -182,7 +190,7 @@ def _is_result(path: Path, folder: Path, output: Path | None) -> bool:
     """Return whether a path below ``folder`` belongs to the results of an earlier run in it."""
     if output is None or absolute(folder) not in absolute(output).parents:
         return False
-    return absolute(output) in (absolute(path), *absolute(path).parents)
+    return absolute(path).is_relative_to(absolute(output))
 
 
 def _warn_of_others(folder: Path, file_ending: str, used: set[Path], output: Path | None) -> None:
@@ -208,13 +216,13 @@ def _warn_of_others(folder: Path, file_ending: str, used: set[Path], output: Pat
 
 
 def _check_names(scans: Sequence[Scan], folder: Path) -> None:
-    """Refuse two scans whose results would lie in the same files.
+    """Refuse two scans whose results would be written into the same files.
 
     Some file systems do not distinguish a from A.
     """
     known: dict[str, Scan] = {}
     for scan in scans:
-        # The first scan of a name keeps it.
+        # The first scan of each name.
         other = known.setdefault(scan.name.casefold(), scan)
         if other is not scan:
             names = f"both be called {scan.name}"
@@ -228,7 +236,7 @@ def _check_names(scans: Sequence[Scan], folder: Path) -> None:
 
 
 def check_image(image_CZYX: NDArray[np.float32], num_channels: int) -> None:
-    """Check what was read of a scan.
+    """Check the voxels of a scan.
 
     Raises:
         ScanError: it has another number of channels than the model, or all its voxels are equal, so
@@ -240,7 +248,7 @@ def check_image(image_CZYX: NDArray[np.float32], num_channels: int) -> None:
             f"its files hold {len(image_CZYX)} channels and the model needs {num_channels}; is "
             "one of them 4D or in colour?",
         )
-    # NaN is equal to nothing, and is reported elsewhere.
+    # NaN differs from every value, also from NaN. It is reported elsewhere.
     first = image_CZYX.flat[0]
     if bool((image_CZYX == first).all()):
         raise ScanError("constant", f"every voxel has the value {first:g}; it shows nothing")
@@ -248,10 +256,13 @@ def check_image(image_CZYX: NDArray[np.float32], num_channels: int) -> None:
 
 @contextmanager
 def ready(scan: Scan) -> Iterator[list[str]]:
-    """Yield the files of a scan for nnU-Net's reader; temporary ones are removed afterwards.
+    """Give the files of a scan to nnU-Net's reader; temporary ones are removed afterwards.
+
+    Yields:
+        One file per channel.
 
     Raises:
-        ScanError: it cannot be read.
+        ScanError: the scan cannot be read.
     """
     for file in scan.files:
         check_file(file)
@@ -303,7 +314,8 @@ def file_image(file: Path, part: ScanPart) -> Any:
                 f"SimpleITK cannot read it ({reason}); copy it again",
             ) from error
 
-    image = image[..., int(part.t)] if part.t else image
+    if part.t:
+        image = image[..., int(part.t)]
     check_3d(image.GetDimension(), remedy="store it as a 3D image, or use --split-4d for a 4D file")
     num_values = image.GetNumberOfComponentsPerPixel()
     if num_values != 1:

@@ -1,4 +1,4 @@
-"""A scan of any size as tiles of one size, and the features of an encoder for all of them.
+"""Cut a scan of any size into tiles of one size, and compute the features of an encoder for it.
 
 Shape suffixes: C channels, Z Y X voxels, V features, z y x positions of a feature map.
 """
@@ -26,8 +26,8 @@ class ScanTile:
 
     Attributes:
         start: first voxel of the tile in the padded scan, a multiple of the token size.
-        image_1CZYX: its voxels.
-        inside_11ZYX: 1 where features count, 0 elsewhere and where zeros were filled in.
+        image_1CZYX: voxels of the tile.
+        inside_11ZYX: 1 for voxels that count, 0 for others and for padding.
     """
 
     start: Size
@@ -36,13 +36,13 @@ class ScanTile:
 
 
 class TiledScan:
-    """A scan that is filled up with zeros on both sides, and cut into as few tiles as cover it.
+    """A scan that is padded with zeros on both sides, and cut into as few tiles as cover it.
 
     Args:
         image_CZYX: preprocessed.
         tile_size: (z, y, x) voxels, a multiple of the token size.
         token_size: tiles start at multiples of it, so that feature maps of tiles fit together.
-        counted_ZYX: 1 where features count, 0 elsewhere; all of the scan counts if it is None.
+        counted_ZYX: 1 for voxels that count, 0 for others; all voxels count if it is None.
     """
 
     def __init__(
@@ -73,13 +73,14 @@ class TiledScan:
         per_axis = []
         for size, tile, token in zip(self.shape, self.tile_size, self.token_size, strict=True):
             num_tiles = math.ceil(size / tile)
+            # In tokens. A single tile starts at 0.
             last = (size - tile) // token
             steps = [round(last * n / max(1, num_tiles - 1)) for n in range(num_tiles)]
             per_axis.append([step * token for step in steps])
         return [as_size(start) for start in product(*per_axis)]
 
     def __iter__(self) -> Iterator[ScanTile]:
-        """Yield every tile that holds a voxel of the scan that counts."""
+        """Yield every tile with a voxel that counts."""
         for start in self.starts():
             z, y, x = box_at(start, self.tile_size)
             image = self.image_CZYX[None, :, z, y, x]
@@ -93,7 +94,7 @@ class ScanFeatures:
     """Hold the features of a scan.
 
     Attributes:
-        mean_V: mean over all positions, each by the share of its voxels that count.
+        mean_V: mean over all positions, weighted by the share of their voxels that count.
         map_Vzyx: the features of every position of the padded scan; None if not wanted.
     """
 
@@ -107,10 +108,11 @@ def features_of_scan(
     scan: TiledScan,
     with_map: bool = False,
 ) -> ScanFeatures:
-    """Return the features of all tiles together; where tiles overlap, their mean.
+    """Return the features of all tiles together; tiles that overlap are averaged.
 
     Args:
-        feature_map: tile (1, C, Z, Y, X) -> (1, V, z, y, x), which covers the tile.
+        feature_map: computes the feature map (1, V, z, y, x) of a tile (1, C, Z, Y, X).
+        with_map: also return the features of every position.
     """
     total_V: Tensor | None = None
     weight = 0.0
@@ -138,6 +140,8 @@ def features_of_scan(
             counts[z, y, x] += 1
 
     assert total_V is not None, "a scan has at least one voxel"
-    # Tiles that lie outside the scan leave positions without features, which stay 0.
-    found = None if sums is None or counts is None else sums / counts.clamp(min=1)
-    return ScanFeatures(total_V / weight, found)
+    map_Vzyx = None
+    if sums is not None and counts is not None:
+        # Tiles without a voxel that counts are skipped, and their positions stay 0.
+        map_Vzyx = sums / counts.clamp(min=1)
+    return ScanFeatures(total_V / weight, map_Vzyx)

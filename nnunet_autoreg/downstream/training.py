@@ -1,4 +1,4 @@
-"""What the trainers of detection and classification share, apart from nnU-Net's trainer."""
+"""Help the trainers of detection and classification, independently of nnU-Net's trainer."""
 
 import logging
 import os
@@ -12,10 +12,10 @@ from torch import distributed
 
 
 def keep_thread_limit() -> None:
-    """Limit torch to ``OMP_NUM_THREADS`` threads where that is set.
+    """Limit torch to ``OMP_NUM_THREADS`` threads if that variable is set.
 
-    On a CPU ``nnUNetv2_train`` uses every core, and threads that share cores with other programs
-    wait for each other.
+    On a CPU ``nnUNetv2_train`` uses every core. Threads that share cores with other programs wait
+    for each other.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted) > 0:
@@ -55,7 +55,11 @@ def forwarded_log(name: str, write: Callable[[str], None]) -> Iterator[None]:
 
 
 def from_all_processes(outputs: list[dict[str, Any]], is_ddp: bool) -> list[dict[str, Any]]:
-    """Return the outputs of all processes of a distributed training together."""
+    """Return the outputs of all processes of a distributed training together.
+
+    Args:
+        is_ddp: whether there are several processes.
+    """
     if not is_ddp:
         return outputs
     gathered: list[Any] = [None] * distributed.get_world_size()
