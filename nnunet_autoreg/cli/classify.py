@@ -16,7 +16,13 @@ from nnunet_autoreg.cli.common import (
     prepare_torch,
     print_next,
 )
-from nnunet_autoreg.cli.options import add_device, add_split_4d, add_trained_model, local_path
+from nnunet_autoreg.cli.options import (
+    add_device,
+    add_split_4d,
+    add_trained_model,
+    local_path,
+    open_model,
+)
 from nnunet_autoreg.errors import AutoregError, shell_quoted
 
 
@@ -99,20 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     from nnunet_autoreg.classification.predict import ClassifierModel
     from nnunet_autoreg.classification.predictions import NAME, write_predictions
-    from nnunet_autoreg.downstream.model import prediction_device, trained_folder
     from nnunet_autoreg.downstream.results import make_output_folder
     from nnunet_autoreg.downstream.scans import find
-    from nnunet_autoreg.nnunet_api import results_folder
 
-    device = prediction_device(request.device)
-    folder = trained_folder(
-        results_folder(),
-        request.dataset,
-        request.trainer,
-        request.plans,
-        request.configuration,
-    )
-    model = ClassifierModel(folder, request.folds, device, request.checkpoint)
+    model = open_model(request, ClassifierModel)
     scans = find(
         request.scans,
         model.file_ending,

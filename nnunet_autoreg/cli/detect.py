@@ -24,6 +24,7 @@ from nnunet_autoreg.cli.options import (
     add_split_4d,
     add_trained_model,
     local_path,
+    open_model,
 )
 from nnunet_autoreg.errors import AutoregError, UsageError, shell_quoted
 
@@ -175,9 +176,7 @@ def detect_all(request: "DetectRequest") -> int:
     """Detect in every scan; return the exit code."""
     from nnunet_autoreg.detection.detect_scans import detect_one, earlier_results, options_of
     from nnunet_autoreg.detection.predict import DetectorModel, settings_of
-    from nnunet_autoreg.downstream.model import prediction_device, trained_folder
     from nnunet_autoreg.downstream.scans import find
-    from nnunet_autoreg.nnunet_api import results_folder
 
     if request.dataset is None or request.scans is None:
         raise UsageError(
@@ -185,15 +184,7 @@ def detect_all(request: "DetectRequest") -> int:
             "--from-seg",
             code="detect-no-input",
         )
-    device = prediction_device(request.device)
-    folder = trained_folder(
-        results_folder(),
-        request.dataset,
-        request.trainer,
-        request.plans,
-        request.configuration,
-    )
-    model = DetectorModel(folder, request.folds, device, request.checkpoint)
+    model = open_model(request, DetectorModel)
     options = options_of(request, model)
 
     scans = find(

@@ -51,6 +51,35 @@ class EvaluationRequest:
     images: Path | None
     all_scans: bool
 
+    def settings(self) -> "EvaluationSettings":
+        """Return the checked settings.
+
+        Raises:
+            UsageError: an impossible value.
+        """
+        from nnunet_autoreg.detection.evaluate import EvaluationSettings, check_settings
+        from nnunet_autoreg.detection.matching import parse_hit_rule
+
+        # None means thirds of the objects, an empty tuple means no strata.
+        edges = None if self.size_edges_mm is None else tuple(self.size_edges_mm)
+        settings = EvaluationSettings(
+            ious=tuple(self.ious),
+            hit=parse_hit_rule(self.hit),
+            duplicates=self.duplicates,
+            max_detections=self.max_detections,
+            fp_per_scan=tuple(self.fp_per_scan),
+            size_edges_mm=edges,
+            num_resamples=self.num_resamples,
+            seed=self.seed,
+        )
+        check_settings(settings)
+        if self.min_voxels is not None and self.min_voxels < 1:
+            raise UsageError(
+                f"--min-voxels {self.min_voxels} must be at least 1",
+                code="evaluation-min-voxels",
+            )
+        return settings
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``EvaluationRequest``."""
@@ -228,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_autoreg.detection.evaluation_lines import lines_of
     from nnunet_autoreg.downstream.scans import facts_of
 
-    settings = _settings(request)
+    settings = request.settings()
     if request.output.is_dir():
         raise UsageError(
             f"-o {request.output} is a folder; give a file in it, e.g. "
@@ -330,36 +359,6 @@ def _draw(
     least_scores = thresholds(results, truth.classes)
     draw_scans(picture, folders.scans, backgrounds, truth.classes, settings, least_scores)
     return [curve, picture]
-
-
-def _settings(request: EvaluationRequest) -> "EvaluationSettings":
-    """Return the checked settings.
-
-    Raises:
-        UsageError: an impossible value.
-    """
-    from nnunet_autoreg.detection.evaluate import EvaluationSettings, check_settings
-    from nnunet_autoreg.detection.matching import parse_hit_rule
-
-    # None means thirds of the objects, an empty tuple means no strata.
-    edges = None if request.size_edges_mm is None else tuple(request.size_edges_mm)
-    settings = EvaluationSettings(
-        ious=tuple(request.ious),
-        hit=parse_hit_rule(request.hit),
-        duplicates=request.duplicates,
-        max_detections=request.max_detections,
-        fp_per_scan=tuple(request.fp_per_scan),
-        size_edges_mm=edges,
-        num_resamples=request.num_resamples,
-        seed=request.seed,
-    )
-    check_settings(settings)
-    if request.min_voxels is not None and request.min_voxels < 1:
-        raise UsageError(
-            f"--min-voxels {request.min_voxels} must be at least 1",
-            code="evaluation-min-voxels",
-        )
-    return settings
 
 
 def _beside(output: Path, end: str) -> Path:

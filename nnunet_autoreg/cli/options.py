@@ -1,7 +1,9 @@
 """Options that several commands share, and functions for their values."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.io.addresses import advice_for, is_address
@@ -11,6 +13,8 @@ from nnunet_autoreg.machine import is_whole_number, problem_of_name
 Group = argparse._ArgumentGroup
 Options = argparse._ActionsContainer
 """A parser, or a group of one."""
+
+M = TypeVar("M")
 
 MOST_RESAMPLES = 100_000
 """Of a bootstrap; more would take gigabytes, and change no digit that is printed."""
@@ -175,6 +179,27 @@ def add_trained_model(options: Options, trainer: str) -> None:
         metavar="FILE",
         help="checkpoint of every fold (default: %(default)s)",
     )
+
+
+def open_model(request: Any, kind: Callable[..., M]) -> M:
+    """Return the model that the options of ``add_trained_model`` name.
+
+    Args:
+        request: has these options, ``dataset`` and ``device``.
+        kind: class of the model.
+    """
+    from nnunet_autoreg.downstream.model import prediction_device, trained_folder
+    from nnunet_autoreg.nnunet_api import results_folder
+
+    device = prediction_device(request.device)
+    folder = trained_folder(
+        results_folder(),
+        request.dataset,
+        request.trainer,
+        request.plans,
+        request.configuration,
+    )
+    return kind(folder, request.folds, device, request.checkpoint)
 
 
 def add_output_folder(group: Group, contents: str, default: str) -> None:

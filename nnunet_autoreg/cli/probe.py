@@ -116,15 +116,11 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
+    from nnunet_autoreg.benchmark import probe_encoders
     from nnunet_autoreg.benchmark.dense_probe import ProbeSettings
     from nnunet_autoreg.benchmark.leak import Scored
     from nnunet_autoreg.benchmark.prepare import images_of
     from nnunet_autoreg.benchmark.probe_data import common_spacing, load_cases, read_labels
-    from nnunet_autoreg.benchmark.probe_encoders import (
-        check_leaks,
-        find_encoders,
-        first_ct_window,
-    )
     from nnunet_autoreg.benchmark.probe_report import table
     from nnunet_autoreg.benchmark.probe_run import Probed, probe_all
     from nnunet_autoreg.benchmark.public_ids import assign_ids
@@ -153,13 +149,13 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # The encoders, and random networks of every architecture.
-    encoders = find_encoders(args.encoders, spacing_mm, args.random_seeds)
+    encoders = probe_encoders.find_encoders(args.encoders, spacing_mm, args.random_seeds)
     scans = Scored(dataset.name, patients.patient_of, scored_names, images)
-    for warning in check_leaks(encoders, scans, root):
+    for warning in probe_encoders.check_leaks(encoders, scans, root):
         print(f"warning: {warning}", flush=True)
 
     # Raw voxels are scaled by the window of the first encoder that has one.
-    ct_window = first_ct_window(encoders)
+    ct_window = probe_encoders.first_ct_window(encoders)
     settings = ProbeSettings(tuple(sorted(set(args.labels))), args.draws, seed=args.seed)
     device = torch.device(chosen_device(args.device))
     loading = (images, patients.patient_of, labels, spacing_mm, ct_window)

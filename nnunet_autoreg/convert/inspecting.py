@@ -228,5 +228,6 @@ def _shape_facts(tensors: Mapping[str, Tensor]) -> Facts:
 
 
 def _licences(licences: Mapping[str, str]) -> str:
+    """Return the licences by what the weights were made from, as one line."""
     stated = [f"{name}: {text or NONE_STATED}" for name, text in licences.items()]
     return "; ".join(stated) or NONE_STATED

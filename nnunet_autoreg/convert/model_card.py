@@ -43,8 +43,10 @@ def licence_id(licences: Mapping[str, str]) -> str:
         licences: licences of everything that the weights were made from. If they differ, none of
             them is that of the weights.
     """
-    stated = {_id_of(text) for text in licences.values()} or {UNKNOWN_LICENCE}
-    return stated.pop() if len(stated) == 1 else OTHER_LICENCE
+    identifiers = {_id_of(text) for text in licences.values()}
+    if not identifiers:
+        return UNKNOWN_LICENCE
+    return identifiers.pop() if len(identifiers) == 1 else OTHER_LICENCE
 
 
 def _id_of(text: str) -> str:
