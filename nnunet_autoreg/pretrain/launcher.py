@@ -115,17 +115,17 @@ def launch_of(num_gpus: int | None, device: str, environ: Mapping[str, str]) -> 
         return launch
     import torch
 
-    num_gpus = torch.cuda.device_count()
+    num_devices = torch.cuda.device_count()
     if device == "mps":
         raise UsageError(
             f"{launch.size} processes on --device mps: there is only one such device; leave out "
             "--num-gpus",
             code="launch-too-few-devices",
         )
-    if device == "cuda" and launch.local_size > num_gpus:
+    if device == "cuda" and launch.local_size > num_devices:
         raise UsageError(
-            f"{launch.local_size} processes on this machine, which has {num_gpus} GPUs: each needs "
-            f"one; use --num-gpus {num_gpus}",
+            f"{launch.local_size} processes on this machine, which has {num_devices} GPUs: each "
+            f"needs one; use --num-gpus {num_devices}",
             code="launch-too-few-devices",
         )
     return launch
@@ -142,13 +142,9 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
         main: the command, which finds its arguments in ``sys.argv``.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
-    from torch.multiprocessing.spawn import (
-        ProcessExitedException,
-        ProcessRaisedException,
-        start_processes,
-    )
+    from torch.multiprocessing import spawn
 
-    # It warns of every process that it ends.
+    # torch warns of every process that it ends.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environ = {
@@ -162,7 +158,7 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
     arguments = (environ, lines, main, list(argv))
     with interruption_held_back():
         # CUDA does not survive a fork.
-        context = start_processes(  # type: ignore[no-untyped-call]
+        context = spawn.start_processes(  # type: ignore[no-untyped-call]
             begin_process,
             arguments,
             size,
@@ -181,11 +177,11 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
             while not context.join():
                 pass
             return 0
-        except ProcessRaisedException as error:
+        except spawn.ProcessRaisedException as error:
             # A bug, which keeps its traceback.
             print(error, file=sys.stderr, flush=True)
             return 1
-        except ProcessExitedException as error:
+        except spawn.ProcessExitedException as error:
             rank, code = error.error_index, error.exit_code
 
     # After a stop, an error is only a consequence of it. Otherwise, what the main process says
