@@ -59,43 +59,40 @@ CASES = [f"head_{n:03d}" for n in range(20)]
 
 
 def request(**changes: Any) -> BenchmarkRequest:
-    return BenchmarkRequest(
-        **{
-            "dataset": DATASET,
-            "labels": (2,),
-            "num_seeds": 2,
-            "arms": ("pretrained", "scratch"),
-            "encoders": ("tiny",),
-            "steps": (50,),
-            "batch": 2,
-            **changes,
-        },
-    ).check()
+    """Two seeds of two arms with two labels for 50 steps, unless ``changes`` says otherwise."""
+    values = {
+        "dataset": DATASET,
+        "labels": (2,),
+        "num_seeds": 2,
+        "arms": ("pretrained", "scratch"),
+        "encoders": ("tiny",),
+        "steps": (50,),
+        "batch": 2,
+        **changes,
+    }
+    return BenchmarkRequest(**values).check()
 
 
 # --- requests and plans
 
 
 def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
-    keys = list(
-        runs_of(
-            request(arms=("masked", "stock"), encoders=("a", "b"), recipe=("scratch_rate=1e-2",)),
-            [50],
-            2,
-        ),
-    )
+    recipe = "scratch_rate=1e-2"
+    asked = request(arms=("masked", "stock"), encoders=("a", "b"), recipe=(recipe,))
+
+    keys = list(runs_of(asked, [50], 2))
 
     assert [(k.seed, k.arm, k.encoder, k.recipe) for k in keys[:3]] == [
         (0, "masked", "benchmark_a", "scratch_rate=1e-2"),
         (0, "masked", "benchmark_b", "scratch_rate=1e-2"),
         (0, "stock", "-", ""),
     ]
+    # Three runs for each of the two seeds.
     assert len(keys) == 6 and len({key.folder for key in keys}) == 6
     assert weights_of(keys[0]) == "benchmark_a_masked" and weights_of(keys[2]) is None
-    assert (
-        plans_name(keys[0]) == "AutoregPlans_benchmark_a_masked_scratch_rate_1e_2"
-        and plans_name(keys[2]) == "nnUNetPlans"
-    )
+    # nnU-Net uses the name of the plans in folder names, so "=" and "-" become "_".
+    assert plans_name(keys[0]) == "AutoregPlans_benchmark_a_masked_scratch_rate_1e_2"
+    assert plans_name(keys[2]) == "nnUNetPlans"
 
 
 @pytest.mark.parametrize(
@@ -127,24 +124,13 @@ def test_the_line_typed_becomes_the_request(
 ) -> None:
     (tmp_path / DATASET).mkdir()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
-    typed = read_request(
-        parser().parse_args(
-            [
-                "-d",
-                "900",
-                "--labels",
-                "20",
-                "5",
-                "5",
-                "--arms",
-                "pretrained",
-                "masked",
-                "--weights",
-                "brain",
-            ],
-        ),
-    )
+    words = ["-d", "900", "--labels", "20", "5", "5"]
+    words += ["--arms", "pretrained", "masked", "--weights", "brain"]
 
+    typed = read_request(parser().parse_args(words))
+
+    # The number became the name of the dataset; labels are sorted and named once; the rest is
+    # default.
     assert typed == BenchmarkRequest(
         DATASET,
         (5, 20),
@@ -159,6 +145,8 @@ def test_the_line_typed_becomes_the_request(
 
 
 def test_a_length_is_cut_into_about_40_epochs_of_25_to_250_steps() -> None:
+    # 30 steps are one epoch of 25, because half an epoch is not trained. Between 1000 (40 x 25) and
+    # 10 000 (40 x 250) steps there are always 40 epochs.
     assert [epochs_of(steps) for steps in (2, 30, 400, 4000, 100_000)] == [
         (1, 2),
         (1, 25),
@@ -169,6 +157,7 @@ def test_a_length_is_cut_into_about_40_epochs_of_25_to_250_steps() -> None:
 
 
 def test_a_twin_repeats_the_request_without_what_masking_sets() -> None:
+    # The request of a pretraining as plan.json holds it.
     made = {
         "name": "brain",
         "datasets": ["4"],
@@ -191,10 +180,12 @@ def test_a_twin_repeats_the_request_without_what_masking_sets() -> None:
         ],
         "objective": "autoregressive",
     }
-    words = retyped(made, 700, "masked")
     from nnunet_autoreg.cli.pretrain import parser as pretrain_parser
 
+    words = retyped(made, 700, "masked")
+
     args = pretrain_parser().parse_args(["--name", "brain_masked", *words, "--objective", "masked"])
+    # The twin makes the 700 steps that the 2 hours of the original were enough for.
     assert (args.datasets, args.folders, args.seed) == (["4"], ["/scans one"], 3)
     assert (args.num_steps, args.num_hours, args.batch_size) == (700, None, 8)
     assert (args.exclude, args.split_4d, args.objective) == ("/x.txt", True, "masked")
@@ -207,10 +198,8 @@ def test_a_twin_repeats_the_request_without_what_masking_sets() -> None:
 
 
 def test_a_run_of_a_preset_has_no_masked_twin(bench: Bench) -> None:
-    write_json(
-        bench.layout.pretraining("published") / "plan.json",
-        {"request": {"preset": "faithful"}, "optim": {"num_steps": 5}},
-    )
+    plan = {"request": {"preset": "faithful"}, "optim": {"num_steps": 5}}
+    write_json(bench.layout.pretraining("published") / "plan.json", plan)
 
     with refused(AutoregError, "benchmark-no-twin", "--preset faithful", "published_masked"):
         ensure_twin(bench, "published", "masked")
@@ -218,6 +207,7 @@ def test_a_run_of_a_preset_has_no_masked_twin(bench: Bench) -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
+    """Return a benchmark whose plans are written and whose record is in memory."""
     subjects = subjects_by_name(CASES)
     layout = BenchmarkFolders(tmp_path / "out", DATASET)
     layout.plans.mkdir(parents=True)
@@ -228,7 +218,7 @@ def bench(tmp_path: Path) -> Bench:
             layout.plans / f"{name}.json",
             {"plans_name": name, "configurations": configurations, "autoreg": {"recipe": recipe}},
         )
-    made = Bench(
+    return Bench(
         request(),
         layout,
         Record(DATASET, subjects, divide(subjects)),
@@ -238,7 +228,6 @@ def bench(tmp_path: Path) -> Bench:
         tmp_path / "res",
         1,
     )
-    return made
 
 
 class FakeRunner:
@@ -249,26 +238,23 @@ class FakeRunner:
 
     def __call__(self, folder: Path, environment: Any) -> int:
         job = from_jsonable(FineTuningJob, read_json(folder / "job.json"), "job")
-        assert (
-            environment["nnUNet_results"] == str(folder)
-            and (folder / "autoreg_pretraining").is_symlink()
-        )
+        assert environment["nnUNet_results"] == str(folder)
+        assert (folder / "autoreg_pretraining").is_symlink()
         (folder / "log.txt").write_text("started\nout of memory\n")
         if (job.trainer, job.seed) in self.broken:
             return 1
+
         self.done.append((job.trainer, job.seed, job.fold))
-        write_json(
-            folder / "result.json",
-            {
-                "train_s": 1.0,
-                "validate_s": 1.0,
-                "seconds_per_step": self.pace.get(job.trainer, 0.5),
-                "processor_s_per_step": 0.1,
-                "curve": [0.5],
-                "patch": [8, 8, 8],
-                "dice_per_case": {case: {"1": 0.5} for case in job_cases(folder, job)},
-            },
-        )
+        result = {
+            "train_s": 1.0,
+            "validate_s": 1.0,
+            "seconds_per_step": self.pace.get(job.trainer, 0.5),
+            "processor_s_per_step": 0.1,
+            "curve": [0.5],
+            "patch": [8, 8, 8],
+            "dice_per_case": {case: {"1": 0.5} for case in job_cases(folder, job)},
+        }
+        write_json(folder / "result.json", result)
         return 0
 
 
@@ -279,6 +265,7 @@ def job_cases(folder: Path, job: FineTuningJob) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    # There are no pretrained weights here, so there is no cost of a pretraining to read.
     monkeypatch.setattr(running, "pretraining_of", lambda bench, key: None)
 
 
@@ -290,6 +277,7 @@ def test_finished_runs_are_skipped_and_failed_ones_repeated(
     bench: Bench,
 ) -> None:
     keys = list(runs_of(bench.request, [50], 2))
+    # The folder that a killed run has left behind.
     write_folds(bench, keys)
     half = bench.layout.run(keys[0])
     half.mkdir(parents=True)
@@ -298,7 +286,8 @@ def test_finished_runs_are_skipped_and_failed_ones_repeated(
 
     failed = run_missing(bench, keys, 1, first)
 
-    assert [(k.arm, k.seed) for k in failed] == [("scratch", 1)] and len(results(bench)) == 3
+    assert [(k.arm, k.seed) for k in failed] == [("scratch", 1)]
+    assert len(results(bench)) == 3
     assert not (half / "half.txt").exists()
 
     second = FakeRunner()
@@ -306,6 +295,7 @@ def test_finished_runs_are_skipped_and_failed_ones_repeated(
     assert run_missing(bench, keys, 2, second) == []
     assert [done[:2] for done in second.done] == [("AutoregScratchTrainer", 1)]
     assert {key_of(x) for x in results(bench)} == set(keys)
+    # All runs are finished, so a runner that would fail is never called.
     assert run_missing(bench, keys, 1, FakeRunner(("AutoregPretrainedTrainer", 0))) == []
 
 
@@ -315,32 +305,32 @@ def test_all_arms_of_a_seed_train_and_are_scored_on_the_same_cases(
     keys = list(runs_of(bench.request, [50], 2))
     write_folds(bench, keys)
     runner = FakeRunner()
-    run_missing(bench, keys, 1, runner)
-    folds = read_json(bench.layout.plans / "splits_final.json")
 
+    run_missing(bench, keys, 1, runner)
+
+    folds = read_json(bench.layout.plans / "splits_final.json")
+    # A seed has a fold of its own labelled cases, which both of its arms use.
     assert {(seed, fold) for _, seed, fold in runner.done} == {(0, 0), (1, 1)}
-    assert (
-        folds[0]["train"]
-        == list(labelled(bench.record.division, bench.record.subjects, 2, 0))
-        != folds[1]["train"]
-    )
-    assert all(
-        fold["val"] == list(bench.record.division.test)
-        and not set(fold["val"]) & set(fold["train"])
-        for fold in folds
-    )
+    of_seed_0 = list(labelled(bench.record.division, bench.record.subjects, 2, 0))
+    assert folds[0]["train"] == of_seed_0 != folds[1]["train"]
+    for fold in folds:
+        assert fold["val"] == list(bench.record.division.test)
+        assert not set(fold["val"]) & set(fold["train"])
     assert results(bench)[0]["labelled"] == folds[0]["train"]
 
 
-def test_more_labels_later_leave_the_numbers_of_earlier_folds_alone(bench: Bench) -> None:
+def test_more_labels_later_keep_the_numbers_of_earlier_folds(bench: Bench) -> None:
     write_folds(bench, runs_of(bench.request, [50], 2))
     before = read_json(bench.layout.plans / "splits_final.json")
     more = replace(bench, request=request(labels=(1, 2, 4), split="development"))
+
     write_folds(more, runs_of(more.request, [50], 2))
 
     after = read_json(bench.layout.plans / "splits_final.json")
 
-    assert after[: len(before)] == before and len(after) == len(before) + 6
+    # Three numbers of labels and two seeds, scored on other cases, are six new folds at the end.
+    assert after[: len(before)] == before
+    assert len(after) == len(before) + 6
 
 
 def test_a_budget_gives_all_arms_the_steps_of_the_slowest(bench: Bench) -> None:
@@ -357,28 +347,27 @@ def test_a_budget_gives_all_arms_the_steps_of_the_slowest(bench: Bench) -> None:
 
     # 90 % of 60 s at 0.5 s are 108 steps: 4 epochs of 25. The smallest batch of the plans is 6.
     assert settle_lengths(bench, runner) == ((100,), 6)
+    # One step was timed for nnU-Net's network and one for ours; scratch has the same as pretrained.
     assert len(runner.done) == 2
+    # The timings are kept, so a runner that would fail is not called again.
     assert settle_lengths(bench, FakeRunner(("nnUNetTrainer", 0))) == ((100,), 6)
+    # 27 s (90 % of half a minute) are less than one step of stock.
+    short = replace(bench, request=replace(asked, budget_min=(0.5,)))
     with refused(AutoregError, "benchmark-budget-too-small", "stock", "100.0 s"):
-        settle_lengths(
-            replace(bench, request=replace(asked, budget_min=(0.5,))),
-            FakeRunner(pace={"nnUNetTrainer": 100.0}),
-        )
+        settle_lengths(short, FakeRunner(pace={"nnUNetTrainer": 100.0}))
 
 
-def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(
+def test_the_plans_of_the_arms_differ_only_in_weights_and_recipe(
     bench: Bench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        preparing,
-        "read_card",
-        lambda folder: type("Card", (), {"sha256": "abc", "has_decoder": True}),
-    )
+    card = type("Card", (), {"sha256": "abc", "has_decoder": True})
+    monkeypatch.setattr(preparing, "read_card", lambda folder: card)
     key = RunKey("masked", "benchmark_tiny", 2, 0, "test", 50, 2, "pretrained_rate=0.01")
-    write_plans(bench, key)
-    base = read_json(bench.layout.plans / "AutoregPlans_benchmark_tiny.json")
 
+    write_plans(bench, key)
+
+    base = read_json(bench.layout.plans / "AutoregPlans_benchmark_tiny.json")
     made = read_json(bench.layout.plans / f"{plans_name(key)}.json")
 
     assert made["configurations"] == base["configurations"]
@@ -392,11 +381,12 @@ def test_the_plans_of_the_arms_differ_in_weights_and_recipe_alone(
 
 
 def test_a_folder_of_an_older_version_keeps_counting_cases(tmp_path: Path) -> None:
+    # Ten patients with two scans each: in the older version a label was one scan, not one patient.
     cases = [f"patient{n:03d}_{phase}" for n in range(10) for phase in ("ED", "ES")]
     record = open_record(tmp_path / "new", request(), cases)
     file = tmp_path / "new" / "benchmark.json"
     old = read_json(file)
-    del old["label_unit"], old["rule"]
+    del old["label_unit"], old["rule"]  # an older file has neither
     write_json(file, old)
 
     reopened = open_record(tmp_path / "new", request(), cases)
@@ -406,11 +396,14 @@ def test_a_folder_of_an_older_version_keeps_counting_cases(tmp_path: Path) -> No
 
 
 def test_results_call_cases_and_patients_by_ids(bench: Bench, tmp_path: Path) -> None:
-    cases = [f"{name}_{phase}" for name in ("doe", "roe", "poe", "loe") for phase in ("ED", "ES")]
+    # The first three letters are the patient; the names must not reach any file of the benchmark.
+    names = ("doe", "roe", "poe", "loe")
+    cases = [f"{name}_{phase}" for name in names for phase in ("ED", "ES")]
     root = bench.layout.root
     table = tmp_path / "subjects.csv"
     table.write_text("case,subject\n" + "".join(f"{case},{case[:3]}\n" for case in cases))
     asked = replace(bench.request, subjects=str(table))
+    # The benchmark starts in an empty folder.
     for file in root.iterdir():
         shutil.rmtree(file)
 
@@ -419,18 +412,21 @@ def test_results_call_cases_and_patients_by_ids(bench: Bench, tmp_path: Path) ->
     bench = replace(bench, request=asked, record=record, ids=ids)
     scored = record.division.scored("test")
     result = {"dice_per_case": {case: {"1": 0.5} for case in scored}}
-    line = line_of(bench, next(iter(runs_of(asked, [50], 2))), result)
+    key = next(iter(runs_of(asked, [50], 2)))
+    line = line_of(bench, key, result)
 
     assert open_record(root, asked, cases) == record
     written = (root / "benchmark.json").read_text() + json.dumps(line)
-    assert [name for name in ("doe", "roe", "poe", "loe", "Heads") if name in written] == []
+    assert [name for name in (*names, "Heads") if name in written] == []
     assert sorted(line["dice_per_case"]) == sorted(line["subjects"])
+    # One patient is in the test set: 20 % of four, rounded up.
     assert len(set(line["subjects"].values())) == 1
     assert set(ids.cases) == set(cases) and set(ids.patients) == {case[:3] for case in cases}
 
     # Another scan of a known patient is the first of its ids that is new.
     more = assign_ids(root, {**record.subjects, "doe_M1": "doe"})
-    assert more.cases == {**ids.cases, "doe_M1": "case-0009"} and more.patients == ids.patients
+    assert more.cases == {**ids.cases, "doe_M1": "case-0009"}
+    assert more.patients == ids.patients
 
 
 def test_labels_that_cannot_be_drawn_are_refused_at_once(bench: Bench) -> None:
@@ -441,8 +437,10 @@ def test_labels_that_cannot_be_drawn_are_refused_at_once(bench: Bench) -> None:
         with_labels(request(labels=(5, 14)), record)
 
     assert with_labels(request(labels=(13,)), record).labels == (13,)
+    # Without --labels: 5 and 10 patients, or all if there are fewer than 5.
     assert with_labels(request(labels=()), record).labels == (5, 10)
-    few = replace(record, division=replace(record.division, pool=record.division.pool[:3]))
+    three_left = replace(record.division, pool=record.division.pool[:3])
+    few = replace(record, division=three_left)
     assert with_labels(request(labels=()), few).labels == (3,)
 
 
@@ -455,6 +453,7 @@ def test_the_hours_before_a_benchmark_follow_from_measured_steps(bench: Bench) -
     )
     bench = replace(bench, request=asked)
     keys = list(runs_of(asked, [100], 6))
+    # Nothing has been measured yet.
     assert time_left(bench, keys, 1) is None
     write_folds(bench, keys)
 
@@ -462,19 +461,17 @@ def test_the_hours_before_a_benchmark_follow_from_measured_steps(bench: Bench) -
 
     # Two seeds of three arms of 100 steps: twice 0.1, 0.1 and 0.5 s a step, in two jobs.
     left = time_left(bench, keys, 2)
-    assert left == TimeLeft(6, pytest.approx(2 * 100 * 0.7 / 2), has_scoring=False)
+    in_two_jobs = pytest.approx(2 * 100 * (0.1 + 0.1 + 0.5) / 2)
+    assert left == TimeLeft(6, in_two_jobs, has_scoring=False)
 
     # Finished runs took 1 s to predict and score, and then train at their own pace.
     run_missing(bench, keys[:3], 1, FakeRunner(pace={"nnUNetTrainer": 0.4}))
     assert time_left(bench, keys[:3], 1) == TimeLeft(0, 0, has_scoring=True)
-    assert time_left(bench, keys, 1) == TimeLeft(
-        3,
-        pytest.approx(100 * (0.5 + 0.5 + 0.4) + 3 * 1.0),
-        has_scoring=True,
-    )
+    rest = pytest.approx(100 * (0.5 + 0.5 + 0.4) + 3 * 1.0)
+    assert time_left(bench, keys, 1) == TimeLeft(3, rest, has_scoring=True)
 
 
-def test_a_budget_tells_the_total_time_before_anything_runs() -> None:
+def test_a_budget_shows_the_total_time_before_anything_runs() -> None:
     crossed = {"split": "cross-validation", "num_folds": 5}
 
     timed = request(steps=(), budget_min=(10.0, 30.0), labels=(2, 4), **crossed)
@@ -482,7 +479,9 @@ def test_a_budget_tells_the_total_time_before_anything_runs() -> None:
     steps = trainings_line(request(steps=(50, 200)), 1)
 
     # 2 seeds, 2 numbers of labels, 5 folds, 2 arms: 40 trainings of each length, 2 at a time.
+    # 20 rounds of 10 + 30 minutes are 13.3 hours.
     assert "80 trainings, 2 at a time" in budget and "13 h" in budget
+    # 2 seeds, 2 arms and 2 lengths.
     assert "8 trainings" in steps and "50 or 200 steps" in steps
 
 
@@ -502,6 +501,7 @@ def test_long_trainings_of_given_steps_have_their_pace_measured(bench: Bench) ->
     write_folds(bench, runs_of(long.request, [50], 2))
     runner = FakeRunner()
 
+    # 100 steps are not worth timing one step before; 400 are.
     assert settle_lengths(short, runner) == ((100,), 2)
     assert time_left(short, list(runs_of(short.request, [100], 2)), 1) is None
     assert settle_lengths(long, runner) == ((100, 400), 2)
@@ -509,7 +509,8 @@ def test_long_trainings_of_given_steps_have_their_pace_measured(bench: Bench) ->
     # One step of the one network; both lengths of two arms and two seeds at 0.5 s a step.
     assert len(runner.done) == 1
     keys = list(runs_of(long.request, [100, 400], 2))
-    assert time_left(long, keys, 1) == TimeLeft(8, pytest.approx(4 * 500 * 0.5), has_scoring=False)
+    seconds = pytest.approx(2 * 2 * (100 + 400) * 0.5)
+    assert time_left(long, keys, 1) == TimeLeft(8, seconds, has_scoring=False)
 
 
 def test_several_lengths_train_the_shortest_first_within_a_seed(bench: Bench) -> None:
@@ -526,6 +527,7 @@ def test_several_lengths_train_the_shortest_first_within_a_seed(bench: Bench) ->
 
 
 def test_each_patient_is_scored_once_and_never_by_a_network_that_saw_it(bench: Bench) -> None:
+    # Eight patients with two scans each, so that a fold that split a patient would be noticed.
     cases = [f"patient{n:03d}_{phase}" for n in range(8) for phase in ("ED", "ES")]
     subjects = subjects_by_name(cases)
     record = Record(DATASET, subjects, divide(subjects), label_unit="patients")
@@ -538,7 +540,8 @@ def test_each_patient_is_scored_once_and_never_by_a_network_that_saw_it(bench: B
         fold = preparing.fold(bench, key)
         seen = {subjects[case] for case in fold["train"]}
         assert f"fold {key.split[4]} of 5" in str(key)
-        assert len(seen) == 6 and not seen & {subjects[case] for case in fold["val"]}
+        assert len(seen) == 6
+        assert not seen & {subjects[case] for case in fold["val"]}
         scored += fold["val"]
     assert sorted(scored) == sorted(cases)
 
@@ -560,8 +563,11 @@ def test_a_cross_validation_excludes_all_labelled_cases_from_pretraining(bench: 
 
 
 def test_the_tolerance_of_the_surface_follows_the_data(bench: Bench) -> None:
+
     assert surface_tolerance_mm(bench) is None
 
+    # The resolution within a slice decides (its median); 10 mm between slices would forgive too
+    # much.
     spacings = [[10.0, 1.5, 1.5], [10.0, 1.2, 1.2], [10.0, 1.8, 1.8]]
     write_json(bench.layout.plans / "dataset_fingerprint.json", {"spacings": spacings})
     given = replace(bench, request=request(surface_tolerance_mm=3.0))
@@ -576,13 +582,18 @@ def test_a_folder_of_other_things_or_of_another_dataset_is_refused(
 ) -> None:
     asked = request()
     record = open_record(tmp_path / "new", asked, CASES)
+
+    # Cases may disappear later without a change of the division.
     assert open_record(tmp_path / "new", asked, CASES[:5]) == record
     with refused(UsageError, "benchmark-other-dataset", "Dataset900"):
         open_record(tmp_path / "new", replace(asked, dataset="Dataset901_Other"), CASES)
+
     other = tmp_path / "subjects.csv"
     other.write_text("case,subject\n" + "".join(f"{case},x\n" for case in CASES))
     with refused(UsageError, "benchmark-other-patients", other):
         open_record(tmp_path / "new", replace(asked, subjects=str(other)), CASES)
+
+    # A case that is new is left out, and a warning says how many there are.
     assert open_record(tmp_path / "new", asked, [*CASES, "head_999"]) == record
     assert logged(caplog, "1 cases")
 
@@ -614,6 +625,7 @@ def scan(dataset: str, case: str, source: str = "/elsewhere.nii.gz", status: str
 
 @pytest.fixture
 def scored(tmp_path: Path) -> Scored:
+    """Three patients, of whom p2 has two scans; only the second one is scored."""
     image = tmp_path / "p2_ES_0000.nii.gz"
     image.touch()
     return Scored(
@@ -644,6 +656,7 @@ def test_weights_that_saw_a_scored_patient_are_refused(
     scored: Scored,
     row: ScanRow,
 ) -> None:
+    # Parameters are made before tmp_path exists, so the path of the image is filled in here.
     if row.source == "SCORED IMAGE":
         row = replace(row, source=str(scored.images["p2_ES"][0]))
     run = pretrained_on(tmp_path / "brain", scan(DATASET, "p1_ED"), row)
@@ -656,12 +669,15 @@ def test_weights_that_saw_others_pass_and_doubts_are_warned_of(
     tmp_path: Path,
     scored: Scored,
 ) -> None:
+    # An excluded scan is in the index but was not trained on.
     others = scan(DATASET, "p1_ED"), scan(DATASET, "p2_ES", status="excluded")
     assert check_pretraining(pretrained_on(tmp_path / "brain", *others), scored, Path("x")) == ""
 
+    # Weights without an index of scans.
     (tmp_path / "foreign").mkdir()
     assert "foreign" in check_pretraining(tmp_path / "foreign", scored, Path("x"))
 
+    # "p2" of another dataset may be the same person or not.
     named = pretrained_on(tmp_path / "other", scan("Dataset901_Other", "p2"))
     assert "1 of the patients" in check_pretraining(named, scored, Path("x"))
 
@@ -681,10 +697,11 @@ def test_a_copy_of_a_scored_scan_in_a_folder_is_found_by_its_content(
         check_pretraining(pretrained_on(tmp_path / "brain", copy), scored, Path("x"))
 
 
-def test_an_index_that_could_not_tell_tiny_values_apart_is_warned_of(tmp_path: Path) -> None:
+def test_an_index_that_could_not_separate_tiny_values_is_warned_of(tmp_path: Path) -> None:
     from nnunet_autoreg.corpus.content import content_hash, earlier_hash
     from nnunet_autoreg.corpus.read import load_scan
 
+    # Values around 1e-9, as in maps of physical units: the earlier hash rounded them all to 0.
     values = np.random.default_rng(0).uniform(0.5e-9, 2e-9, (12, 13, 14)).astype(np.float32)
     image = tmp_path / "a_0000.nii.gz"
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(image))
@@ -692,11 +709,8 @@ def test_an_index_that_could_not_tell_tiny_values_apart_is_warned_of(tmp_path: P
     earlier = replace(scan("backup", "x"), content_hash=earlier_hash(load_scan(image)))
     newer = replace(scan("backup", "x"), content_hash=content_hash(load_scan(image)))
 
-    assert "earlier version" in check_pretraining(
-        pretrained_on(tmp_path / "earlier", earlier),
-        scored,
-        Path("x"),
-    )
+    of_earlier = pretrained_on(tmp_path / "earlier", earlier)
+    assert "earlier version" in check_pretraining(of_earlier, scored, Path("x"))
     with pytest.raises(AutoregError):
         check_pretraining(pretrained_on(tmp_path / "newer", newer), scored, Path("x"))
 
@@ -712,15 +726,11 @@ def test_the_time_of_a_step_leaves_out_pauses_between_epochs() -> None:
     trainer = Trainer()
     watch = StepTimer(trainer)
     assert trainer.train_step({"x": 1}) == {"x": 1} and len(watch.times) == 1
-    watch.times = [
-        0,
-        9,
-        18,
-        20,
-        30,
-        33,
-        35,
-    ]  # epochs of 4: 30 begins the second one; 2, 3 and 2 s are left
+
+    # Ends of steps in seconds, four steps per epoch: 30 is the first of the second epoch, so the
+    # 10 s before it hold a pause. The first two steps of a run (9 s each) warm up. Left are
+    # 2, 3 and 2 s, with a median of 2.
+    watch.times = [0, 9, 18, 20, 30, 33, 35]
     assert watch.seconds_per_step(4) == 2.0
 
 
@@ -732,21 +742,26 @@ class Typed(Commands):
 
     def run(self, words: Any, **changes: Any) -> None:
         typed.append((list(words), changes))
-        folder = (
-            Path(self.folders["nnUNet_results"])
-            / "autoreg_pretraining"
-            / words[words.index("--name") + 1]
-        )
-        finished(
-            folder,
-            {"datasets": [DATASET], "encoder": "primus_tiny", "exclude": "/x.txt", "settings": []},
-        )
+        pretrainings = Path(self.folders["nnUNet_results"]) / "autoreg_pretraining"
+        made_with = {
+            "datasets": [DATASET],
+            "encoder": "primus_tiny",
+            "exclude": "/x.txt",
+            "settings": [],
+        }
+        finished(pretrainings / option(words, "--name"), made_with)
+
+
+def option(words: list[str], name: str) -> str:
+    """Return the word after an option of a command line."""
+    return words[words.index(name) + 1]
 
 
 typed: list[tuple[list[str], dict[str, Any]]] = []
 
 
 def finished(folder: Path, made_with: dict[str, Any] | None = None) -> Path:
+    """Write the files of a pretraining of 700 steps; imported weights have no plan (None)."""
     folder.mkdir(parents=True)
     write_json(folder / "encoder.json", {"sha256": "first"})
     (folder / "encoder.safetensors").touch()
@@ -759,35 +774,28 @@ def finished(folder: Path, made_with: dict[str, Any] | None = None) -> Path:
 def typing(bench: Bench) -> Bench:
     typed.clear()
     (bench.layout.results / "autoreg_pretraining").mkdir(parents=True)
-    return replace(
-        bench,
-        commands=Typed(bench.commands.log_file, "cpu", 1, {"nnUNet_results": bench.layout.results}),
-    )
+    folders = {"nnUNet_results": bench.layout.results}
+    return replace(bench, commands=Typed(bench.commands.log_file, "cpu", 1, folders))
 
 
 def test_own_pretrainings_leave_out_who_is_scored_and_are_done_once(typing: Bench) -> None:
     typing = replace(typing, request=request(encoders=("primus_tiny",), pretrain_steps=9))
+
+    # The second round finds everything done.
     for _ in range(2):
         preparing.ensure_weights(typing, "benchmark_primus_tiny")
         preparing.ensure_twin(typing, "benchmark_primus_tiny", "masked")
-    (first, changes), (second, _) = typed
 
-    assert (
-        first[:3] == ["autoreg_pretrain", "--name", "benchmark_primus_tiny"]
-        and first[first.index("--steps") + 1] == "9"
-    )
-    assert (
-        first[first.index("--exclude") + 1] == str(typing.layout.exclude)
-        and "--objective" not in first
-    )
+    (first, changes), (second, _) = typed
+    assert first[:3] == ["autoreg_pretrain", "--name", "benchmark_primus_tiny"]
+    assert option(first, "--steps") == "9"
+    assert option(first, "--exclude") == str(typing.layout.exclude)
+    assert "--objective" not in first
     assert changes["nnUNet_preprocessed"] == typing.user_preprocessed
-    assert (
-        second[2] == "benchmark_primus_tiny_masked" and second[second.index("--steps") + 1] == "700"
-    )
-    assert (
-        second[second.index("--objective") + 1] == "masked"
-        and second[second.index("--exclude") + 1] == "/x.txt"
-    )
+    # The twin repeats what the plan of the first one says, not what the request says.
+    assert second[2] == "benchmark_primus_tiny_masked"
+    assert (option(second, "--steps"), option(second, "--exclude")) == ("700", "/x.txt")
+    assert option(second, "--objective") == "masked"
 
 
 def test_missing_pretrainings_are_timed_beforehand(typing: Bench) -> None:
@@ -795,12 +803,12 @@ def test_missing_pretrainings_are_timed_beforehand(typing: Bench) -> None:
     own = replace(typing, request=request(weights=(), encoders=("primus_tiny",), **budget))
     theirs = replace(typing, request=request(weights=("brain",), **budget))
     plan = replace(make_plan(), run=replace(make_plan().run, dry_step_seconds=360.0))
-    for folder in (
-        own.layout.pretraining("benchmark_primus_tiny"),
-        own.user_results / "autoreg_pretraining/brain",
-    ):
+    of_own = own.layout.pretraining("benchmark_primus_tiny")
+    brain = own.user_results / "autoreg_pretraining/brain"
+    for folder in (of_own, brain):
         write_json(folder / "plan.json", plan)
-    write_json(own.user_results / "autoreg_pretraining/brain/encoder.json", {"sha256": "first"})
+    # A card says that a pretraining is finished: only the twin of "brain" is missing.
+    write_json(brain / "encoder.json", {"sha256": "first"})
 
     found = preparing.expected_pretrainings(own)
     of_twins = preparing.expected_pretrainings(theirs)
@@ -817,10 +825,9 @@ def test_missing_pretrainings_are_timed_beforehand(typing: Bench) -> None:
     *_, total = pretraining_lines(own, 1)
     assert "4 h" in total
 
-    write_json(own.layout.pretraining("benchmark_primus_tiny") / "encoder.json", {"sha256": "x"})
-    assert [one.name for one in preparing.expected_pretrainings(own)] == [
-        "benchmark_primus_tiny_masked",
-    ]
+    write_json(of_own / "encoder.json", {"sha256": "x"})
+    (missing,) = preparing.expected_pretrainings(own)
+    assert missing.name == "benchmark_primus_tiny_masked"
 
 
 def test_the_users_runs_are_linked_and_must_not_change(
@@ -830,16 +837,18 @@ def test_the_users_runs_are_linked_and_must_not_change(
     theirs = typing.user_results / "autoreg_pretraining"
     finished(theirs / "brain")
     finished(theirs / "brain_masked")
+
     preparing.ensure_weights(typing, "brain")
     preparing.ensure_twin(typing, "brain", "masked")
-    assert (
-        typed == []
-        and typing.layout.pretraining("brain_masked").resolve()
-        == (theirs / "brain_masked").resolve()
-    )
+
+    linked = typing.layout.pretraining("brain_masked")
+    assert typed == []
+    assert linked.resolve() == (theirs / "brain_masked").resolve()
+
+    # The hash is noted the first time and compared every time after.
     preparing.pin(typing, "brain")
     preparing.pin(typing, "brain")
-    write_json(theirs / "brain" / "encoder.json", {"sha256": "trained anew"})
+    write_json(theirs / "brain" / "encoder.json", {"sha256": "trained again"})
 
     with refused(UsageError, "benchmark-weights-changed", "'brain'"):
         preparing.pin(typing, "brain")
@@ -857,7 +866,9 @@ def test_imported_weights_have_no_masked_twin(typing: Bench) -> None:
 def test_a_command_that_fails_ends_with_its_last_line(tmp_path: Path) -> None:
     commands = Commands(tmp_path / "log", "cpu", 1)
 
+    script = "print('fine'); print('no space left'); raise SystemExit(3)"
     with refused(AutoregError, "command-failed", "exit code 3", "no space left", tmp_path / "log"):
-        commands.run(["python", "-c", "print('fine'); print('no space left'); raise SystemExit(3)"])
+        commands.run(["python", "-c", script])
+
     with refused(AutoregError, "command-not-installed", "autoreg_nothing"):
         commands.run(["autoreg_nothing"])

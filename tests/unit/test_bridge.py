@@ -38,19 +38,18 @@ def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (utilities.parent / "__init__.py").touch()
     (utilities / "find_class_by_name.py").write_text(LOOKUP)
     (utilities / "find_objects.py").write_text(USER)
-    loaded = {
-        name: sys.modules.pop(name)
-        for name in list(sys.modules)
-        if name.split(".")[0] == "nnunetv2"
-    }
+    # Another test may have loaded the real package; it is put back at the end.
+    loaded = {}
+    for name in list(sys.modules):
+        if name.split(".")[0] == "nnunetv2":
+            loaded[name] = sys.modules.pop(name)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv(bridge.SWITCH, raising=False)
-    monkeypatch.setattr(
-        sys,
-        "meta_path",
-        [f for f in sys.meta_path if not hasattr(f, "is_autoreg_bridge")],
-    )
+    stock_finders = [f for f in sys.meta_path if not hasattr(f, "is_autoreg_bridge")]
+    monkeypatch.setattr(sys, "meta_path", stock_finders)
+
     yield utilities
+
     for name in [name for name in sys.modules if name.split(".")[0] == "nnunetv2"]:
         del sys.modules[name]
     sys.modules.update(loaded)
@@ -58,6 +57,7 @@ def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def our_trainers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    # The real trainers import torch and nnU-Net; a string for each name is enough here.
     module = ModuleType("nnunet_autoreg.trainers.autoreg_trainers")
     for name in bridge.TRAINERS:
         for length in ("", "_5epochs", "_17epochs"):
@@ -77,22 +77,24 @@ def test_a_name_that_stock_does_not_find_is_answered_from_the_table(
     bridge.install()
     find = lookup_module().recursive_find_python_class
 
-    assert (
-        find("folder", "AutoregPretrainedTrainer", TRAINERS_SEARCH)
-        == "our AutoregPretrainedTrainer"
-    )
-    assert find(
+    # The three ways in which nnU-Net's functions call it: by position, by name, and for the folder
+    # of nnUNet_extTrainer, which has no module.
+    pretrained = find("folder", "AutoregPretrainedTrainer", TRAINERS_SEARCH)
+    scratch = find(
         "folder",
         class_name="AutoregScratchTrainer_5epochs",
         current_module=TRAINERS_SEARCH,
-    ) == ("our AutoregScratchTrainer_5epochs")
-    assert find(
+    )
+    outside = find(
         "a folder of nnUNet_extTrainer",
         "AutoregPretrainedTrainer",
         None,
         base_folder="x",
         verbose=False,
-    ) == ("our AutoregPretrainedTrainer")
+    )
+
+    assert pretrained == outside == "our AutoregPretrainedTrainer"
+    assert scratch == "our AutoregScratchTrainer_5epochs"
 
 
 def test_stock_answers_pass_through_untouched(nnunet: Path) -> None:
@@ -100,24 +102,18 @@ def test_stock_answers_pass_through_untouched(nnunet: Path) -> None:
     find = lookup_module().recursive_find_python_class
 
     assert find("folder", "nnUNetTrainer", TRAINERS_SEARCH) == "the stock trainer"
+    # 0 is false, but it is an answer: only None means that nothing was found.
     assert find("folder", "Odd", TRAINERS_SEARCH) == 0
     assert find("folder", "nnUNetTrainerOfNobody", TRAINERS_SEARCH) is None
 
 
 def test_a_class_of_the_same_name_inside_stock_wins(nnunet: Path, our_trainers: ModuleType) -> None:
-    (nnunet / "find_class_by_name.py").write_text(
-        LOOKUP.replace('"nnUNetTrainer"', '"AutoregPretrainedTrainer"'),
-    )
+    with_our_name = LOOKUP.replace('"nnUNetTrainer"', '"AutoregPretrainedTrainer"')
+    (nnunet / "find_class_by_name.py").write_text(with_our_name)
     bridge.install()
+    find = lookup_module().recursive_find_python_class
 
-    assert (
-        lookup_module().recursive_find_python_class(
-            "f",
-            "AutoregPretrainedTrainer",
-            TRAINERS_SEARCH,
-        )
-        == "the stock trainer"
-    )
+    assert find("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "the stock trainer"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +121,7 @@ def test_a_class_of_the_same_name_inside_stock_wins(nnunet: Path, our_trainers: 
     [
         "nnunetv2.preprocessing",
         "nnunetv2.imageio",
+        # Starts like nnunetv2.training, but is another package.
         "nnunetv2.training_tools",
         PLANNERS_SEARCH,
         "mine",
@@ -136,10 +133,9 @@ def test_a_trainer_is_not_offered_where_something_else_is_searched(
     searched: str,
 ) -> None:
     bridge.install()
-    assert (
-        lookup_module().recursive_find_python_class("folder", "AutoregPretrainedTrainer", searched)
-        is None
-    )
+    find = lookup_module().recursive_find_python_class
+
+    assert find("folder", "AutoregPretrainedTrainer", searched) is None
 
 
 def test_a_module_that_cannot_be_imported_is_named_with_the_cause(
@@ -162,18 +158,15 @@ def test_installing_late_reaches_every_module_that_holds_the_lookup(
     nnunet: Path,
     our_trainers: ModuleType,
 ) -> None:
+    # "from ... import" has copied the function into another module before the bridge starts.
     user = importlib.import_module("nnunetv2.utilities.find_objects")
+    wanted = ("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH)
 
-    assert (
-        user.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) is None
-    )
+    assert user.recursive_find_python_class(*wanted) is None
 
     bridge.install()
 
-    assert (
-        user.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH)
-        == "our AutoregPretrainedTrainer"
-    )
+    assert user.recursive_find_python_class(*wanted) == "our AutoregPretrainedTrainer"
     assert user.recursive_find_python_class is lookup_module().recursive_find_python_class
 
 
@@ -190,7 +183,9 @@ def test_installing_twice_registers_one_hook_and_wraps_once(nnunet: Path) -> Non
 
 def test_the_environment_switches_it_off(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NNUNET_AUTOREG_BRIDGE", "0")
+
     bridge.install()
+
     assert not bridge.is_live()
     assert not hasattr(lookup_module().recursive_find_python_class, "__wrapped__")
 
@@ -203,27 +198,22 @@ def test_the_hooked_module_keeps_its_import_metadata(nnunet: Path) -> None:
     spec = module.__spec__
 
     assert plain is not None and spec is not None
-    assert (spec.name, spec.origin, type(spec.loader)) == (
-        plain.name,
-        plain.origin,
-        type(plain.loader),
-    )
+    found = (spec.name, spec.origin, type(spec.loader))
+    assert found == (plain.name, plain.origin, type(plain.loader))
+    # The hook was put on this one loader and is taken off after the import.
     assert "exec_module" not in vars(spec.loader)
     assert "return {" in inspect.getsource(module)
-    assert str(inspect.signature(module.recursive_find_python_class)).startswith(
-        "(folder, class_name, current_module",
-    )
-    assert module.recursive_find_python_class.__doc__ == "Stock."
+    function = module.recursive_find_python_class
+    signature = str(inspect.signature(function))
+    assert signature.startswith("(folder, class_name, current_module")
+    assert function.__doc__ == "Stock."
 
 
 def test_a_reload_is_wrapped_again(nnunet: Path, our_trainers: ModuleType) -> None:
     bridge.install()
-    again = importlib.reload(lookup_module())
+    find = importlib.reload(lookup_module()).recursive_find_python_class
 
-    assert (
-        again.recursive_find_python_class("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH)
-        == "our AutoregPretrainedTrainer"
-    )
+    assert find("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
 
 
 def test_an_import_that_fails_leaves_no_trace_on_the_next_one(
@@ -236,6 +226,7 @@ def test_an_import_that_fails_leaves_no_trace_on_the_next_one(
     with pytest.raises(InterruptedError):
         lookup_module()
 
+    # Another length, so that Python does not take the compiled file of before.
     (nnunet / "find_class_by_name.py").write_text(LOOKUP + "# whole again\n")
     importlib.invalidate_caches()
     find = lookup_module().recursive_find_python_class
@@ -253,15 +244,19 @@ def test_another_finder_that_asks_all_others_does_not_loop(
         """
 
         def find_spec(self, fullname, path=None, target=None):
-            others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
-            return next(
-                (s for s in (f.find_spec(fullname, path, target) for f in others) if s is not None),
-                None,
-            )
+            for finder in sys.meta_path:
+                if finder is self or not hasattr(finder, "find_spec"):
+                    continue
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    return spec
+            return None
 
     bridge.install()
+    # Behind the bridge, which also asks all other finders: each would ask the other for ever.
     sys.meta_path.insert(1, Asker())
     find = lookup_module().recursive_find_python_class
+
     assert find("f", "AutoregPretrainedTrainer", TRAINERS_SEARCH) == "our AutoregPretrainedTrainer"
 
 
@@ -279,14 +274,14 @@ def test_finders_and_loaders_of_an_older_kind_do_not_stop_nnunet(nnunet: Path) -
 
     class Finder:
         def find_spec(self, fullname, path=None, target=None):
-            return (
-                importlib.util.spec_from_loader(fullname, Slotted())
-                if fullname == bridge.HOOKED_MODULE
-                else None
-            )
+            if fullname != bridge.HOOKED_MODULE:
+                return None
+            return importlib.util.spec_from_loader(fullname, Slotted())
 
     bridge.install()
+    # A finder without find_spec, as Python before 3.4 had, and one whose loader cannot be hooked.
     sys.meta_path[1:1] = [SimpleNamespace(find_module=lambda *_: None), Finder()]
+
     assert lookup_module().recursive_find_python_class == "stock, not wrapped"
 
 
@@ -343,14 +338,16 @@ def test_a_name_is_split_into_its_base_and_its_length(
         "_05epochs",
         "_-5epochs",
         "_5.5epochs",
+        # An Arabic 5, which int() would accept.
         "_\u0665epochs",
         "_5epoch",
         "_5epochs_5epochs",
         "5epochs",
+        # int() refuses more than 4300 digits with a ValueError.
         "_" + "9" * 5000 + "epochs",
     ],
 )
-def test_a_length_that_is_not_a_plain_number_is_no_name_of_ours(length: str) -> None:
+def test_a_length_that_is_not_a_plain_number_is_not_our_name(length: str) -> None:
     name = f"AutoregPretrainedTrainer{length}"
 
     assert bridge.find_module(name, TRAINERS_SEARCH) is None
@@ -361,7 +358,7 @@ def test_planners_and_normalisations_have_no_lengths() -> None:
     assert bridge.find_module("AutoregPercentileNormalization_5epochs", None) is None
 
 
-def test_the_bridge_imports_the_standard_library_alone() -> None:
+def test_the_bridge_imports_only_the_standard_library() -> None:
     imported = set()
     for node in ast.walk(ast.parse(Path(bridge.__file__).read_text())):
         if isinstance(node, ast.Import):
@@ -395,6 +392,7 @@ def run_pth_line(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_pth_line_loads_the_bridge_and_nothing_else() -> None:
     done = run_pth_line(Path(bridge.__file__).parents[1])
+
     assert done.stdout == "['nnunet_autoreg', 'nnunet_autoreg.bridge'] True\n"
     assert done.stderr == ""
 
@@ -404,6 +402,7 @@ def test_the_pth_line_is_silent_when_the_package_is_broken(tmp_path: Path, broke
     package = tmp_path / "nnunet_autoreg"
     package.mkdir()
     for name in ("__init__.py", "bridge.py"):
+        # An empty bridge.py lacks the function that the line calls; that must be silent too.
         (package / name).write_text("def (:\n" if name == broken else "")
 
     done = run_pth_line(tmp_path)
@@ -417,8 +416,7 @@ def test_the_pth_line_is_silent_when_the_package_is_gone(tmp_path: Path) -> None
 
 
 def test_the_pth_line_is_one_line_that_site_executes() -> None:
-    assert (
-        bridge.PTH_LINE.startswith("import ")
-        and bridge.PTH_LINE.count("\n") == 1
-        and bridge.PTH_LINE.isascii()
-    )
+    # site executes a line of a .pth file only if it begins with "import ".
+    assert bridge.PTH_LINE.startswith("import ")
+    assert bridge.PTH_LINE.count("\n") == 1
+    assert bridge.PTH_LINE.isascii()

@@ -38,6 +38,7 @@ from nnunet_autoreg.model.sizes import ENCODERS
 SEX = ClassificationTask("sex", ("F", "M"))
 GRADE = ClassificationTask("grade", ("1", "2", "3"), ordinal=True)
 CPU = torch.device("cpu")
+# One token of a transformer is 8^3 voxels, so a patch has 2 x 2 x 2 tokens.
 PATCH = (16, 16, 16)
 
 
@@ -54,7 +55,9 @@ def plan_of(*tasks: ClassificationTask, **changes: Any) -> ClassificationPlan:
 def classifier(encoder: str = "resenc_tiny", tasks: tuple[int, ...] = (2, 3)) -> Classifier:
     size = ENCODERS[encoder]
     torch.manual_seed(0)
+    # The number of output channels (2) does not matter: a classifier drops the decoder.
     network = build_network(size.class_path, size.arguments, PATCH, 1, 2)
+
     made = Classifier(network, size.class_path, size.arguments, PATCH, tasks)
     made.gives_classes = True
     return made.eval()
@@ -67,6 +70,7 @@ def test_every_family_gives_the_logits_of_every_task(encoder: str) -> None:
     logits = network(torch.randn(2, 1, *PATCH))
 
     assert [tuple(values.shape) for values in logits] == [(2, 2), (2, 3)]
+    # The decoder of the segmentation network would only be dead weight in the checkpoint.
     assert not any(key.startswith(("decoder", "up_projection")) for key in network.state_dict())
 
 
@@ -80,6 +84,8 @@ def test_the_form_of_ar_ssl4ms_encoder_gives_logits_and_maps_too() -> None:
     maps = FeatureEncoder.forward(network, volume)
 
     assert [tuple(values.shape) for values in maps] == [(2, 24, 2, 2, 2)] * 4
+    # A map after each of 3 layers and one more, each 2 x 2 x 2; the pooled value is the mean of
+    # tokens.
     expected = vit.encode(volume)[-1].mean(1)  # type: ignore[operator]
     assert torch.allclose(network.pooled(volume), expected, atol=1e-6)
     assert network(volume)[0].shape == (2, 2)
@@ -99,6 +105,7 @@ def test_a_large_scan_is_the_mean_of_its_tiles() -> None:
 
     found = network.pooled_over_scan(scan, PATCH, CPU)
 
+    # The scan is two patches tall in y, so its tiles do not overlap.
     parts = [network.pooled(scan[None, :, :, low : low + 16])[0] for low in (0, 16)]
     assert torch.allclose(found, torch.stack(parts).mean(0), atol=1e-5)
 
@@ -109,6 +116,7 @@ def test_a_scan_smaller_than_the_patch_lies_in_its_middle() -> None:
 
     found = network.pooled_over_scan(scan, PATCH, CPU)
 
+    # 16 - 8 = 8 voxels are missing in z and 16 - 12 = 4 in x, half of them on each side.
     padded = functional.pad(scan, (2, 2, 0, 0, 4, 4))
     assert torch.allclose(found, network.pooled(padded[None])[0], atol=1e-5)
 
@@ -116,7 +124,7 @@ def test_a_scan_smaller_than_the_patch_lies_in_its_middle() -> None:
 def test_heads_read_features_of_mean_0_and_deviation_1_over_the_cases() -> None:
     network = classifier()
     width = network.num_features[-1]
-    # As of a CNN: the values hardly differ between scans, and one feature not at all.
+    # As of a CNN: the values hardly differ between scans, and feature 0 not at all.
     pooled = 0.4 + 0.03 * torch.randn(50, width)
     pooled[:, 0] = 0.4
 
@@ -125,6 +133,7 @@ def test_heads_read_features_of_mean_0_and_deviation_1_over_the_cases() -> None:
     read = (pooled - network.feature_mean) * network.feature_scale
     assert torch.allclose(read.mean(0), torch.zeros(width), atol=1e-4)
     assert torch.allclose(read[:, 1:].std(0, correction=0), torch.ones(width - 1), atol=1e-3)
+    # A constant feature is not divided by a deviation of 0.
     assert read[:, 0].abs().max() < 1e-3
     expected = network.heads[0](read)
     assert torch.allclose(network.logits(pooled)[0], expected)
@@ -133,6 +142,7 @@ def test_heads_read_features_of_mean_0_and_deviation_1_over_the_cases() -> None:
 def test_features_of_a_single_case_are_not_scaled() -> None:
     network = classifier()
 
+    # The deviation of one value is 0.
     network.standardise(torch.full((1, network.num_features[-1]), 0.4))
 
     assert bool((network.feature_scale == 1).all())
@@ -142,6 +152,8 @@ def test_classifiers_of_earlier_releases_give_the_same_logits() -> None:
     network, volume = classifier(), torch.randn(2, 1, *PATCH)
     before = network(volume)
     state = network.state_dict()
+    # Earlier checkpoints have no buffers feature_mean and feature_scale; scaling by 1 is their
+    # meaning.
     earlier = {key: value for key, value in state.items() if not key.startswith("feature_")}
     network.standardise(torch.randn(5, network.num_features[-1]))
 
@@ -155,6 +167,7 @@ def test_classes_that_are_not_known_carry_no_loss() -> None:
     logits = [torch.randn(3, 2, requires_grad=True), torch.randn(3, 3, requires_grad=True)]
     loss = ClassificationLoss(plan_of(SEX, GRADE), [(1, 1), (1, 1, 1)])
 
+    # Sex is known of two of three cases, the grade of none.
     found = loss(logits, torch.tensor([[0, -1], [1, -1], [-1, -1]]))
     found.backward()
 
@@ -166,12 +179,14 @@ def test_classes_that_are_not_known_carry_no_loss() -> None:
 
 def test_with_weights_every_class_has_the_same_share_of_the_loss() -> None:
     loss = ClassificationLoss(plan_of(SEX, GRADE, balance=WEIGHTS), [(3, 1), (1, 1, 1)])
+    # With logits of 0 each of the four cases has a loss of ln(2) before it is weighted.
     logits = [torch.zeros(4, 2), torch.zeros(4, 3)]
     labels = torch.tensor([[0, -1], [0, -1], [0, -1], [1, -1]])
 
     rare = float(loss([logits[0][3:], logits[1][3:]], labels[3:]))
     usual = float(loss([logits[0][:1], logits[1][:1]], labels[:1]))
 
+    # One case of three has a third of the weight of the single case of the other class.
     assert rare == pytest.approx(3 * usual)
     assert float(loss(logits, labels)) == pytest.approx(np.log(2))
 
@@ -179,6 +194,8 @@ def test_with_weights_every_class_has_the_same_share_of_the_loss() -> None:
 def test_the_neighbours_of_an_ordinal_class_share_the_smoothing() -> None:
     labels = torch.tensor([0, 1, 2])
 
+    # 0.2 is taken from the true grade: all of it goes to the only neighbour, or half to each of
+    # two.
     found = smoothed(labels, 3, 0.2)
 
     assert found.tolist() == [
@@ -192,6 +209,9 @@ def test_the_neighbours_of_an_ordinal_class_share_the_smoothing() -> None:
 @pytest.mark.parametrize(
     ("tasks", "rows", "balance"),
     [
+        # 4 and 5 are balanced; 9 is more than twice 4. With two tasks drawing cases evenly by one
+        # of them
+        # would unbalance the other, so weights are used.
         ((SEX,), [(0,)] * 4 + [(1,)] * 5, NONE),
         ((SEX,), [(0,)] * 4 + [(1,)] * 9, SAMPLING),
         ((SEX, GRADE), [(0, 0)] * 4 + [(1, 1)] * 9, WEIGHTS),
@@ -202,11 +222,13 @@ def test_the_balance_is_planned_from_the_counts(
     rows: list[tuple[int, ...]],
     balance: str,
 ) -> None:
+
     plan = make_plan(table_of(tasks, rows), 2, CLASS_PATHS[RESENC], 250)
 
     assert plan.balance == balance
     assert plan.class_counts[0] == (4, len(rows) - 4)
     assert plan.reasons["balance"]
+    # Two cases per step, rounded up.
     assert plan.num_iterations_per_epoch == -(-len(rows) // 2)
     assert plan.layer_decay == 1.0
 
@@ -214,22 +236,19 @@ def test_the_balance_is_planned_from_the_counts(
 def test_the_recipe_is_adamw_with_layer_decay_for_transformers() -> None:
     rows = [(0,)] * 4 + [(1,)] * 5
     plan = make_plan(table_of((SEX,), rows), 2, CLASS_PATHS[PRIMUS], 250)
-    stock = Recipe(
-        150,
-        1e-3,
-        1e-2,
-        optimizer=SGD,
-        deep_supervision=True,
-        decoder_first_fraction=0.1,
-    )
+    of_segmentation = {"deep_supervision": True, "decoder_first_fraction": 0.1}
+    stock = Recipe(150, 1e-3, 1e-2, optimizer=SGD, **of_segmentation)
 
     recipe = classification_recipe(stock, plan)
 
     assert (recipe.optimizer, recipe.pretrained_rate, recipe.weight_decay) == (ADAMW, 1e-4, 1e-2)
     assert (recipe.warmup_fraction, recipe.warmup_max_fraction) == (0.1, 0.1)
+    # There is no decoder to supervise or to train first.
     assert not recipe.deep_supervision and not recipe.decoder_first_fraction
+
     groups = parameter_groups(classifier("primus_tiny"), recipe)
     rates = sorted({group["rate_factor"] for group in groups})
+    # The heads have the full rate, the last block 0.75 of it, and so on towards the input.
     assert rates[-1] == 1 and rates[-2] == pytest.approx(0.75)
 
 
@@ -247,6 +266,7 @@ def test_a_plan_is_read_as_it_was_written() -> None:
     ("changes", "code", "named"),
     [
         ({"balance": "even"}, "classification-plan-balance", "even"),
+        # Even sampling exists for one task only; this plan has two.
         ({"balance": SAMPLING}, "classification-plan-balance", "2"),
         ({"num_epochs": 0}, "classification-plan-range", "num_epochs=0"),
         ({"ordinal_smoothing": 1.0}, "classification-plan-range", "[0, 1)"),
@@ -291,11 +311,17 @@ def loader(labels: dict[str, tuple[int, ...]], is_balanced: bool) -> ClassLoader
 
 
 def test_balanced_sampling_draws_every_class_equally_often() -> None:
-    labels = {"rare": (1,), "unknown": (-1,), **{f"usual{n}": (0,) for n in range(9)}}
-    np.random.seed(0)
+    usual = {f"usual{n}": (0,) for n in range(9)}
+    labels = {"rare": (1,), "unknown": (-1,), **usual}
+    np.random.seed(0)  # nnU-Net's loader draws from the global generator
 
-    drawn = Counter(case for _ in range(500) for case in loader(labels, True).get_indices())
-    plain = Counter(case for _ in range(500) for case in loader(labels, False).get_indices())
+    drawn: Counter[str] = Counter()
+    plain: Counter[str] = Counter()
+    for _ in range(500):
+        drawn.update(loader(labels, True).get_indices())
+        plain.update(loader(labels, False).get_indices())
+
+    # 500 batches of 4. The tolerances are about 4.5 standard deviations: sqrt(p (1 - p) / 2000).
 
     assert drawn["rare"] / 2000 == pytest.approx(0.5, abs=0.05)
     assert plain["rare"] / 2000 == pytest.approx(0.1, abs=0.03)
@@ -304,11 +330,15 @@ def test_balanced_sampling_draws_every_class_equally_often() -> None:
 
 def test_patches_of_one_case_are_averaged_for_the_score_of_an_epoch() -> None:
     table = table_of((SEX,), [(0,), (1,), (1,)])
+    # Case c01 has a patch in both batches; its mean probability of M is (0.1 + 0.9) / 2 = 0.5.
     outputs = [
         {"cases": ["c00", "c01"], "probabilities": [np.array([[0.8, 0.2], [0.9, 0.1]])]},
         {"cases": ["c01", "c02"], "probabilities": [np.array([[0.1, 0.9], [0.9, 0.1]])]},
     ]
 
+    # The score is the AUC. Of the pairs with c00 (F, 0.2), c01 (M, 0.5) is ranked right and c02
+    # (M, 0.1) wrong. With the first batch only, c01 has 0.1 and is ranked wrong.
     assert patch_scores(plan_of(SEX), table, outputs) == [0.5]
     assert patch_scores(plan_of(SEX), table, outputs[:1]) == [0.0]
-    assert patch_scores(plan_of(SEX), table, [{**outputs[1]}]) == [0.5]
+    # Without a case of F there is no AUC: 0.5, as for guessing.
+    assert patch_scores(plan_of(SEX), table, outputs[1:]) == [0.5]

@@ -44,6 +44,7 @@ def random_predictions(
     K = len(task.classes)
     truth = random.integers(0, K, num_cases)
     scores = random.uniform(size=(num_cases, K)) + 0.5 * np.eye(K)[truth]
+    # Rounding makes ties, which the AUC counts half; adding 0.05 keeps probabilities above 0.
     scores = np.round(scores, 1) + 0.05
     return truth.tolist(), scores / scores.sum(1, keepdims=True)
 
@@ -60,24 +61,24 @@ def judged(
     return found
 
 
+# Row 0 counts every case once; row 3 is a resample with other weights.
 @pytest.mark.parametrize("row", [0, 3])
 def test_scores_of_two_classes_equal_those_of_scikit_learn(row: int) -> None:
     found = judged(TWO)
     weights = found.weights_BS[row]
     positive = found.probabilities_SK[:, 1]
 
-    assert mt.auc(found)[row] == pytest.approx(
-        oracle.roc_auc_score(found.truth_S, positive, sample_weight=weights),
-    )
-    assert mt.balanced_accuracy(found)[row] == pytest.approx(
-        oracle.balanced_accuracy_score(found.truth_S, found.predicted_S, sample_weight=weights),
-    )
-    assert mt.macro_f1(found)[row] == pytest.approx(
-        oracle.f1_score(found.truth_S, found.predicted_S, average="macro", sample_weight=weights),
-    )
-    assert mt.brier(found)[row] == pytest.approx(
-        2 * oracle.brier_score_loss(found.truth_S, positive, sample_weight=weights),
-    )
+    auc = oracle.roc_auc_score(found.truth_S, positive, sample_weight=weights)
+    decided = (found.truth_S, found.predicted_S)
+    accuracy = oracle.balanced_accuracy_score(*decided, sample_weight=weights)
+    f1 = oracle.f1_score(*decided, average="macro", sample_weight=weights)
+    brier = oracle.brier_score_loss(found.truth_S, positive, sample_weight=weights)
+
+    assert mt.auc(found)[row] == pytest.approx(auc)
+    assert mt.balanced_accuracy(found)[row] == pytest.approx(accuracy)
+    assert mt.macro_f1(found)[row] == pytest.approx(f1)
+    # Ours is summed over both classes, scikit-learn's is that of the positive class.
+    assert mt.brier(found)[row] == pytest.approx(2 * brier)
 
 
 @pytest.mark.parametrize("row", [0, 3])
@@ -91,13 +92,13 @@ def test_scores_of_three_classes_equal_those_of_scikit_learn(row: int) -> None:
         score = found.probabilities_SK[:, index]
         each.append(oracle.roc_auc_score(is_own, score, sample_weight=weights))
 
+    decided = (found.truth_S, found.predicted_S)
+    confusion = oracle.confusion_matrix(*decided, sample_weight=weights)
+    f1 = oracle.f1_score(*decided, average="macro", sample_weight=weights)
+
     assert mt.auc(found)[row] == pytest.approx(np.mean(each))
-    assert mt.confusion(found)[row] == pytest.approx(
-        oracle.confusion_matrix(found.truth_S, found.predicted_S, sample_weight=weights),
-    )
-    assert mt.macro_f1(found)[row] == pytest.approx(
-        oracle.f1_score(found.truth_S, found.predicted_S, average="macro", sample_weight=weights),
-    )
+    assert mt.confusion(found)[row] == pytest.approx(confusion)
+    assert mt.macro_f1(found)[row] == pytest.approx(f1)
 
 
 def test_calibration_and_grades_have_values_computed_by_hand() -> None:
@@ -105,12 +106,14 @@ def test_calibration_and_grades_have_values_computed_by_hand() -> None:
     found = mt.judge(TWO, [1, 0, 0, 1], probabilities, list("abcd"), 0)
     assert found is not None
 
-    # Bins of confidence: 0.9 (one of two is right), 0.85 (right), 0.6 (right).
+    # Bins of confidence: two cases of 0.9 (one is right), 0.85 (right), 0.6 (right). Each bin adds
+    # |right - summed confidence|, over 4 cases.
     expected = (abs(1 - 1.8) + abs(1 - 0.85) + abs(1 - 0.6)) / 4
     assert mt.calibration_error(found)[0] == pytest.approx(expected)
     bins = mt.calibration(found)["bins"]
     assert [(row["cases"], row["true"]) for row in bins] == [(1, 0.0), (1, 1.0), (2, 0.5)]
 
+    # The expected grade of a is 0.5 where 0 is true, that of b is exact: a mean error of 0.25.
     graded = mt.judge(THREE, [0, 2], np.array([[0.5, 0.5, 0], [0, 0, 1.0]]), list("ab"), 0)
     assert graded is not None
     assert mt.ordinal_error(graded)[0] == pytest.approx(0.25)
@@ -122,6 +125,7 @@ def test_the_roc_curve_has_the_area_of_the_auc() -> None:
     curve = mt.roc(found)
 
     area = np.trapezoid(curve["sensitivity"], curve["false_positive_rate"])
+    # The curve is drawn at a limited number of points.
     assert area == pytest.approx(mt.auc(found)[0], abs=0.01)
     assert all(low <= high for low, high in curve["ci95"])
 
@@ -134,6 +138,8 @@ def test_resamples_draw_patients_and_not_scans() -> None:
 
     assert found is not None and found.num_patients == 20
     assert np.array_equal(found.weights_BS[:, ::2], found.weights_BS[:, 1::2])
+
+    # With one patient there is nothing to draw: only the row of the scores themselves.
     of_one_patient = mt.judge(TWO, truth, probabilities, ["p"] * 40, 50)
     assert of_one_patient is not None and of_one_patient.weights_BS.shape == (1, 40)
 
@@ -142,18 +148,20 @@ def test_scores_of_different_models_are_not_compared_with_each_other() -> None:
     truth, probabilities = random_predictions(TWO)
     patients = [f"p{n}" for n in range(40)]
     folds = [n % 2 for n in range(40)]
+    # The network of fold 0 gives all its cases lower scores, in the same order.
     shifted = probabilities.copy()
     shifted[::2] = (shifted[::2] + np.array([9, 0])) / 10
 
-    found = [
-        mt.judge(TWO, truth, values, patients, 0, strata=folds)
-        for values in (probabilities, shifted)
-    ]
+    found = []
+    for values in (probabilities, shifted):
+        found.append(mt.judge(TWO, truth, values, patients, 0, strata=folds))
 
-    areas = []
+    # The AUC counts pairs of a positive and a negative case, here only pairs of one fold.
+    areas, pairs = [], []
     for fold in (0, 1):
         areas.append(oracle.roc_auc_score(truth[fold::2], probabilities[fold::2, 1]))
-    pairs = [sum(truth[f::2]) * (20 - sum(truth[f::2])) for f in (0, 1)]
+        num_positive = sum(truth[fold::2])
+        pairs.append(num_positive * (20 - num_positive))
     expected = np.average(areas, weights=pairs)
     for judged_fold in found:
         assert judged_fold is not None
@@ -165,7 +173,9 @@ def test_cases_without_a_known_class_are_left_out() -> None:
     more = [*truth, -1]
     names = [f"p{n}" for n in range(41)]
 
-    with_unknown = mt.judge(TWO, more, np.vstack([probabilities, [[1.0, 0.0]]]), names, 5)
+    with_one_more = np.vstack([probabilities, [[1.0, 0.0]]])
+
+    with_unknown = mt.judge(TWO, more, with_one_more, names, 5)
 
     assert with_unknown is not None
     assert mt.scores_of(with_unknown)["cases"] == 40
@@ -173,19 +183,20 @@ def test_cases_without_a_known_class_are_left_out() -> None:
     assert mt.judge(TWO, [-1], np.array([[1.0, 0.0]]), ["a"]) is None
 
 
-def test_one_class_alone_has_no_auc_and_its_other_scores_are_finite() -> None:
+def test_a_single_class_has_no_auc_and_its_other_scores_are_finite() -> None:
     found = mt.judge(TWO, [1, 1, 1], np.full((3, 2), 0.5), list("abc"), 10)
     assert found is not None
 
     scores = mt.evaluate_task(found)
 
     assert scores["auc"]["value"] is None
+    # A tie of 0.5 and 0.5 is decided as the first class, F, and all cases are M.
     assert scores["balanced_accuracy"]["value"] == 0.0
     json.dumps(scores, allow_nan=False)
 
 
 def table_of(num: int = 30) -> tuple[ClassTable, list[str], list[str], dict[str, np.ndarray]]:
-    """Cases whose second feature tells the class; a tenth of the classes is not known."""
+    """Cases whose second feature depends on the class; a tenth of the classes is not known."""
     random = np.random.default_rng(0)
     cases = [f"c{n:02}" for n in range(num)]
     labels = {}
@@ -204,12 +215,15 @@ def test_a_linear_probe_finds_the_class_and_the_majority_does_not() -> None:
     predicted = predict_baselines(table, train, validation, {PROBE: features})
     found = score_baselines(table, validation, predicted, num_resamples=20)
 
+    # The majority has the same probabilities for every case, so all pairs are ties.
     assert found[MAJORITY]["sex"]["auc"]["value"] == 0.5
     assert found[PROBE]["sex"]["auc"]["value"] > 0.9
+    # Ten cases for validation, of which the class of c29 is unknown.
     assert found[PROBE]["sex"]["cases"] == 9
 
 
 def test_a_class_without_training_cases_gets_the_probability_0() -> None:
+    # Class 1 of three never occurs.
     train = np.array([[0.0], [1.0], [0.1], [0.9]])
 
     found = fit_predict(train, [0, 2, 0, 2], list("abcd"), np.array([[0.0], [1.0]]), 3)
@@ -226,11 +240,15 @@ def test_sizes_are_those_of_the_labels_in_mm() -> None:
 
     found = np.exp(size_features(labels, (2.0, 1.0, 1.0), [1, 2]))
 
-    # Volumes of label 1, of label 2 and of both, with a voxel more; then the sides.
+    # A voxel has 2 mm3. Label 1 has 3 x 4 x 2 = 24 voxels, label 2 has 1; one is added to each
+    # number.
+    # The box around both spans 7 voxels on every axis: 7, 7 and 14 mm, the shortest first.
     assert found == pytest.approx([2 * 25, 2 * 2, 2 * 26, 7, 7, 14])
 
 
 def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
+    # A spreadsheet would run a cell that begins with "=" or "-" as a formula; the apostrophe stops
+    # it.
     task = ClassificationTask("=kind", ("-a", "b"))
     file = tmp_path / "classes.csv"
 
@@ -249,11 +267,9 @@ def predictions(tmp_path: Path) -> Path:
     folder.mkdir()
     truth, sexes = random_predictions(TWO)
     grades, of_grades = random_predictions(THREE, seed=1)
-    write_predictions(
-        folder / "classes.csv",
-        [TWO, THREE],
-        {f"c{n}": [sexes[n], of_grades[n]] for n in range(40)},
-    )
+    rows_of_scans = {f"c{n}": [sexes[n], of_grades[n]] for n in range(40)}
+    write_predictions(folder / "classes.csv", [TWO, THREE], rows_of_scans)
+    # The table lacks c39 and has another scan instead.
     rows = [f"c{n},p{n // 2},{'FM'[truth[n]]},{grades[n] + 1}" for n in range(39)]
     write_table(tmp_path / "true.csv", [*rows, "other,p9,F,1"], "case,patient,sex,grade")
     return tmp_path
@@ -272,6 +288,7 @@ def test_the_command_writes_scores_and_a_picture(
 
     found = json.loads((predictions / "metrics.json").read_text())
     truth, sexes = random_predictions(TWO)
+    # Probabilities were written with 6 digits.
     expected = oracle.roc_auc_score(truth[:39], sexes[:39, 1])
     assert found["tasks"]["sex"]["auc"]["value"] == pytest.approx(expected, abs=1e-4)
     assert found["tasks"]["sex"]["patients"] == 20
@@ -279,6 +296,7 @@ def test_the_command_writes_scores_and_a_picture(
     assert found["scans"]["without_prediction"] == ["other"]
     assert found["tasks"]["grade"]["classes"] == ["1", "2", "3"]
     picture = matplotlib.image.imread(predictions / "metrics.png")
+    # Large enough to read, and not an empty page.
     assert picture.shape[1] > 1000 and picture.std() > 0.05
     assert "39 scans, 20 patients" in capsys.readouterr().out
 
@@ -294,19 +312,25 @@ def test_predictions_that_cannot_be_scored_are_refused(predictions: Path, tmp_pa
     for rows, header, code, value in changes:
         truth = write_table(tmp_path / "wrong.csv", rows, header)
         with refused(ClassesError, code, value):
+            # __wrapped__: the command without what turns errors into one line and an exit code.
             main.__wrapped__(["-p", out, "-g", str(truth), "-o", output])
 
     true = str(predictions / "true.csv")
     with refused(ClassesError, "classes-predictions-format", predictions / "true.csv"):
         main.__wrapped__(["-p", true, "-g", true, "-o", output])
+
     wrong = write_table(tmp_path / "classes.csv", ["c0,F,0.7,0.7"], "case,sex,sex:F,sex:M")
     with refused(ClassesError, "classes-probability", "c0", "0.7"):
         main.__wrapped__(["-p", str(wrong), "-g", true, "-o", output])
+
     with refused(ClassesError, "classes-no-predictions", tmp_path / "classes", "autoreg_classify"):
         main.__wrapped__(["-p", str(tmp_path / "classes"), "-g", true, "-o", output])
-    assert main(["-p", out, "-g", true, "-o", output, "--bootstrap", "-1"]) == 2
-    assert main(["-p", out, "-g", true, "-o", output, "--bootstrap", "9" * 9]) == 2
-    assert main(["-p", out, "-g", true, "-o", output, "--seed", "-1"]) == 2
+
+    line = ["-p", out, "-g", true, "-o", output]
+    assert main([*line, "--bootstrap", "-1"]) == 2
+    assert main([*line, "--bootstrap", "9" * 9]) == 2
+    assert main([*line, "--seed", "-1"]) == 2
+    # A folder instead of a file.
     assert main(["-p", out, "-g", true, "-o", str(tmp_path)]) == 2
 
 
@@ -324,6 +348,7 @@ def test_a_task_without_a_known_class_is_named_and_left_out(
     assert logged(caplog, "grade")
 
 
+# In this order: no task, a task too few, a class too few, other classes, a sum above 1, no number.
 EDITS: list[dict[str, dict[str, float]]] = [
     {},
     {"sex": {"F": 0.3, "M": 0.7}},

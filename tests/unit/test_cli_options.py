@@ -14,9 +14,8 @@ PARSERS = ("benchmark", "demo", "doctor", "pretrain", "probe", "weights")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = importlib.import_module(
-        f"nnunet_autoreg.cli.{command}",
-    ).parser()
+    module = importlib.import_module(f"nnunet_autoreg.cli.{command}")
+    parser: argparse.ArgumentParser = module.parser()
     return parser
 
 
@@ -34,7 +33,9 @@ def request_class(command: str) -> Any:
     if command == "pretrain":
         from nnunet_autoreg.cli.pretrain import request_of
 
-        return type(request_of(parser_of(command).parse_args(["-i", ".", "--name", "x"])))
+        args = parser_of(command).parse_args(["-i", ".", "--name", "x"])
+        return type(request_of(args))
+
     from nnunet_autoreg.benchmark.protocol import BenchmarkRequest
 
     return BenchmarkRequest
@@ -48,6 +49,7 @@ def test_the_defaults_of_options_are_those_of_the_request(command: str) -> None:
         if field.default is dataclasses.MISSING:
             continue
         default = parser.get_default(field.name)
+        # argparse collects values in lists, the request holds tuples.
         if isinstance(default, list):
             default = tuple(default)
         assert default == field.default, field.name
@@ -65,7 +67,9 @@ def test_options_become_the_fields_of_the_request(tmp_path: Path) -> None:
     assert (request.datasets, request.folders) == (("4", "7"), (str(tmp_path.resolve()),))
     assert (request.name, request.batch_size, request.seed) == ("brain", 6, 3)
     assert (request.num_steps, request.gpu_memory_gib) == (50, 12.0)
+    # --set may be repeated, and may take several settings at once.
     assert request.settings == ("optim.lr=1e-3", "a=1", "b=2")
+    # A relative path would mean another file if a run is resumed from another folder.
     assert request.exclude == str(Path("leave_out.txt").resolve())
     assert (request.split_4d, request.sequences) == (True, ("spatial", "contrast=0.5"))
     assert (request.num_hours, request.init, request.manifest) == (None, None, None)
@@ -78,8 +82,9 @@ def test_import_options_are_fields_too() -> None:
     line += ["--spacing", "1", "1.5", "2", "--modality", "CT", "MR", "--token-order", "keep"]
 
     args = parser_of("weights").parse_args(line)
+    options = ImportOptions(**options_for(ImportOptions, args))
 
-    assert ImportOptions(**options_for(ImportOptions, args)) == ImportOptions(
+    assert options == ImportOptions(
         token_order="keep",
         num_heads=4,
         patch_size_vox=(8, 16, 24),
@@ -113,6 +118,7 @@ def test_the_help_of_every_option_with_a_value_shows_its_default(command: str) -
 def test_numbers_in_the_help_are_the_real_defaults(command: str) -> None:
     for parser in parsers_of(command):
         for action in parser._actions:
+            # bool is a subclass of int; switches have no number to show.
             if isinstance(action.default, int | float) and not isinstance(action.default, bool):
                 shown = str(action.help) % {"default": action.default}
                 assert f"(default: {action.default})" in shown, action.option_strings
@@ -123,10 +129,12 @@ def test_the_help_of_pretraining_is_in_groups() -> None:
     titles = [group.title for group in parser._action_groups if group._group_actions]
 
     assert titles[-4:] == ["input", "training", "compute", "steps and output"]
+    # A "%" in a help text is a format sign of argparse; a single one makes --help fail.
     assert "75 %" in parser.format_help()
 
 
 @pytest.mark.parametrize("command", PARSERS)
 def test_the_help_can_be_printed(command: str) -> None:
+    # Formatting fills in the defaults, so a wrong placeholder raises an error here.
     for parser in parsers_of(command):
         assert parser.prog in parser.format_help()

@@ -36,6 +36,7 @@ from nnunet_autoreg.sampling.sample import Batch
 
 CPU = torch.device("cpu")
 TINY = encoder_size("primus_tiny")
+# Width 48 with 2 heads is small enough to be compiled on a CPU in seconds.
 ARGUMENTS = {**TINY.arguments, "embed_dim": 48, "eva_numheads": 2}
 
 
@@ -53,12 +54,11 @@ def make_plan(recompute: bool = False, depth: int = 1, **sequence: object) -> Pl
 
 
 def make_batch(order: str = "raster") -> Batch:
+    """Return 2 crops of 8 tokens, the second one with padding, and prefixes of 2 and 3 tokens."""
     generator = torch.Generator().manual_seed(0)
-    order_index = (
-        torch.stack([torch.randperm(8, generator=generator) for _ in range(2)])
-        if order == "random"
-        else torch.arange(8).repeat(2, 1)
-    )
+    order_index = torch.arange(8).repeat(2, 1)
+    if order == "random":
+        order_index = torch.stack([torch.randperm(8, generator=generator) for _ in range(2)])
     valid_mask = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
     valid_mask[1, :, 9:] = False
     voxels = torch.randn(2, 1, 1, 16, 16, 16, generator=generator) * valid_mask[:, :, None]
@@ -74,6 +74,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     monkeypatch.setattr(attention, "FLEX_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    # Compiled code of other tests would be reused otherwise.
     torch._dynamo.reset()
 
 
@@ -85,9 +86,8 @@ def value_and_gradient(
     module.zero_grad()
     terms = loss(batch)  # type: ignore[operator]
     terms.total.backward()
-    return float(terms.total.detach()), torch.cat(
-        [p.grad.flatten() for p in module.parameters() if p.grad is not None],
-    )
+    gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+    return float(terms.total.detach()), torch.cat(gradients)
 
 
 WAYS = [("raster", "next", False), ("random", "query", False), ("raster", "next", True)]
@@ -105,14 +105,13 @@ def test_flexattention_gives_the_loss_and_gradient_of_plain_attention(
     objective = Autoregressive(plan)
     plain, gradient = value_and_gradient(objective.loss, objective.module, batch)
 
-    found, compiled_gradient = value_and_gradient(
-        run_by(fast_path(plan, CPU), objective.loss),
-        objective.module,
-        batch,
-    )
+    compiled_loss = run_by(fast_path(plan, CPU), objective.loss)
+    found, compiled_gradient = value_and_gradient(compiled_loss, objective.module, batch)
 
+    # Sums are made in another order, so float32 results agree to about 6 digits.
     assert found == pytest.approx(plain, rel=1e-5)
-    assert float((gradient - compiled_gradient).norm() / gradient.norm()) < 1e-5
+    relative_error = (gradient - compiled_gradient).norm() / gradient.norm()
+    assert float(relative_error) < 1e-5
 
 
 def num_graphs() -> int:
@@ -120,7 +119,7 @@ def num_graphs() -> int:
 
 
 def losses(plan: Plan, num_steps: int = 2) -> list[float]:
-    """Losses of a fresh network's first steps on one batch, by a training step of its own."""
+    """Losses of a fresh network's first steps on one batch, by a separate training step."""
     torch.manual_seed(0)
     step = TrainingStep(plan, Autoregressive(plan), CPU)
     batch = make_batch(plan.sequence.order)
@@ -130,6 +129,7 @@ def losses(plan: Plan, num_steps: int = 2) -> list[float]:
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize(
     ("order", "predictor", "kinds"),
+    # With queries a decoder of other layers follows the encoder.
     [("raster", "next", 1), ("random", "query", 2)],
 )
 def test_all_layers_share_a_graph_and_a_second_trainer_compiles_nothing(
@@ -137,6 +137,7 @@ def test_all_layers_share_a_graph_and_a_second_trainer_compiles_nothing(
     predictor: str,
     kinds: int,
 ) -> None:
+    # Three layers: without sharing there would be three graphs.
     plan = make_plan(order=order, predictor=predictor, depth=3)
     before = num_graphs()
 
@@ -159,6 +160,7 @@ def test_no_mask_is_made_inside_compiled_code(monkeypatch: pytest.MonkeyPatch) -
         return block_mask(rule, num_heads)
 
     monkeypatch.setattr(AttentionRule, "block_mask", watched)
+
     losses(make_plan(order="random", predictor="query", depth=3), num_steps=1)
 
     assert made == [False, False]  # one for all blocks of the encoder, one for the decoder
@@ -194,8 +196,9 @@ def test_training_goes_on_eagerly_when_a_layer_cannot_be_compiled(
 
     assert losses(tried) == plain
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    # A plan without a measured peak of memory makes its dry step, which decides for itself.
     with pytest.raises(RuntimeError) as failed:
-        losses(plan)  # the dry step decides for itself
+        losses(plan)
     assert cannot_compile(failed.value)
 
 
@@ -219,33 +222,34 @@ def test_compiling_leaves_the_state_and_its_keys_as_they_are() -> None:
 
     step = TrainingStep(plan, objective, CPU)
 
+    # The loss is run by the compiled path, and torch adds "_orig_mod" to keys if a module is
+    # replaced.
     assert step.loss_of.loss is not objective.loss  # type: ignore[union-attr]
-    assert list(objective.module.state_dict()) == before and not [
-        key for key in before if "_orig_mod" in key
-    ]
+    assert list(objective.module.state_dict()) == before
+    assert not [key for key in before if "_orig_mod" in key]
 
 
 def test_nothing_is_compiled_on_a_cpu_by_request_or_if_sharded() -> None:
     plan, cuda = make_plan(), torch.device("cuda")
+
     objective = Autoregressive(plan)
 
     assert run_by(fast_path(plan, CPU), objective.loss) == objective.loss
     assert is_compiled(plan, cuda, sharded=False) and not is_compiled(plan, cuda, sharded=True)
-    assert not is_compiled(
-        Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)}),
-        cuda,
-        sharded=False,
-    )
+    eager = Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)})
+    assert not is_compiled(eager, cuda, sharded=False)
 
 
-def test_failing_to_compile_is_told_from_failing_to_run() -> None:
+def test_failing_to_compile_is_distinguished_from_failing_to_run() -> None:
     def broken(graph: torch.fx.GraphModule, _: object) -> object:
         raise FileNotFoundError("no compiler")
 
     torch._dynamo.reset()
     with pytest.raises(RuntimeError) as failed:
         torch.compile(lambda x: x + 1, backend=broken)(torch.zeros(1))
+
     assert cannot_compile(failed.value)
+    # Both are RuntimeErrors too.
     assert not cannot_compile(torch.OutOfMemoryError("CUDA out of memory"))
     assert not cannot_compile(RuntimeError("shapes"))
 
@@ -263,6 +267,7 @@ def test_every_objective_takes_the_layout_of_a_gpu(plan: Plan) -> None:
 
     after = module.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+    # Without a kernel of a convolution the last line would pass without a check.
     kernels = [p for p in module.parameters() if p.dim() == 5]
     assert kernels
     assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)

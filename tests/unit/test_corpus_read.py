@@ -18,7 +18,8 @@ from nnunet_autoreg.errors import ScanError
 
 
 def noise(shape: tuple[int, ...] = (16, 18, 20), seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(0, 1000, shape).astype(np.int16)
+    values = np.random.default_rng(seed).integers(0, 1000, shape)
+    return values.astype(np.int16)
 
 
 def save(
@@ -44,6 +45,7 @@ def patch(path: Path, *changes: tuple[int, str, tuple[float, ...]]) -> Path:
 
 
 def status_of(path: Path) -> tuple[str, str]:
+    """Return status and reason of a scan that has to be refused."""
     with pytest.raises(ScanError) as caught:
         read.load_scan(path)
     return caught.value.status, str(caught.value)
@@ -52,39 +54,46 @@ def status_of(path: Path) -> tuple[str, str]:
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".hdr"])
 def test_every_format_is_read_in_zyx_order_and_turned_to_ras(tmp_path: Path, ending: str) -> None:
     scan = read.load_scan(save(tmp_path / f"scan{ending}", noise()))
+
+    # SimpleITK writes LPS: in RAS the axes y and x run the other way.
+    expected = noise().astype(np.float32)[None, :, ::-1, ::-1]
     assert scan.spacing_mm == (2.0, 1.0, 1.0)
-    np.testing.assert_array_equal(scan.array_CZYX, noise().astype(np.float32)[None, :, ::-1, ::-1])
+    np.testing.assert_array_equal(scan.array_CZYX, expected)
 
 
 def test_names_with_spaces_and_umlauts_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "Präparat ä ö"
     folder.mkdir()
 
-    assert read.load_scan(save(folder / "Schädel 1 größer.nii.gz", noise())).array_CZYX.shape == (
-        1,
-        16,
-        18,
-        20,
-    )
+    scan = read.load_scan(save(folder / "Schädel 1 größer.nii.gz", noise()))
+
+    assert scan.array_CZYX.shape == (1, 16, 18, 20)
 
 
 def test_a_truncated_gzip_is_noticed_though_itk_fills_it_with_zeros(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii.gz", noise())
     path.write_bytes(path.read_bytes()[:5000])
+
     status, reason = status_of(path)
+
     assert status == "unreadable" and "truncated" in reason
 
 
 def test_a_gzip_of_a_truncated_file_is_noticed(tmp_path: Path) -> None:
+    # The stream is whole and its checksum is right; only the content is too short.
     path = save(tmp_path / "a.nii.gz", noise())
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-100]))
+
     status, reason = status_of(path)
+
+    # A header of 352 bytes and 16 x 18 x 20 voxels of 2 bytes.
     assert status == "unreadable" and "11772 of 11872 bytes" in reason
 
 
 def test_flipped_bytes_in_a_gzip_are_noticed(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii.gz", noise())
     content = bytearray(path.read_bytes())
+    # The last 8 bytes are the checksum (4) and the length (4).
     content[-6] ^= 0xFF
 
     path.write_bytes(bytes(content))
@@ -96,13 +105,17 @@ def test_flipped_bytes_in_a_gzip_are_noticed(tmp_path: Path) -> None:
 def test_truncated_files_of_other_formats_are_noticed(tmp_path: Path, ending: str) -> None:
     path = save(tmp_path / f"a{ending}", noise())
     path.write_bytes(path.read_bytes()[:-3000])
+
     status, reason = status_of(path)
+
     assert status == "unreadable" and "truncated" in reason
 
 
 def test_an_empty_file_is_unreadable(tmp_path: Path) -> None:
-    (tmp_path / "a.nii.gz").write_bytes(b"")
-    assert status_of(tmp_path / "a.nii.gz") == ("unreadable", "the file is empty; copy it again")
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(b"")
+
+    assert status_of(path) == ("unreadable", "the file is empty; copy it again")
 
 
 def test_text_named_as_an_image_is_unreadable(tmp_path: Path) -> None:
@@ -111,7 +124,7 @@ def test_text_named_as_an_image_is_unreadable(tmp_path: Path) -> None:
         assert status_of(tmp_path / name)[0] == "unreadable"
 
 
-def test_a_vanished_file_a_broken_link_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+def test_a_vanished_file_a_broken_link_and_a_folder_are_distinguished(tmp_path: Path) -> None:
     assert "vanished" in status_of(tmp_path / "gone.nii.gz")[1]
 
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
@@ -124,17 +137,21 @@ def test_a_vanished_file_a_broken_link_and_a_folder_are_told_apart(tmp_path: Pat
 def test_a_forbidden_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.nii.gz", noise())
 
+    # A real file without permission would be readable for root, who often runs tests in containers.
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
+
     status, reason = status_of(path)
     assert status == "unreadable" and "permission denied" in reason
 
 
 def test_the_data_file_of_a_header_must_be_there(tmp_path: Path) -> None:
     path = save(tmp_path / "a.mhd", noise())
+    # The .mhd file is a header in text that names the file with the voxels.
     (tmp_path / "a.raw").unlink()
+
     assert "missing" in status_of(path)[1]
 
 
@@ -144,28 +161,32 @@ def test_a_slice_is_not_3d(tmp_path: Path) -> None:
 
 
 def test_a_series_is_4d_but_one_volume_with_a_fourth_axis_is_a_scan(tmp_path: Path) -> None:
-    status, reason = status_of(
-        save(tmp_path / "a.nii.gz", noise((3, 16, 18, 20)).astype(np.float32)),
-    )
+    series = noise((3, 16, 18, 20)).astype(np.float32)
+
+    status, reason = status_of(save(tmp_path / "a.nii.gz", series))
 
     assert status == "4d" and "3 volumes" in reason
 
+    one_volume = noise((1, 16, 18, 20)).astype(np.float32)
     for name in ("b.nii.gz", "b.mha"):
-        scan = read.load_scan(
-            save(tmp_path / name, noise((1, 16, 18, 20)).astype(np.float32), (1.0, 1.0, 2.0, 1.0)),
-        )
+        scan = read.load_scan(save(tmp_path / name, one_volume, (1.0, 1.0, 2.0, 1.0)))
         assert scan.array_CZYX.shape == (1, 16, 18, 20) and scan.spacing_mm == (2.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
 def test_several_values_per_voxel_are_rgb(tmp_path: Path, ending: str) -> None:
     array = np.stack([noise().astype(np.uint8)] * 3, axis=-1)
-    assert status_of(save(tmp_path / f"a{ending}", array, vector=True))[0] == "rgb"
+    path = save(tmp_path / f"a{ending}", array, vector=True)
+
+    assert status_of(path)[0] == "rgb"
 
 
 def test_complex_voxels_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii", noise().astype(np.float64))
-    assert status_of(patch(path, (70, "2h", (32, 64))))[0] == "complex"
+    # Datatype 32 is complex64: two float32 take the 64 bits of the float64 that were written.
+    patch(path, (70, "2h", (32, 64)))
+
+    assert status_of(path)[0] == "complex"
 
 
 def test_nan_and_inf_are_counted(tmp_path: Path) -> None:
@@ -174,6 +195,7 @@ def test_nan_and_inf_are_counted(tmp_path: Path) -> None:
     array[1, 0, 0] = np.inf
     for name in ("a.nii.gz", "b.nii", "c.mha"):
         status, reason = status_of(save(tmp_path / name, array))
+        # Three NaN and one infinite value of 16 x 18 x 20.
         assert status == "nonfinite" and reason.startswith("4 of 5760 voxels")
 
 
@@ -187,19 +209,21 @@ def test_impossible_voxel_sizes_are_noticed_though_itk_replaces_them(
     tmp_path: Path,
     size: float,
 ) -> None:
+    # pixdim[1..3] of NIfTI-1 are at byte 80.
     path = patch(save(tmp_path / "a.nii", noise()), (80, "3f", (size, 1, 2)))
+
     assert status_of(path)[0] == "spacing"
 
 
 def test_a_zero_voxel_size_in_other_formats_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.mha", noise())
-    path.write_bytes(
-        path.read_bytes().replace(b"ElementSpacing = 1 1 2", b"ElementSpacing = 0 1 2"),
-    )
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"ElementSpacing = 1 1 2", b"ElementSpacing = 0 1 2"))
 
     assert status_of(path)[0] == "spacing"
 
 
+# Micrometres instead of millimetres, 60 mm between slices, and slices 40 times as thick as wide.
 @pytest.mark.parametrize("spacing", [(0.001, 0.001, 0.001), (60.0, 1.0, 1.0), (0.5, 0.5, 20.0)])
 def test_wild_voxel_sizes_are_refused(spacing: tuple[float, float, float]) -> None:
     with pytest.raises(ScanError) as caught:
@@ -208,47 +232,54 @@ def test_wild_voxel_sizes_are_refused(spacing: tuple[float, float, float]) -> No
 
 
 def test_ordinary_anisotropy_passes() -> None:
+    # Cine MRI of the heart, and a knee with fine voxels in thick slices (a ratio of 23).
     read.check_spacing((10.0, 1.5, 1.5))
     read.check_spacing((8.0, 0.35, 0.35))
 
 
 def test_sheared_axes_are_refused_in_every_format(tmp_path: Path) -> None:
     nrrd = save(tmp_path / "a.nrrd", noise())
+
     nrrd.write_bytes(nrrd.read_bytes().replace(b"(1,0,0)", b"(1,.5,0)"))
 
     assert status_of(nrrd)[0] == "direction"
 
+    # Two axes of length 1 (0.9^2 + 0.43589^2) that are not at right angles, in the sform at byte
+    # 280. The codes at byte 252 say that only the sform counts.
     rows = [
         (280, "4f", (0.9, 0.43589, 0, 0)),
         (296, "4f", (0.43589, 0.9, 0, 0)),
         (312, "4f", (0, 0, 2, 0)),
     ]
-    only_sform = [(252, "2h", (0, 1)), *rows]
+    nifti = patch(save(tmp_path / "b.nii", noise()), (252, "2h", (0, 1)), *rows)
 
-    assert status_of(patch(save(tmp_path / "b.nii", noise()), *only_sform))[0] == "direction"
+    assert status_of(nifti)[0] == "direction"
 
 
 def test_qform_and_sform_must_agree_unless_the_sform_is_a_registration(
     tmp_path: Path,
 ) -> None:
+    # The sform scales by 3 mm on every axis, the qform has the true 1, 1 and 2 mm.
     rows = [(280, "4f", (3, 0, 0, 0)), (296, "4f", (0, 3, 0, 0)), (312, "4f", (0, 0, 3, 0))]
-    status, reason = status_of(patch(save(tmp_path / "a.nii", noise()), (252, "2h", (1, 1)), *rows))
+    contradicting = patch(save(tmp_path / "a.nii", noise()), (252, "2h", (1, 1)), *rows)
+
+    status, reason = status_of(contradicting)
 
     assert status == "direction" and "1, 1, 2 mm against 3, 3, 3 mm" in reason
 
+    # Code 4 is MNI space: such an sform describes the place in an atlas, not the scan.
     registered = patch(save(tmp_path / "b.nii", noise()), (252, "2h", (1, 4)), *rows)
 
     assert read.load_scan(registered).spacing_mm == (2.0, 1.0, 1.0)
 
 
 def test_few_slices_pass_and_fewer_than_four_do_not(tmp_path: Path) -> None:
-    assert read.load_scan(save(tmp_path / "a.nii.gz", noise((6, 20, 20)))).array_CZYX.shape == (
-        1,
-        6,
-        20,
-        20,
-    )
+    six = read.load_scan(save(tmp_path / "a.nii.gz", noise((6, 20, 20))))
+
+    assert six.array_CZYX.shape == (1, 6, 20, 20)
     assert status_of(save(tmp_path / "b.nii.gz", noise((3, 20, 20))))[0] == "tiny"
+
+    # Sixteen slices, of which two are left after cropping.
 
     nearly_empty = np.zeros((16, 16, 16), np.int16)
     nearly_empty[5:7, 2:12, 2:12] = noise((2, 10, 10)) + 1
@@ -260,29 +291,35 @@ def test_a_volume_beyond_memory_is_refused_with_the_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(read, "memory_bytes", lambda: 8 * 2**30)
+
     read.check_memory((512, 512, 500))
+    # 2^30 voxels at 12 bytes each while a scan is read and turned.
     with refused(ScanError, "scan-huge", "48 GiB", 8):
         read.check_memory((1024, 1024, 1024))
 
 
-def test_a_label_map_is_told_by_few_whole_numbers(tmp_path: Path) -> None:
+def test_a_label_map_is_recognised_by_few_whole_numbers(tmp_path: Path) -> None:
     labels = np.zeros((16, 16, 16), np.uint8)
     labels[4:10, 4:10, 4:10] = 1
+
     assert status_of(save(tmp_path / "a.nii.gz", labels))[0] == "labelmap"
 
 
-def test_a_map_of_many_organs_is_told_by_its_areas(tmp_path: Path) -> None:
-    organs = np.repeat(
-        np.repeat(np.repeat(np.arange(1, 28).reshape(3, 3, 3), 8, 0), 8, 1),
-        8,
-        2,
-    ).astype(np.uint8)
+def test_a_map_of_many_organs_is_recognised_by_its_areas(tmp_path: Path) -> None:
+    # 27 organs, each a cube of 8 voxels: many numbers, but hardly a neighbour differs.
+    organs = np.arange(1, 28, dtype=np.uint8).reshape(3, 3, 3)
+    for axis in range(3):
+        organs = np.repeat(organs, 8, axis)
+
     assert status_of(save(tmp_path / "organs.nii.gz", organs))[0] == "labelmap"
 
 
-def test_an_8_bit_scan_is_no_label_map_whatever_its_name(tmp_path: Path) -> None:
+def test_an_8_bit_scan_is_not_a_label_map_for_any_name(tmp_path: Path) -> None:
     array = (noise() % 120).astype(np.uint8)
-    assert read.load_scan(save(tmp_path / "scan_seg.nii.gz", array)).array_CZYX.max() > 100
+
+    scan = read.load_scan(save(tmp_path / "scan_seg.nii.gz", array))
+
+    assert scan.array_CZYX.max() > 100
 
 
 def test_label_names_are_words_not_parts_of_words() -> None:
@@ -297,13 +334,14 @@ def test_real_scans_pass_and_real_label_maps_do_not(shared_data: Path) -> None:
     assert status_of(shared_data / "nifti" / "example_seg.nii.gz")[0] == "labelmap"
 
 
-def test_what_libraries_print_is_caught_and_both_streams_come_back(
+def test_output_of_libraries_is_caught_and_both_streams_come_back(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with read.quiet_readers() as said:
+    with read.quiet_readers() as caught:
+        # Written to the file descriptors, past Python's own sys.stdout and sys.stderr.
         os.write(2, b"noise from C++\n")
         os.write(1, b"noise from libjpeg\n")
-        assert "noise from C++" in said() and "libjpeg" in said()
+        assert "noise from C++" in caught() and "libjpeg" in caught()
     os.write(2, b"after\n")
     os.write(1, b"result\n")
 
@@ -313,6 +351,9 @@ def test_what_libraries_print_is_caught_and_both_streams_come_back(
 def test_a_nifti_2_header_is_understood(tmp_path: Path) -> None:
     from nnunet_autoreg.io.nifti import parse_header
 
+    # Size of the header, 3 axes of 20 x 18 x 16 voxels, int16, voxel sizes, offset of the voxels,
+    # codes
+    # of qform and sform, and the three rows of the sform.
     head = bytearray(540)
     struct.pack_into("<i", head, 0, 540)
     struct.pack_into("<8q", head, 16, 3, 20, 18, 16, 1, 1, 1, 1)
@@ -321,14 +362,18 @@ def test_a_nifti_2_header_is_understood(tmp_path: Path) -> None:
     struct.pack_into("<q", head, 168, 544)
     struct.pack_into("<2i", head, 344, 1, 1)
     struct.pack_into("<12d", head, 400, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 2, 0)
+
     header = parse_header(bytes(head))
+
     assert (header.dims, header.bits, header.offset) == ((20, 18, 16), 16, 544)
     assert header.pixdim == header.sform_scales == (1.0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+# bitpix repeats what the datatype says already; some programs leave it 0 or wrong.
 @pytest.mark.parametrize("bits", [0, 8, 32])
 def test_the_datatype_counts_and_not_bitpix(tmp_path: Path, bits: int, ending: str) -> None:
+    # Byte 72.
     path = patch(save(tmp_path / "a.nii", noise()), (72, "h", (bits,)))
     if ending == ".nii.gz":
         path = Path(f"{path}.gz")
@@ -336,27 +381,28 @@ def test_the_datatype_counts_and_not_bitpix(tmp_path: Path, bits: int, ending: s
 
     found = read.load_scan(path)
 
-    np.testing.assert_array_equal(
-        found.array_CZYX,
-        read.load_scan(save(tmp_path / "right.nii", noise())).array_CZYX,
-    )
+    right = read.load_scan(save(tmp_path / "right.nii", noise()))
+    np.testing.assert_array_equal(found.array_CZYX, right.array_CZYX)
 
 
+# Zeros are padding of tape archives and of some file systems.
 @pytest.mark.parametrize(
     "rest",
     [b"x", b"garbage at the end of the file", b"\0" * 512, b"\0" * 5 + b"rest"],
 )
-def test_what_follows_a_gzip_stream_is_passed_over(tmp_path: Path, rest: bytes) -> None:
+def test_bytes_after_a_gzip_stream_are_ignored(tmp_path: Path, rest: bytes) -> None:
     path = save(tmp_path / "a.nii.gz", noise())
     path.write_bytes(path.read_bytes() + rest)
 
     found = read.load_scan(path)
 
-    np.testing.assert_array_equal(found.array_CZYX, noise().astype(np.float32)[None, :, ::-1, ::-1])
+    expected = noise().astype(np.float32)[None, :, ::-1, ::-1]
+    np.testing.assert_array_equal(found.array_CZYX, expected)
 
 
 def test_a_truncated_image_with_a_rest_is_still_truncated(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii.gz", noise())
+    # 100 bytes are missing and 4 others follow.
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-100]) + b"rest")
 
     assert status_of(path)[0] == "unreadable"
@@ -400,6 +446,7 @@ def test_an_analyze_image_is_refused_because_its_sides_are_unknown(tmp_path: Pat
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_values_beyond_32_bits_are_called_so(tmp_path: Path) -> None:
+    # 1e40 becomes infinite in float32, whose largest number is 3.4e38.
     status, reason = status_of(save(tmp_path / "a.nii.gz", noise().astype(np.float64) * 1e40))
 
     assert status == "nonfinite" and "too large" in reason

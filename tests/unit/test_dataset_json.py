@@ -37,10 +37,12 @@ def write_image(path: Path, array: np.ndarray) -> Path:
 
 
 def scan(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, 1000, SHAPE).astype(np.int16)
+    values = np.random.default_rng(seed).integers(1, 1000, SHAPE)
+    return values.astype(np.int16)
 
 
 def label_map() -> np.ndarray:
+    """Label 1 in one corner, label 2 in the opposite one."""
     labels = np.zeros(SHAPE, np.uint8)
     labels[:8, :8, :8] = 1
     labels[8:, 8:, 8:] = 2
@@ -48,6 +50,7 @@ def label_map() -> np.ndarray:
 
 
 def describe(folder: Path, **content: object) -> Path:
+    """Write dataset.json of a dataset with one channel and one label, or with other contents."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz", **content}
     (folder / "dataset.json").write_text(json.dumps(content))
@@ -71,7 +74,8 @@ def rows_of(folder: Path) -> tuple[ScanRow, ...]:
 
 
 @pytest.mark.parametrize("key", ["0", "1", "ct"])
-def test_a_channel_has_the_name_at_its_position_whatever_the_key(tmp_path: Path, key: str) -> None:
+def test_a_channel_has_the_name_at_its_position_for_any_key(tmp_path: Path, key: str) -> None:
+
     folder = make_dataset(tmp_path, ["x"], channel_names={key: "CT"})
 
     assert [c.channel for c in usable(folder)] == ["CT"]
@@ -79,6 +83,7 @@ def test_a_channel_has_the_name_at_its_position_whatever_the_key(tmp_path: Path,
 
 
 def test_names_are_taken_in_the_order_of_the_file(tmp_path: Path) -> None:
+    # The keys would give the opposite order; nnU-Net goes by the order in the file.
     folder = make_dataset(tmp_path, ["x"], channel_names={"1": "T1", "0": "CT"})
     write_image(folder / "imagesTr" / "x_0001.nii.gz", scan(9))
 
@@ -94,13 +99,16 @@ def test_file_numbers_that_begin_at_1_are_positions_too(tmp_path: Path) -> None:
 
 
 def listed_dataset(root: Path) -> Path:
+    """Two cases outside nnU-Net's folders, listed with paths that begin with a variable."""
     for number in range(2):
         write_image(root / "store" / f"p{number}.nii.gz", scan(number))
         write_image(root / "store" / f"p{number}_truth.nii.gz", label_map())
-    entries = {
-        f"p{n}": {"images": [f"$MY_SCANS/p{n}.nii.gz"], "label": f"${{MY_SCANS}}/p{n}_truth.nii.gz"}
-        for n in range(2)
-    }
+    entries = {}
+    for n in range(2):
+        entries[f"p{n}"] = {
+            "images": [f"$MY_SCANS/p{n}.nii.gz"],
+            "label": f"${{MY_SCANS}}/p{n}_truth.nii.gz",
+        }
     return describe(root / "Dataset032_Listed", dataset=entries)
 
 
@@ -129,7 +137,7 @@ def test_a_variable_that_is_not_set_is_named(
     assert all("$MY_SCANS" in c.reason and "export" in c.reason for c in found)
 
 
-def test_listed_label_maps_give_places_and_are_no_scans(
+def test_listed_label_maps_give_places_and_are_not_scans(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -139,21 +147,20 @@ def test_listed_label_maps_give_places_and_are_no_scans(
     found = find_scans([], [tmp_path])
     index = index_scans(found, set(), 1, salt="pepper")
     write_index(tmp_path / "scans.csv", index.rows)
+    # Through the file, as a run that is resumed reads it.
     rows = [row for row in read_index(tmp_path / "scans.csv") if row.status == "ok"]
 
-    assert [c.status for c in found if c.path.name.endswith("_truth.nii.gz")] == ["labels"] * 2
-    assert [label_map_of(row) for row in rows] == [
-        tmp_path / "store" / f"p{n}_truth.nii.gz" for n in range(2)
-    ]
+    truths = [tmp_path / "store" / f"p{n}_truth.nii.gz" for n in range(2)]
+    assert [c.status for c in found if c.path in truths] == ["labels"] * 2
+    assert [label_map_of(row) for row in rows] == truths
     assert {place.structure for place in locations_of_labels(rows, 1)} == {"Dataset032: a, MRI"}
+    # Label 2 of the map is not named in dataset.json: unknown (-1).
     assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {-1, 0, 1}
 
 
-def test_a_listed_file_that_is_missing_is_said_to_be(tmp_path: Path) -> None:
-    folder = describe(
-        tmp_path / "Dataset033_Gone",
-        dataset={"p": {"images": ["gone.nii.gz"], "label": "l.nii.gz"}},
-    )
+def test_a_listed_file_that_is_missing_is_reported(tmp_path: Path) -> None:
+    listed = {"p": {"images": ["gone.nii.gz"], "label": "l.nii.gz"}}
+    folder = describe(tmp_path / "Dataset033_Gone", dataset=listed)
 
     (found,) = find_scans([], [folder])
 
@@ -161,8 +168,10 @@ def test_a_listed_file_that_is_missing_is_said_to_be(tmp_path: Path) -> None:
 
 
 def test_case_ids_with_dots_keep_their_label_maps_and_boxes(tmp_path: Path) -> None:
+    # Instance UIDs as case ids: what follows a dot is not an ending of the file.
     cases = [f"1.3.6.1.4.1.{n}" for n in (100, 101)]
     rows = rows_of(make_dataset(tmp_path, cases))
+    # The second row names no scan: "1" must not be found as the beginning of "1.3.6...".
     (tmp_path / "boxes.csv").write_text(
         "scan,class,zmin,ymin,xmin,zmax,ymax,xmax\n"
         f"{cases[0]}_0000,a,1,1,1,3,3,3\n"
@@ -177,21 +186,21 @@ def test_case_ids_with_dots_keep_their_label_maps_and_boxes(tmp_path: Path) -> N
 
 
 def test_a_value_of_regions_is_named_by_its_smallest_region() -> None:
+    # Value 3 belongs to three regions, of which "active" has the fewest values. "ignore" is not a
+    # structure.
     regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": [3], "ignore": 4}
 
     assert structures_of(regions) == {1: "whole", 2: "core", 3: "active"}
+    # A label may be a string; a region of values that have labels of their own adds nothing.
     assert structures_of({"background": 0, "a": 1, "b": "2", "both": [1, 2]}) == {1: "a", 2: "b"}
+    # Entries of other types are passed over.
     assert structures_of({"background": 0, "odd": {"x": 1}, "a": 1}) == {1: "a"}
     assert structures_of(["a"]) == {}
 
 
 def test_regions_serve_places_and_probe(tmp_path: Path) -> None:
-    folder = make_dataset(
-        tmp_path,
-        ["x", "y"],
-        labels={"background": 0, "whole": [1, 2], "core": [2]},
-        regions_class_order=[1, 2],
-    )
+    labels = {"background": 0, "whole": [1, 2], "core": [2]}
+    folder = make_dataset(tmp_path, ["x", "y"], labels=labels, regions_class_order=[1, 2])
     rows = rows_of(folder)
 
     names = {place.structure for place in locations_of_labels(rows, 1)}
@@ -200,11 +209,12 @@ def test_regions_serve_places_and_probe(tmp_path: Path) -> None:
     assert set(np.unique(stored_labels(rows[0], SHAPE)).tolist()) == {0, 1, 2}
 
 
+# Damaged, a list, channels without numbers, a listed case without files.
 @pytest.mark.parametrize(
     "content",
     ["{", "[]", '{"channel_names": ["CT"]}', '{"dataset": {"p": 3}}'],
 )
-def test_what_is_no_dataset_json_is_refused_by_name(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_dataset_json_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset.json").write_text(content)
 
     with pytest.raises(UsageError) as refused:
@@ -223,10 +233,12 @@ class Stored:
         start: tuple[int, ...],
         size: tuple[int, ...],
     ) -> tuple[np.ndarray, np.ndarray]:
-        return np.random.default_rng(0).normal(size=size).astype(np.float32), np.ones(size, bool)
+        voxels = np.random.default_rng(0).normal(size=size).astype(np.float32)
+        return voxels, np.ones(size, bool)
 
 
 def crops_of(folder: Path) -> list[LabelledCrop]:
+    """Return the labelled crops of the probe; the first scan is held out for validation."""
     rows = rows_of(folder)
     plan = SimpleNamespace(
         data=SimpleNamespace(salt_free=True),
@@ -234,12 +246,8 @@ def crops_of(folder: Path) -> list[LabelledCrop]:
         sequence=SimpleNamespace(crop_size_vox=(16, 16, 16)),
         encoder=SimpleNamespace(token_size_vox=(4, 4, 4)),
     )
-    return labelled_crops(
-        cast(Any, plan),
-        rows,
-        cast(Any, {row.id: Stored() for row in rows}),
-        {rows[0].id},
-    )
+    cases = {row.id: Stored() for row in rows}
+    return labelled_crops(cast(Any, plan), rows, cast(Any, cases), {rows[0].id})
 
 
 def test_the_probe_works_for_regions_and_for_case_ids_with_dots(tmp_path: Path) -> None:
@@ -256,11 +264,8 @@ def test_a_probe_that_could_never_give_a_result_is_left_out_with_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     # The labels name none of the values of the label maps.
-    folder = make_dataset(
-        tmp_path,
-        [f"c{n}" for n in range(4)],
-        labels={"background": 0, "other": 7},
-    )
+    labels = {"background": 0, "other": 7}
+    folder = make_dataset(tmp_path, [f"c{n}" for n in range(4)], labels=labels)
 
     assert crops_of(folder) == []
     assert [r.levelname for r in caplog.records if "probe" in r.getMessage()] == ["WARNING"]

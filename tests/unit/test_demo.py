@@ -37,6 +37,7 @@ def test_as_many_commands_run_as_are_announced(quiet_scans, monkeypatch, tmp_pat
     (tmp_path / "out").mkdir()
     one = demo.Demo(tmp_path / "out", "cpu")
 
+    # Only the files that later steps read are written.
     def run(line, environment, handle):
         if "nnUNetv2_evaluate_folder" in line[0]:
             path = line[line.index("-o") + 1]
@@ -44,7 +45,8 @@ def test_as_many_commands_run_as_are_announced(quiet_scans, monkeypatch, tmp_pat
         if "autoreg_probe" in line[0]:
             folder = demo.Path(line[line.index("-o") + 1])
             folder.mkdir()
-            (folder / "probe.jsonl").write_text("\n".join(map(json.dumps, probe_lines())))
+            lines = [json.dumps(line) for line in probe_lines()]
+            (folder / "probe.jsonl").write_text("\n".join(lines))
         return 0
 
     monkeypatch.setattr(demo, "run_guarded", run)
@@ -56,20 +58,26 @@ def test_as_many_commands_run_as_are_announced(quiet_scans, monkeypatch, tmp_pat
     assert features.gain.mean == pytest.approx(0.2)
     assert one.num_done == demo.NUM_STEPS
     shown = capsys.readouterr().out
+    # The last line of progress counts to the number that was announced.
     assert f"step {demo.NUM_STEPS} of {demo.NUM_STEPS}: " in shown
     pretraining = next(line for line in shown.splitlines() if "$ autoreg_pretrain" in line)
     assert "--encoder" not in pretraining
 
 
 def test_the_probe_is_read_draw_by_draw_over_the_seeds():
+
     features = demo.read_probe(probe_lines())
 
+    # 0.1 for draw 0 and 1.1 for draw 1. The two random networks have 0.4 and 0.6, on average 0.5.
     assert features.raw_voxels == pytest.approx([0.1, 1.1])
     assert features.random == pytest.approx([0.5, 1.5])
+    # The set of levels that holds all levels counts: 0.5 + 0.2.
     assert features.pretrained == pytest.approx([0.7, 1.7])
     assert features.gain.low == pytest.approx(0.2)
 
 
+# A signal may reach the demo itself or the command that it runs, which then ends with the code of
+# an interruption.
 @pytest.mark.parametrize("is_child", [False, True], ids=["the demo", "its command"])
 def test_an_interruption_names_the_step_and_what_remains(
     quiet_scans,
@@ -92,6 +100,7 @@ def test_an_interruption_names_the_step_and_what_remains(
 
     assert code == InterruptedRunError.exit_code
     message = capsys.readouterr().err
+    # What was made so far is listed with its size; what is not there is not listed.
     values = (f"step 1 of {demo.NUM_STEPS}", str(folder), "unlabelled (", ", demo.log (")
     assert [value for value in values if value not in message] == []
     assert "nnUNet_raw" not in message
@@ -101,6 +110,7 @@ def test_the_progress_of_a_step_is_shown_while_it_runs(quiet_scans, monkeypatch,
     monkeypatch.setattr(demo, "PROGRESS_EVERY_S", 0.01)
 
     def run(line, environment, handle):
+        # Waits until the line is shown; if it is never shown, the test does not end.
         shown = ""
         for number in (1, 2):
             handle.write(f"training, step {number} of 2\n")

@@ -34,6 +34,7 @@ def scan(number: int, patient: str | None = None) -> ProbeCase:
     labels = np.zeros(SHAPE, np.int16)
     labels[1:5, 2:8, 2 + number % 3 : 9] = 1
     labels[6:9, 3:11, 3:12] = 2
+    # Background 0, and 1 and -1 for the two structures, with noise of 0.05: easy to separate.
     intensity = np.array([0.0, 1.0, -1.0])[labels]
     image = intensity + 0.05 * generator.normal(size=SHAPE)
     return ProbeCase(
@@ -64,6 +65,7 @@ def test_features_of_noise_score_far_less() -> None:
     pool, scored = [scan(n) for n in range(4)], [scan(7)]
 
     def noise(image: np.ndarray) -> list[torch.Tensor]:
+        # Noise that differs between scans and is the same for one scan.
         seed = int(1e4 * abs(float(image[0, 0, 0])))
         return [torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(seed))]
 
@@ -73,13 +75,9 @@ def test_features_of_noise_score_far_less() -> None:
 def test_the_same_call_gives_the_same_figures() -> None:
     pool, scored = [scan(n) for n in range(4)], [scan(7)]
 
-    assert dense_probe(intensities, pool, scored, 3, SETTINGS) == dense_probe(
-        intensities,
-        pool,
-        scored,
-        3,
-        SETTINGS,
-    )
+    first, again = (dense_probe(intensities, pool, scored, 3, SETTINGS) for _ in range(2))
+
+    assert first == again
 
 
 def test_each_scan_passes_through_the_network_once() -> None:
@@ -92,12 +90,14 @@ def test_each_scan_passes_through_the_network_once() -> None:
 
     dense_probe(counted, pool, scored, 3, ProbeSettings((1, 3), 3, 40))
 
+    # Three scans of the pool and one that is scored, whatever the number of draws and labels.
     assert len(seen) == len(set(seen)) == 4
 
 
 def test_sampled_features_are_those_of_the_upsampled_map() -> None:
     features = torch.randn(3, 4, 5, 7)
     upsampled = functional.interpolate(features[None], size=(8, 15, 14), mode="trilinear")[0]
+    # Two opposite corners, and voxels between the points of the map (4 x 5 x 7).
     coordinates = np.array([[0, 0, 0], [7, 14, 13], [3, 8, 6], [5, 1, 12]])
 
     found = values_at(features, coordinates, (8, 15, 14))
@@ -107,14 +107,18 @@ def test_sampled_features_are_those_of_the_upsampled_map() -> None:
 
 
 def test_logits_made_before_upsampling_are_those_made_after() -> None:
+    # Linear layers and interpolation commute, so few logits are upsampled instead of many features.
     maps = [torch.randn(3, 8, 8, 8), torch.randn(5, 4, 4, 4), torch.randn(2, 4, 4, 4)]
     classifier = LinearClassifier(torch.randn(10, 4), torch.randn(4))
     upsampled = [functional.interpolate(m[None], size=(8, 8, 8), mode="trilinear")[0] for m in maps]
     features = torch.cat(upsampled).flatten(1).T
+    logits = features @ classifier.slopes + classifier.offsets
+    expected = logits.argmax(1).reshape(8, 8, 8)
 
-    expected = (features @ classifier.slopes + classifier.offsets).argmax(1).reshape(8, 8, 8)
+    # The image has 6 x 8 x 7 voxels, which was padded to 8 x 8 x 8 for the network.
+    found = predict(maps, classifier, (8, 8, 8), (6, 8, 7))
 
-    assert torch.equal(predict(maps, classifier, (8, 8, 8), (6, 8, 7)), expected[:6, :, :7])
+    assert torch.equal(found, expected[:6, :, :7])
 
 
 def test_a_network_that_wants_larger_shapes_gets_them() -> None:
@@ -125,33 +129,25 @@ def test_a_network_that_wants_larger_shapes_gets_them() -> None:
         shapes.add(image.shape)
         return intensities(image)
 
-    results = dense_probe(
-        noted,
-        pool,
-        scored,
-        3,
-        SETTINGS,
-        input_shape=lambda shape: round_up(shape, (8, 8, 8)),
-    )
+    def padded(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return round_up(shape, (8, 8, 8))
 
+    results = dense_probe(noted, pool, scored, 3, SETTINGS, input_shape=padded)
+
+    # 10, 12 and 14 are rounded up to multiples of 8.
     assert shapes == {(16, 16, 16)}
     assert results[0].dice > 0.98
 
 
-def test_sets_of_levels_are_scored_apart() -> None:
+def test_sets_of_levels_are_scored_separately() -> None:
     pool, scored = [scan(n) for n in range(3)], [scan(7)]
 
+    # The first level knows nothing, the second everything.
     def two_levels(image: np.ndarray) -> list[torch.Tensor]:
         return [torch.zeros(1, *SHAPE), torch.from_numpy(image)[None]]
 
-    results = dense_probe(
-        two_levels,
-        pool,
-        scored,
-        3,
-        SETTINGS,
-        {"first": [0], "second": [1], "both": [0, 1]},
-    )
+    sets = {"first": [0], "second": [1], "both": [0, 1]}
+    results = dense_probe(two_levels, pool, scored, 3, SETTINGS, sets)
 
     dice = {result.levels: result.dice for result in results}
     assert dice["second"] > 0.98
@@ -159,24 +155,23 @@ def test_sets_of_levels_are_scored_apart() -> None:
     assert dice["first"] < 0.5
 
 
-def test_samples_hold_every_class_and_stand_for_all_voxels() -> None:
+def test_samples_hold_every_class_and_represent_all_voxels() -> None:
     case = scan(0)
 
-    sample = sample_voxels(
-        case,
-        intensities(case.image),
-        SHAPE,
-        3,
-        ProbeSettings(voxels_per_class=20),
-    )
+    settings = ProbeSettings(voxels_per_class=20)
 
+    sample = sample_voxels(case, intensities(case.image), SHAPE, 3, settings)
+
+    # At most 20 voxels per structure and 8 times this number of the background.
     assert torch.bincount(sample.labels).tolist() == [160, 20, 20]
+    # The weights of a class add up to the number of its voxels in the scan.
     sizes = [float(sample.weights[sample.labels == label].sum()) for label in range(3)]
     assert sizes == pytest.approx(np.bincount(case.labels.reshape(-1)).tolist(), rel=1e-5)
 
 
 def test_a_structure_that_no_labelled_scan_holds_is_not_predicted() -> None:
     case = scan(0)
+    # Five classes are known, of which the scan has 0, 1 and 2.
     sample = sample_voxels(case, intensities(case.image), SHAPE, 5, SETTINGS)
 
     classifier = fit([sample], [0], 5, SETTINGS)
@@ -191,7 +186,10 @@ def test_labelled_sets_hold_whole_patients_and_are_nested() -> None:
 
     sets = labelled_sets(pool, ProbeSettings((1, 3), 4))
 
-    assert all(len(sets[1, draw]) == 2 and len(sets[3, draw]) == 6 for draw in range(4))
+    # One and three patients with two scans each.
+    for draw in range(4):
+        assert len(sets[1, draw]) == 2 and len(sets[3, draw]) == 6
+
     large_sets = set()
     for draw in range(4):
         small = {case.name for case in sets[1, draw]}
@@ -201,15 +199,19 @@ def test_labelled_sets_hold_whole_patients_and_are_nested() -> None:
     assert len(large_sets) > 1
 
 
-def test_dice_is_counted_by_hand_and_missing_where_nothing_is() -> None:
+def test_dice_equals_a_count_by_hand_and_is_missing_without_voxels() -> None:
     truth = np.array([[[0, 1, 1, 2]]])
     predicted = np.array([[[1, 1, 1, 0]]])
 
+    # Label 1: 2 voxels of truth and 3 predicted, 2 in common. Labels 3 and 4 are in neither.
     assert dice_of_labels(truth, predicted, 5) == {1: 2 * 2 / 5, 2: 0.0}
 
 
 def test_scans_of_a_patient_are_averaged_before_patients_are() -> None:
-    assert mean_of_each([{1: 0.2, 2: 0.5}, {1: 0.6}]) == {1: pytest.approx(0.4), 2: 0.5}
+    # Label 1: (0.2 + 0.6) / 2. Label 2 is in one scan only.
+    found = mean_of_each([{1: 0.2, 2: 0.5}, {1: 0.6}])
+
+    assert found == {1: pytest.approx(0.4), 2: 0.5}
 
 
 def test_raw_voxels_are_the_image_and_its_means() -> None:
@@ -217,6 +219,7 @@ def test_raw_voxels_are_the_image_and_its_means() -> None:
 
     maps = raw_voxels(image, 3)
 
+    # The image, its means over 2^3 voxels, and those over 4^3.
     assert [tuple(m.shape) for m in maps] == [(1, 4, 4, 4), (1, 2, 2, 2), (1, 1, 1, 1)]
     assert float(maps[1][0, 0, 0, 0]) == image[:2, :2, :2].mean()
     assert math.isclose(float(maps[2]), image.mean())
@@ -231,7 +234,7 @@ def test_raw_voxels_are_the_image_and_its_means() -> None:
     ],
     ids=["a patient on both sides", "a label too many", "too few patients"],
 )
-def test_what_cannot_be_probed_is_refused(
+def test_requests_that_cannot_be_probed_are_refused(
     pool: list[ProbeCase],
     scored: list[ProbeCase],
     num_classes: int,

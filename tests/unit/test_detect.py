@@ -97,7 +97,7 @@ def take_nrrd(model: Path) -> None:
     (model / "dataset.json").write_text(json.dumps({**data, "file_ending": ".nrrd"}))
 
 
-def test_the_same_line_goes_on_and_every_file_is_there(
+def test_the_same_line_continues_and_every_file_is_there(
     run: Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -121,7 +121,7 @@ def test_the_same_line_goes_on_and_every_file_is_there(
         assert {row["seriesuid"] for row in csv.DictReader(handle)} == {"a", "b"}
 
 
-def test_results_of_another_model_are_not_gone_on_with(
+def test_results_of_another_model_are_not_continued(
     run: Run,
     results: Path,
     tmp_path: Path,
@@ -152,7 +152,7 @@ def test_results_of_another_model_are_not_gone_on_with(
     assert run("--overwrite") == 0 and found(tmp_path / "out")["model"]["sha256"] != model["sha256"]
 
 
-def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
+def test_results_of_another_input_of_the_same_name_are_not_continued(
     run: Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -175,7 +175,7 @@ def test_results_of_another_input_of_the_same_name_are_not_gone_on_with(
     assert run() == 0 and "1 of 2" in capsys.readouterr().out
 
 
-def test_what_is_to_be_drawn_in_another_way_is_done_again(
+def test_results_drawn_in_another_way_are_made_again(
     run: Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -383,7 +383,7 @@ def test_a_configuration_may_inherit_its_detector(run: Run, results: Path, tmp_p
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_scan_with_voxels_that_are_no_numbers_is_left_out(
+def test_a_scan_with_nan_or_infinite_voxels_is_left_out(
     value: float,
     run: Run,
     results: Path,
@@ -403,7 +403,7 @@ def test_a_scan_with_voxels_that_are_no_numbers_is_left_out(
     assert not (tmp_path / "out" / "b.json").exists() and found(tmp_path / "out")["boxes"]
 
 
-def test_a_network_whose_scores_are_no_numbers_stops_the_run(
+def test_a_network_with_nan_scores_stops_the_run(
     run: Run,
     results: Path,
     tmp_path: Path,
@@ -430,7 +430,7 @@ class Diverged(torch.nn.Module):
         )
 
 
-def test_boxes_that_are_no_numbers_stop_too() -> None:
+def test_infinite_boxes_stop_the_run_too() -> None:
     from tiny_detector import ANCHORS
 
     network: Any = Diverged()
@@ -440,7 +440,7 @@ def test_boxes_that_are_no_numbers_stop_too() -> None:
         detector.candidates(torch.zeros(1, 8, 8, 8))
 
 
-def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
+def test_unreadable_scans_are_left_out_and_the_rest_continues(
     run: Run,
     results: Path,
     tmp_path: Path,
@@ -545,7 +545,7 @@ def test_a_gpu_computes_in_the_precision_that_training_had(monkeypatch: pytest.M
         assert half_precision(torch.device("cuda")) is kind
 
 
-def test_the_smallest_box_that_is_one_survives_being_written_and_read(tmp_path: Path) -> None:
+def test_the_smallest_allowed_box_survives_being_written_and_read(tmp_path: Path) -> None:
     frame = frame_of_affine(np.eye(4), (8, 8, 8))
     boxes = []
     for low in np.linspace(0, 7.98, 400).tolist():
@@ -558,7 +558,7 @@ def test_the_smallest_box_that_is_one_survives_being_written_and_read(tmp_path: 
     assert len(read_scan_file(tmp_path / "s.json").boxes) == 400
 
 
-def test_going_on_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> None:
+def test_continuing_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> None:
     frame = frame_of_affine(np.eye(4), (8, 8, 8))
     settings = {"filled": False, "instances": True}
     boxes = [Detection((0, 0, 0, 4, 4, 4), 1, "solid", 0.9)] * 50

@@ -219,7 +219,7 @@ def test_scans_that_are_not_named_as_cases_are_left_out_with_a_warning(
     assert [s.name for s in find(tmp_path, ".nii.gz", 2)] == ["a"] and not caplog.text
 
 
-def test_results_of_an_earlier_run_below_the_scans_are_no_scans(
+def test_results_of_an_earlier_run_below_the_scans_are_not_scans(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -325,7 +325,7 @@ def test_boxes_become_ellipsoids_of_their_label_in_the_image(boxed: Path) -> Non
     assert write_box_labels(boxed) == []
 
 
-def test_boxes_that_training_leaves_out_are_left_undrawn(boxed: Path) -> None:
+def test_boxes_that_training_leaves_out_are_not_drawn(boxed: Path) -> None:
     import SimpleITK
 
     described = json.loads((boxed / "dataset.json").read_text())
@@ -355,7 +355,7 @@ def test_boxes_that_training_leaves_out_are_left_undrawn(boxed: Path) -> None:
     assert a.max() == 0 and b[0, 0, 0] == 0 and b[2:4, 2:4, 2:4].min() == 1 and b.sum() == 8
 
 
-def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(
+def test_a_label_map_that_is_not_whole_yet_is_not_counted(
     boxed: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -389,7 +389,7 @@ def test_a_label_map_that_is_not_whole_yet_is_taken_for_none(
     assert labelled_cases(boxed / "labelsTr", ".nii.gz") == ["a", "b"]
 
 
-def test_pretraining_on_boxes_alone_says_that_label_maps_come_first(
+def test_pretraining_on_boxes_only_says_that_label_maps_come_first(
     boxed: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

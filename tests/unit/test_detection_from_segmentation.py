@@ -149,7 +149,7 @@ def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
     assert scores["froc"]["cpm"]["mean"] == 1.0 and scores["ap"]["0.5"]["mean"] == 1.0
 
 
-def test_what_is_missing_for_a_segmentation_is_refused(predicted: Path, tmp_path: Path) -> None:
+def test_missing_inputs_for_a_segmentation_are_refused(predicted: Path, tmp_path: Path) -> None:
     def run(*changes: str) -> None:
         main.__wrapped__(["-o", str(tmp_path / "out"), *changes])
 
@@ -241,7 +241,7 @@ def test_probabilities_whose_writing_was_cut_off_stop_nothing(
     assert (tmp_path / "out" / "case_1.json").is_file()
 
 
-def test_probabilities_that_are_no_numbers_stop_nothing(
+def test_nan_probabilities_stop_nothing(
     predicted: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -255,7 +255,7 @@ def test_probabilities_that_are_no_numbers_stop_nothing(
     assert (tmp_path / "out" / "case_1.json").is_file()
 
 
-def test_the_same_line_goes_on_unless_its_input_or_a_rule_has_changed(
+def test_the_same_line_continues_unless_its_input_or_a_rule_has_changed(
     predicted: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -35,7 +35,7 @@ def test_boxes_come_back_through_resampling_crop_and_transpose_by_hand():
     assert way.to_preprocessed(back).tolist() == [[2, 10, 3, 4, 20, 7]]
 
 
-def test_whole_images_map_to_whole_images_whatever_the_rounding():
+def test_whole_images_map_to_whole_images_for_any_rounding():
     way = Preprocessing((33, 7, 11), (10, 21, 13), (0, 0, 0))
 
     assert way.to_original([[0, 0, 0, 33, 7, 11]])[0] == pytest.approx([0, 0, 0, 10, 21, 13])
