@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> float:
     from torch.distributed import TCPStore
 
     from nnunet_autoreg.objectives.registry import build_objective
-    from nnunet_autoreg.pretrain.distributed import ALONE, device_of, join, leave
+    from nnunet_autoreg.pretrain.distributed import SINGLE_PROCESS, device_of, join, leave
     from nnunet_autoreg.pretrain.trainer import Trainer
 
     size, rank = args.size, args.rank
@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> float:
     device = (
         torch.device(args.device, rank) if args.device == "cuda" else device_of(args.device, rank)
     )
-    world = ALONE
+    world = SINGLE_PROCESS
     if size > 1:
         world = join(
             TCPStore("127.0.0.1", args.port, size, rank == 0, timeout=timedelta(minutes=5)),

@@ -43,7 +43,7 @@ from nnunet_autoreg.objectives.base import Objective
 from nnunet_autoreg.phases import phase
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.pretrain.distributed import (
-    ALONE,
+    SINGLE_PROCESS,
     World,
     deferred,
     full_tensors,
@@ -183,7 +183,7 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     guard: LossSpikeGuard,
     progress: Progress,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Return the whole state of a training, with full tensors even if they are sharded.
 
@@ -203,7 +203,7 @@ def snapshot(
     }
 
 
-def measure_pool(objective: Objective, pool: SamplingPool, world: World = ALONE) -> None:
+def measure_pool(objective: Objective, pool: SamplingPool, world: World = SINGLE_PROCESS) -> None:
     """Set the values that the objective measures on the pool, before a run's first step.
 
     The main process measures them for all processes. Checkpoints contain them.
@@ -234,7 +234,7 @@ def restore(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     guard: LossSpikeGuard,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Progress:
     """Restore a snapshot in all processes at once; return the progress of the training.
 
@@ -263,7 +263,7 @@ def restore_weights(
     content: Mapping[str, Any],
     objective: Objective,
     optimizer: torch.optim.Optimizer,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> None:
     """Restore only weights, the objective's extra state and the optimizer, for a roll-back.
 
@@ -354,7 +354,7 @@ class Checkpoints:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         guard: LossSpikeGuard,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ):
         self.plan = plan
         self.folder = folder

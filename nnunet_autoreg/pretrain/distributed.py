@@ -155,7 +155,8 @@ class World:
         return values
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
+"""A run in one process, which has nobody to exchange values with."""
 
 
 def join(store: Any, rank: int, size: int, device: torch.device) -> World:
@@ -183,7 +184,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def device_of(device: str, local_rank: int, world: World = ALONE) -> torch.device:
+def device_of(device: str, local_rank: int, world: World = SINGLE_PROCESS) -> torch.device:
     """Return the device of this process; a single process uses the current device."""
     if device == "cuda" and world.size > 1:
         return torch.device(device, local_rank)

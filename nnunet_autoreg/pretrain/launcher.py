@@ -273,7 +273,7 @@ class Launcher:
             LostProcessError: another process died or failed.
         """
         from nnunet_autoreg.pretrain.distributed import (
-            ALONE,
+            SINGLE_PROCESS,
             device_of,
             is_lost_peer,
             join,
@@ -282,14 +282,14 @@ class Launcher:
         )
 
         if self.launch.size == 1:
-            yield ALONE
+            yield SINGLE_PROCESS
             return
 
         share_cores(self.launch.local_size)
         self.has_started = True
         self.store.set(GO, TRAIN)
         try:
-            together = replace(ALONE, size=self.launch.size)
+            together = replace(SINGLE_PROCESS, size=self.launch.size)
             device = device_of(self.device, self.launch.local_rank, together)
             yield join(self.store, 0, self.launch.size, device)
             leave()
@@ -350,7 +350,7 @@ def wait_and_train(launch: Launch, device: str) -> int:
         return int(code)
 
     from nnunet_autoreg.pretrain.distributed import (
-        ALONE,
+        SINGLE_PROCESS,
         device_of,
         is_lost_peer,
         join,
@@ -365,7 +365,7 @@ def wait_and_train(launch: Launch, device: str) -> int:
     # tqdm's own lock is a semaphore of the system, which a killed process would leave behind.
     tqdm.set_lock(threading.RLock())
     try:
-        together = replace(ALONE, rank=launch.rank, size=launch.size)
+        together = replace(SINGLE_PROCESS, rank=launch.rank, size=launch.size)
         own_device = device_of(device, launch.local_rank, together)
         world = join(store, launch.rank, launch.size, own_device)
         run_worker(world, launch.local_rank)

@@ -36,7 +36,7 @@ from nnunet_autoreg.pretrain.data import (
     validation_batches,
 )
 from nnunet_autoreg.pretrain.distributed import (
-    ALONE,
+    SINGLE_PROCESS,
     World,
     device_of,
     is_sharded,
@@ -88,7 +88,7 @@ class Trainer:
         device: torch.device,
         num_workers: int,
         probe: Sequence[LabelledCrop] = (),
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ):
         self.plan = plan
         self.folder = folder
@@ -352,7 +352,7 @@ class TrainingJob:
     num_local: int = 1
 
 
-def build_trainer(job: TrainingJob, world: World = ALONE, local_rank: int = 0) -> Trainer:
+def build_trainer(job: TrainingJob, world: World = SINGLE_PROCESS, local_rank: int = 0) -> Trainer:
     """Return the trainer of a fresh network, which is the same in all processes."""
     plan = job.plan
     torch.manual_seed(plan.run.seed)

@@ -34,7 +34,7 @@ from nnunet_autoreg.objectives.base import LossTerms, Objective
 from nnunet_autoreg.plan import OptimPlan, Plan, RunPlan
 from nnunet_autoreg.pretrain.data import micro_batches
 from nnunet_autoreg.pretrain.distributed import (
-    ALONE,
+    SINGLE_PROCESS,
     World,
     gradient_sync,
     parallelise,
@@ -133,7 +133,7 @@ class TrainingStep:
         plan: Plan,
         objective: Objective,
         device: torch.device,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
         sharded: bool = False,
     ):
         self.plan = plan

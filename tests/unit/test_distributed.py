@@ -40,7 +40,7 @@ from nnunet_autoreg.plan import (
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.pretrain.checkpointing import restore, shareable, snapshot
 from nnunet_autoreg.pretrain.distributed import (
-    ALONE,
+    SINGLE_PROCESS,
     DeferredTensor,
     World,
     is_lost_peer,
@@ -355,7 +355,7 @@ def alone() -> dict[int, dict[str, Any]]:
 
 
 def run_alone(batch_size: int) -> dict[str, Any]:
-    trainer = trainer_in(ALONE, None, "none", batch_size)
+    trainer = trainer_in(SINGLE_PROCESS, None, "none", batch_size)
     losses = trained(trainer)
     state = state_of(trainer)
     kept = {
@@ -471,7 +471,7 @@ def test_what_two_processes_save_one_goes_on_from(
     way: str,
 ) -> None:
     one = alone[WAYS[way][2]]
-    trainer = trainer_in(ALONE, None, "none", WAYS[way][2])
+    trainer = trainer_in(SINGLE_PROCESS, None, "none", WAYS[way][2])
     restore(two[way]["state"], trainer.objective, trainer.optimizer, trainer.guard)
 
     assert trained(trainer, STEPS, STEPS + 2) == pytest.approx(one["next"], rel=1e-4)
@@ -537,7 +537,7 @@ def test_shareable_content_is_sent_without_weights_but_whole_alone(
         and received["step"] == STEPS
     )
 
-    trainer = trainer_in(ALONE, None, "none", 6)
+    trainer = trainer_in(SINGLE_PROCESS, None, "none", 6)
     restore(shareable(start), trainer.objective, trainer.optimizer, trainer.guard)
     assert_same(state_of(trainer)["network_weights"], start["network_weights"])
 
@@ -551,7 +551,12 @@ def test_every_process_has_its_own_generators_in_the_checkpoint(
 
 def test_what_processes_say_to_each_other(two: dict[str, Any]) -> None:
     assert (two["shared"], two["gathered"], two["any"]) == ("of 0", [0, 1], (True, False))
-    assert (ALONE.share("x"), ALONE.gather(3), ALONE.any(True), ALONE.is_main) == (
+    assert (
+        SINGLE_PROCESS.share("x"),
+        SINGLE_PROCESS.gather(3),
+        SINGLE_PROCESS.any(True),
+        SINGLE_PROCESS.is_main,
+    ) == (
         "x",
         [3],
         True,
@@ -572,7 +577,7 @@ def test_alice_has_one_teacher_in_all_processes_and_that_of_one(
     way: str,
 ) -> None:
     network, _, sharding, batch_size = ALICE_WAYS[way]
-    alone = alice_in(ALONE, network, None, "none", batch_size)
+    alone = alice_in(SINGLE_PROCESS, network, None, "none", batch_size)
     losses = trained(alone)
     expected = alone.objective.extra_state()
 
@@ -601,7 +606,7 @@ def test_joint_clusters_have_one_bank_in_all_processes_and_that_of_one(
     way: str,
 ) -> None:
     _, sharding, batch_size = JOINT_WAYS[way]
-    alone = joint_in(ALONE, None, "none", batch_size)
+    alone = joint_in(SINGLE_PROCESS, None, "none", batch_size)
     losses = trained(alone)
     expected = alone.objective.extra_state()
 

@@ -36,6 +36,7 @@ from nnunet_autoreg.pretrain.checkpointing import (
     snapshot,
 )
 from nnunet_autoreg.pretrain.data import StepBatches, micro_batches, training_batches
+from nnunet_autoreg.pretrain.distributed import SINGLE_PROCESS
 from nnunet_autoreg.pretrain.dry_run import plan_memory
 from nnunet_autoreg.pretrain.trainer import Trainer
 from nnunet_autoreg.pretrain.training_step import TrainingStep
@@ -357,23 +358,13 @@ def test_t4_the_bank_holds_each_case_at_its_own_place() -> None:
     batch = batch_of(plan)
     assert batch.case_ids is not None
 
-    objective.after_step(0, ALONE, objective.loss(batch).statistics)
+    objective.after_step(0, SINGLE_PROCESS, objective.loss(batch).statistics)
 
     known = objective.state.volume_known.nonzero()[:, 0].tolist()
     assert known == sorted(set(batch.case_ids.tolist()))
     assert torch.equal(objective.state.slab_known.any(dim=1).nonzero()[:, 0], torch.tensor(known))
     lengths = objective.state.slab_bank[objective.state.slab_known].norm(dim=1)
     assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-5)
-
-
-class Alone:
-    size = 1
-
-    def add(self, values: Tensor) -> Tensor:
-        return values
-
-
-ALONE = Alone()
 
 
 # T5 and T6: clusters.
@@ -444,7 +435,7 @@ def test_t6_one_process_and_two_agree_on_banks_and_balance() -> None:
     batch = batch_of(plan)
     first, second = micro_batches(batch, 1)
 
-    alone.after_step(0, ALONE, alone.loss(batch).statistics)
+    alone.after_step(0, SINGLE_PROCESS, alone.loss(batch).statistics)
     rows = [together.loss(part).statistics for part in (first, second)]
     together.after_step(0, Recorded(list(rows[1].values())), rows[0])
 
@@ -562,7 +553,7 @@ def test_t10_all_state_survives_and_training_goes_on_the_same(tmp_path: Path, en
 def test_t11_another_number_of_processes_keeps_the_bank() -> None:
     plan = planned()
     objective = built(plan)
-    objective.after_step(0, ALONE, objective.loss(batch_of(plan)).statistics)
+    objective.after_step(0, SINGLE_PROCESS, objective.loss(batch_of(plan)).statistics)
     kept = {name: value.clone() for name, value in objective.extra_state().items()}
 
     other = build_objective(plan)
@@ -644,7 +635,7 @@ def test_embeddings_that_are_all_alike_are_a_collapse() -> None:
 
     with torch.no_grad():
         objective.trained.project[1].weight.zero_()
-    objective.after_step(0, ALONE, objective.loss(batch).statistics)
+    objective.after_step(0, SINGLE_PROCESS, objective.loss(batch).statistics)
     alike = validation.measure()
     with torch.no_grad():
         objective.state.slab_balance[0] = 1e3
@@ -777,7 +768,7 @@ def test_embeddings_are_standardised_by_the_statistics_of_their_kind() -> None:
     projected = objective._projected(slabs).detach()
     rows = projected.flatten(0, 2)
 
-    objective.after_step(0, ALONE, objective.loss(batch).statistics)
+    objective.after_step(0, SINGLE_PROCESS, objective.loss(batch).statistics)
 
     state = objective.state
     assert torch.allclose(state.mean[SLABS], rows.mean(dim=0), atol=1e-5)
