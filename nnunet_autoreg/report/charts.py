@@ -80,7 +80,7 @@ class Chart:
 
     Attributes:
         note: a sentence below the chart.
-        is_logarithmic: the value axis is logarithmic where all values are greater than 0.
+        is_logarithmic: the value axis is logarithmic if all values are greater than 0.
         highest: the value axis goes from 0 to at least this value, so that noise does not fill it.
         num_steps: the step axis goes from 0 to at least this step.
     """
@@ -151,14 +151,17 @@ def read_series(metrics: Path) -> Series:
     series: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for line in read_lines(metrics):
         if line["unit"] != "text":
-            series[str(line["name"])].append((line["step"] + 1, line["value"]))
-
+            num_done = line["step"] + 1
+            series[str(line["name"])].append((num_done, line["value"]))
     return series
 
 
 def read_units(metrics: Path) -> dict[str, str]:
     """Return the unit of every metric of a ``metrics.jsonl``."""
-    return {str(line["name"]): str(line["unit"]) for line in read_lines(metrics)}
+    units = {}
+    for line in read_lines(metrics):
+        units[str(line["name"])] = str(line["unit"])
+    return units
 
 
 def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
@@ -169,7 +172,7 @@ def learning_charts(series: Series, plan: Plan | None = None) -> list[Chart]:
     """
     by_kind = []
     names = [name for name in series if name.startswith(KIND_PREFIX)]
-    # There are as many looks as can be told apart; further kinds are left out.
+    # There are only a few looks that people can distinguish; further kinds are left out.
     for name, look in zip(names, palette.CURVES, strict=False):
         by_kind.append(Curve(name.removeprefix(KIND_PREFIX), series[name], look))
 
@@ -197,41 +200,45 @@ def error_chart(series: Series, plan: Plan | None = None) -> Chart:
     Args:
         plan: plan of the run, whose objective names the baselines.
     """
-    title, unit, references = "Error", "per voxel", {}
+    # Trivial predictor -> what it predicts
+    references = {"mean": "predicting the mean", "copy": "copying the previous block"}
+    title, unit = "Error", "per voxel"
     if plan is not None:
         figure = figure_of_merit(plan)
-        title = f"{figure.name[0].upper()}{figure.name[1:]}"
-        references = dict(figure.references)
+        title = _capitalised(figure.name)
+        references |= figure.references
         if figure.unit != "squared error":
             unit = figure.unit
-    does_mean = references.get("mean", "predicting the mean")
-    does_copy = references.get("copy", "copying the previous block")
 
     curves = _curves(ERROR_CURVES, series)
-    # Trivial predictors that only this objective has.
-    own = {name: what for name, what in references.items() if name not in ("mean", "copy")}
-    curves += _curves({f"heldout_{name}": (name, "base2", True) for name in own}, series)
-    copy = next((curve for curve in curves if curve.label == "copy"), None)
     notes = []
-
     if any(curve.label == "mean" for curve in curves):
-        notes.append(f"Dotted: {does_mean}.")
-    for name, what in own.items():
-        notes.append(f"Dotted, {name}: {what}.")
+        notes.append(f"Dotted: {references['mean']}.")
+
+    # Trivial predictors that only this objective has.
+    for name, predictor in references.items():
+        if name not in ("mean", "copy"):
+            curves += _curves({f"heldout_{name}": (name, "base2", True)}, series)
+            notes.append(f"Dotted, {name}: {predictor}.")
+
+    copy = next((curve for curve in curves if curve.label == "copy"), None)
     if copy is not None:
         others = [curve for curve in curves if curve is not copy]
-        highest = max((value for curve in others for _, value in curve.points), default=0.0)
-        last_copy = copy.points[-1][1]
-        # It would press all other curves to the bottom.
-        if last_copy > FAR_ABOVE * highest:
+        highest = max(_values(others), default=0.0)
+        # A level far above all other curves would press them to the bottom.
+        _, level = copy.points[-1]
+        if level > FAR_ABOVE * highest:
             curves = others
-            notes.append(
-                f"{does_copy[0].upper()}{does_copy[1:]} costs {last_copy:.3g}, above this chart.",
-            )
+            notes.append(f"{_capitalised(references['copy'])} costs {level:.3g}, above this chart.")
         else:
-            notes.append(f"Dashed: {does_copy}.")
+            notes.append(f"Dashed: {references['copy']}.")
 
     return Chart(title, unit, curves, " ".join(notes), highest=1.0)
+
+
+def _capitalised(text: str) -> str:
+    """Return a text with a capital first letter; the others stay, unlike with ``capitalize``."""
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def health_charts(
@@ -242,7 +249,7 @@ def health_charts(
     """Return the charts of the features' health, the probe, and every metric that has no other.
 
     Args:
-        plan: sets the length of the step axis, and below which values features are collapsed.
+        plan: sets the length of the step axis, and the values below which features are collapsed.
         units: units of the metrics that only an objective measures.
     """
     probe = Chart(
@@ -273,19 +280,25 @@ def _own_charts(series: Series, plan: Plan | None, units: Mapping[str, str]) -> 
         figure = figure_of_merit(plan)
         known |= {f"heldout_{name}" for name in figure.references}
         notes = figure.notes
-    own = [name for name in sorted(set(series) - known) if not name.startswith(KIND_PREFIX)]
-
-    # A term of the loss is logged in training and in validation; both go into one chart.
+    # A term of the loss is logged in training and in validation; both are in one chart.
     charts: dict[str, Chart] = {}
-    for name in own:
-        phase, _, rest = name.partition("_")
-        is_term = phase in TERM_CURVES and bool(rest)
-        title = (rest if is_term else name).replace("_", " ").capitalize()
-        label, look = TERM_CURVES[phase] if is_term else ("last", "second")
-        earlier = charts.get(title)
-        curves = [*(earlier.curves if earlier else ()), Curve(label, series[name], look)]
-        unit = "" if units.get(name) == "1" else units.get(name, f"{name} in metrics.jsonl")
-        charts[title] = Chart(title, unit, curves, notes.get(rest if is_term else name, ""))
+    for name in sorted(set(series) - known):
+        if name.startswith(KIND_PREFIX):
+            continue
+        shown_name, label, look = name, "last", "second"
+        phase, _, term = name.partition("_")
+        if phase in TERM_CURVES and term:
+            shown_name = term
+            label, look = TERM_CURVES[phase]
+
+        title = shown_name.replace("_", " ").capitalize()
+        curves = [Curve(label, series[name], look)]
+        if title in charts:
+            curves = [*charts[title].curves, *curves]
+        unit = units.get(name, f"{name} in metrics.jsonl")
+        if unit == "1":
+            unit = ""
+        charts[title] = Chart(title, unit, curves, notes.get(shown_name, ""))
 
     return list(charts.values())
 
@@ -305,11 +318,18 @@ def _single_charts(charts: Mapping[str, Chart], series: Series, plan: Plan | Non
 
 def _curves(wanted: Mapping[str, tuple[str, str, bool]], series: Series) -> list[Curve]:
     """Return the curves of a chart whose metrics were logged."""
-    return [
-        Curve(label, series[name], look, is_level)
-        for name, (label, look, is_level) in wanted.items()
-        if series.get(name)
-    ]
+    curves = []
+    for name, (label, look, is_level) in wanted.items():
+        if series.get(name):
+            curves.append(Curve(label, series[name], look, is_level))
+    return curves
+
+
+def _values(curves: Sequence[Curve]) -> list[float]:
+    values: list[float] = []
+    for curve in curves:
+        values += [value for _, value in curve.points]
+    return values
 
 
 def _drawable(charts: Sequence[Chart], plan: Plan | None) -> list[Chart]:
@@ -340,8 +360,8 @@ def thinned(points: Points, max_points: int = MAX_POINTS) -> Points:
     bounds = [round(i * len(points) / max_points) for i in range(max_points + 1)]
     means = []
     for start, stop in pairwise(bounds):
-        values = [value for _, value in points[start:stop]]
-        means.append((points[stop - 1][0], sum(values) / len(values)))
+        steps, values = zip(*points[start:stop], strict=True)
+        means.append((steps[-1], sum(values) / len(values)))
     return means
 
 
@@ -358,7 +378,7 @@ def draw(axis: Any, chart: Chart) -> int:
     _draw_curves(axis, chart.curves, last_step)
     _scale_heights(axis, chart)
 
-    # Fractions of a step would only be confusing.
+    # Fractions of a step would be confusing.
     axis.set_xlim(0, last_step)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND_STEPS))
     for side in (axis.xaxis, axis.yaxis):
@@ -400,7 +420,7 @@ def _scale_heights(axis: Any, chart: Chart) -> None:
     """Set the range and the ticks of the vertical axis."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    heights = [value for curve in chart.curves for _, value in curve.points]
+    heights = _values(chart.curves)
     if chart.is_logarithmic and min(heights) > 0:
         first = math.floor(math.log10(min(heights)))
         last = math.ceil(math.log10(max(heights)))
@@ -498,8 +518,8 @@ def svg(chart: Chart) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Text stays text: it is smaller, it can be searched, and it is read aloud. The ids of markers
-    # are hashes of this salt, so that no two charts of a page share one.
+    # Text is not converted to outlines: it is smaller, and it can be searched and read aloud. The
+    # ids of markers are hashes of this salt, so that no two charts of a page share one.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
         figure = Figure(figsize=CHART_SIZE)
         axis = figure.add_axes(AXES_BOX)
@@ -522,8 +542,8 @@ def _for_the_page(text: str, alt: str) -> str:
 
     for element in root.iter():
         # HTML knows the names of SVG elements without their namespace.
-        element.tag = element.tag.rpartition("}")[2]
-        attributes = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+        element.tag = _without_namespace(element.tag)
+        attributes = {_without_namespace(name): value for name, value in element.attrib.items()}
         if attributes.get("id") not in referred:
             attributes.pop("id", None)
         if attributes.get("transform", "").startswith("rotate(-0 "):
@@ -531,7 +551,7 @@ def _for_the_page(text: str, alt: str) -> str:
 
         for name, value in attributes.items():
             if name == "style":
-                # Fonts are those of the page, and so are colours, by its variables.
+                # Fonts and colours are those of the page. It has variables for the colours.
                 parts = value.split("; ")
                 kept = [part for part in parts if not part.startswith(("font", "stroke-linecap"))]
                 style = ";".join(kept)
@@ -546,7 +566,8 @@ def _for_the_page(text: str, alt: str) -> str:
 
         # Line breaks between elements are not needed.
         element.tail = None
-        element.text = element.text if element.text and element.text.strip() else None
+        if element.text and not element.text.strip():
+            element.text = None
 
     # The first element is a global style sheet, which would apply to the whole page.
     root[:] = [child for child in root if child.find("style") is None]
@@ -555,6 +576,10 @@ def _for_the_page(text: str, alt: str) -> str:
     title.text = alt
     root.insert(0, title)
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _without_namespace(name: str) -> str:
+    return name.rpartition("}")[2]
 
 
 def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> None:
@@ -578,16 +603,10 @@ def draw_progress(metrics: Path, picture: Path, plan: Plan | None = None) -> Non
     for number, chart in enumerate(charts, start=1):
         axis = figure.add_subplot(num_rows, 2, number)
         num_legend_rows = draw(axis, chart)
-        # The title comes above the legend.
-        unit = f" ({chart.unit})" if chart.unit else ""
+        # The title is above the legend.
+        title = f"{chart.title} ({chart.unit})" if chart.unit else chart.title
         title_pad = 18 + 14 * num_legend_rows
-        axis.set_title(
-            f"{chart.title}{unit}",
-            loc="left",
-            x=LEFT_OF_AXES,
-            pad=title_pad,
-            fontsize=11,
-        )
+        axis.set_title(title, loc="left", x=LEFT_OF_AXES, pad=title_pad, fontsize=11)
         note = textwrap.fill(chart.note, 60)
         axis.set_xlabel(f"step\n{note}" if note else "step", color=palette.SOFT)
 

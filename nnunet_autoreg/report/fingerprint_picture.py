@@ -52,21 +52,23 @@ def draw_fingerprint(
     """
     from matplotlib.figure import Figure
 
-    heights = (4.6, 3.6, 0.7 + 0.32 * min(len(fingerprint.groups), MAX_GROUPS))
+    table_height = 0.7 + 0.32 * min(len(fingerprint.groups), MAX_GROUPS)
+    heights = (4.6, 3.6, table_height)
     figure = Figure(figsize=(11.7, 1.3 * sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=heights)
     top, middle, bottom = parts
 
-    figure.suptitle(
-        f"{plan.name}: {counted(fingerprint.num_scans, 'scan')} of "
-        f"{counted(fingerprint.num_cases, 'case')}, "
-        f"{amount(fingerprint.total_vox)} voxels after cropping and resampling"
-        + (f"; {counted(num_images, '2D image')} not drawn" if num_images else ""),
-        fontsize=13,
-    )
-    modalities = enumerate(fingerprint.modalities)
-    styles = {name: SERIES[number % len(SERIES)] for number, name in modalities}
+    scans = counted(fingerprint.num_scans, "scan")
+    cases = counted(fingerprint.num_cases, "case")
+    voxels = amount(fingerprint.total_vox)
+    title = f"{plan.name}: {scans} of {cases}, {voxels} voxels after cropping and resampling"
+    if num_images:
+        title += f"; {counted(num_images, '2D image')} not drawn"
+    figure.suptitle(title, fontsize=13)
 
+    styles = {}
+    for number, name in enumerate(fingerprint.modalities):
+        styles[name] = SERIES[number % len(SERIES)]
     left, right = top.subplots(1, 2)
     _draw_spacings(left, fingerprint, rows, styles)
     _draw_sizes(right, rows, plan, styles)
@@ -99,12 +101,12 @@ def _draw_spacings(
     spacings_mm = []
 
     for name, style in styles.items():
-        # (in-plane, slice spacing) in mm -> number of scans
-        # Scans of one spacing make one larger dot, instead of many on top of each other.
+        # (in-plane, slice spacing) in mm -> number of scans. Scans of one spacing make one larger
+        # dot, instead of many on top of each other.
         points: Counter[tuple[float, float]] = Counter()
         for row in rows:
             if row.modality == name:
-                z, y, x = transposed_geometry(row)[1]
+                _, (z, y, x) = transposed_geometry(row)
                 points[round((y * x) ** 0.5, 2), round(z, 2)] += 1
                 spacings_mm += [z, y, x]
 
@@ -128,7 +130,7 @@ def _draw_spacings(
             s=220,
             color=BLACK,
             linewidths=1.6,
-            # One entry of the legend stands for all targets.
+            # One entry of the legend serves all targets.
             label=None if number else "target spacing",
         )
 
@@ -209,7 +211,8 @@ def _draw_intensities(
     The line is thin from 0.5 to 99.5 %, thick from 5 to 95 %, and has a dot at the median.
     """
     # Each: (0.5 %, 5 %, median, 95 %, 99.5 %), sorted by the median
-    known = sorted((row.percentiles for row in rows if row.percentiles), key=lambda p: p[2])
+    known = [row.percentiles for row in rows if row.percentiles]
+    known.sort(key=lambda percentiles: percentiles[2])
     # Every n-th of the sorted scans, so that the whole range is shown.
     every = max(1, -(-len(known) // MAX_LINES))
     lines = known[::every]
@@ -225,9 +228,10 @@ def _draw_intensities(
             axis.axhline(value, color=BLACK, linestyle="--", linewidth=0.8)
 
     if name != "CT" and lines:
-        highest_values = [percentiles[4] for percentiles in lines]
         # Raw values of different scanners differ by powers of ten.
-        is_positive = min(percentiles[0] for percentiles in lines) > 0
+        lowest_values = [percentiles[0] for percentiles in lines]
+        highest_values = [percentiles[4] for percentiles in lines]
+        is_positive = min(lowest_values) > 0
         if is_positive and max(highest_values) > LOGARITHMIC_FROM * min(highest_values):
             axis.set_yscale("log")
 

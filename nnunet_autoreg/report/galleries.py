@@ -1,15 +1,11 @@
 """Groups of slices of validation scans, as small pictures for the report."""
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nnunet_autoreg.objective_kinds import SliceGroup
-from nnunet_autoreg.report.slices import Floats, evaluating
+from nnunet_autoreg.report.slices import evaluating, grey_range, image_element
 
 if TYPE_CHECKING:
     import torch
@@ -38,25 +34,12 @@ def html_of(galleries: Sequence[SliceGroup]) -> str:
     for gallery in galleries:
         cells = []
         for text, values in gallery.slices:
-            cells.append(f"<div><p>{escape(text)}</p>{_image(values, text)}</div>")
+            low, high = grey_range(values, 99)
+            image = image_element(values, 1.0, text, cmap="gray", vmin=low, vmax=high)
+            cells.append(f"<div><p>{escape(text)}</p>{image}</div>")
         title = escape(gallery.title)
         parts.append(
             f'<figure aria-label="{title}"><h3>{title}</h3>'
             f'<div class="panels">{"".join(cells)}</div></figure>',
         )
     return "\n".join(parts)
-
-
-def _image(values: Floats, text: str) -> str:
-    """Return one slice as an HTML image that holds its own data."""
-    from matplotlib.image import imsave
-
-    low, high = np.percentile(values, [1, 99])
-    png = io.BytesIO()
-    imsave(png, values, cmap="gray", vmin=low, vmax=max(high, low + 1e-3), format="png")
-    data = base64.b64encode(png.getvalue()).decode()
-    height, width = values.shape
-    return (
-        f'<img class="slice" alt="{escape(text)}" style="aspect-ratio:{width / height:.4f}" '
-        f'src="data:image/png;base64,{data}">'
-    )

@@ -24,8 +24,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int, sinks: Sequence[Sink] = ()):
         self.path, self.sinks = path, sinks
-        kept = [line for line in read_lines(path) if line["step"] < first_step]
-        write_text(path, "".join(_line(line) for line in kept))
+        kept = [_line(line) for line in read_lines(path) if line["step"] < first_step]
+        write_text(path, "".join(kept))
 
     def log(self, step: int, name: str, value: float, unit: str) -> None:
         """Append one value."""
@@ -46,13 +46,14 @@ class MetricsFile:
             sink.close()
 
     def _append(self, step: int, name: str, value: float | str, unit: str) -> None:
+        line = _line({"step": step, "name": name, "value": value, "unit": unit})
         # Opened for every value, so that a process that is killed loses one line at most.
         with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(_line({"step": step, "name": name, "value": value, "unit": unit}))
+            handle.write(line)
 
 
 class NoMetrics(MetricsFile):
-    """Ignore metrics, in all processes except the main one."""
+    """Ignores metrics. All processes except the main one have it."""
 
     def __init__(self, path: Path):
         self.path, self.sinks = path, ()

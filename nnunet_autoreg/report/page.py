@@ -50,7 +50,7 @@ def table(
     rows: Iterable[Sequence[str]],
     classes: Sequence[str] = (),
 ) -> str:
-    """Return a table that scrolls sideways where it is too wide; a row's first cell names it.
+    """Return a table that scrolls sideways if it is too wide. The first cell of a row is its title.
 
     Args:
         name: name of the table for screen readers.
@@ -58,25 +58,27 @@ def table(
         classes: the style of each column: "n" for numbers, "wide" for sentences, or "".
     """
     classes = classes or [""] * len(header)
-    head = [
-        f'<th scope="col"{_class(css_class)}>{escape(title)}</th>'
-        for title, css_class in zip(header, classes, strict=True)
-    ]
+    head = []
+    for title, css_class in zip(header, classes, strict=True):
+        head.append(f'<th scope="col"{_class(css_class)}>{escape(title)}</th>')
 
     body = []
     for row in rows:
-        cells = [
-            _cell(text, css_class, is_first=(number == 0))
-            for number, (text, css_class) in enumerate(zip(row, classes, strict=True))
-        ]
+        cells = []
+        for text, css_class in zip(row, classes, strict=True):
+            is_title = not cells
+            cells.append(_cell(text, css_class, is_title))
         body.append(f"<tr>{''.join(cells)}</tr>")
 
-    return (
-        f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0"><table>\n'
-        f"<thead><tr>{''.join(head)}</tr></thead>\n"
-        f"<tbody>\n{chr(10).join(body)}\n</tbody>\n"
-        "</table></div>"
-    )
+    lines = [
+        f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0"><table>',
+        f"<thead><tr>{''.join(head)}</tr></thead>",
+        "<tbody>",
+        "\n".join(body),
+        "</tbody>",
+        "</table></div>",
+    ]
+    return "\n".join(lines)
 
 
 def folded(title: str, content: str) -> str:
@@ -84,13 +86,13 @@ def folded(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
 
 
-def _cell(text: str, css_class: str, is_first: bool) -> str:
+def _cell(text: str, css_class: str, is_title: bool) -> str:
     content = escape(text)
     if "\n" in text:
         items = [f"<li>{line}</li>" for line in content.split("\n")]
         content = f"<ul>{''.join(items)}</ul>"
 
-    if is_first:
+    if is_title:
         return f'<th scope="row"{_class(css_class)}>{content}</th>'
     return f"<td{_class(css_class)}>{content}</td>"
 

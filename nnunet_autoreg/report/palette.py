@@ -1,9 +1,9 @@
 """The colours, dashes and markers of every picture.
 
-The colours are those of Okabe and Ito (2008), which most people tell apart regardless of their
-colour vision. Colour is never the only difference: everything with its own colour also has its
-own dash, marker or word. Two pairs are close for people who cannot see green (orange and yellow,
-orange and vermillion), and no picture relies on one of them.
+The colours are those of Okabe and Ito (2008), which most people can distinguish, whichever colour
+vision they have. Colour is never the only difference: everything with a separate colour also has a
+separate dash, marker or word. Two pairs are close for people who cannot see green (orange and
+yellow, orange and vermillion), and no picture relies on one of them.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ SERIES = (
     Style(SKY_BLUE, (0, (3, 1, 1, 1)), "X"),
     Style(YELLOW, (0, (8, 2)), "*"),
 )
-"""Things without a fixed meaning, such as modalities, in the order in which they come."""
+"""Styles of series without a fixed meaning, such as modalities, in the order of drawing."""
 
 CURVES = {
     "main": Style(VERMILLION, "-", "o", 2.4),

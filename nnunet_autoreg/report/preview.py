@@ -24,6 +24,7 @@ from nnunet_autoreg.objective_kinds import kind_of
 from nnunet_autoreg.plan import VIEW_KINDS, Plan
 from nnunet_autoreg.records import atomic_path
 from nnunet_autoreg.report.palette import CROP, GIVEN, GRID, INK, PREDICTED, SOFT, Style
+from nnunet_autoreg.report.slices import grey_range
 from nnunet_autoreg.report.view_preview import draw_views
 from nnunet_autoreg.sampling import members, spatial, strided
 from nnunet_autoreg.sampling.blocks import block_ids
@@ -48,7 +49,7 @@ LIKENESS_SCANS = 2
 similarity."""
 
 STRIP = 13
-"""Blocks in the strip below each sequence, around the first that has to be predicted."""
+"""Number of blocks in the strip below each sequence, around the first that has to be predicted."""
 
 PANEL_INCH = {"one image": 4.6, "several images": 5.2}
 TITLES = {
@@ -101,12 +102,8 @@ def draw_preview(
         places = places_alike(stored, cases, member_crop(plan, "semantic"), num_members)
     groups = []
     if "contrast" in kinds:
-        groups = store_groups(
-            plan,
-            store,
-            contrast_groups(chosen, plan.data.salt_free),
-            num_workers,
-        )
+        groups_of_rows = contrast_groups(chosen, plan.data.salt_free)
+        groups = store_groups(plan, store, groups_of_rows, num_workers)
 
     picture = folder / PICTURE_NAME
     images = [cases[row.id] for row in stored if row.is_image]
@@ -137,8 +134,8 @@ def choose_rows(
 ) -> list[ScanRow]:
     """Return enough scans for the picture.
 
-    They come from all datasets, and include whole groups of contrasts and subjects that share
-    structures.
+    They come from all datasets. They include whole groups of contrasts, and scans of subjects that
+    share structures.
     """
     kinds = planned_kinds(plan)
     chosen: list[ScanRow] = []
@@ -146,8 +143,11 @@ def choose_rows(
         chosen += spread_over_datasets(rows)
     if "contrast" in kinds:
         groups = contrast_groups(rows, plan.data.salt_free)
-        with_contrasts = [reduced(g, plan.sequence.contrasts) for g in groups]
-        fitting = [g for g in with_contrasts if len(g.rows) >= plan.sequence.contrast_members]
+        fitting = []
+        for group in groups:
+            with_contrasts = reduced(group, plan.sequence.contrasts)
+            if len(with_contrasts.rows) >= plan.sequence.contrast_members:
+                fitting.append(with_contrasts)
         for group in fitting[: PER_KIND["contrast"]]:
             chosen += group.rows
     if "semantic" in kinds:
@@ -168,7 +168,8 @@ def spread_over_datasets(rows: Sequence[ScanRow]) -> list[ScanRow]:
         for name in sorted(by_dataset):
             of_dataset = by_dataset[name]
             spread.append(of_dataset[round(part * (len(of_dataset) - 1) / 2)])
-    return spread[: min(max(PER_KIND["spatial"], len(by_dataset)), MOST_INPUTS)]
+    wanted = max(PER_KIND["spatial"], len(by_dataset))
+    return spread[: min(wanted, MOST_INPUTS)]
 
 
 def scans_with_structures(
@@ -184,15 +185,17 @@ def scans_with_structures(
     for place in places:
         if place.scan in by_id:
             subject = subject_of(by_id[place.scan])
-            structures.setdefault(place.structure, {}).setdefault(subject, place.scan)
+            scan_of_subject = structures.setdefault(place.structure, {})
+            scan_of_subject.setdefault(subject, place.scan)
     if not structures:
         return list(rows[: LIKENESS_SCANS * num_members])
 
     enough = [scans for _, scans in sorted(structures.items()) if len(scans) >= num_members]
     every = max(1, len(enough) // PER_KIND["semantic"])
     chosen = []
-    for scans in enough[::every][: PER_KIND["semantic"]]:
-        chosen += [by_id[scan] for scan in list(scans.values())[:num_members]]
+    for scan_of_subject in enough[::every][: PER_KIND["semantic"]]:
+        first_scans = list(scan_of_subject.values())[:num_members]
+        chosen += [by_id[scan] for scan in first_scans]
     return chosen
 
 
@@ -208,7 +211,8 @@ def draw_sequences(plan: Plan, pool: SamplingPool) -> list[DrawnSequence]:
         for number in range(min(PER_KIND[kind], pool.num_sources(kind))):
             source = getattr(pool, field)[number]
             generator = rng.generator(plan.run.seed, f"picture: {kind}", number)
-            _, origin = sampler.draw_kind(kind, replace(pool, **{field: (source,)}), generator)
+            only_source = replace(pool, **{field: (source,)})
+            _, origin = sampler.draw_kind(kind, only_source, generator)
 
             sample, origin = upright(plan, origin)
             share = (0.3, 0.5, 0.2)[number % 3]
@@ -236,9 +240,9 @@ def upright(plan: Plan, origin: SampleOrigin) -> tuple[Sample, SampleOrigin]:
 
 
 def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> int:
-    """Return a number of given blocks after which the first block to predict is not empty.
+    """Return a number of given blocks such that the first block to predict is not empty.
 
-    It is about this share of the blocks; a fixed share of the plan is kept.
+    It is about this share of the blocks. If the plan fixes the share, that share is kept.
     """
     if plan.sequence.prefix == "fixed":
         return sample.prefix
@@ -246,10 +250,10 @@ def informative_prefix(plan: Plan, sample: Sample, kind: str, share: float) -> i
     low = max(1, round((share - 0.1) * total))
     high = max(2, round((share + 0.1) * total))
     indices = block_indices(plan, sample)
-    position = {int(index): i for i, index in enumerate(indices.ravel())}
+    position_of = {int(index): position for position, index in enumerate(indices.ravel())}
 
     def contrast(prefix: int) -> float:
-        slice_YX = _middle_slice(plan, sample, indices.shape, position[prefix])
+        slice_YX = _middle_slice(plan, sample, indices.shape, position_of[prefix])
         return float(np.nan_to_num(slice_YX).std())
 
     return max(range(low, min(high, total)), key=contrast, default=1)
@@ -259,7 +263,7 @@ def block_indices(plan: Plan, sample: Sample) -> NDArray[np.int64]:
     """Return the index in the sequence of every block, (members, Z, Y, X)."""
     token, block = plan.encoder.token_size_vox, plan.sequence.block_tokens
     grid = grid_of(sample.voxels.shape[2:], token)
-    shape = [g // b for g, b in zip(grid, block, strict=True)]
+    shape = [tokens // side for tokens, side in zip(grid, block, strict=True)]
     num_members = len(sample.voxels)
     per_token = sample.order_index.reshape(num_members, -1)  # (members, T)
     indices = np.zeros((num_members, volume(shape)), dtype=np.int64)
@@ -281,7 +285,8 @@ def draw_picture(
 
     heights = []
     for one in sequences:
-        heights.append(PANEL_INCH["several images" if one.has_several_images else "one image"])
+        kind = "several images" if one.has_several_images else "one image"
+        heights.append(PANEL_INCH[kind])
     figure = Figure(figsize=(15, sum(heights) + 1.4), layout="constrained", facecolor="white")
     parts: Any = figure.subfigures(len(sequences) + 1, 1, height_ratios=[1.4, *heights])
     head, *panels = parts
@@ -295,11 +300,12 @@ def draw_picture(
         moves.append("transposed")
     training = f"During training they are {' and '.join(moves)} at random." if moves else ""
     details = f"(order: {plan.sequence.order}, predictor: {plan.sequence.predictor})"
+    if plan.sequence.is_at_once:
+        details = ""
     explanation = (
         f"A crop is cut into blocks. {use_of_blocks(plan)} "
         "Hatched: outside the scan; nothing is predicted there.\n"
-        f"Crops are shown as radiologists view them. {training} "
-        f"{'' if plan.sequence.is_at_once else details}"
+        f"Crops are shown as radiologists view them. {training} {details}"
     )
     head.text(0.01, 0.62, explanation, fontsize=11.5, va="top")
 
@@ -310,7 +316,7 @@ def draw_picture(
 
 
 def use_of_blocks(plan: Plan) -> str:
-    """Return two lines of text that say what the network does with the blocks."""
+    """Return two lines of text about the use of the blocks by the network."""
     kind = kind_of(plan.objective.name)
     if kind.preview:
         return kind.preview
@@ -326,15 +332,15 @@ def use_of_blocks(plan: Plan) -> str:
 def draw_panel(panel: Any, plan: Plan, one: DrawnSequence, names: Mapping[Path, str]) -> None:
     """Draw one sequence: a title, its views side by side, and below them its blocks in order."""
     sample, origin = one.sample, one.origin
-    source = f":  {origin.subject or names.get(origin.cases[0].path, '')}"
-    num_given = sample.prefix
-    num_predicted = int(sample.order_index.max()) + 1 - sample.prefix
-    title = TITLES[origin.kind]
+    source = origin.subject or names.get(origin.cases[0].path, "")
+    title = f"{TITLES[origin.kind]}:  {source}"
     if origin.subject.startswith(ALIKE):
         # Such a structure has only a number.
-        title, source = "Regions that look alike in several patients", ""
+        title = "Regions that look alike in several patients"
+    num_given = sample.prefix
+    num_predicted = int(sample.order_index.max()) + 1 - num_given
     panel.suptitle(
-        f"{title}{source}   ({num_given} blocks are seen, {num_predicted} predicted)",
+        f"{title}   ({num_given} blocks are seen, {num_predicted} predicted)",
         x=0.01,
         ha="left",
         fontsize=13,
@@ -361,11 +367,12 @@ def views_of(
     side by side.
     """
     sample, origin = one.sample, one.origin
-    side_z = plan.encoder.token_size_vox[0] * plan.sequence.block_tokens[0]
+    side_z, _, _ = _block_side(plan)
     num_layers = sample.voxels.shape[2] // side_z
     title = "the crop in the whole scan"
     if one.has_several_images:
-        title = "the crop in the " + ("scan" if origin.kind == "contrast" else "first scan")
+        is_of_one_patient = origin.kind == "contrast"
+        title = "the crop in the scan" if is_of_one_patient else "the crop in the first scan"
     views: list[tuple[str, Callable[[Any], None]]] = [
         (title, partial(draw_context, case=origin.cases[0], one=one, plan=plan)),
     ]
@@ -389,11 +396,8 @@ def views_of(
 
 def _grey_range(sample: Sample, member: int) -> tuple[float, float]:
     """Return the darkest and brightest grey of a member."""
-    valid = sample.valid_mask[member]
-    inside = sample.voxels[member, 0][valid] if valid.any() else np.zeros(1)
-    # A few bright voxels, such as metal, must not darken all others.
-    low, high = np.percentile(inside, (1, 99.5))
-    return float(low), float(max(high, low + 1e-3))
+    valid_ZYX = sample.valid_mask[member]
+    return grey_range(sample.voxels[member, 0][valid_ZYX], 99.5)
 
 
 def _aspect(plan: Plan) -> float:
@@ -404,7 +408,7 @@ def _aspect(plan: Plan) -> float:
 def _block_side(plan: Plan) -> list[int]:
     """Return the voxels of a block along z, y, x."""
     token, block = plan.encoder.token_size_vox, plan.sequence.block_tokens
-    return [t * b for t, b in zip(token, block, strict=True)]
+    return [voxels * tokens for voxels, tokens in zip(token, block, strict=True)]
 
 
 def _style_of(sample: Sample, index: int) -> Style:
@@ -493,36 +497,47 @@ def draw_context(axis: Any, *, case: StoredCase, one: DrawnSequence, plan: Plan)
         # The sample was transposed after it was cut out; in the scan it has its old axes.
         shape, axes = one.sample.voxels.shape[2:], drawn.flip_transpose.axes
         size = as_size([shape[axes.index(axis)] for axis in range(3)])
+
     num_slices, height, width = case.shape_vox
     middle = start[0] + size[0] // 2
     z = int(np.clip(middle, 0, num_slices - 1))
     slice_YX = case.read((z, 0, 0), (1, height, width))[0, 0]
-    low, high = np.percentile(slice_YX, (1, 99.5))
+    low, high = grey_range(slice_YX, 99.5)
     aspect = case.spacing_mm[1] / case.spacing_mm[2]
-    axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=max(high, low + 1e-3), aspect=aspect)
+    axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=aspect)
 
-    corner = (start[2] - 0.5, start[1] - 0.5)
-    frame = Rectangle(corner, size[2], size[1], fill=False, edgecolor=CROP.colour, linewidth=2)
+    # Pixels are centred on whole numbers, so that their edges are at half ones.
+    left, top = start[2] - 0.5, start[1] - 0.5
+    _, side_y, side_x = size
+    frame = Rectangle((left, top), side_x, side_y, fill=False, edgecolor=CROP.colour, linewidth=2)
     axis.add_patch(frame)
-    _draw_padding(axis, corner[0], corner[1], size[2], size[1])
+    _draw_padding(axis, left, top, side_x, side_y)
 
     # The crop may reach beyond the scan.
     limits = []
     for first, length, num_voxels in zip(start[1:], size[1:], case.shape_vox[1:], strict=True):
         limits.append((min(first, 0), max(first + length, num_voxels)))
-    (top, bottom), (left, right) = limits
-    # The arrays run towards anterior and right: front up and the patient's right on the left is the
-    # reverse of both.
-    direction = -1 if plan.sequence.flip else 1
-    axis.set_ylim(*(bottom + 1, top - 2)[::direction])
-    axis.set_xlim(*(left - 2, right + 1)[::direction])
+    (first_y, last_y), (first_x, last_x) = limits
+    y_limits, x_limits = (last_y + 1, first_y - 2), (first_x - 2, last_x + 1)
+    # The arrays run towards anterior and right. Both are reversed, so that the front is up and the
+    # patient's right is on the left.
+    if plan.sequence.flip:
+        y_limits, x_limits = y_limits[::-1], x_limits[::-1]
+    axis.set_ylim(*y_limits)
+    axis.set_xlim(*x_limits)
 
 
 def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
     """Draw blocks in their order around the first that has to be predicted."""
     indices = block_indices(plan, sample)
     flat_indices = indices.ravel()
-    filled = _filled_blocks(plan, sample, indices)
+
+    # Positions of the blocks that hold any image, in the order of the sequence.
+    filled = []
+    for position in np.argsort(flat_indices).tolist():
+        region = _block_region(plan, indices.shape, position)
+        if sample.valid_mask[region].any():
+            filled.append(position)
     num_given = int((flat_indices[filled] < sample.prefix).sum())
     first = max(0, min(num_given - STRIP // 2, len(filled) - STRIP))
 
@@ -545,21 +560,12 @@ def draw_strip(panel: Any, plan: Plan, sample: Sample) -> None:
         if plan.sequence.is_at_once:
             label = "seen" if number < num_given else "predicted"
         else:
-            role = {num_given - 1: "last seen", num_given: "first predicted"}.get(number, "")
-            label = f"{index + 1}\n{role}"
+            roles = {num_given - 1: "last seen", num_given: "first predicted"}
+            label = f"{index + 1}\n{roles.get(number, '')}"
         axis.set_xlabel(label, fontsize=9, color=INK)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     axes[0].set_ylabel("some blocks" if plan.sequence.is_at_once else "in order", fontsize=10)
-
-
-def _filled_blocks(plan: Plan, sample: Sample, indices: NDArray[np.int64]) -> list[int]:
-    """Return the positions of the blocks that hold any image, in the order of the sequence."""
-    filled = []
-    for position in np.argsort(indices.ravel()).tolist():
-        if sample.valid_mask[_block_region(plan, indices.shape, position)].any():
-            filled.append(position)
-    return filled
 
 
 def _block_region(plan: Plan, shape: Sequence[int], position: int) -> tuple[int | slice, ...]:
@@ -589,13 +595,15 @@ def _middle_slice(
     """
     region = _block_region(plan, shape, position)
     valid_ZYX = sample.valid_mask[region]
-    block_ZYX = np.where(valid_ZYX, sample.voxels[:, 0][region], np.nan)
-    middle: NDArray[np.float32] = block_ZYX[_fullest_slice(valid_ZYX)]
-    return middle
+    voxels_ZYX = sample.voxels[:, 0][region]
+    z = _fullest_slice(valid_ZYX)
+    slice_YX: NDArray[np.float32] = np.where(valid_ZYX[z], voxels_ZYX[z], np.nan)
+    return slice_YX
 
 
 def _fullest_slice(valid_ZYX: NDArray[np.bool_]) -> int:
-    """Return the slice nearest to the middle of those with most image."""
-    filled = valid_ZYX.sum(axis=(1, 2))
-    fullest = np.flatnonzero(filled == filled.max())
-    return int(min(fullest, key=lambda z: abs(int(z) - len(filled) // 2)))
+    """Return the slice with the most valid voxels; the one nearest to the middle of several."""
+    num_valid_Z = valid_ZYX.sum(axis=(1, 2))
+    fullest = np.flatnonzero(num_valid_Z == num_valid_Z.max()).tolist()
+    middle = len(num_valid_Z) // 2
+    return int(min(fullest, key=lambda z: abs(z - middle)))

@@ -28,6 +28,7 @@ from nnunet_autoreg.records import to_jsonable, write_text
 from nnunet_autoreg.report import page, palette
 from nnunet_autoreg.report.charts import (
     COLOURS,
+    Chart,
     Points,
     Series,
     cost_charts,
@@ -83,7 +84,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class RunSetting:
-    """What is not in the run's folder: where the run trains, and on how many scans.
+    """Facts about a run that its folder does not hold: its device and its numbers of scans.
 
     Attributes:
         scan_axes: for each axis of the stored arrays, the axis of the scan (see ``slices``); None
@@ -120,10 +121,16 @@ class Reporter:
                 rows = read_index(self.folder / "scans.csv", is_private=False)
                 self.scans = scans_section(rows, *num_scans)
 
-            series, notes = read_series(metrics), read_notes(metrics)
-            pictures = make_pictures()
-            page_parts = (series, notes, self.scans, pictures)
-            write_text(path, report(self.folder, self.plan, self.setting, *page_parts))
+            text = report(
+                self.folder,
+                self.plan,
+                self.setting,
+                read_series(metrics),
+                read_notes(metrics),
+                self.scans,
+                make_pictures(),
+            )
+            write_text(path, text)
         except Exception as error:
             log.warning(
                 "%s could not be written (%s: %s); training continues",
@@ -135,8 +142,12 @@ class Reporter:
 
 def read_notes(metrics: Path) -> list[str]:
     """Return the warnings of a ``metrics.jsonl`` as "step n: ...", the latest first."""
-    lines = [line for line in read_lines(metrics) if line["unit"] == "text"]
-    return [f"step {line['step'] + 1:,}: {line['value']}" for line in reversed(lines)]
+    notes = []
+    for line in reversed(read_lines(metrics)):
+        if line["unit"] == "text":
+            num_done = line["step"] + 1
+            notes.append(f"step {num_done:,}: {line['value']}")
+    return notes
 
 
 def report(
@@ -155,11 +166,10 @@ def report(
         notes: warnings of the training, the latest first.
         scans: the section about the scans, as HTML.
     """
-    units = read_units(folder / "metrics.jsonl")
-    health = "\n".join(figure_of(chart) for chart in health_charts(series, plan, units))
-    if health:
-        charts = f'<div class="charts">\n{health}\n</div>'
-        health = page.section("health", "Health and probes", charts)
+    fingerprint = _embedded(
+        folder / "fingerprint.png",
+        "All usable scans: spacings with their targets, sizes with the crop, and intensities.",
+    )
 
     # Only --dry-run --show draws this picture.
     sequences = _embedded(
@@ -169,26 +179,25 @@ def report(
     if sequences:
         sequences = page.section("sequences", "What the network has to predict", sequences)
 
+    units = read_units(folder / "metrics.jsonl")
+    health = _figures(health_charts(series, plan, units))
+    if health:
+        health = page.section("health", "Health and probes", _grid(health))
+
     return page.filled_template(
         {
             "name": escape(plan.name),
-            "curve_colours": " ".join(f"--{name}: {value};" for name, value in COLOURS.items()),
-            "curve_colours_on_dark": " ".join(
-                f"--{name}: {value};" for name, value in palette.CURVES_ON_DARK.items()
-            ),
+            "curve_colours": _css_variables(COLOURS),
+            "curve_colours_on_dark": _css_variables(palette.CURVES_ON_DARK),
             "verdict": _verdict(plan, series, notes),
             "tiles": _tiles(plan, setting, series),
             "next": next_section(plan, series, setting),
             "scans": scans,
-            "fingerprint": _embedded(
-                folder / "fingerprint.png",
-                "All usable scans: spacings with their targets, sizes with the crop, and "
-                "intensities.",
-            ),
+            "fingerprint": fingerprint,
             "sequences": sequences,
             "provenance": _provenance(plan, setting),
             "error_unit": escape(figure_of_merit(plan).explanation),
-            "learning": "\n".join(figure_of(chart) for chart in learning_charts(series, plan)),
+            "learning": _figures(learning_charts(series, plan)),
             "health": health,
             "pictures": _pictures_or_galleries(plan, pictures, setting),
             "cost": _cost(plan, setting, series),
@@ -197,20 +206,46 @@ def report(
     )
 
 
+def _css_variables(colours: Mapping[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+def _figures(charts: Iterable[Chart]) -> str:
+    return "\n".join(figure_of(chart) for chart in charts)
+
+
+def _grid(figures: str) -> str:
+    """Return figures that are placed beside each other if the page is wide enough."""
+    return f'<div class="charts">\n{figures}\n</div>'
+
+
 def _last(series: Series, name: str) -> float | None:
-    return series[name][-1][1] if series.get(name) else None
+    """Return the last value of a metric; None if it was not logged."""
+    points = series.get(name)
+    if not points:
+        return None
+    _, value = points[-1]
+    return value
 
 
 def _typical(points: Points) -> float | None:
-    """Return the median of the later half of a metric."""
-    # The first steps compile, and read what is not in the file cache yet.
-    late = sorted(value for _, value in points[len(points) // 2 :])
-    return late[len(late) // 2] if late else None
+    """Return the median of the later half of a metric; None without points."""
+    if not points:
+        return None
+    # The first steps compile, and read files that are not in the file cache yet.
+    later_half = points[len(points) // 2 :]
+    values = sorted(value for _, value in later_half)
+    return values[len(values) // 2]
 
 
 def steps_done(series: Series) -> int:
-    """Return the last step that anything was logged for."""
-    return int(max((points[-1][0] for points in series.values() if points), default=0))
+    """Return the last step of all metrics."""
+    last_steps = [0.0]
+    for points in series.values():
+        if points:
+            step, _ = points[-1]
+            last_steps.append(step)
+    return int(max(last_steps))
 
 
 def verdict(plan: Plan, series: Series) -> tuple[bool, str]:
@@ -231,7 +266,13 @@ def verdict(plan: Plan, series: Series) -> tuple[bool, str]:
     figures = f"{reason[0].upper()}{reason[1:]}."
 
     if outcome == LEARNT:
-        return True, " ".join([HEADLINES[LEARNT], figures, *_how_far_below(error, baselines)])
+        text = f"{HEADLINES[LEARNT]} {figures}"
+        if baselines:
+            share = 100 * (1 - error / min(baselines.values()))
+            baseline = "baseline" if len(baselines) == 1 else "better baseline"
+            text += f" That is {share:.0f} % below the {baseline}; lower is better."
+        return True, text
+
     if steps_done(series) <= plan.optim.warmup_steps:
         return True, f"It is too early to say. {figures} The learning rate is still warming up."
     advice = "Train longer, or look at the pictures and at scans.csv."
@@ -248,19 +289,10 @@ def _newest(series: Series, keys: Mapping[str, str]) -> dict[str, float]:
     return found
 
 
-def _how_far_below(error: float, baselines: Mapping[str, float]) -> list[str]:
-    """Return a sentence about an error that is below all baselines; none without baselines."""
-    if not baselines:
-        return []
-    share = 100 * (1 - error / min(baselines.values()))
-    baseline = "baseline" if len(baselines) == 1 else "better baseline"
-    return [f"That is {share:.0f} % below the {baseline}; lower is better."]
-
-
 def _verdict(plan: Plan, series: Series, notes: Sequence[str]) -> str:
     """Return the verdict, the warnings of the latest validation, and the earlier ones folded."""
-    is_good, sentence = verdict(plan, series)
-    parts = [page.paragraph(sentence, "verdict" if is_good else "verdict warn")]
+    is_good, text = verdict(plan, series)
+    parts = [page.paragraph(text, "verdict" if is_good else "verdict warn")]
 
     errors = series.get("heldout_error", ())
     latest_step = int(errors[-1][0]) if errors else 0
@@ -288,31 +320,23 @@ def _seconds_in_steps(series: Series) -> float:
 
 def _tiles(plan: Plan, setting: RunSetting, series: Series) -> str:
     """Return the key figures at the top of the page."""
-    done, error = steps_done(series), _last(series, "heldout_error")
-    speed = _typical(series.get("tokens_per_second", ()))
-    memory = _last(series, "peak_memory")
+    done = steps_done(series)
+    state = "finished" if done >= plan.optim.num_steps else "not finished"
+    num_scans = setting.num_training + setting.num_validation
+    error = _last(series, "heldout_error")
+    shown_error = "-" if error is None else f"{error:.3f}"
+    time_in_steps = duration(_seconds_in_steps(series))
 
-    is_finished = done >= plan.optim.num_steps
     values = [
-        (
-            "steps",
-            f"{done:,} of {plan.optim.num_steps:,}",
-            "finished" if is_finished else "not finished",
-        ),
-        (
-            "scans",
-            f"{setting.num_training + setting.num_validation:,}",
-            f"{setting.num_validation:,} of them for validation",
-        ),
-        (
-            "validation error",
-            "-" if error is None else f"{error:.3f}",
-            figure_of_merit(plan).hint,
-        ),
-        ("time in steps", duration(_seconds_in_steps(series)), f"on {setting.device}"),
+        ("steps", f"{done:,} of {plan.optim.num_steps:,}", state),
+        ("scans", f"{num_scans:,}", f"{setting.num_validation:,} of them for validation"),
+        ("validation error", shown_error, figure_of_merit(plan).hint),
+        ("time in steps", time_in_steps, f"on {setting.device}"),
     ]
+    speed = _typical(series.get("tokens_per_second", ()))
     if speed is not None:
         values.append(("speed", f"{speed:,.0f}", "tokens per second"))
+    memory = _last(series, "peak_memory")
     if memory is not None:
         values.append(("memory", f"{memory:.1f} GiB", _kind_of_memory(setting)))
 
@@ -333,10 +357,11 @@ def next_section(plan: Plan, series: Series, setting: RunSetting) -> str:
         )
         return page.paragraph(text) + page.commands([command_of(plan)])
 
-    datasets = [str(dataset) for dataset in plan.request.get("datasets", ())]
-    # Whoever pretrains on a folder may have no nnU-Net dataset yet.
-    number = dataset_number(datasets[0]) if datasets else "ID"
-    hint = "" if datasets else " (replace ID by its number)"
+    datasets = plan.request.get("datasets", ())
+    number, hint = "ID", " (replace ID by its number)"
+    # A user who pretrained on a folder may have no nnU-Net dataset yet.
+    if datasets:
+        number, hint = dataset_number(str(datasets[0])), ""
     # nnU-Net trains on a GPU unless an option says otherwise.
     device = "" if setting.device == "cuda" else f" -device {setting.device}"
     lines = [
@@ -352,9 +377,9 @@ def next_section(plan: Plan, series: Series, setting: RunSetting) -> str:
     advice = ""
     learns, _ = verdict(plan, series)
     if not learns and _last(series, "heldout_error") is not None:
-        advice = page.paragraph(
-            f"Train longer first: {longer_training(plan.optim.num_steps)}.",
-        ) + page.commands([command_of(plan)])
+        longer = longer_training(plan.optim.num_steps)
+        advice = page.paragraph(f"Train longer first: {longer}.")
+        advice += page.commands([command_of(plan)])
         text = f"To use the encoder anyway: {text[0].lower()}{text[1:]}"
     return advice + page.paragraph(text) + page.commands(lines)
 
@@ -368,8 +393,8 @@ def _pictures_or_galleries(
     galleries = [picture for picture in pictures if isinstance(picture, SliceGroup)]
     if galleries:
         return page.paragraph(figure_of_merit(plan).pictures) + html_of(galleries)
-    samples = [picture for picture in pictures if isinstance(picture, Picture)]
 
+    samples = [picture for picture in pictures if isinstance(picture, Picture)]
     if not samples:
         reason = "none was drawn yet" if setting.num_validation else "there are no validation scans"
         return page.paragraph(f"There are no pictures: {reason}.")
@@ -447,11 +472,12 @@ def _cost(plan: Plan, setting: RunSetting, series: Series) -> str:
         remark = "of a large bf16 matrix product; attention counted dense"
         rows.append(("share of the device's peak", f"{100 * share:.0f} %", remark))
 
-    charts = "\n".join(figure_of(chart) for chart in cost_charts(series, plan))
+    header = ("what", "value", "remark")
+    text = page.table("Time and memory", header, rows, ("", "n", "wide"))
+    charts = _figures(cost_charts(series, plan))
     if charts:
-        charts = f'\n<div class="charts">\n{charts}\n</div>'
-    table = page.table("Time and memory", ("what", "value", "remark"), rows, ("", "n", "wide"))
-    return table + charts
+        text += f"\n{_grid(charts)}"
+    return text
 
 
 def _plan(plan: Plan) -> str:
@@ -460,37 +486,31 @@ def _plan(plan: Plan) -> str:
     The user's request is left out because its paths may name patients.
     """
     data = to_jsonable(plan)
-    values = dict(
-        _leaves({key: data[key] for key in data if key not in ("request", "reasons")}, prefix=""),
-    )
+    del data["request"], data["reasons"]
+    values = dict(_leaves(data, prefix=""))
 
     with_reasons = []
     for key, reason in plan.reasons.items():
-        # A reason may be given for a whole record: then all values of the record are shown.
-        below = {
-            name.removeprefix(f"{key}."): value
-            for name, value in values.items()
-            if name.startswith(f"{key}.")
-        }
-        with_reasons.append((key, _text_of(values.get(key, below)), reason))
-
-    others = [(key, _text_of(values[key])) for key in values if key not in plan.reasons]
+        # A reason may be given for a whole record. Then all values of the record are shown.
+        of_record = {}
+        for name, value in values.items():
+            if name.startswith(f"{key}."):
+                of_record[name.removeprefix(f"{key}.")] = value
+        shown = _text_of(values.get(key, of_record))
+        with_reasons.append((key, shown, reason))
     header = ("setting", "value", "why")
-    return "\n".join(
-        [
-            page.table("Values with reasons", header, with_reasons, ("", "", "wide")),
-            page.folded(
-                f"{len(others)} further values",
-                page.table("Further values", ("setting", "value"), others),
-            ),
-        ],
-    )
+    table = page.table("Values with reasons", header, with_reasons, ("", "", "wide"))
+
+    others = [(key, _text_of(value)) for key, value in values.items() if key not in plan.reasons]
+    other_table = page.table("Further values", ("setting", "value"), others)
+    folded = page.folded(f"{len(others)} further values", other_table)
+    return f"{table}\n{folded}"
 
 
 def command_of(plan: Plan) -> str:
-    """Return the command of the run. Paths may identify patients: each is replaced by PATH.
+    """Return the command of the run, without options that have their default values.
 
-    Options with their default values are left out.
+    Paths may identify patients, so that each is replaced by PATH.
     """
     words = ["autoreg_pretrain", "--name", plan.name]
     for field, flag in FLAGS.items():
@@ -498,11 +518,16 @@ def command_of(plan: Plan) -> str:
         if value is None or value in DEFAULTS.get(field, (False, "", [], ())):
             continue
 
-        values = value if isinstance(value, list | tuple) else [value]
-        if field == "datasets":
-            values = [dataset_number(str(dataset)) for dataset in values]
-        shown = ["PATH" if field in PATH_FIELDS else str(item) for item in values]
-        words += [flag] if value is True else [flag, *shown]
+        words.append(flag)
+        if value is True:
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if field in PATH_FIELDS:
+                words.append("PATH")
+            elif field == "datasets":
+                words.append(dataset_number(str(item)))
+            else:
+                words.append(str(item))
     return shlex.join(words)
 
 
@@ -514,6 +539,7 @@ def _provenance(plan: Plan, setting: RunSetting) -> str:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
+    versions.append(f"Python {platform.python_version()}")
 
     device = f"{setting.device}, {counted(num_processes(), 'core')}"
     if setting.device == "cuda":
@@ -525,7 +551,7 @@ def _provenance(plan: Plan, setting: RunSetting) -> str:
     rows = [
         ("command", command_of(plan)),
         ("device", device),
-        ("versions", ", ".join([*versions, f"Python {platform.python_version()}"])),
+        ("versions", ", ".join(versions)),
         ("system", f"{platform.system()} {platform.release()} ({platform.machine()})"),
         ("written", f"{now:%Y-%m-%d %H:%M %Z}"),
         ("use", "research software, no medical device"),
@@ -553,13 +579,16 @@ def _leaves(data: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
 
 
 def _text_of(value: Any) -> str:
+    """Return a value of the plan as one line of text; "-" if it is None or empty."""
+    if value is None or value in ([], {}):
+        return "-"
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, list):
         # Three numbers are sizes along z, y and x; two are, for example, the betas of AdamW.
         is_size = len(value) == 3 and all(isinstance(item, int | float) for item in value)
         separator = " x " if is_size else ", "
-        return separator.join(_text_of(item) for item in value) or "-"
+        return separator.join(_text_of(item) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_text_of(item)}" for key, item in value.items()) or "-"
-    return "-" if value is None else str(value)
+        return ", ".join(f"{key} {_text_of(item)}" for key, item in value.items())
+    return str(value)

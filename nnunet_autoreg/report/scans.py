@@ -16,7 +16,7 @@ PATH = re.compile(
     r"(?<![\w)])(?:/[^\s'\",;:()]+|[A-Za-z]:\\\S+)"
     r"|\S+\.(?:nii|gz|nrrd|mha|mhd|hdr|img|dcm|ima|dicom|zip)\b",
 )
-"""What looks like the path or name of a scan."""
+"""Text that looks like the path or name of a scan."""
 
 
 def scans_section(rows: Sequence[ScanRow], num_training: int, num_validation: int) -> str:
@@ -25,36 +25,32 @@ def scans_section(rows: Sequence[ScanRow], num_training: int, num_validation: in
     Nothing that may identify a patient is shown: scans are referred to by their lines in scans.csv.
     """
     num_used = sum(row.status == OK for row in rows)
+    entries = counted(len(rows), "entry")
+    num_left_out = len(rows) - num_used
     summary = (
-        f"{counted(len(rows), 'entry')} found: {num_used:,} used ({num_training:,} for training, "
-        f"{num_validation:,} for validation), {len(rows) - num_used:,} left out. scans.csv in this "
-        "folder lists all of them."
+        f"{entries} found: {num_used:,} used ({num_training:,} for training, {num_validation:,} "
+        f"for validation), {num_left_out:,} left out. scans.csv in this folder lists all of them."
     )
     privacy = (
         "This page contains no file names, paths or identifiers. Line numbers "
         "refer to scans.csv; its header is line 1."
     )
-    parts = [
-        page.paragraph(summary),
-        page.table(
-            "Scans by status",
-            ("status", "scans", "why, for example"),
-            _status_rows(rows),
-            ("", "n", "wide"),
-        ),
-        page.paragraph(privacy, "soft"),
-    ]
+    by_status = page.table(
+        "Scans by status",
+        ("status", "scans", "why, for example"),
+        _status_rows(rows),
+        ("", "n", "wide"),
+    )
+    parts = [page.paragraph(summary), by_status, page.paragraph(privacy, "soft")]
 
     if num_used:
-        parts.append("<h3>Scans that are used</h3>")
-        parts.append(
-            page.table(
-                "Scans that are used, by dataset",
-                ("dataset", "modality", "channel or contrast", "scans", "modality known from"),
-                _dataset_rows(rows),
-                ("", "", "", "n", "wide"),
-            ),
+        by_dataset = page.table(
+            "Scans that are used, by dataset",
+            ("dataset", "modality", "channel or contrast", "scans", "modality known from"),
+            _dataset_rows(rows),
+            ("", "", "", "n", "wide"),
         )
+        parts += ["<h3>Scans that are used</h3>", by_dataset]
     return "\n".join(parts)
 
 
@@ -73,28 +69,21 @@ def _examples(rows: Sequence[ScanRow]) -> dict[str, list[str]]:
     """Return a few different reasons for each status that is not ok."""
     # status -> reason -> lines of scans.csv, whose header is line 1
     lines: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    # scan -> its line. An id is a hash, or a path in an index of an earlier version; it is never an
+    # ordinary word.
+    line_of = {}
     for number, row in enumerate(rows, start=2):
         if row.status != OK:
             lines[row.status][row.reason].append(number)
-
-    chosen = []
-    for status, reasons in lines.items():
-        for reason, numbers in list(reasons.items())[:NUM_EXAMPLES]:
-            chosen.append((status, reason, numbers))
-
-    # An id is a hash, or a path in an index of an earlier version; it is never an ordinary word.
-    line_of = {}
-    for number, row in enumerate(rows, start=2):
         if HASH.fullmatch(row.id) or "/" in row.id:
             line_of[row.id] = number
 
     examples = defaultdict(list)
-    for status, reason, numbers in chosen:
-        where = f"line {numbers[0]}"
-        if len(numbers) > 1:
-            where += f" and {len(numbers) - 1:,} more"
-        examples[status].append(f"{where}: {_readable(reason, line_of)}")
-
+    for status, numbers_of_reason in lines.items():
+        for reason in list(numbers_of_reason)[:NUM_EXAMPLES]:
+            first, *more = numbers_of_reason[reason]
+            where = f"line {first} and {len(more):,} more" if more else f"line {first}"
+            examples[status].append(f"{where}: {_readable(reason, line_of)}")
     return examples
 
 
@@ -111,18 +100,17 @@ def _readable(reason: str, line_of: Mapping[str, int]) -> str:
 
 
 def _dataset_rows(rows: Sequence[ScanRow]) -> Iterable[Sequence[str]]:
-    """Yield (dataset, modality, channel or contrast, count, where the modality is known from)."""
+    """Yield (dataset, modality, channel or contrast, count, source of the modality)."""
     datasets: dict[str, str] = {}
     for row in rows:
-        # nnU-Net's own names stay as they are; a user's folder may be called after a patient.
+        # nnU-Net's own names are shown; the name of a user's folder may be that of a patient.
         is_of_nnunet = re.fullmatch(r"Dataset\d{3,}(_\S+)?", row.dataset)
         shown = row.dataset if is_of_nnunet else f"input {len(datasets) + 1} (a folder)"
         datasets.setdefault(row.dataset, shown)
 
-    counts = Counter(
-        (row.dataset, row.modality, row.contrast or row.channel, row.modality_rule)
-        for row in rows
-        if row.status == OK
-    )
+    counts: Counter[tuple[str, ...]] = Counter()
+    for row in rows:
+        if row.status == OK:
+            counts[row.dataset, row.modality, row.contrast or row.channel, row.modality_rule] += 1
     for (dataset, modality, channel, rule), count in counts.items():
         yield datasets[dataset], modality, channel or "-", f"{count:,}", PATH.sub(HIDDEN, rule)

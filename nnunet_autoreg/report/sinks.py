@@ -47,7 +47,7 @@ class Sink(Protocol):
 
 
 def open_sinks(folder: Path, name: str, first_step: int) -> list[Sink]:
-    """Open the sinks of this run; one that cannot be opened is named in the log and left out.
+    """Open the sinks of this run. If one cannot be opened, a warning is logged.
 
     Args:
         folder: the run's folder; events are written to ``tensorboard/`` and ``wandb/`` below it.
@@ -83,14 +83,14 @@ def wandb_enabled() -> bool:
     return value in ("1", "true")
 
 
-def _try(opened: list[Sink], what: str, make: Any) -> None:
+def _try(opened: list[Sink], name: str, make: Any) -> None:
     try:
         opened.append(make())
     except Exception as error:
         log.warning(
             "%s could not be started (%s); the run continues without it, metrics.jsonl has every "
             "value",
-            what,
+            name,
             _first_line(error),
         )
 
@@ -106,7 +106,7 @@ class Guarded:
     A full disk or a lost network must not end a training.
     """
 
-    what = ""
+    title = ""
 
     def __init__(self) -> None:
         self.works = True
@@ -128,7 +128,7 @@ class Guarded:
             self.works = False
             log.warning(
                 "%s does not accept metrics any more (%s); the run continues without it",
-                self.what,
+                self.title,
                 _first_line(error),
             )
 
@@ -142,7 +142,7 @@ class Guarded:
 class TensorBoard(Guarded):
     """Writes events for ``tensorboard --logdir``; values of steps that run again are purged."""
 
-    what = "TensorBoard"
+    title = "TensorBoard"
 
     def __init__(self, folder: Path, first_step: int):
         super().__init__()
@@ -163,21 +163,20 @@ class WeightsAndBiases(Guarded):
     Only metrics are sent: no plan, paths or scans.
     """
 
-    what = "W&B"
+    title = "W&B"
 
     def __init__(self, folder: Path, name: str, first_step: int):
         super().__init__()
         wandb = importlib.import_module("wandb")
-        mode = os.environ.get(MODE, "online")
         known = getattr(wandb.Settings, "model_fields", None) or vars(wandb.Settings())
-        quiet = {name: value for name, value in QUIET.items() if name in known}
+        quiet = {setting: value for setting, value in QUIET.items() if setting in known}
         self.run: Any = wandb.init(
             project=os.environ.get(PROJECT, "nnunet"),
             dir=str(folder),
             name=name,
             id=_lasting_id(folder),
             resume="allow",
-            mode=mode,
+            mode=os.environ.get(MODE, "online"),
             settings=wandb.Settings(**quiet),
         )
         # W&B refuses steps before the last one that it has seen.

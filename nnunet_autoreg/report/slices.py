@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,9 +77,9 @@ class Picture:
     """One validation sample.
 
     Attributes:
-        num_given, num_blocks: how many of its blocks were given, and how many there are.
+        num_given, num_blocks: number of given blocks, and of all blocks.
         planes: planes of the image of which most was predicted.
-        images: where a sequence has several images, three planes through the middle of each.
+        images: three planes through the middle of each image, if the sequence has several.
     """
 
     num_given: int
@@ -113,9 +114,13 @@ def validation_pictures(
     Each batch that is needed costs one forward pass.
 
     Args:
-        scan_axes: the axis of the scan (0 towards superior, 1 anterior, 2 right) that each axis of
-            the stored arrays is; None if scans differ in it, so that planes have no names.
+        scan_axes: for each axis of the stored arrays, the axis of the scan: 0 towards superior, 1
+            anterior, 2 right. None if scans differ in it, so that planes have no names.
     """
+    own_mm = as_spacing([spacing_mm[axis] for axis in _axes_of_view(scan_axes)])
+    is_oriented = scan_axes is not None
+    names = ("truth", "trivial", "predicted", "given", "loss_mask", "valid_mask")
+
     pictures: list[Picture] = []
     with evaluating(objective.module):
         for batch in batches:
@@ -123,26 +128,21 @@ def validation_pictures(
                 break
 
             made = objective.reconstruct(batch.to(device))
-            # An objective that predicts no voxels has nothing to show.
+            # An objective that does not predict voxels has nothing to show.
             if made is None:
                 return []
 
             # Each part: (B, M, Z, Y, X)
-            parts = {
-                name: getattr(made, name).float().cpu().numpy()
-                for name in ("truth", "trivial", "predicted", "given", "loss_mask", "valid_mask")
-            }
+            parts = {name: getattr(made, name).float().cpu().numpy() for name in names}
             num_blocks = (batch.order_index.amax(dim=1) + 1).tolist()
 
             for index, num_given in enumerate(batch.prefix.tolist()):
                 augmentation = batch.flip_transposes[index] if batch.flip_transposes else None
-                sample = {
-                    name: upright(part[index], augmentation, scan_axes)
-                    for name, part in parts.items()
-                }
-                own_mm = tuple(spacing_mm[axis] for axis in _axes_of_view(scan_axes))
-                view = (as_spacing(own_mm), scan_axes is not None)
-                planes, images = _planes(sample, *view), _middle_planes(sample, *view)
+                sample = {}
+                for name, part in parts.items():
+                    sample[name] = upright(part[index], augmentation, scan_axes)
+                planes = _planes(sample, own_mm, is_oriented)
+                images = _middle_planes(sample, own_mm, is_oriented)
                 pictures.append(Picture(num_given, num_blocks[index], planes, images))
 
     return pictures[:NUM_SAMPLES]
@@ -150,7 +150,10 @@ def validation_pictures(
 
 def _axes_of_view(scan_axes: Sequence[int] | None) -> list[int]:
     """Return which stored axes run towards superior, anterior and right."""
-    return [0, 1, 2] if scan_axes is None else np.argsort(scan_axes).tolist()
+    if scan_axes is None:
+        return [0, 1, 2]
+    axes: list[int] = np.argsort(scan_axes).tolist()
+    return axes
 
 
 def upright(
@@ -187,16 +190,14 @@ def _planes(
     member = int(sample["loss_mask"].sum(axis=(1, 2, 3)).argmax())
     volumes, grey = _volumes_of(sample, member)
 
-    # Where the truth differs most from the trivial prediction, there is most to see.
+    # There is most to see where the truth differs most from the trivial prediction.
     structure = volumes["loss_mask"] * np.abs(volumes["truth"] - volumes["trivial"])
-    positions = []
+    planes = []
     for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        positions.append(int(structure.sum(axis=others).argmax()))
-    return tuple(
-        _plane(volumes, axis, position, spacing_mm, grey, is_oriented)
-        for axis, position in enumerate(positions)
-    )
+        others = tuple(other for other in range(3) if other != axis)
+        position = int(structure.sum(axis=others).argmax())
+        planes.append(_plane(volumes, axis, position, spacing_mm, grey, is_oriented))
+    return tuple(planes)
 
 
 def _middle_planes(
@@ -229,10 +230,19 @@ def _volumes_of(
 ) -> tuple[dict[str, Floats], tuple[float, float]]:
     """Return the volumes of one image, each (Z, Y, X), and its grey range."""
     volumes = {name: part[member] for name, part in sample.items()}
-    # A few bright voxels, such as metal, must not darken all others.
     voxels = volumes["truth"][volumes["valid_mask"] > 0]
-    low, high = np.percentile(voxels, [1, 99]) if voxels.size else (0.0, 1.0)
-    return volumes, (float(low), float(max(high, low + 1e-3)))
+    return volumes, grey_range(voxels, 99)
+
+
+def grey_range(voxels: Floats, highest_percentile: float) -> tuple[float, float]:
+    """Return the intensities that are drawn black and white.
+
+    A few bright voxels, such as metal, must not darken all others.
+    """
+    if not voxels.size:
+        return 0.0, 1.0
+    low, high = np.percentile(voxels, (1, highest_percentile))
+    return float(low), float(max(high, low + 1e-3))
 
 
 def _plane(
@@ -244,13 +254,14 @@ def _plane(
     is_oriented: bool,
 ) -> Plane:
     """Return the plane across ``axis`` at a position along it."""
-    others = tuple(a for a in range(3) if a != axis)
-    cut = {key: np.take(volume, position, axis=axis) for key, volume in volumes.items()}
-    height_mm, width_mm = (spacing_mm[a] for a in others)
+    down, across = (other for other in range(3) if other != axis)
+    height_mm, width_mm = spacing_mm[down], spacing_mm[across]
     name, edges = PLANES[axis]
     if not is_oriented:
-        first, second = (NAMES_OF_AXES[a] for a in others)
-        name, edges = f"{first}-{second} plane", ""
+        name, edges = f"{NAMES_OF_AXES[down]}-{NAMES_OF_AXES[across]} plane", ""
+
+    # Each: (H, W)
+    cut = {key: np.take(volume, position, axis=axis) for key, volume in volumes.items()}
     return Plane(
         name=name,
         edges=edges,
@@ -273,51 +284,53 @@ def panels(plane: Plane) -> list[tuple[str, str]]:
     """
     from matplotlib import colormaps
 
-    low, high = plane.grey
     shown = plane.given | plane.loss_mask
     # All images show the given part as it is, so that they can be compared.
     trivial = np.where(plane.given, plane.truth, plane.trivial)
     predicted = np.where(plane.given, plane.truth, plane.predicted)
-    error = np.abs(plane.predicted - plane.truth) / ((high - low) * LARGEST_ERROR)
 
-    def grey(values: Floats) -> Bytes:
-        return np.asarray(colormaps["gray"]((values - low) / (high - low), bytes=True))
+    low, high = plane.grey
+    error = np.abs(plane.predicted - plane.truth) / ((high - low) * LARGEST_ERROR)
+    error_image = np.asarray(colormaps["inferno"](error, bytes=True))
 
     # Each image: (H, W, 4)
     images = [
-        ("true", grey(plane.truth), plane.valid_mask),
-        ("nothing predicted", grey(trivial), shown),
-        ("predicted", grey(predicted), shown),
-        ("error", np.asarray(colormaps["inferno"](error, bytes=True)), plane.loss_mask),
+        ("true", _grey(plane.truth, plane), plane.valid_mask),
+        ("nothing predicted", _grey(trivial, plane), shown),
+        ("predicted", _grey(predicted, plane), shown),
+        ("error", error_image, plane.loss_mask),
     ]
 
     percent = 100 * plane.given.mean()
-    repeats = _repeats(plane)
-    given = _enlarged(plane.given, repeats)
+    given = _enlarged(plane.given, plane)
     found = []
     for title, image, visible in images:
         alt = f"{title}, {plane.name}: {percent:.0f} % of the picture was given"
-        pixels = tinted(_enlarged(image, repeats), _enlarged(visible, repeats), given)
-        element = _image(pixels, plane.aspect * repeats[1] / repeats[0], alt)
-        found.append((title, _with_marks(element, plane)))
+        pixels = tinted(_enlarged(image, plane), _enlarged(visible, plane), given)
+        found.append((title, _view(pixels, plane, alt)))
     return found
 
 
 def plain_panel(plane: Plane) -> str:
     """Return only the image as an HTML image, transparent in padding."""
+    pixels = _grey(plane.truth, plane)
+    pixels[..., 3] = np.where(plane.valid_mask, 255, 0)
+    return _view(_enlarged(pixels, plane), plane, f"image, {plane.name}")
+
+
+def _grey(values: Floats, plane: Plane) -> Bytes:
+    """Return intensities (H, W) as grey pixels (H, W, 4)."""
     from matplotlib import colormaps
 
     low, high = plane.grey
-    grey = np.asarray(colormaps["gray"]((plane.truth - low) / (high - low), bytes=True))
-    grey[..., 3] = np.where(plane.valid_mask, 255, 0)
-    repeats = _repeats(plane)
-    aspect = plane.aspect * repeats[1] / repeats[0]
-    element = _image(_enlarged(grey, repeats), aspect, f"image, {plane.name}")
-    return _with_marks(element, plane)
+    return np.asarray(colormaps["gray"]((values - low) / (high - low), bytes=True))
 
 
-def _with_marks(element: str, plane: Plane) -> str:
-    """Return the image with letters at its edges, and a bar of 10 mm where it is that wide."""
+def _view(pixels: Bytes, plane: Plane, alt: str) -> str:
+    """Return an enlarged image with letters at its edges, and a bar of 10 mm if it is that wide."""
+    down, across = _repeats(plane)
+    element = image_element(pixels, plane.aspect * across / down, alt)
+
     letters = []
     for side, letter in zip(("top", "bottom", "left", "right"), plane.edges, strict=False):
         letters.append(f'<i class="{side}">{letter}</i>')
@@ -330,12 +343,14 @@ def _with_marks(element: str, plane: Plane) -> str:
 def _repeats(plane: Plane) -> tuple[int, int]:
     """Return the pixels of the page per voxel, down and across."""
     across = max(1, round(PICTURE_WIDTH / plane.truth.shape[1]))
-    return max(1, round(across * plane.aspect)), across
+    down = max(1, round(across * plane.aspect))
+    return down, across
 
 
-def _enlarged(image: NDArray[Any], repeats: tuple[int, int]) -> NDArray[Any]:
-    """Return an image (H, W, ...) in which every pixel is repeated down and across."""
-    return image.repeat(repeats[0], axis=0).repeat(repeats[1], axis=1)
+def _enlarged(image: NDArray[Any], plane: Plane) -> NDArray[Any]:
+    """Return an image (H, W, ...) of a plane in which every pixel is repeated down and across."""
+    down, across = _repeats(plane)
+    return image.repeat(down, axis=0).repeat(across, axis=1)
 
 
 def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
@@ -352,10 +367,10 @@ def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
     colours = image[given, :3]  # (pixels, 3)
     mixed = (1 - TINT) * colours + TINT * np.asarray(GIVEN_COLOUR)
     made[given, :3] = mixed.astype(np.uint8)
-    # Where nothing else is visible, the tint alone is.
+    # If nothing else is visible there, only the tint is.
     made[given & ~visible] = (*GIVEN_COLOUR, round(255 * TINT))
 
-    # The border are those given pixels of which a neighbour is not given, in several layers.
+    # The border consists of given pixels with a neighbour that is not given, in several layers.
     inside = given
     for _ in range(BORDER_WIDTH):
         padded = np.pad(inside, 1, mode="edge")
@@ -366,18 +381,25 @@ def tinted(image: Bytes, visible: Bools, given: Bools) -> Bytes:
     return made
 
 
-def _image(rgba: Bytes, aspect: float, alt: str) -> str:
-    """Return the pixels as an HTML image that holds its own data."""
+def image_element(pixels: NDArray[Any], aspect: float, alt: str, **options: Any) -> str:
+    """Return an image as an HTML element that holds its own data.
+
+    Args:
+        pixels: (H, W, 4), red, green, blue and opacity; or (H, W) with ``options`` of ``imsave``.
+        aspect: height of a pixel divided by its width.
+        alt: description for people who cannot see it.
+    """
     from matplotlib.image import imsave
 
     png = io.BytesIO()
     # None leaves the name of the software out.
     metadata: Any = {"Software": None}
-    imsave(png, rgba, format="png", metadata=metadata)
+    imsave(png, pixels, format="png", metadata=metadata, **options)
     data = base64.b64encode(png.getvalue()).decode()
 
-    height, width = rgba.shape[:2]
+    height, width = pixels.shape[:2]
+    ratio = width / (height * aspect)
     return (
-        f'<img class="slice" alt="{alt}" style="aspect-ratio:{width / (height * aspect):.4f}" '
+        f'<img class="slice" alt="{escape(alt)}" style="aspect-ratio:{ratio:.4f}" '
         f'src="data:image/png;base64,{data}">'
     )

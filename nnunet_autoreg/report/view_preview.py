@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nnunet_autoreg import rng
 from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.records import atomic_path
+from nnunet_autoreg.report.slices import grey_range
 from nnunet_autoreg.sampling.kinds import planned_kinds
 from nnunet_autoreg.sampling.pool import SamplingPool
 from nnunet_autoreg.sampling.sample import Sample
@@ -64,26 +64,24 @@ def draw_views(path: Path, plan: Plan, pool: SamplingPool) -> int:
 
 def _draw_sample(row: Any, plan: Plan, sample: Sample) -> None:
     """Draw the same few slices of both views side by side."""
-    depth = sample.voxels.shape[2]
+    # A 2D image was repeated along z.
+    num_views, _, depth, _, _ = sample.voxels.shape
     is_image = bool((sample.voxels == sample.voxels[:, :, :1]).all())
     count = 1 if is_image else min(MOST_SLICES, depth)
-    layers = np.linspace(0, depth - 1, count).round().astype(int).tolist()
+    slices = np.linspace(0, depth - 1, count).round().astype(int).tolist()
 
-    axes = np.atleast_1d(row.subplots(1, len(sample.voxels) * count))
-    low, high = _grey_range(sample)
+    # Both views have the same greys.
+    inside = sample.voxels[:, 0][sample.valid_mask]
+    low, high = grey_range(inside, 99.5)
     _, y_mm, x_mm = plan.data.spacing_mm
     aspect = 1.0 if is_image else y_mm / x_mm
+
+    axes = np.atleast_1d(row.subplots(1, num_views * count))
     for number, axis in enumerate(axes):
-        view, layer = divmod(number, count)
-        z = layers[layer]
+        view, index = divmod(number, count)
+        z = slices[index]
         slice_YX = np.where(sample.valid_mask[view, z], sample.voxels[view, 0, z], np.nan)
         axis.imshow(slice_YX, cmap="gray", vmin=low, vmax=high, aspect=aspect)
-        axis.set_title(f"view {view + 1}" + ("" if is_image else f", slice {z + 1}"), fontsize=10)
+        title = f"view {view + 1}" if is_image else f"view {view + 1}, slice {z + 1}"
+        axis.set_title(title, fontsize=10)
         axis.set_axis_off()
-
-
-def _grey_range(sample: Sample) -> tuple[float, float]:
-    """Return the darkest and brightest grey of both views."""
-    inside: NDArray[np.float32] = sample.voxels[:, 0][sample.valid_mask]
-    low, high = np.percentile(inside, (1, 99.5)) if inside.size else (0.0, 1.0)
-    return float(low), float(max(high, low + 1e-3))
