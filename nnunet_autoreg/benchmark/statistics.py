@@ -122,7 +122,7 @@ def _interval_of_cases(
     if not kept_C.any():
         return None
 
-    subjects = [str(subject_of[cases[index]]) for index in np.flatnonzero(kept_C)]
+    subjects = [str(subject_of[cases[index]]) for index in np.flatnonzero(kept_C).tolist()]
     num_left_out = len(cases) - len(subjects)
     return interval(difference_RC[:, kept_C], subjects, num_left_out)
 

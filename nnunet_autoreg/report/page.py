@@ -64,7 +64,7 @@ def table(
 
     body = []
     for row in rows:
-        cells = []
+        cells: list[str] = []
         for text, css_class in zip(row, classes, strict=True):
             is_title = not cells
             cells.append(_cell(text, css_class, is_title))
