@@ -16,7 +16,6 @@ from nnunet_autoreg.cli.common import (
 )
 from nnunet_autoreg.cli.options import add_device, add_split_4d, local_path
 from nnunet_autoreg.errors import AutoregError, ScanError, UsageError
-from nnunet_autoreg.stopping import writes_at_the_end
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +36,65 @@ class EmbedRequest:
     device: str | None
     split_4d: bool
 
+    def check_output(self) -> None:
+        """Refuse a file that cannot be written, before the work of hours.
+
+        Raises:
+            UsageError: its ending or its folder is wrong.
+        """
+        if self.output.suffix not in (".npz", ".parquet"):
+            raise UsageError(
+                f"-o {self.output} must end in .npz or .parquet",
+                code="embed-output-ending",
+            )
+        if self.dense and self.output.suffix == ".parquet":
+            raise UsageError(
+                "--dense: a table cannot hold grids; give -o features.npz",
+                code="embed-dense-table",
+            )
+        if self.output.is_dir():
+            raise UsageError(
+                f"-o {self.output} is a folder; give a file in it, e.g. "
+                f"{self.output / 'features.npz'}",
+                code="embed-output-is-folder",
+            )
+        if not self.output.parent.is_dir():
+            raise UsageError(
+                f"-o {self.output}: the folder {self.output.parent} does not exist; make it first",
+                code="embed-no-folder",
+            )
+        if not os.access(self.output.parent, os.W_OK):
+            raise UsageError(
+                f"-o {self.output}: the folder {self.output.parent} cannot be written; give "
+                "another",
+                code="embed-folder-read-only",
+            )
+
+    def check_region(self) -> None:
+        """Refuse options of ``--region`` that are missing or contradict each other.
+
+        Raises:
+            UsageError: they do.
+        """
+        is_label = self.region == "label"
+        if is_label and self.labels is None:
+            raise UsageError(
+                "--region label needs --labels FOLDER, with a label map for every scan",
+                code="embed-no-labels",
+            )
+        if not is_label and self.labels is not None:
+            raise UsageError(
+                f"--labels {self.labels} is not used; add --region label",
+                code="embed-unused-labels",
+            )
+        if self.labels is not None and not self.labels.is_dir():
+            raise UsageError(
+                f"--labels {self.labels} is not a folder; give the folder of the label maps",
+                code="embed-labels-folder",
+            )
+        if not 0 <= self.margin < float("inf"):
+            raise UsageError(f"--margin {self.margin} must be 0 mm or more", code="embed-margin")
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser; its values are the fields of ``EmbedRequest``."""
@@ -48,7 +106,8 @@ def parser() -> argparse.ArgumentParser:
         prog="autoreg_embed",
         description="Write the features that a pretrained encoder computes for scans: one vector "
         "per scan, the mean over all positions. Scans are preprocessed as in pretraining, and "
-        "covered by tiles if they are larger than a crop of pretraining.",
+        "covered by tiles if they are larger than a crop of pretraining. If the command was "
+        "interrupted, type it again: it continues with the scans that are missing.",
     )
     _add_files(p)
     _add_feature_options(p)
@@ -138,21 +197,21 @@ def _add_region_options(p: CommandParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Write the features. Returns 1 if a scan could not be read, else 0."""
     request = EmbedRequest(**vars(parser().parse_args(argv)))
-    writes_at_the_end()
     prepare_torch()
     configure_logging()
-    _check_output(request)
-    _check_region(request)
+    request.check_output()
+    request.check_region()
 
     from nnunet_autoreg.downstream.embed import (
         PARQUET,
         LabelRegion,
         check_parquet,
+        embed_scan,
         map_chooser,
         write_features,
     )
-    from nnunet_autoreg.downstream.embed import embed_scan as embed
     from nnunet_autoreg.downstream.encoder import load_encoder
+    from nnunet_autoreg.downstream.kept_features import KeptFeatures, inputs_of, settings_of
     from nnunet_autoreg.downstream.model import prediction_device
     from nnunet_autoreg.downstream.scans import find
 
@@ -170,13 +229,24 @@ def main(argv: list[str] | None = None) -> int:
     if request.labels is not None:
         region = LabelRegion(request.labels, request.margin)
 
+    # Every finished scan is kept, so that the same line continues if this call is stopped.
+    settings = settings_of(encoder, request.layer, request.dense, region)
+    kept = KeptFeatures(request.output, settings)
+    inputs = {scan.name: inputs_of(scan, region) for scan in scans}
+    earlier = kept.read(inputs)
+    if earlier:
+        print(f"{len(earlier)} of {len(scans)} scans were done before", flush=True)
+
     done = []
     for scan in scans:
-        try:
-            found = embed(encoder, scan, request.layer, request.dense, device, region)
-        except ScanError as error:
-            log.warning("%s is left out (%s): %s", scan.name, error.status, error)
-            continue
+        found = earlier.get(scan.name)
+        if found is None:
+            try:
+                found = embed_scan(encoder, scan, request.layer, request.dense, device, region)
+            except ScanError as error:
+                log.warning("%s is left out (%s): %s", scan.name, error.status, error)
+                continue
+            kept.write(found, inputs[scan.name])
         done.append(found)
 
         # A log file has no progress bar.
@@ -190,60 +260,8 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     write_features(request.output, done, encoder, request.layer, region)
+    kept.remove()
     print(f"wrote {len(done)} vectors of {len(done[0].vector_V)} features to {request.output}")
     reader = "numpy.load" if request.output.suffix == ".npz" else "pandas.read_parquet"
     print_next(f"in Python: {reader}({str(request.output)!r})")
     return 0 if len(done) == len(scans) else 1
-
-
-def _check_output(request: EmbedRequest) -> None:
-    if request.output.suffix not in (".npz", ".parquet"):
-        raise UsageError(
-            f"-o {request.output} must end in .npz or .parquet",
-            code="embed-output-ending",
-        )
-    if request.dense and request.output.suffix == ".parquet":
-        raise UsageError(
-            "--dense: a table cannot hold grids; give -o features.npz",
-            code="embed-dense-table",
-        )
-    if request.output.is_dir():
-        raise UsageError(
-            f"-o {request.output} is a folder; give a file in it, e.g. "
-            f"{request.output / 'features.npz'}",
-            code="embed-output-is-folder",
-        )
-    if not request.output.parent.is_dir():
-        raise UsageError(
-            f"-o {request.output}: the folder {request.output.parent} does not exist; make it "
-            "first",
-            code="embed-no-folder",
-        )
-    # Before the work of hours, and not after it.
-    if not os.access(request.output.parent, os.W_OK):
-        raise UsageError(
-            f"-o {request.output}: the folder {request.output.parent} cannot be written; give "
-            "another",
-            code="embed-folder-read-only",
-        )
-
-
-def _check_region(request: EmbedRequest) -> None:
-    is_label = request.region == "label"
-    if is_label and request.labels is None:
-        raise UsageError(
-            "--region label needs --labels FOLDER, with a label map for every scan",
-            code="embed-no-labels",
-        )
-    if not is_label and request.labels is not None:
-        raise UsageError(
-            f"--labels {request.labels} is not used; add --region label",
-            code="embed-unused-labels",
-        )
-    if request.labels is not None and not request.labels.is_dir():
-        raise UsageError(
-            f"--labels {request.labels} is not a folder; give the folder of the label maps",
-            code="embed-labels-folder",
-        )
-    if not 0 <= request.margin < float("inf"):
-        raise UsageError(f"--margin {request.margin} must be 0 mm or more", code="embed-margin")

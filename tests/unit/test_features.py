@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from torch.nn import functional
 
 import nnunet_autoreg
 from nnunet_autoreg.cli.embed import main
+from nnunet_autoreg.downstream import embed
 from nnunet_autoreg.downstream.embed import LabelRegion
 from nnunet_autoreg.downstream.encoder import load_encoder
 from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
-from nnunet_autoreg.errors import UsageError, WeightsError
+from nnunet_autoreg.errors import InterruptedRunError, UsageError, WeightsError
 from nnunet_autoreg.finetune.load import read_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -295,6 +297,167 @@ def test_a_box_is_found_in_a_scan_that_was_cut_turned_and_resampled(tmp_path: Pa
     inside = np.argwhere(counted.numpy())
     assert inside.min(0).tolist() == [0, 1, 9]
     assert (inside.max(0) + 1).tolist() == [6, 5, 13]
+
+
+KILLED_WHILE_IT_WRITES = """
+import os, signal, sys
+from pathlib import Path
+from nnunet_autoreg.cli.embed import main
+
+replace, left = Path.replace, [int(sys.argv[1])]
+
+def replace_or_die(path, onto):
+    if Path(onto).suffix == ".npz":
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+    return replace(path, onto)
+
+Path.replace = replace_or_die
+main(sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the scans whose features are computed from now on."""
+    names: list[str] = []
+    original = embed.embed_scan
+
+    def noted(encoder: Any, scan: Any, *rest: Any) -> Any:
+        names.append(scan.name)
+        return original(encoder, scan, *rest)
+
+    monkeypatch.setattr(embed, "embed_scan", noted)
+    return names
+
+
+# After so many finished scans; all three are finished when the file of -o is about to be written.
+@pytest.mark.parametrize("num_finished", [0, 2, 3])
+def test_a_killed_command_continues_and_gives_the_same_features(
+    num_finished: int,
+    tmp_path: Path,
+    counted: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for seed, name in enumerate("abc"):
+        write_scan(tmp_path / "scans" / f"{name}_0000.nii.gz", (36, 32, 32), seed)
+    line = ["-w", "brain", "-i", str(tmp_path / "scans"), "--dense"]
+    assert main([*line, "-o", str(tmp_path / "whole.npz")]) == 0
+    counted.clear()
+    output = tmp_path / "features.npz"
+    line += ["-o", str(output)]
+
+    killed = [sys.executable, "-W", "ignore", "-c", KILLED_WHILE_IT_WRITES, str(num_finished)]
+    code = subprocess.run([*killed, *line], check=False, capture_output=True).returncode
+
+    assert code == -signal.SIGKILL
+    assert not output.exists()
+    assert main(line) == 0
+    assert counted == list("abc")[num_finished:]
+    assert (f"{num_finished} of 3 scans" in capsys.readouterr().out) == (num_finished > 0)
+    found, expected = np.load(output), np.load(tmp_path / "whole.npz")
+    assert found.files == expected.files
+    for name in expected.files:
+        assert np.array_equal(found[name], expected[name])
+
+    # Nothing is left beside the results, so that the next call begins from the first scan.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "features.json",
+        "features.npz",
+        "scans",
+        "whole.json",
+        "whole.npz",
+    ]
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A line whose first call was stopped after both scans, and before it wrote the file of -o."""
+    shape = (32, 32, 32)
+    for seed, name in enumerate("ab"):
+        write_scan(tmp_path / "scans" / f"{name}_0000.nii.gz", shape, seed)
+        write_label(tmp_path / "labels" / f"{name}.nii.gz", shape, np.s_[16:24, 8:16, 0:8])
+    line = ["-w", "brain", "-i", str(tmp_path / "scans"), "-o", str(tmp_path / "features.npz")]
+    line += ["--region", "label", "--labels", str(tmp_path / "labels")]
+
+    def stop(*arguments: Any) -> None:
+        raise InterruptedRunError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "write_features", stop)
+        assert main(line) == 130
+    return line
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["-w", "tokens"], "weights"),
+        (["--layer", "0"], "layer"),
+        (["--tile", "40", "40", "40"], "tile_size_vox"),
+        (["--dense"], "dense"),
+        (["--margin", "3"], "margin_mm"),
+    ],
+)
+def test_other_weights_or_options_do_not_continue(
+    more: list[str],
+    named: str,
+    stopped: list[str],
+    counted: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*stopped, *more]) == 2
+
+    message = capsys.readouterr().err
+    assert named in message and str(tmp_path / ".features.npz.unfinished") in message
+    assert counted == [] and not (tmp_path / "features.npz").exists()
+
+    # The options of the stopped call continue it, and another file begins.
+    assert main([*stopped, *more, "-o", str(tmp_path / "other.npz")]) == 0
+    assert counted == ["a", "b"]
+    assert main(stopped) == 0
+    assert counted == ["a", "b"]
+
+
+def test_the_last_layer_has_two_names(stopped: list[str], counted: list[str]) -> None:
+    assert main([*stopped, "--layer", "3"]) == 0
+    assert counted == []
+
+
+def test_scans_and_labels_that_have_changed_are_done_again(
+    stopped: list[str],
+    counted: list[str],
+    tmp_path: Path,
+) -> None:
+    write_scan(tmp_path / "scans" / "a_0000.nii.gz", (32, 32, 32), seed=7)
+    write_label(tmp_path / "labels" / "b.nii.gz", (32, 32, 32), np.s_[0:8, 8:16, 0:8])
+    write_scan(tmp_path / "scans" / "c_0000.nii.gz", (32, 32, 32), seed=8)
+
+    # The new scan has no label map.
+    assert main(stopped) == 1
+
+    assert counted == ["a", "b", "c"]
+    continued = np.load(tmp_path / "features.npz")["features"]
+    assert main(stopped) == 1
+    assert np.array_equal(np.load(tmp_path / "features.npz")["features"], continued)
+
+
+@pytest.mark.parametrize("left", [b"", b"PK", 400])
+def test_a_damaged_file_of_a_finished_scan_is_done_again(
+    left: bytes | int,
+    stopped: list[str],
+    counted: list[str],
+    tmp_path: Path,
+) -> None:
+    file, _ = sorted((tmp_path / ".features.npz.unfinished").iterdir())
+    file.write_bytes(left if isinstance(left, bytes) else file.read_bytes()[:left])
+
+    assert main(stopped) == 0
+
+    assert len(counted) == 1
+    assert np.load(tmp_path / "features.npz")["ids"].tolist() == ["a", "b"]
 
 
 @pytest.mark.parametrize(
