@@ -25,6 +25,7 @@ from nnunet_autoreg.model.sequence import SequenceEncoder, to_blocks
 from nnunet_autoreg.model.sizes import ENCODERS, encoder_size
 from nnunet_autoreg.plan import EncoderPlan
 
+# The families, but narrow and shallow, so that each of them runs on a CPU in a moment.
 NARROW = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2}
 STAGES = {"features_per_stage": [8, 12, 16, 24], "n_blocks_per_stage": [1, 1, 1, 1]}
 SMALL: dict[str, dict[str, Any]] = {
@@ -37,6 +38,8 @@ SMALL: dict[str, dict[str, Any]] = {
 TRANSFORMERS = tuple(name for name in SMALL if name != "resenc_tiny")
 CONVOLVED = ("primus_v2_tiny", "primus_v3_tiny")
 CROP = (16, 16, 32)
+# Per family: the encoder, its stem, the first layer that reads the image, and the position
+# embedding. The ViT computes its positions, so there is none to resize.
 ADAPTED = {
     "primus_tiny": ("eva", "down_projection", "down_projection.proj", "eva.pos_embed"),
     "primus_v2_tiny": (
@@ -75,28 +78,22 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_named_encoder_can_be_built_and_states_its_tokens_and_family(name: str) -> None:
     size = encoder_size(name)
-    shallow = {**size.arguments, **({"eva_depth": 2} if "eva_depth" in size.arguments else {})}
+    arguments = dict(size.arguments)
+    if "eva_depth" in arguments:
+        arguments["eva_depth"] = 2
+    crop = [4 * side for side in size.token_size]
+    # The meta device computes shapes only; the largest encoders would need gigabytes.
     with torch.device("meta"):
-        network: Any = build_network(
-            size.class_path,
-            shallow,
-            [4 * t for t in size.token_size],
-            1,
-            3,
-        )
-        output = network(torch.empty(1, 1, *(4 * t for t in size.token_size)))
+        network: Any = build_network(size.class_path, arguments, crop, 1, 3)
+        output = network(torch.empty(1, 1, *crop))
 
-    assert output.shape == (1, 3, *(4 * t for t in size.token_size))
-    assert family_of(size.class_path) == size.family and name.startswith(size.family)
+    assert output.shape == (1, 3, *crop)
+    assert family_of(size.class_path) == size.family
+    assert name.startswith(size.family)
     assert token_size_of(size.class_path, size.arguments) == size.token_size
-    assert all(
-        b >= n
-        for b, n in zip(
-            size.block_tokens,
-            smallest_block(size.family, size.token_size),
-            strict=True,
-        )
-    )
+    smallest = smallest_block(size.family, size.token_size)
+    for tokens, least in zip(size.block_tokens, smallest, strict=True):
+        assert tokens >= least
     assert not missing_arguments(size.class_path, size.arguments)
 
 
@@ -107,46 +104,42 @@ def test_the_presets_have_the_sizes_of_their_papers() -> None:
     """
     resenc = encoder_size("resenc_l")
 
-    assert resenc.token_size == (32, 32, 32) and resenc.arguments["n_blocks_per_stage"] == [
-        1,
-        3,
-        4,
-        6,
-        6,
-        6,
-    ]
-    assert (
-        encoder_size("resenc_m").arguments
-        == resenc.arguments
-        == encoder_size("resenc_xl").arguments
-    )
-    assert [encoder_size(f"resenc_{s}").patch_gib for s in ("m", "l", "xl")] == [8, 24, 40]
-    assert encoder_size("primus_v2_m").arguments["embed_dim"] == 864 and encoder_size(
-        "vit_b16",
-    ).token_size == (16, 16, 16)
-    # Total stride of strides 1, (1, 2, 2), 2: per axis.
+    assert resenc.token_size == (32, 32, 32)
+    assert resenc.arguments["n_blocks_per_stage"] == [1, 3, 4, 6, 6, 6]
+    # nnU-Net's M, L and XL are one network, planned for different amounts of GPU memory.
+    for name, patch_gib in (("resenc_m", 8), ("resenc_l", 24), ("resenc_xl", 40)):
+        assert encoder_size(name).arguments == resenc.arguments
+        assert encoder_size(name).patch_gib == patch_gib
+    assert encoder_size("primus_v2_m").arguments["embed_dim"] == 864
+    assert encoder_size("vit_b16").token_size == (16, 16, 16)
+    # The total stride per axis: 1 * 1 * 2 = 2 along z, and 1 * 2 * 2 = 4 along y and x.
     assert token_size_of(CLASS_PATHS["resenc"], {"strides": [1, [1, 2, 2], 2]}) == (2, 4, 4)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_what_transfers_fills_the_downstream_encoder_and_nothing_else(
+def test_transferred_weights_fill_exactly_the_downstream_encoder(
     name: str,
     tmp_path: Any,
 ) -> None:
-    encoder, plan = small_encoder(name), small_plan(name)
+    encoder = small_encoder(name)
+    plan = small_plan(name)
     state = encoder.transferable_state()
     save_file(state, tmp_path / "encoder.safetensors")
     torch.manual_seed(1)
     downstream: Any = build_network(plan.class_path, plan.arguments, CROP, 1, 3).eval()
     live = downstream.state_dict(keep_vars=True)
     prefixes = (f"{downstream.key_to_encoder}.", f"{downstream.key_to_stem}.")
+    # By identity, because several names can share one tensor. Rotary tables are computed from the
+    # crop and do not transfer.
     parts = {id(t) for key, t in live.items() if key.startswith(prefixes) and ".rope." not in key}
-    assert {id(live[key]) for key in state} == parts and len(state) == len(parts)
+    assert {id(live[key]) for key in state} == parts
+    assert len(state) == len(parts)
 
     downstream.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=False)
     assert all(torch.equal(live[key], value) for key, value in state.items())
 
     volume = noise(1, 1, *CROP)
+    # Equal weights are not enough: the downstream network must also compute the same features.
     with torch.no_grad():
         expected = encoder.describe(volume[:, None], None)
         assert torch.allclose(fine_tuned_features(name, downstream, volume), expected, atol=1e-5)
@@ -208,8 +201,11 @@ def test_the_local_part_sees_one_block_at_a_time(name: str) -> None:
 def test_run_over_a_whole_crop_the_local_part_would_leak(name: str) -> None:
     """What the tests of leakage would see if blocks were not taken one by one."""
     encoder = small_encoder(name)
-    volume, other = noise(1, 1, 1, *CROP), noise(1, 1, 1, *CROP, seed=1)
+    volume = noise(1, 1, 1, *CROP)
+    other = noise(1, 1, 1, *CROP, seed=1)
+    # The two crops agree in the first block (x < 16) and differ in the second.
     other[..., :16] = volume[..., :16]
+    # Tokens of the first block in a grid of 2 x 2 x 4.
     first = torch.arange(16).reshape(2, 2, 4)[:, :, :2].flatten()
     with torch.no_grad():
         assert torch.equal(encoder.tokens(volume)[0, first], encoder.tokens(other)[0, first])
@@ -222,17 +218,20 @@ def test_run_over_a_whole_crop_the_local_part_would_leak(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONVOLVED)
 def test_computing_the_local_part_twice_changes_no_number(name: str) -> None:
-    once, twice = small_encoder(name), small_encoder(name)
+    once = small_encoder(name)
+    twice = small_encoder(name)
     twice.recompute = True
     volume = noise(1, 1, 1, *CROP)
     gradients = []
     for encoder in (once, twice):
+        # One row of weights for each of 16 tokens with 48 features.
         (encoder(volume, None) * noise(1, 16, 48, seed=2)).sum().backward()
         # All gradients in one: those of biases before a norm are nothing but rounding.
         found = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
         gradients.append(torch.cat(found))
     one, two = gradients
 
+    # Recomputation repeats the same operations, so only rounding may differ.
     assert (one - two).norm() < 1e-4 * one.norm()
 
 
@@ -241,18 +240,22 @@ def test_a_cnn_hands_its_image_and_deep_supervision_arguments_on() -> None:
     network: Any = build_network(plan.class_path, plan.arguments, CROP, 1, 3, deep_supervision=True)
     outputs = network(noise(1, 1, *CROP))
 
+    # Strides 1, 2, 2, 2: a decoder predicts at all resolutions except the deepest, one eighth.
     assert [tuple(o.shape[2:]) for o in outputs] == [(16, 16, 32), (8, 8, 16), (4, 4, 8)]
-    assert has_deep_supervision("resenc") and not has_deep_supervision("primus")
+    assert has_deep_supervision("resenc")
+    assert not has_deep_supervision("primus")
 
 
 def test_what_a_family_cannot_do_is_refused() -> None:
-    cnn, primus = small_plan("resenc_tiny"), small_plan("primus_tiny")
+    cnn = small_plan("resenc_tiny")
+    primus = small_plan("primus_tiny")
     no_strides = {key: value for key, value in cnn.arguments.items() if key != "strides"}
 
     with refused(PlanError, "plan-stochastic-depth", "0.2"):
         build_network(cnn.class_path, cnn.arguments, CROP, 1, 2, drop_path_rate=0.2)
     with refused(PlanError, "plan-deep-supervision", primus.class_path):
         build_network(primus.class_path, primus.arguments, CROP, 1, 2, deep_supervision=True)
+    # 20 voxels lie between two multiples of the total stride 8: 16 and 24.
     with refused(PlanError, "plan-input-shape", "size 20", "axis z", "16 or 24"):
         build_network(cnn.class_path, cnn.arguments, (20, 16, 16), 1, 2)
     with refused(PlanError, "plan-missing-argument", "strides"):
@@ -281,5 +284,9 @@ def test_a_strangers_arguments_name_no_class_from_elsewhere() -> None:
 def test_start_is_one_more_block_in_front_that_is_always_given() -> None:
     encoder = small_encoder("vit_b16")
     features = encoder(noise(2, 1, 1, *CROP), None)
-    assert encoder.num_starts == 1 and features.shape == (2, 1 + 16, 48)
-    assert small_encoder("primus_tiny")(noise(2, 1, 1, *CROP), None).shape == (2, 16, 48)
+    without_start = small_encoder("primus_tiny")(noise(2, 1, 1, *CROP), None)
+
+    # The crop holds 2 x 2 x 4 tokens of 8 x 8 x 8 voxels.
+    assert encoder.num_starts == 1
+    assert features.shape == (2, 1 + 16, 48)
+    assert without_start.shape == (2, 16, 48)

@@ -28,10 +28,11 @@ def codes_in_source() -> dict[str, set[str]]:
 
 
 def test_codes_are_lower_case_words_joined_by_hyphens() -> None:
-    wrong = [
-        code for code in codes_in_source() if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", code)
-    ]
+    codes = codes_in_source()
+    wrong = [code for code in codes if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", code)]
 
+    # A search that finds nothing would find nothing wrong.
+    assert "plan-unknown-key" in codes
     assert not wrong
 
 
@@ -46,10 +47,12 @@ def test_an_error_has_its_own_code_or_that_of_its_class() -> None:
     assert UsageError("x").code == "usage"
     assert PlanError("x").code == "plan"
     assert PlanError("x", code="plan-unknown-key").code == "plan-unknown-key"
+    # The code of a ScanError ends with the reason for which a scan is skipped.
     assert ScanError("unreadable", "x").code == "scan-unreadable"
 
 
 def test_a_code_survives_the_way_from_one_process_to_another() -> None:
+    # Workers of a pool hand their errors to the main process by pickle.
     error = pickle.loads(pickle.dumps(PlanError("x", code="plan-unknown-key")))
 
     assert (str(error), error.code) == ("x", "plan-unknown-key")

@@ -27,6 +27,8 @@ from nnunet_autoreg.detection.scanfile import Detection, make_scan_file, write_s
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.report.palette import BOXES
 
+# (Z, Y, X) in voxels of 2 x 1 x 1 mm. Boxes are (z0, y0, x0, z1, y1, x1): the lesion has 4 x 6 x 6
+# voxels, the cyst 4 x 4 x 6, and the tiny one 2. Objects of fewer than 3 voxels are ignored.
 SHAPE = (8, 16, 20)
 CLASSES = {"lesion": 1, "cyst": 2}
 FRAME = frame_of_itk(SHAPE, (1, 1, 2), (0, 0, 0), np.eye(3).ravel().tolist())
@@ -76,6 +78,15 @@ def results_of(out):
     return json.loads(out.read_text())
 
 
+def rows_of(out, **values):
+    """Return the rows of the table of boxes in which these columns have these values."""
+    with out.with_suffix(".csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    for column, value in values.items():
+        rows = [row for row in rows if row[column] == value]
+    return rows
+
+
 def test_label_maps_are_scored_drawn_and_listed(folders, capsys):
     out = folders[2]
 
@@ -83,17 +94,19 @@ def test_label_maps_are_scored_drawn_and_listed(folders, capsys):
 
     results = results_of(out)
 
-    # Lesions: one hit at 0.9, one false at 0.3, two objects: precision 1 up to recall 0.5.
+    # Lesions: one hit at 0.9, one false at 0.3, two objects: precision 1 up to recall 0.5, which
+    # are 51 of the 101 recall levels.
     assert results["ap"]["0.1"]["per_class"] == {"lesion": pytest.approx(51 / 101), "cyst": 1}
     assert results["ap"]["0.1"]["mean"] == pytest.approx((51 / 101 + 1) / 2)
-    assert (
-        results["classes"]["lesion"]["objects"] == 2
-        and results["classes"]["lesion"]["ignored_objects"] == 1
-    )
-    assert results["scans"]["number"] == 3 and results["scans"]["empty"] == 1
+    lesions = results["classes"]["lesion"]
+    assert lesions["objects"] == 2
+    assert lesions["ignored_objects"] == 1
+    assert results["scans"]["number"] == 3
+    # Scan c is the empty one, with one false cyst.
+    assert results["scans"]["empty"] == 1
     assert results["froc"]["operating_points"]["cyst"][-1]["fp_per_empty_scan"] == 1
 
-    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    rows = rows_of(out)
 
     assert [(r["scan"], r["class"], r["what"], r["score"]) for r in rows] == [
         ("a", "lesion", "hit", "0.9"),
@@ -104,13 +117,15 @@ def test_label_maps_are_scored_drawn_and_listed(folders, capsys):
         ("c", "cyst", "false", "0.1"),
     ]
     # The lesion is 4 voxels of 2 mm high and 6 mm wide.
-    assert rows[0]["iou"] == "1.0000" and rows[0]["largest_side_mm"] == "8.000"
+    assert rows[0]["iou"] == "1.0000"
+    assert rows[0]["largest_side_mm"] == "8.000"
 
     for end in ("_froc.png", "_scans.png"):
         assert out.with_name("scores" + end).read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
 
-    assert lines[0].startswith("3 scans, 1 ") and lines[-1].startswith("next: ")
+    assert lines[0].startswith("3 scans, 1 ")
+    assert lines[-1].startswith("next: ")
 
 
 def test_no_spreadsheet_takes_a_scans_name_for_a_formula(folders):
@@ -120,31 +135,30 @@ def test_no_spreadsheet_takes_a_scans_name_for_a_formula(folders):
 
     assert run(truth, found, out) == 0
 
-    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
-
+    # A spreadsheet runs a cell that begins with "=". Only the table for spreadsheets is changed.
+    rows = rows_of(out)
     assert {row["scan"] for row in rows} == {"'=a", "b", "c"}
     assert results_of(out)["scans"]["names"] == ["=a", "b", "c"]
 
 
 def test_a_hit_rule_and_classes_can_be_chosen(folders):
-    assert (
-        run(*folders, "--hit", "centre", "--classes", "cyst", "--iou", "0.3", "--sizes", "5") == 0
-    )
+    more = ("--hit", "centre", "--classes", "cyst", "--iou", "0.3", "--sizes", "5")
+
+    assert run(*folders, *more) == 0
 
     results = results_of(folders[2])
 
-    assert (
-        list(results["classes"]) == ["cyst"]
-        and results["froc"]["hit"] == "centre"
-        and "0.3" in results["ap"]
-    )
+    assert list(results["classes"]) == ["cyst"]
+    assert results["froc"]["hit"] == "centre"
+    assert "0.3" in results["ap"]
+    # The cyst is 4 voxels of 2 mm high: 8 mm, above the limit of 5 mm.
     assert [s["objects"] for s in results["sizes"]["strata"]] == [0, 1]
 
 
 def test_voxels_can_decide_what_a_hit_is(folders, caplog):
     truth, found, out = folders
-    # The lesion of scan a has 4 x 6 x 6 voxels; 28 of them are drawn as number 1: IoU 28 / 144 is
-    # below 0.2, with 29 it is not.
+    # The lesion of scan a has 4 x 6 x 6 = 144 voxels. With 28 of them drawn as number 1 the IoU is
+    # 28 / 144 = 0.194, below 0.2; with 29 it is 0.201.
     for number, sensitivity in ((28, 0.0), (29, 0.5)):
         drawn = np.zeros(SHAPE, np.uint8)
         inside = np.zeros(4 * 6 * 6, np.uint8)
@@ -170,19 +184,21 @@ def test_voxels_can_decide_what_a_hit_is(folders, caplog):
 
 def test_instance_maps_may_touch_and_take_their_labels_from_the_json(folders):
     truth, found, out = folders
+    # The lesion in two halves that touch: as voxels without numbers they would be one object.
     halves = [(3, (1, 2, 3, 5, 8, 6)), (4, (1, 2, 6, 5, 8, 9))]
     write_map(truth / "a.nii.gz", halves)
     (truth / "a.json").write_text('{"instances": {"3": 1, "4": 2}}')
     write_found(found, "a", [(halves[0][1], "lesion", 0.9), (halves[1][1], "cyst", 0.9)])
 
     assert run(truth, found, out) == 0
+    # Both halves are found. The lesion of scan b is missed: recall 0.5, 51 of 101 levels.
     assert results_of(out)["ap"]["0.5"]["per_class"] == {
         "lesion": pytest.approx(51 / 101),
         "cyst": 1,
     }
 
 
-def test_boxes_alone_can_be_the_truth_and_are_drawn_on_images(folders, tmp_path, caplog):
+def test_truth_may_consist_of_boxes_which_are_drawn_on_images(folders, tmp_path, caplog):
     _, found, out = folders
     truth = tmp_path / "boxes"
     truth.mkdir()
@@ -191,8 +207,11 @@ def test_boxes_alone_can_be_the_truth_and_are_drawn_on_images(folders, tmp_path,
     )
 
     assert run(truth, found, out) == 0
+    # Only scan a has boxes as truth; the false lesion comes after recall 1 and costs nothing.
     assert results_of(out)["ap"]["0.1"]["mean"] == 1
-    assert logged(caplog, "--images") and not out.with_name("scores_scans.png").exists()
+    # Without --images there is no picture, and the log names the option.
+    assert logged(caplog, "--images")
+    assert not out.with_name("scores_scans.png").exists()
 
     write_map(tmp_path / "images" / "a_0000.nii.gz", [(7, LESION)])
 
@@ -212,17 +231,12 @@ def test_detections_in_the_ignore_label_do_not_count(folders):
     (truth.parent / "dataset.json").write_text(
         json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}}),
     )
+    # The false lesion at 0.3 lies within the region of the ignore label.
     write_map(truth / "a.nii.gz", [(1, LESION), (3, (0, 10, 0, 6, 16, 6))])
 
     assert run(truth, found, out) == 0
 
-    rows = [
-        r
-        for r in csv.DictReader(out.with_suffix(".csv").open())
-        if r["scan"] == "a" and r["score"] == "0.3"
-    ]
-
-    assert [r["what"] for r in rows] == ["excused"]
+    assert [row["what"] for row in rows_of(out, scan="a", score="0.3")] == ["excused"]
 
 
 def test_the_ignore_label_has_no_meaning_in_an_instance_map(folders):
@@ -230,19 +244,14 @@ def test_the_ignore_label_has_no_meaning_in_an_instance_map(folders):
     (truth.parent / "dataset.json").write_text(
         json.dumps({"labels": {"background": 0, **CLASSES, "ignore": 3}}),
     )
+    # In a map of instances 3 is the number of an object, a lesion, and not the ignore label 3.
     write_map(truth / "a.nii.gz", [(3, LESION)])
     (truth / "a.json").write_text('{"instances": {"3": 1}}')
     write_found(found, "a", [(LESION, "cyst", 0.7)])
 
     assert run(truth, found, out) == 0
 
-    rows = [
-        r
-        for r in csv.DictReader(out.with_suffix(".csv").open())
-        if r["scan"] == "a" and r["score"] == "0.7"
-    ]
-
-    assert [r["what"] for r in rows] == ["false"]
+    assert [row["what"] for row in rows_of(out, scan="a", score="0.7")] == ["false"]
 
 
 def test_scans_without_detections_are_named_and_counted_on_request(folders, caplog):
@@ -251,14 +260,15 @@ def test_scans_without_detections_are_named_and_counted_on_request(folders, capl
     write_found(found, "d", [])
 
     assert run(truth, found, out) == 0
-    assert logged(caplog, "1 scans", "(b)", "--all-scans") and logged(caplog, "1 scans", "(d)")
+    assert logged(caplog, "1 scans", "(b)", "--all-scans")
+    assert logged(caplog, "1 scans", "(d)")
 
-    results = results_of(out)
+    scans = results_of(out)["scans"]
 
-    assert results["scans"]["without_detections"] == ["b"] and results["scans"][
-        "without_truth"
-    ] == ["d"]
-    assert results["ap"]["0.1"]["per_class"]["lesion"] == 1
+    assert scans["without_detections"] == ["b"]
+    assert scans["without_truth"] == ["d"]
+    # Without scan b its lesion is not missed. With --all-scans it is: recall 0.5 of two lesions.
+    assert results_of(out)["ap"]["0.1"]["per_class"]["lesion"] == 1
     assert run(truth, found, out, "--all-scans") == 0
     assert results_of(out)["ap"]["0.1"]["per_class"]["lesion"] == pytest.approx(51 / 101)
 
@@ -270,10 +280,10 @@ def test_truth_without_any_object_is_warned_about_and_gives_no_figure(folders, c
 
     assert run(truth, found, out) == 0
     assert logged(caplog, "-g", "--min-voxels", "--classes")
-    assert results_of(out)["ap"]["0.1"]["mean"] is None and results_of(out)["absent_classes"] == [
-        "lesion",
-        "cyst",
-    ]
+    results = results_of(out)
+    # An average precision of 0 would say that the detector is bad; there is nothing to measure.
+    assert results["ap"]["0.1"]["mean"] is None
+    assert results["absent_classes"] == ["lesion", "cyst"]
 
 
 def test_other_json_files_beside_the_detections_are_named_and_left_out(folders, caplog):
@@ -308,7 +318,8 @@ def test_truth_stored_with_other_axes_is_turned_onto_the_detections(folders, cha
 
     assert run(truth, found, out, "--hit", "centre") == 0
 
-    before, picture = results_of(out), out.with_name("scores_scans.png").read_bytes()
+    before = results_of(out)
+    picture = out.with_name("scores_scans.png").read_bytes()
     for file in (
         truth / "a.nii.gz",
         truth / "b.nii.gz",
@@ -316,31 +327,23 @@ def test_truth_stored_with_other_axes_is_turned_onto_the_detections(folders, cha
     ):
         rewrite(file, change)
 
-    assert SimpleITK.ReadImage(str(truth / "a.nii.gz")).GetDirection() != (
-        1,
-        0,
-        0,
-        0,
-        1,
-        0,
-        0,
-        0,
-        1,
-    )
+    # The turn must have reached the file, or the comparison below would compare equal inputs.
+    identity = (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    assert SimpleITK.ReadImage(str(truth / "a.nii.gz")).GetDirection() != identity
     assert run(truth, found, out, "--hit", "centre") == 0
-    assert results_of(out) == before and out.with_name("scores_scans.png").read_bytes() == picture
+    assert results_of(out) == before
+    assert out.with_name("scores_scans.png").read_bytes() == picture
 
 
-def test_maps_of_what_was_found_are_turned_too(folders):
+def test_maps_of_detections_are_turned_too(folders):
     truth, found, out = folders
     for name in "abc":
-        write_map(
-            found / f"{name}_instances.nii.gz",
-            [(1, LESION), (2, CYST)] if name == "a" else [],
-        )
-        rewrite(found / f"{name}_instances.nii.gz", flipped(1))
+        file = found / f"{name}_instances.nii.gz"
+        write_map(file, [(1, LESION), (2, CYST)] if name == "a" else [])
+        rewrite(file, flipped(1))
 
     assert run(truth, found, out, "--hit", "mask:0.9") == 0
+    # Seven operating points; of the two lesions that of scan b was not found.
     assert results_of(out)["froc"]["sensitivity"]["per_class"] == {
         "lesion": [0.5] * 7,
         "cyst": [1.0] * 7,
@@ -357,11 +360,13 @@ def test_truth_at_another_location_is_refused_with_both(folders, tmp_path):
 
         return change
 
+    # Voxels are 1 mm wide along x: less than half a voxel is rounding, more is another location.
     rewrite(truth / "a.nii.gz", moved(0.4))
 
     assert run(truth, found, out) == 0
 
     rewrite(truth / "a.nii.gz", moved(0.6))
+    # In RAS, where x points the other way than in SimpleITK's LPS.
     axes = "(-1, 0, 0), (0, -1, 0), (0, 0, 1)"
     values = ["a.nii.gz", f"{axes} from (-0.6, 0, 0)", f"{axes} from (0, 0, 0)"]
     fails(ObjectsError, "objects-other-location", values, truth, found, out)
@@ -386,6 +391,7 @@ def test_truth_at_another_location_is_refused_with_both(folders, tmp_path):
 def test_an_image_that_cannot_be_drawn_costs_no_figure(folders, caplog):
     truth, found, out = folders
     images = truth.parent / "imagesTr"
+    # One slice more than the truth, a text file, and an image of three colours.
     write_map(images / "a_0000.nii.gz", [], shape=(9, 16, 20))
     (images / "b_0000.nii.gz").write_text("no image")
     write_map(images / "b_0000.nrrd", [])
@@ -396,16 +402,16 @@ def test_an_image_that_cannot_be_drawn_costs_no_figure(folders, caplog):
 
     assert run(truth, found, out) == 0
     assert logged(caplog, "a is", "a_0000.nii.gz", "9 x 16 x 20")
-    assert logged(caplog, "b is", "b_0000.nii.gz") and logged(caplog, "c is", "c_0000.nii.gz")
-    assert (
-        out.exists()
-        and out.with_suffix(".csv").exists()
-        and out.with_name("scores_scans.png").exists()
-    )
+    assert logged(caplog, "b is", "b_0000.nii.gz")
+    assert logged(caplog, "c is", "c_0000.nii.gz")
+    assert out.exists()
+    assert out.with_suffix(".csv").exists()
+    assert out.with_name("scores_scans.png").exists()
 
 
 def test_images_with_holes_are_drawn(folders):
     truth, found, out = folders
+    # First an image of NaN only, then one with five numbers.
     holes = np.full(SHAPE, np.nan, np.float32)
     for name in "ab":
         image = SimpleITK.GetImageFromArray(holes)
@@ -426,10 +432,10 @@ def test_a_folder_of_detections_as_truth_has_one_scan_per_json_file(folders, cap
     caplog.set_level("INFO")
 
     assert run(found, found, out) == 0
-    assert (
-        results_of(out)["scans"]["names"] == ["a", "b", "c"]
-        and results_of(out)["scans"]["without_detections"] == []
-    )
+    scans = results_of(out)["scans"]
+    # Each scan has three more files that are not detections: 3 x 3 = 9.
+    assert scans["names"] == ["a", "b", "c"]
+    assert scans["without_detections"] == []
     assert logged(caplog, "-g", "9 files")
 
     # Scans that are called so are scans, where no file of detections says otherwise.
@@ -444,6 +450,7 @@ def test_a_folder_of_detections_as_truth_has_one_scan_per_json_file(folders, cap
 def test_no_more_of_the_detections_is_kept_than_is_scored(tmp_path):
     for number in range(20):
         write_found(tmp_path, f"s{number}", [(LESION, "lesion", i / 100) for i in range(100)])
+    # What is cached at the first call does not count.
     read_found(tmp_path)
     tracemalloc.start()
     kept = read_found(tmp_path)
@@ -453,7 +460,8 @@ def test_no_more_of_the_detections_is_kept_than_is_scored(tmp_path):
 
     # Six coordinates, a label, a score and a number are 72 bytes a box; the records of the files
     # were 2200.
-    assert len(kept[0]["s7"].boxes_N6) == 100 and bytes_per_scan < 12_000
+    assert len(kept[0]["s7"].boxes_N6) == 100
+    assert bytes_per_scan < 12_000
 
 
 def fails(error_class, code, values, truth, found, out, *more):
@@ -465,6 +473,7 @@ def fails(error_class, code, values, truth, found, out, *more):
 
 def test_an_error_is_one_line_and_an_exit_code(folders, tmp_path, capsys):
     truth, found, out = folders
+    # 7 is not the label of a class.
     write_map(truth / "a.nii.gz", [(7, LESION)])
 
     assert run(truth, tmp_path / "none", out) == 2
@@ -475,8 +484,11 @@ def test_an_error_is_one_line_and_an_exit_code(folders, tmp_path, capsys):
 
     objects = capsys.readouterr().err.strip().splitlines()
 
-    assert len(usage) == 1 and usage[0].startswith("autoreg_evaluate_detection: ")
-    assert objects[-1].startswith("autoreg_evaluate_detection: ") and "a.nii.gz" in objects[-1]
+    # The second run logs before it fails, so that its error is the last line.
+    assert len(usage) == 1
+    assert usage[0].startswith("autoreg_evaluate_detection: ")
+    assert objects[-1].startswith("autoreg_evaluate_detection: ")
+    assert "a.nii.gz" in objects[-1]
 
 
 def test_what_cannot_be_scored_is_refused(folders, tmp_path):
@@ -494,14 +506,17 @@ def test_what_cannot_be_scored_is_refused(folders, tmp_path):
         fails(UsageError, code, values, truth, found, out, *more)
     fails(UsageError, "evaluation-output-is-folder", ["scores.json"], truth, found, tmp_path)
 
+    # Every refusal comes before the first file is written.
     assert not out.exists()
 
 
 def test_truth_and_detections_that_contradict_each_other_are_refused(folders, tmp_path):
     truth, found, out = folders
     other = tmp_path / "other"
+    # Truth that does not belong to the scans that were predicted.
     write_map(other / "x.nii.gz", [(1, LESION)])
     fails(UsageError, "evaluation-no-common-scan", [other, "x"], other, found, out)
+
     write_map(other / "a.nii.gz", [(7, LESION)])
     fails(ObjectsError, "truth-unknown-values", ["a.nii.gz", 7], other, found, out)
     write_map(other / "a.nii.gz", [(1, LESION)], shape=(9, 16, 20))
@@ -512,11 +527,15 @@ def test_truth_and_detections_that_contradict_each_other_are_refused(folders, tm
     fails(ObjectsError, "objects-other-spacing", spacings, other, found, out)
     (other / "a.nii.gz").write_text("no image")
     fails(ObjectsError, "objects-image-unreadable", ["a.nii.gz"], other, found, out)
+    # Sizes in millimetres need a spacing. Nothing states that of scan z: it has no detections, and
+    # its boxes do not say it either.
     boxes = tmp_path / "boxes"
     boxes.mkdir()
     for name in ("a", "z"):
         (boxes / f"{name}.json").write_text('{"boxes": []}')
     fails(ObjectsError, "truth-without-spacing", ["z.json"], boxes, found, out, "--all-scans")
+
+    # The detector was trained with other numbers, or other names, than this dataset.json has.
     (truth.parent / "dataset.json").write_text(
         '{"labels": {"background": 0, "lesion": 2, "cyst": 1}}',
     )
@@ -541,8 +560,8 @@ def test_a_class_the_detector_does_not_know_counts_as_missed(folders, caplog):
 
 def test_in_nndetections_convention_every_box_is_a_voxel_longer(folders):
     truth, found, out = folders
-    # Beside the lesion of 4 x 6 x 6 voxels by one on x: 120 of 168 in common, and 5 x 7 x (7 - 1) =
-    # 210 of 280 when longer.
+    # Beside the lesion of 4 x 6 x 6 voxels by one on x: 4 x 6 x 5 = 120 in common of 2 x 144 - 120
+    # = 168, an IoU of 0.714. One voxel longer, 5 x 7 x 6 = 210 of 2 x 245 - 210 = 280: 0.75.
     write_found(found, "b", [((1, 2, 4, 5, 8, 10), "lesion", 0.9)])
 
     assert run(truth, found, out, "--iou", "0.72") == 0
@@ -553,24 +572,17 @@ def test_in_nndetections_convention_every_box_is_a_voxel_longer(folders):
 
     longer = results_of(out)
 
-    assert (
-        usual["inputs"]["box_convention"] == "edges"
-        and longer["inputs"]["box_convention"] == "nndet"
-    )
-    assert (
-        usual["ap"]["0.72"]["per_class"]["lesion"]
-        < 1
-        == pytest.approx(longer["ap"]["0.72"]["per_class"]["lesion"])
-    )
+    usual_ap = usual["ap"]["0.72"]["per_class"]["lesion"]
+    longer_ap = longer["ap"]["0.72"]["per_class"]["lesion"]
+    (hit,) = rows_of(out, scan="b", what="hit")
 
-    with out.with_suffix(".csv").open() as handle:
-        hit = next(
-            row for row in csv.DictReader(handle) if row["scan"] == "b" and row["what"] == "hit"
-        )
-
-    assert float(hit["iou"]) == pytest.approx(0.75) and [
-        float(hit[c]) for c in ("z0", "y0", "x0", "z1")
-    ] == [0, 1, 3, 5]
+    assert usual["inputs"]["box_convention"] == "edges"
+    assert longer["inputs"]["box_convention"] == "nndet"
+    assert usual_ap < 1
+    assert longer_ap == pytest.approx(1)
+    assert float(hit["iou"]) == pytest.approx(0.75)
+    # Every box begins one voxel earlier and ends where it did.
+    assert [float(hit[c]) for c in ("z0", "y0", "x0", "z1")] == [0, 1, 3, 5]
 
 
 def test_pictures_show_scans_from_all_over_and_slices_through_objects():
@@ -589,40 +601,34 @@ def test_pictures_show_scans_from_all_over_and_slices_through_objects():
             np.zeros((0, len(true)), dtype=bool),
         )
 
-    full, empty = (
-        [with_objects((z, 0, 0, z + 1, 1, 1)) for z in range(10)],
-        [with_objects(), with_objects()],
-    )
+    full = [with_objects((z, 0, 0, z + 1, 1, 1)) for z in range(10)]
+    empty = [with_objects(), with_objects()]
+    five = with_objects(*[(z, 0, 0, z + 1, 1, 1) for z in (1, 5, 9, 13, 17)])
 
-    assert [scan.true_boxes_G6[0, 0] for scan in pick_scans(full)] == [0, 3, 6, 9] and len(
-        pick_scans(full[:2]),
-    ) == 2
+    # Four of ten, spread evenly; of the empty ones at most one, at the end.
+    assert [scan.true_boxes_G6[0, 0] for scan in pick_scans(full)] == [0, 3, 6, 9]
+    assert len(pick_scans(full[:2])) == 2
     assert [len(scan.true_boxes_G6) for scan in pick_scans([*empty, *full])] == [1, 1, 1, 0]
+    # Slices 2 to 10 are cut at their quarters; a single slice is shown three times.
     assert pick_slices(with_objects((2, 0, 0, 10, 1, 1)), 20) == [4, 6, 8]
     assert pick_slices(with_objects((2, 0, 0, 3, 1, 1)), 20) == [2, 2, 2]
-    assert pick_slices(with_objects(*[(z, 0, 0, z + 1, 1, 1) for z in (1, 5, 9, 13, 17)]), 20) == [
-        5,
-        9,
-        13,
-    ]
+    # Of five objects those in the middle, and without objects the quarters of 20 slices.
+    assert pick_slices(five, 20) == [5, 9, 13]
     assert pick_slices(with_objects(), 20) == [5, 10, 15]
 
 
 def test_axial_slices_are_drawn_anterior_up_and_patient_right_on_the_left():
     array = np.zeros((2, 3, 4))
+    # In RAS (an identity) indices grow towards the left-hand side of the picture and upwards; in
+    # LPS they grow as pixels do. The third stores sagittal slices, whose directions differ.
+    ras = frame_of_affine(np.eye(4), (2, 3, 4))
+    lps = frame_of_affine(np.diag([-1, -1, 1, 1]), (2, 3, 4))
+    turned = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    sagittal = frame_of_affine(turned, (2, 3, 4))
 
-    assert background(array, frame_of_affine(np.eye(4), (2, 3, 4))) == Background(
-        array,
-        flip_y=True,
-        flip_x=True,
-    )
-    assert background(array, frame_of_affine(np.diag([-1, -1, 1, 1]), (2, 3, 4))) == Background(
-        array,
-    )
-
-    sagittal = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
-
-    assert background(array, frame_of_affine(sagittal, (2, 3, 4))) == Background(array)
+    assert background(array, ras) == Background(array, flip_y=True, flip_x=True)
+    assert background(array, lps) == Background(array)
+    assert background(array, sagittal) == Background(array)
 
 
 def texts_of_labels(labels):
@@ -639,6 +645,7 @@ def texts_of_labels(labels):
 
 def test_labels_of_neighbouring_boxes_do_not_cover_each_other():
     style = BOXES["found"]
+    # The second begins 4 voxels, 12 points, to the right: its text would cover the first.
     boxes = [np.array([0.0, 20, 10, 5, 40, 20]), np.array([0.0, 20, 14, 5, 40, 24])]
     labels = [BoxLabel(box, f"lesion 0.{n}", style, False) for n, box in enumerate(boxes)]
 
@@ -654,4 +661,6 @@ def test_labels_far_from_each_other_stay_at_their_boxes():
 
     found = texts_of_labels(labels)
 
+    # 3 points per voxel: x 10 is at 30 points and x 70 at 210; texts lie 3 points above y 20 and y
+    # 70.
     assert found == {"lesion 0.0": (30.0, 3 - 60.0), "lesion 0.1": (210.0, 3 - 210.0)}

@@ -39,7 +39,9 @@ NUM_PATIENTS, SCANS_EACH = 12, 2
 def data() -> evidence_data.ResidentSet:
     """Twelve patients of two scans each: noise with a bright cube, which is class 1."""
     generator = np.random.default_rng(0)
-    scans, images, labels = [], {}, {}
+    scans = []
+    images = {}
+    labels = {}
     for patient in range(NUM_PATIENTS):
         for phase in range(SCANS_EACH):
             case = f"patient{patient:03d}_{phase}"
@@ -51,6 +53,8 @@ def data() -> evidence_data.ResidentSet:
             facts = evidence_data.ScanFacts(case, f"patient{patient:03d}", "MR", "MRI", SHAPE, 1, 0)
             scans.append(facts)
 
+    # Division into pool, development and test patients needs several; spacing and numbers are those
+    # of a planned set.
     spacing = (1.0, 1.0, 1.0)
     pool = Pool(16, spacing, SHAPE, 16 * math.prod(SHAPE), None)
     described = evidence_data.SetFacts("ixi", "D", spacing, ("cube",), pool, "", tuple(scans))
@@ -70,6 +74,8 @@ class Ticks:
 
 def after_reads(count: int) -> Deadline:
     """Return a deadline that has passed when it is asked for the ``count``-th time."""
+    # One tick starts the deadline and every question is one more. Half a tick less keeps rounding
+    # of minutes from deciding.
     return Deadline((count - 0.5) / 60, Ticks())
 
 
@@ -110,6 +116,7 @@ def test_labelled_sets_of_one_draw_are_nested_whole_patients(
 ) -> None:
     sets = [set(evidence_data.labelled_patients(data, n, draw=3)) for n in (1, 2, 5)]
 
+    # All scans of a patient are labelled together: 1, 2 and 5 patients are 2, 4 and 10 scans.
     assert sets[0] < sets[1] < sets[2]
     assert [len(cases) for cases in sets] == [2, 4, 10]
     assert sets[2] <= set(data.division.pool)
@@ -120,11 +127,12 @@ def test_draws_label_different_patients(data: evidence_data.ResidentSet) -> None
     chosen = {evidence_data.labelled_patients(data, 1, draw) for draw in range(8)}
 
     assert len(chosen) > 1
+    # Development and test patients may not be labelled, so there are fewer than twelve.
     with pytest.raises(UsageError):
         evidence_data.labelled_patients(data, NUM_PATIENTS, 0)
 
 
-def test_pretraining_sees_the_pool_alone(data: evidence_data.ResidentSet) -> None:
+def test_pretraining_sees_only_the_pool(data: evidence_data.ResidentSet) -> None:
     names = {case.name for case in data.pool_cases().values()}
 
     assert names == set(divide(data.subject_of).pool)
@@ -140,6 +148,8 @@ def test_packing_keeps_zero_exactly_and_errs_by_half_a_level() -> None:
 
     low, high = np.percentile(voxels, evidence_data.OUTSIDE)
     inside = (voxels > low) & (voxels < high)
+    # Values beyond the percentiles are cut off, so only those inside have an error of half a level.
+    # The step has a lower limit of 1/16, which holds here.
     assert (again[0] == 0).all()
     assert np.abs(again - voxels)[inside].max() <= scale / 2 + 1e-6
     assert scale == pytest.approx(1 / 16)
@@ -153,7 +163,8 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path, data: evidence_data.Res
     evidence_data.write_set(tmp_path / "ixi.npz", data.facts, images, labels)
     again = evidence_data.load_set(tmp_path, "ixi")
 
-    assert again.facts == data.facts and again.division == data.division
+    assert again.facts == data.facts
+    assert again.division == data.division
     assert (again.images[cases[5]] == images[5]).all()
     assert (again.labels[cases[5]] == labels[5]).all()
 
@@ -163,6 +174,7 @@ def test_a_crop_beyond_a_scan_is_zero_and_marked(data: evidence_data.ResidentSet
 
     crop, inside = case.read_padded((-2, 10, 0), (4, 16, 8))
 
+    # Planes z -2 and -1 lie before the scan, and rows from y 18 on behind it.
     assert inside.sum() == 2 * 8 * 8
     assert (crop[0][~inside] == 0).all()
     assert (crop[0][2:, :8] == case.voxels_ZYX[:2, 10:18, :8]).all()
@@ -172,6 +184,7 @@ def test_a_crop_beyond_a_scan_is_zero_and_marked(data: evidence_data.ResidentSet
 
 
 def patch(matrix: np.ndarray, centre: tuple[float, float, float]) -> evidence_augment.PatchDraw:
+    # Intensities stay as they are, so that voxels can be compared.
     nothing = evidence_augment.Intensity(None, None, None, None, None)
     return evidence_augment.PatchDraw(0, centre, matrix, nothing)
 
@@ -180,6 +193,7 @@ def test_an_unturned_patch_is_a_plain_crop(data: evidence_data.ResidentSet) -> N
     scan = data.scans_on(data.division.pool[:1], CPU)[0]
     crop: Size = (6, 8, 4)
 
+    # The middle of voxels 4 to 9 is 4 + 2.5, and so on: between voxels for even sizes.
     drawn = patch(np.eye(3), (4 + 2.5, 3 + 3.5, 10 + 1.5))
     image, labels = evidence_augment.cut(scan, drawn, crop)
 
@@ -203,26 +217,29 @@ def test_mirroring_and_a_quarter_turn_move_voxels_exactly(data: evidence_data.Re
     assert torch.allclose(turned, plain.flip(3).transpose(3, 4), atol=1e-4)
 
 
-def test_thick_slices_are_turned_and_zoomed_in_their_plane_alone() -> None:
+def test_thick_slices_are_turned_and_zoomed_only_in_their_plane() -> None:
     for number in range(50):
         matrix = evidence_augment.draw_matrix(np.random.default_rng(number), is_flat=True)
 
         assert abs(matrix[0, 0]) == 1
-        assert (matrix[0, 1:] == 0).all() and (matrix[1:, 0] == 0).all()
+        assert (matrix[0, 1:] == 0).all()
+        assert (matrix[1:, 0] == 0).all()
 
 
-def test_patches_depend_on_draw_step_and_number_alone(data: evidence_data.ResidentSet) -> None:
+def test_patches_depend_only_on_draw_step_and_number(data: evidence_data.ResidentSet) -> None:
     scans = evidence_augment.LabelledScans(
         data.scans_on(data.division.pool[:3], CPU),
         data.facts.spacing_mm,
     )
 
     first = scans.batch(seed=1, step=7, batch=2, crop_vox=(8, 8, 8))
+    # A batch in between would move a generator that is shared.
     scans.batch(seed=1, step=8, batch=2, crop_vox=(8, 8, 8))
     again = scans.batch(seed=1, step=7, batch=2, crop_vox=(8, 8, 8))
     other = scans.batch(seed=2, step=7, batch=2, crop_vox=(8, 8, 8))
 
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
 
 
@@ -237,6 +254,8 @@ def test_the_last_patch_of_a_batch_holds_foreground(data: evidence_data.Resident
     ]
 
     table = torch.stack(held)
+    # Drawn anywhere, a patch of 4 voxels meets the cube of 8 in 11^3 of 17 x 15 x 21 places, a
+    # quarter.
     assert table[:, 1].mean() > 0.95
     assert table[:, 0].mean() < 0.9
 
@@ -244,12 +263,13 @@ def test_the_last_patch_of_a_batch_holds_foreground(data: evidence_data.Resident
 # Scores and statistics
 
 
-def test_dice_has_no_value_where_nothing_is_and_nothing_was_found() -> None:
+def test_dice_has_no_value_if_nothing_is_there_and_nothing_was_found() -> None:
     truth = np.array([[[0, 1, 1, 2]]], dtype=np.uint8)
     predicted = np.array([[[0, 1, 0, 0]]], dtype=np.uint8)
 
     one, two, three = evidence_score.dice_of_labels(truth, predicted, (1, 2, 3))
 
+    # Class 1: 2 * 1 / (2 + 1). Class 2 was missed, and class 3 is in neither.
     assert (one, two) == (pytest.approx(2 / 3), 0.0)
     assert math.isnan(three)
 
@@ -275,17 +295,20 @@ def test_differences_are_paired_by_seed_draw_and_patient() -> None:
         line("ar", 0, 1, {"a": [0.3, 0.5], "b": [0.6, 0.6]}),
         line("ar", 1, 0, {"a": [0.3, 0.3], "b": [0.5, 0.5]}),
         line("ar", 1, 1, {"a": [0.5, 0.5], "b": [0.7, 0.7]}),
+        # There is no draw 2 of scratch to compare with.
         line("ar", 0, 2, {"a": [0.9, 0.9], "b": [0.9, 0.9]}),
     ]
 
     found = evidence_table.paired(ours, scratch, evidence_table.patient_means("dice"))
 
     assert found is not None
+    # Runs, draws, patients. Each is a mean over the structures: 0.4 - 0.3 = 0.1 for patient a of
+    # the first run and draw. Patient b has one structure in scratch: 0.6 - 0.5 = 0.1.
     expected = [[[0.1, 0.1], [0.1, 0.0]], [[0.0, 0.0], [0.2, 0.1]]]
     assert np.allclose(found, expected)
 
 
-def test_runs_are_compared_with_scratch_whatever_pretrained_weights_need() -> None:
+def test_settings_that_only_pretrained_weights_need_allow_a_comparison() -> None:
     def arm(name: str, objective: str, **settings: Any) -> evidence_table.Arm:
         line = {"settings": {"lr": 0.01, "encoder_lr": None, "recipe": [], **settings}}
         return evidence_table.Arm(name, objective, (line,))
@@ -305,7 +328,7 @@ def test_runs_are_compared_with_scratch_whatever_pretrained_weights_need() -> No
     assert found == from_scratch | {("encoder", "masked")}
 
 
-def test_arms_are_told_apart_by_the_transfer_that_was_done() -> None:
+def test_arms_differ_by_the_transfer_that_was_done() -> None:
     def line(transferred: bool, recipe: list[str]) -> dict:
         known = {"command": "finetune", "encoder": "resenc_tiny", "pretraining_seed": 0}
         settings = {"lr": 0.01, "recipe": recipe}
@@ -325,21 +348,26 @@ def test_statistics_of_a_comparison_are_those_worked_out_by_hand() -> None:
     found = evidence_table.compare(difference, wanted=0.02)
 
     assert found.mean == pytest.approx(0.06)
+    # Deviations from the mean: 0.04, 0, -0.04 and 0, with 4 - 1 degrees of freedom.
     sd = math.sqrt((0.04**2 + 0.04**2) / 3)
     assert found.sd == pytest.approx(sd)
     # Both draws average 0.06 over the runs.
     assert found.t_interval == (pytest.approx(0.06), pytest.approx(0.06))
     assert found.needed == math.ceil((1.96 * sd / 0.02) ** 2)
-    assert found.bootstrap[0] == pytest.approx(0.02) and found.bootstrap[1] == pytest.approx(0.10)
+    # The extremes: the same pair drawn every time.
+    assert found.bootstrap[0] == pytest.approx(0.02)
+    assert found.bootstrap[1] == pytest.approx(0.10)
 
 
 def test_a_deviation_of_a_twentieth_needs_25_pairs_for_two_hundredths() -> None:
+    # Two values at plus and minus s have a standard deviation of sqrt(2) s.
     spread = 0.05 / math.sqrt(2)
     difference = np.array([[[spread], [-spread]]])
 
     found = evidence_table.compare(difference, wanted=0.02)
 
     assert found.sd == pytest.approx(0.05)
+    # (1.96 * 0.05 / 0.02)^2 = 24.01
     assert found.needed == 25
 
 
@@ -349,21 +377,22 @@ def test_the_t_interval_is_students_over_draws_and_ends_at_eight() -> None:
     few = evidence_table.compare(draws[None, :, None], wanted=0.02)
     many = evidence_table.compare(np.zeros((1, 8, 1)), wanted=0.02)
 
-    # Student's t for 2 degrees of freedom at 97.5 % is 4.3027.
+    # Student's t for 2 degrees of freedom at 97.5 % is 4.3027; the three draws have a standard
+    # deviation of 0.02 around 0.03.
     half = 4.3027 * 0.02 / math.sqrt(3)
-    assert few.t_interval == (
-        pytest.approx(0.03 - half, abs=1e-5),
-        pytest.approx(0.03 + half, abs=1e-5),
-    )
+    low = pytest.approx(0.03 - half, abs=1e-5)
+    high = pytest.approx(0.03 + half, abs=1e-5)
+    assert few.t_interval == (low, high)
     assert many.t_interval is None
 
 
 # Slices
 
 
-def test_a_torn_line_is_left_out_and_the_next_stands_alone(tmp_path: Path) -> None:
+def test_a_torn_line_is_left_out_and_the_next_is_whole(tmp_path: Path) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
     results.append({"command": "finetune", "draw": 0})
+    # The rest of a process that was killed while it wrote.
     with results.path.open("a") as handle:
         handle.write('{"command": "finetune", "dr')
 
@@ -381,9 +410,11 @@ def test_a_pretraining_in_slices_is_the_one_without(
     settings: tuple[str, ...],
 ) -> None:
     job = replace(pretraining(), settings=settings)
-    whole, sliced = ResultFile(tmp_path / "whole.jsonl"), ResultFile(tmp_path / "sliced.jsonl")
+    whole = ResultFile(tmp_path / "whole.jsonl")
+    sliced = ResultFile(tmp_path / "sliced.jsonl")
 
     assert evidence_pretrain.pretrain(job, data, tmp_path / "a", whole, Deadline(None), CPU)
+    # Stopped after the first step, continued to the end, and called once more for nothing.
     assert not evidence_pretrain.pretrain(job, data, tmp_path / "b", sliced, after_reads(1), CPU)
     assert sliced.lines() == []
     assert evidence_pretrain.pretrain(job, data, tmp_path / "b", sliced, Deadline(None), CPU)
@@ -392,9 +423,13 @@ def test_a_pretraining_in_slices_is_the_one_without(
     folders = [evidence_pretrain.run_folder(tmp_path / name, job.name) for name in "ab"]
     cards = [read_card(folder) for folder in folders]
     assert cards[0].sha256 == cards[1].sha256
-    (first,), (second,) = whole.lines(), sliced.lines()
-    assert first["loss"] == second["loss"] and len(first["loss"]) == 3
-    assert first["samples"] == 6 and first["flops_per_step"] > 0
+    (first,) = whole.lines()
+    (second,) = sliced.lines()
+    assert first["loss"] == second["loss"]
+    assert len(first["loss"]) == 3
+    # 3 steps of 2 samples.
+    assert first["samples"] == 6
+    assert first["flops_per_step"] > 0
 
 
 def test_a_slice_that_ends_prints_where_it_stopped(
@@ -407,6 +442,7 @@ def test_a_slice_that_ends_prints_where_it_stopped(
     words = ["pretrain", "--data", "ixi", "--work", str(tmp_path), "--device", "cpu"]
     short = ["--arm", "ar", "--steps", "3", "--batch", "2", "--crop", "16,16,16"]
 
+    # 60 microseconds are over before the first step is.
     assert evidence.main([*words, *short, "--minutes", "1e-6"]) == 0
     stopped = capsys.readouterr().err
     assert evidence.main([*words, *short]) == 0
@@ -416,7 +452,8 @@ def test_a_slice_that_ends_prints_where_it_stopped(
     assert "ixi-ar-s0 is finished" in finished
     # Results of one's own do not mix with those of the project.
     (line,) = ResultFile(tmp_path / "evidence.jsonl").lines()
-    assert line["command"] == "pretrain" and line["steps"] == 3
+    assert line["command"] == "pretrain"
+    assert line["steps"] == 3
 
 
 def test_pairs_for_alice_are_found_without_labels_between_patients(
@@ -428,6 +465,7 @@ def test_pairs_for_alice_are_found_without_labels_between_patients(
     results = ResultFile(tmp_path / "lines.jsonl")
 
     structures = evidence_pretrain.sampling_pool(plan, data).structures
+    # If labels were used to find pairs, the comparison would be unfair to the other arms.
     data.labels.clear()
     without_labels = evidence_pretrain.sampling_pool(plan, data).structures
 
@@ -459,19 +497,26 @@ def test_both_trainings_in_miniature_leave_lines_that_a_table_compares(
     results = ResultFile(tmp_path / "lines.jsonl")
     evidence_pretrain.pretrain(pretraining(steps=2), data, tmp_path, results, Deadline(None), CPU)
     for job in (finetuning("scratch", None, steps=2), finetuning("ar", 0, steps=2)):
+        # The second call finds the line of the first and trains nothing.
         assert evidence_finetune.finetune(job, data, tmp_path, results, Deadline(None), CPU)
         assert evidence_finetune.finetune(job, data, tmp_path, results, Deadline(None), CPU)
 
     assert [found["command"] for found in results.lines()] == ["pretrain", "finetune", "finetune"]
     scratch, ours = results.lines()[1:]
-    assert (scratch["loaded_share"], ours["loaded_share"]) == (0.0, 1.0)
-    assert (scratch["loaded"], len(ours["loaded"]) > 3) == ([], True)
-    assert scratch["labelled"] == ours["labelled"] and len(ours["labelled"]) == 1
+    assert scratch["loaded_share"] == 0.0
+    assert scratch["loaded"] == []
+    assert ours["loaded_share"] == 1.0
+    assert len(ours["loaded"]) > 3
+    # Both arms are trained with the labels of the same patient and scored on the same others.
+    assert scratch["labelled"] == ours["labelled"]
+    assert len(ours["labelled"]) == 1
     patients = {data.subject_of[case] for case in data.division.development}
     assert set(ours["dice"]) == set(ours["surface"]) == set(ours["curve"]["1"]) == patients
     assert scratch["dice"] != ours["dice"]
     shown = evidence_table.table(results.lines(), data="ixi", split=None, wanted=0.02)
-    assert "| ar - scratch | Dice at 1 |" in shown and f"1 x 1 x {len(patients)}" in shown
+    # One run, one draw, and the development patients.
+    assert "| ar - scratch | Dice at 1 |" in shown
+    assert f"1 x 1 x {len(patients)}" in shown
 
 
 def test_a_transformer_is_trained_and_scores_scans_by_patches(
@@ -486,7 +531,8 @@ def test_a_transformer_is_trained_and_scores_scans_by_patches(
     assert evidence_finetune.finetune(after, data, tmp_path, results, Deadline(None), CPU)
 
     trained, scored = results.lines()
-    assert trained["objective"] == "masked" and scored["loaded_share"] == 1.0
+    assert trained["objective"] == "masked"
+    assert scored["loaded_share"] == 1.0
     assert 0 <= scored["dice_mean"] <= 1
 
 
@@ -495,14 +541,15 @@ def test_patches_that_overlap_make_up_the_whole_scan() -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return torch.cat([0.5 - image, image - 0.5], dim=1)
 
-    image = torch.rand(1, 1, 9, 12, 7)
+    # Larger than the patch along z and y, smaller along x.
+    image = torch.rand(1, 1, 9, 12, 7, generator=torch.Generator().manual_seed(0))
 
     found = evidence_score.segment(Threshold(), image, (8, 8, 8), num_classes=2)
 
     assert (found == (image[0, 0] > 0.5).numpy()).all()
 
 
-def test_the_decoder_is_pretrained_too_where_the_recipe_asks_for_it(
+def test_the_decoder_is_pretrained_too_if_the_recipe_asks_for_it(
     tmp_path: Path,
     data: evidence_data.ResidentSet,
 ) -> None:
@@ -530,14 +577,17 @@ def test_a_finetuning_in_slices_is_the_one_without(
     data: evidence_data.ResidentSet,
 ) -> None:
     job = finetuning("scratch", None)
-    whole, sliced = ResultFile(tmp_path / "whole.jsonl"), ResultFile(tmp_path / "sliced.jsonl")
+    whole = ResultFile(tmp_path / "whole.jsonl")
+    sliced = ResultFile(tmp_path / "sliced.jsonl")
 
     assert evidence_finetune.finetune(job, data, tmp_path / "a", whole, Deadline(None), CPU)
     assert not evidence_finetune.finetune(job, data, tmp_path / "b", sliced, after_reads(2), CPU)
     assert evidence_finetune.finetune(job, data, tmp_path / "b", sliced, Deadline(None), CPU)
 
     (first,), (second,) = whole.lines(), sliced.lines()
-    assert first["dice"] == second["dice"] and first["curve"] == second["curve"]
+    assert first["dice"] == second["dice"]
+    assert first["curve"] == second["curve"]
+    # The checkpoint of a finished training is removed.
     assert not list((tmp_path / "b" / "finetuning").iterdir())
 
 
@@ -547,6 +597,7 @@ def test_a_probe_is_of_the_same_draws_and_done_once(
 ) -> None:
     results = ResultFile(tmp_path / "lines.jsonl")
     evidence_pretrain.pretrain(pretraining(steps=1), data, tmp_path, results, Deadline(None), CPU)
+    # The pretrained encoder is asked for twice, and gets one line.
     for init, seed in (("random", None), ("ar", 0), ("ar", 0)):
         job = evidence_probe.ProbeJob(
             "ixi",
@@ -563,7 +614,8 @@ def test_a_probe_is_of_the_same_draws_and_done_once(
     _, random, ours = results.lines()
     assert random["command"] == ours["command"] == "probe"
     keys = {(result["labels"], result["draw"]) for result in ours["results"]}
-    assert keys == {(1, 0), (1, 1)} and len(results.lines()) == 3
+    assert keys == {(1, 0), (1, 1)}
+    assert len(results.lines()) == 3
     patients = {data.subject_of[case] for case in data.division.development}
     assert all(set(result["dice"]) == patients for result in ours["results"])
     shown = evidence_table.table(results.lines(), data=None, split=None, wanted=0.02)
@@ -579,13 +631,15 @@ def test_random_weights_can_take_the_architecture_of_an_arm(
     narrow = replace(finetuning("scratch", None), encoder="primus_tiny", like="ar")
     block = evidence_finetune.block_of(narrow, data, tmp_path, num_cases=1)
 
-    assert block.encoder.name == "resenc_tiny" and block.weights is None
+    assert block.encoder.name == "resenc_tiny"
+    assert block.weights is None
     assert narrow.identity["arm"] == "scratch (like ar)"
     with pytest.raises(UsageError):
         evidence_finetune.block_of(replace(narrow, like="nothing"), data, tmp_path, num_cases=1)
 
 
-def test_the_encoder_rate_changes_the_encoder_alone(data: evidence_data.ResidentSet) -> None:
+def test_the_encoder_rate_changes_only_the_encoder(data: evidence_data.ResidentSet) -> None:
+    # A tenth of the rate in the encoder, at every step of the schedule, here the last.
     job = replace(finetuning("scratch", None), lr=0.01, encoder_lr=0.001)
     training = evidence_finetune.Training(job, data, Path("nowhere"), CPU)
     encoder = {id(p) for p in training.network.encoder.parameters()}
@@ -600,8 +654,9 @@ def test_the_encoder_rate_changes_the_encoder_alone(data: evidence_data.Resident
     assert inside == pytest.approx(outside / 10)
 
 
-def test_the_test_patients_need_a_flag_of_their_own(tmp_path: Path) -> None:
+def test_the_test_patients_need_a_separate_flag(tmp_path: Path) -> None:
     words = ["finetune", "--data", "ixi", "--work", str(tmp_path), "--score", "test"]
+    # The test patients are looked at once, at the end; a slip of --score must not use them up.
     out = ["--out", str(tmp_path / "lines.jsonl"), "--device", "cpu"]
 
     with pytest.raises(UsageError):
@@ -614,6 +669,7 @@ def test_scratch_is_trained_once_for_all_pretraining_seeds() -> None:
 
     found = [(job.draw, job.init, job.pretraining_seed) for job in evidence.finetune_jobs(args)]
 
+    # Random weights have no pretraining seed.
     of_draw = [("scratch", None), ("ar", 0), ("ar", 1)]
     assert found == [(draw, *rest) for draw in (0, 1) for rest in of_draw]
     assert json.dumps(next(evidence.finetune_jobs(args)).identity)

@@ -59,6 +59,7 @@ def test_importing_the_package_loads_no_torch_until_it_is_used() -> None:
         "assert 'torch' in sys.modules and callable(load_encoder)\n"
     )
 
+    # A process of its own, because this one has loaded torch long ago.
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False)
 
     assert done.returncode == 0
@@ -79,6 +80,7 @@ def test_a_cnn_gives_its_stages_with_the_weights_of_the_file(results: Path) -> N
 
     maps = encoder(torch.zeros(2, 1, 32, 48, 32))
 
+    # resenc_tiny has strides 1, 2, 2, 2 and doubles its features at every stage.
     assert [tuple(level.shape) for level in maps] == [
         (2, 16, 32, 48, 32),
         (2, 32, 16, 24, 16),
@@ -95,6 +97,7 @@ def test_a_cnn_gives_its_stages_with_the_weights_of_the_file(results: Path) -> N
 
 
 def test_a_transformer_reads_the_size_that_it_was_loaded_for() -> None:
+    # The run was pretrained with crops of 32 x 40 x 32: positions are adapted when it is loaded.
     encoder = load_encoder("tokens", input_shape=(16, 40, 32))
     grid = tuple(s // t for s, t in zip((16, 40, 32), encoder.token_size, strict=True))
 
@@ -115,6 +118,7 @@ def test_wrong_sizes_and_names_are_refused_with_a_remedy(tmp_path: Path) -> None
         load_encoder("tokens", input_shape=(0, 32, 32))
     with refused(UsageError, "encoder-input-shape", "(32, 32)"):
         load_encoder("tokens", input_shape=(32, 32))
+    # A slip of two letters: the message names the run that was meant.
     with refused(WeightsError, "weights-not-found", "brian", "'brain'"):
         load_encoder("brian")
     with refused(WeightsError, "weights-unfinished", tmp_path):
@@ -130,18 +134,20 @@ def test_tiles_together_give_the_features_of_the_whole_scan() -> None:
 
     found = features_of_scan(pooled, scan, with_map=True)
 
+    # 21 planes are filled up to 24, a multiple of 4: one before and two behind.
     assert scan.shape == (24, 16, 40)
     assert scan.offset == (1, 0, 0)
     assert found.map_Vzyx is not None
     assert torch.allclose(found.map_Vzyx, pooled(scan.image_CZYX[None])[0], atol=1e-6)
 
 
-def test_what_was_filled_up_with_zeros_does_not_count() -> None:
+def test_voxels_that_were_filled_up_with_zeros_do_not_count() -> None:
     image = torch.full((1, 8, 8, 8), 3.0)
     scan = TiledScan(image, (16, 16, 16), (4, 4, 4))
 
     found = features_of_scan(lambda tile: functional.avg_pool3d(tile, 4), scan)
 
+    # With the zeros counted, the mean would be 3 * 8^3 / 16^3 = 0.375.
     assert found.mean_V.tolist() == pytest.approx([3.0])
 
 
@@ -152,6 +158,7 @@ def test_a_scan_is_prepared_as_in_pretraining(results: Path) -> None:
     prepared = encoder.preprocess(voxels, (1.0, 1.0, 4.0))
 
     # The coarsest axis comes first, at the spacing of 1 mm.
+    # 10 slices of 4 mm are 40 voxels of 1 mm.
     assert tuple(prepared.shape) == (1, 40, 24, 20)
     assert float(prepared.mean()) == pytest.approx(0, abs=0.1)
 
@@ -172,6 +179,8 @@ def test_the_command_writes_a_vector_and_a_grid_for_every_scan(
     assert found["ids"].tolist() == ["a", "b"]
     assert found["features"].shape == (2, 128)
     assert found["spacing_mm"].tolist() == [[1, 1, 1]] * 2
+    # Scan a has 24 x 40 x 32 voxels: filled up to 32 along z, 4 on either side, and then divided
+    # into positions of 8 voxels.
     assert found["grid/a"].shape == (128, 4, 5, 4)
     assert found["offset_vox/a"].tolist() == [4, 0, 0]
     assert json.loads((tmp_path / "features.json").read_text())["encoder"] == "brain"
@@ -182,10 +191,13 @@ def test_scans_that_show_nothing_or_do_not_fit_are_left_out(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # One such file once lost the features of all others, and a 2D image became equal slices of
+    # 999 mm.
     import SimpleITK
 
     folder = tmp_path / "scans"
     write_scan(folder / "good_0000.nii.gz", (16, 16, 16))
+    # A flat image, one of four dimensions, one of two values per voxel, and two constant ones.
     write_scan(folder / "flat_0000.nii.gz", (16, 16))
     volume = SimpleITK.ReadImage(str(folder / "good_0000.nii.gz"))
     SimpleITK.WriteImage(SimpleITK.JoinSeries(volume, volume), str(folder / "four_0000.nii.gz"))
@@ -224,6 +236,7 @@ def test_a_finer_layer_can_be_chosen(tmp_path: Path) -> None:
     line = ["-w", "brain", "-i", str(tmp_path / "scans"), "-o", str(output)]
 
     assert main([*line, "--layer", "0"]) == 0
+    # The finest layer of the CNN has 16 features; there are 4 layers, and tiles are multiples of 8.
     assert np.load(output)["features"].shape == (1, 16)
     assert main([*line, "--layer", "7"]) == 2
     assert main([*line, "--tile", "16", "16", "30"]) == 2
@@ -232,6 +245,7 @@ def test_a_finer_layer_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_the_size_of_tiles_can_be_chosen(tmp_path: Path) -> None:
+    # Tiles of 0 or of negative size once ended in tracebacks of torch.
     write_scan(tmp_path / "scans" / "a_0000.nii.gz", (40, 40, 40))
     output = tmp_path / "features.npz"
 
@@ -239,6 +253,7 @@ def test_the_size_of_tiles_can_be_chosen(tmp_path: Path) -> None:
 
     assert main([*line, "--tile", "40", "40", "40"]) == 0
     scan = load_encoder("brain", (40, 40, 40))
+    # One tile is the whole scan: computed by hand, without tiles.
     voxels = np.random.default_rng(0).normal(100, 20, (1, 40, 40, 40))
     expected = scan.deepest(scan.preprocess(voxels, (1, 1, 1))[None]).mean((2, 3, 4))[0]
     found = np.load(output)["features"][0]
@@ -262,6 +277,7 @@ def test_the_mean_can_be_taken_over_the_box_around_a_label(
     for name in ("a", "b", "c", "d", "e"):
         write_scan(tmp_path / "scans" / f"{name}_0000.nii.gz", shape)
     labels = tmp_path / "labels"
+    # A label, an empty map, one of another size, none at all (d), and half a file.
     write_label(labels / "a.nii.gz", shape, np.s_[16:24, 8:16, 0:8])
     write_label(labels / "b.nii.gz", shape, np.s_[0:0, 0:0, 0:0])
     write_label(labels / "c.nii.gz", (16, 16, 16), np.s_[0:8, 0:8, 0:8])
@@ -289,12 +305,15 @@ def test_the_mean_can_be_taken_over_the_box_around_a_label(
 def test_a_box_is_found_in_a_scan_that_was_cut_turned_and_resampled(tmp_path: Path) -> None:
     write_label(tmp_path / "a.nii.gz", (12, 20, 10), np.s_[4:6, 10:12, 2:4])
     image = np.zeros((1, 12, 20, 10), dtype=np.float32)
+    # The image is zero outside z 2 to 10 and x 2 to 10, which preprocessing cuts away.
     image[:, 2:10, :, 2:10] = 1
 
     # The last axis is the coarsest, so it comes first; there are twice as many voxels along it.
     counted = LabelRegion(tmp_path, 1.0).counted("a", image, (1.0, 1.0, 2.0), (16, 8, 20))
 
     inside = np.argwhere(counted.numpy())
+    # The margin of 1 mm is rounded up to a voxel. The box x 2:4 becomes 1:5, then -1:3 in the cut
+    # scan, and -2:6 after resampling, of which 0:6 are inside. z 4:6 becomes 3:7, then 1:5.
     assert inside.min(0).tolist() == [0, 1, 9]
     assert (inside.max(0) + 1).tolist() == [6, 5, 13]
 
@@ -480,6 +499,7 @@ def test_wrong_options_of_the_command_end_with_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A wrong -o was once found after hours of work.
     (tmp_path / "folder.npz").mkdir()
     monkeypatch.chdir(tmp_path)
 
@@ -505,6 +525,7 @@ def test_the_programs_of_the_page_run(
 
     exec(compile(SNIPPETS[number], str(PAGE), "exec"), names)
 
+    # Most programs compute features; the one that trains an encoder leaves gradients.
     encoder = names["encoder"]
     if "features" in names:
         channels = [level.shape[1] for level in names["features"]]
