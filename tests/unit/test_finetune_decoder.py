@@ -27,7 +27,7 @@ from nnunet_autoreg.finetune.families import decoder_first, recipe_values
 from nnunet_autoreg.finetune.load import Target, load_encoder, load_planned_encoder
 from nnunet_autoreg.finetune.recipe import make_optimizer, make_schedule, parameter_groups
 from nnunet_autoreg.finetune.table import WeightTable
-from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation, EncoderCard, read_card
+from nnunet_autoreg.model.card import DECODER_PREFIXES, Adaptation, read_card
 from nnunet_autoreg.model.encoders import build_network
 from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.model.unet import PretrainingUNet
@@ -76,6 +76,18 @@ def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     save_file(tensors, folder / "encoder.safetensors")
     replace(read_card(folder), sha256=sha256_of(folder / "encoder.safetensors")).save(folder)
+
+
+def copy_of_state(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def decoder_is(network: nn.Module, before: dict[str, Tensor]) -> bool:
+    """Return whether the network's decoder has exactly these weights."""
+    state = network.state_dict()
+    keys = [key for key in state if key.startswith(DECODER_PREFIXES)]
+    assert keys
+    return all(torch.equal(state[key], before[key]) for key in keys)
 
 
 def unet(
@@ -148,18 +160,23 @@ def test_a_decoder_of_equal_topology_is_loaded_whole(run: Path, deep_supervision
 def test_the_table_shows_the_decoder_apart_from_the_encoder(run: Path) -> None:
     lines = loaded(unet(), run).lines()
 
+    # Three stages of a convolution and a norm, each with weight and bias, are 12 tensors; three
+    # transposed convolutions are 6 more.
     place = lines.index("decoder weights from the same file")
     assert lines[place + 1].split()[:3] == ["loaded", "18", "tensors"]
-    assert lines[place + 4].split()[0] == "new" and "decoder.seg_layers" in lines[place + 4]
+    assert lines[place + 4].split()[0] == "new"
+    assert "decoder.seg_layers" in lines[place + 4]
     assert lines[-1].count("100.0 %") == 2
 
 
-def test_stages_are_matched_from_the_finest_where_there_are_fewer(run: Path) -> None:
+def test_stages_are_matched_from_the_finest_if_there_are_fewer(run: Path) -> None:
     network = unet(FEWER_STAGES)
 
     table = loaded(network, run)
 
-    state, given = network.state_dict(), load_file(run / "encoder.safetensors")
+    # Stages of a decoder are counted from the deepest: stages 0 and 1 here are 1 and 2 in the file.
+    state = network.state_dict()
+    given = load_file(run / "encoder.safetensors")
     for mine, theirs in ((0, 1), (1, 2)):
         for name in (
             "stages.{}.convs.0.conv.weight",
@@ -191,7 +208,7 @@ def test_a_decoder_with_fewer_stages_fills_the_finest_ones(
         arguments=FEWER_STAGES,
     )
     network = unet()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
+    before = copy_of_state(network)
 
     table = load_encoder(
         network,
@@ -201,23 +218,24 @@ def test_a_decoder_with_fewer_stages_fills_the_finest_ones(
         0.1,
     )
 
-    state, given = network.state_dict(), load_file(small / "encoder.safetensors")
-    assert torch.equal(state["decoder.transpconvs.2.weight"], given["decoder.transpconvs.1.weight"])
-    assert torch.equal(
-        state["decoder.transpconvs.0.weight"],
-        before["decoder.transpconvs.0.weight"],
-    )
+    state = network.state_dict()
+    given = load_file(small / "encoder.safetensors")
+    finest = state["decoder.transpconvs.2.weight"]
+    assert torch.equal(finest, given["decoder.transpconvs.1.weight"])
+    deepest = "decoder.transpconvs.0.weight"
+    assert torch.equal(state[deepest], before[deepest])
     random = {key.split(".")[2] for key, status in statuses(table).items() if status == "random"}
     assert random == {"0"}
 
 
 def test_a_transposed_convolution_of_another_stride_stays_random(run: Path) -> None:
     network = unet(ANISOTROPIC)
-    before = {key: value.clone() for key, value in network.state_dict().items()}
+    before = copy_of_state(network)
 
     table = loaded(network, run)
 
-    state, found = network.state_dict(), statuses(table)
+    state = network.state_dict()
+    found = statuses(table)
     # Weight and bias: a convolution is taken whole or not at all.
     assert {key for key, status in found.items() if status == "random"} == {
         "decoder.transpconvs.2.weight",
@@ -230,32 +248,33 @@ def test_a_transposed_convolution_of_another_stride_stays_random(run: Path) -> N
     key = "decoder.stages.2.convs.0.conv.weight"
     torch.testing.assert_close(state[key], given[key].sum(2, keepdim=True))
     assert found[key] == "adapted"
+    # A share of parameters: one transposed convolution of the finest, smallest stage is missing.
     assert 0.9 < table.decoder_share < 1.0
     assert table.encoder_share == 1.0
 
 
 def test_convolutions_of_other_channels_stay_random_whole(run: Path) -> None:
+    # As if the run's stage had 48 features where the network has 32.
     tensors = load_file(run / "encoder.safetensors")
     tensors["decoder.stages.1.convs.0.conv.weight"] = torch.ones(48, 64, 3, 3, 3)
     rewrite(run, tensors)
     network = unet()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
+    before = copy_of_state(network)
 
     table = loaded(network, run)
 
     found = statuses(table)
     random = {key for key, status in found.items() if status == "random"}
     part = "decoder.stages.1.convs.0."
-    assert random == {
-        f"{part}{name}" for name in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
-    }
+    whole = ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
+    assert random == {f"{part}{name}" for name in whole}
     assert all(torch.equal(network.state_dict()[key], before[key]) for key in random)
-    assert any(
-        "shape 48x64x3x3x3 in the weights, 32x64x3x3x3 here" in line for line in table.lines()
-    )
+    note = "shape 48x64x3x3x3 in the weights, 32x64x3x3x3 here"
+    assert any(note in line for line in table.lines())
 
 
 def test_other_channels_and_a_cascade_leave_the_decoder_whole(run: Path) -> None:
+    # Two channels of the image and two one-hot channels of a cascade's earlier stage.
     network = unet(channels=4)
 
     table = loaded(network, run, channels=2)
@@ -272,21 +291,20 @@ def test_a_file_without_a_decoder_loads_as_before(tmp_path: Path, write_run: Wri
     del card["adaptation"]["keys_to_decoder"]
     write_json(folder / "encoder.json", card)
     network = unet()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
+    before = copy_of_state(network)
 
     table = loaded(network, folder)
 
     assert not read_card(folder).has_decoder
     assert table.encoder_share == 1.0
     assert (table.decoder, table.rest.key) == ((), "decoder")
-    state = network.state_dict()
-    assert all(
-        torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES)
-    )
+    assert decoder_is(network, before)
 
 
 def test_heads_and_second_names_in_a_file_are_ignored_and_listed(run: Path) -> None:
     tensors = load_file(run / "encoder.safetensors")
+    # nnU-Net's decoder holds the encoder under a second name, and its heads are made for the labels
+    # of another task.
     stray = {
         "decoder.encoder.stem.convs.0.conv.weight": torch.full((16, 1, 3, 3, 3), 7.0),
         "decoder.seg_layers.2.weight": torch.full((3, 16, 1, 1, 1), 7.0),
@@ -298,10 +316,8 @@ def test_heads_and_second_names_in_a_file_are_ignored_and_listed(run: Path) -> N
 
     assert {entry.key for entry in table.unused} == set(stray)
     state = network.state_dict()
-    assert torch.equal(
-        state["encoder.stem.convs.0.conv.weight"],
-        tensors["encoder.stem.convs.0.conv.weight"],
-    )
+    stem = "encoder.stem.convs.0.conv.weight"
+    assert torch.equal(state[stem], tensors[stem])
     assert not torch.any(state["decoder.seg_layers.2.weight"] == 7.0)
 
 
@@ -309,14 +325,11 @@ def test_a_decoder_that_the_card_does_not_list_is_not_loaded(run: Path) -> None:
     card = read_card(run)
     replace(card, adaptation=replace(card.adaptation, keys_to_decoder=())).save(run)
     network = unet()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
+    before = copy_of_state(network)
 
     table = loaded(network, run)
 
-    state = network.state_dict()
-    assert all(
-        torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES)
-    )
+    assert decoder_is(network, before)
     assert {entry.key for entry in table.unused} == {
         key for key in load_file(run / "encoder.safetensors") if key.startswith("decoder.")
     }
@@ -337,10 +350,11 @@ def test_a_card_that_lists_another_decoder_is_refused(run: Path, keys: list[str]
     assert "keys_to_decoder" in str(caught.value)
 
 
-def test_consumers_of_the_encoder_alone_leave_the_decoder_random(run: Path, tmp_path: Path) -> None:
+def test_if_only_the_encoder_is_wanted_the_decoder_stays_random(run: Path, tmp_path: Path) -> None:
     network = unet()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
+    before = copy_of_state(network)
 
+    # As for features, which have no decoder.
     table = load_planned_encoder(
         network,
         block_of(run),
@@ -349,10 +363,7 @@ def test_consumers_of_the_encoder_alone_leave_the_decoder_random(run: Path, tmp_
         with_decoder=False,
     )
 
-    state = network.state_dict()
-    assert all(
-        torch.equal(state[key], before[key]) for key in state if key.startswith(DECODER_PREFIXES)
-    )
+    assert decoder_is(network, before)
     assert (table.decoder, table.encoder_share) == ((), 1.0)
 
 
@@ -390,6 +401,8 @@ def test_rates_know_the_loaded_decoder_without_the_file(
     network = unet(arguments)
     table = loaded(network, run)
     block = block_of(run)
+    # A training that is continued elsewhere may not have the file. The groups of the optimiser must
+    # be the same nevertheless, or its state could not be loaded.
     (run / "encoder.safetensors").unlink()
 
     found = transferred_keys(unet(arguments), block)
@@ -406,6 +419,8 @@ def test_heads_and_random_parts_keep_the_full_rate(run: Path) -> None:
     factor = {id(p): group["rate_factor"] for group in groups for p in group["params"]}
     by_name = {name: factor[id(p)] for name, p in network.named_parameters()}
     assert groups[0]["rate_factor"] == 1.0
+    # Loaded: the factor of the decoder. New: heads, and the transposed convolution of another
+    # stride.
     assert by_name["decoder.stages.1.convs.0.conv.weight"] == 4.0
     assert by_name["decoder.seg_layers.2.weight"] == 1.0
     assert by_name["decoder.transpconvs.2.weight"] == 1.0
@@ -414,6 +429,8 @@ def test_heads_and_random_parts_keep_the_full_rate(run: Path) -> None:
 
 
 def test_a_pretrained_decoder_needs_no_decoder_first_stage() -> None:
+    # Five labelled cases and an adapted stem are both reasons for the stage, unless a decoder is
+    # loaded.
     assert decoder_first(ENCODER, 5, True, "1 -> 2 channels", has_decoder=True)[0] == 0.0
     assert decoder_first(ENCODER, 5, True, "1 -> 2 channels", has_decoder=False)[0] == 0.1
 
@@ -424,16 +441,13 @@ def test_the_scratch_twin_has_the_length_of_the_pretrained_run(run: Path) -> Non
     pretrained = make_schedule(recipe, recipe.pretrained_rate, 10, 25, 2)
     scratch = make_schedule(recipe, recipe.scratch_rate, 10, 25, 2, uses_weights=False)
 
-    assert (pretrained.num_iterations, pretrained.warmup_iterations) == (
-        scratch.num_iterations,
-        scratch.warmup_iterations,
-    )
+    assert pretrained.num_iterations == scratch.num_iterations
+    assert pretrained.warmup_iterations == scratch.warmup_iterations
     assert pretrained.decoder_first_iterations == scratch.decoder_first_iterations == 0
-    rates = [
-        (pretrained.rate(i) / recipe.pretrained_rate, scratch.rate(i) / recipe.scratch_rate)
-        for i in range(250)
-    ]
-    assert all(a == pytest.approx(b) for a, b in rates)
+    # 10 epochs of 25 iterations; relative to their peaks both schedules are one curve.
+    for i in range(250):
+        relative_rate = pretrained.rate(i) / recipe.pretrained_rate
+        assert relative_rate == pytest.approx(scratch.rate(i) / recipe.scratch_rate)
 
 
 @pytest.mark.parametrize(
@@ -455,14 +469,13 @@ def test_a_cnn_is_trained_by_the_optimiser_of_its_recipe(
     found.step()
 
     assert type(found) is kind
-    used = {
-        name
-        for name, p in network.named_parameters()
-        if p.grad is not None and p.grad.abs().max() > 0
-    }
-    assert used and all(
-        not torch.equal(dict(network.named_parameters())[name], before[name]) for name in used
-    )
+    # Without deep supervision the heads of coarser stages get no gradient and do not move.
+    used = []
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None and parameter.grad.abs().max() > 0:
+            used.append(name)
+            assert not torch.equal(parameter, before[name])
+    assert used
     # SGD decays everything, as nnU-Net's own; AdamW neither norms nor biases.
     decays = {group["weight_decay"] for group in found.param_groups}
     assert decays == ({0.01} if optimizer == "sgd" else {0.01, 0.0})
@@ -484,6 +497,7 @@ def test_an_impossible_decoder_rate_is_refused_by_name(run: Path) -> None:
 
 
 def test_plans_of_earlier_trainings_are_read_without_a_decoder() -> None:
+    # As planned before decoders were transferred: the block says nothing about one.
     encoder = {
         "name": SIZE.name,
         "class_path": SIZE.class_path,
@@ -504,19 +518,18 @@ def test_plans_of_earlier_trainings_are_read_without_a_decoder() -> None:
     assert transferred_keys(unet(), block) == frozenset()
 
 
-def test_foreign_exports_hold_the_encoder_alone(run: Path, tmp_path: Path) -> None:
+def test_foreign_exports_hold_only_the_encoder(run: Path, tmp_path: Path) -> None:
     done = export_weights(run / "encoder.safetensors", tmp_path / "out")
 
     content = torch.load(tmp_path / "out" / "checkpoint_final.pth", weights_only=True)
     keys = set(content["network_weights"])
-    assert keys and all(key.startswith("encoder.") for key in keys)
+    assert keys
+    assert all(key.startswith("encoder.") for key in keys)
     assert any("decoder" in warning for warning in done.warnings)
     back, _ = import_weights(tmp_path / "out", "back", tmp_path, ImportOptions())
     assert not back.has_decoder
-    assert not any(
-        key.startswith("decoder.")
-        for key in load_file(tmp_path / "autoreg_pretraining" / "back" / "encoder.safetensors")
-    )
+    imported = load_file(tmp_path / "autoreg_pretraining" / "back" / "encoder.safetensors")
+    assert not any(key.startswith("decoder.") for key in imported)
 
 
 @pytest.mark.parametrize(
@@ -539,19 +552,14 @@ def test_a_pretraining_writes_only_what_its_card_lists(stray: str) -> None:
         check_exported_keys(whole, replace(adaptation, keys_to_decoder=()))
 
 
-def test_the_card_says_whether_there_is_a_decoder(run: Path) -> None:
-    card: EncoderCard = read_card(run)
-
-    assert card.has_decoder
-    assert card.adaptation.keys_to_decoder == DECODER_PREFIXES
-
-
 def test_whole_network_pretraining_leaves_what_fine_tuning_loads(run: Path) -> None:
+    # One output channel: pretraining predicts intensities, fine-tuning three classes.
     pretraining = PretrainingUNet(
         build_network(SIZE.class_path, SIZE.arguments, CROP, 1, 1),
         learned_mark=True,
     )
-    state, adaptation = pretraining.transferable_state(), pretraining.adaptation()
+    state = pretraining.transferable_state()
+    adaptation = pretraining.adaptation()
     check_exported_keys(state, adaptation)
     rewrite(run, state)
     replace(read_card(run), adaptation=adaptation).save(run)
@@ -573,6 +581,5 @@ def test_a_pretraining_can_start_from_a_whole_network(run: Path) -> None:
 
     given = load_file(run / "encoder.safetensors")
     assert (table.encoder_share, table.decoder_share) == (1.0, 1.0)
-    assert all(
-        torch.equal(pretraining.transferable_state()[key], value) for key, value in given.items()
-    )
+    state = pretraining.transferable_state()
+    assert all(torch.equal(state[key], value) for key, value in given.items())

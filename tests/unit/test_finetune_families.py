@@ -99,7 +99,8 @@ def test_an_encoder_of_any_family_is_loaded_under_all_its_names(
     given = load_file(folder / "encoder.safetensors")
 
     assert all(torch.equal(after[key], value) for key, value in given.items())
-    assert table.encoder_share == 1.0 and {e.status for e in table.entries} == {"loaded"}
+    assert table.encoder_share == 1.0
+    assert {e.status for e in table.entries} == {"loaded"}
 
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
@@ -108,6 +109,7 @@ def test_an_encoder_of_any_family_is_loaded_under_all_its_names(
     # A U-Net's decoder holds its encoder, so every tensor of the encoder has a name below
     # "decoder." too.
     assert all(key.removeprefix("decoder.").startswith(prefixes) for key in changed)
+    # Two names of one layer that reads the image, for families that have them.
     assert all(
         torch.equal(after[f"{k}.weight"], after[f"{network.keys_to_in_proj[0]}.weight"])
         for k in network.keys_to_in_proj[:2]
@@ -143,9 +145,12 @@ def test_every_convolution_that_reads_the_image_gets_its_channels(
     gives.
     """
     folder = write_run(tmp_path, "brain", crop=CROP, encoder=name)
-    one, three = network_of(name).eval(), network_of(name, channels=4).eval()
+    one = network_of(name).eval()
+    three = network_of(name, channels=4).eval()
     loaded(one, folder, Target(1, CROP))
     loaded(three, folder, Target(3, CROP))
+    # Three copies of one channel must add up to what one channel gave; a cascade's channel starts
+    # at 0.
     image = torch.randn(1, 1, *CROP)
     cascade = torch.randn(1, 1, *CROP)
     stem = "encoder.stem" if name == "resenc_tiny" else "down_projection"
@@ -153,6 +158,7 @@ def test_every_convolution_that_reads_the_image_gets_its_channels(
         expected = one.get_submodule(stem)(image)
         found = three.get_submodule(stem)(torch.cat([image, image, image, cascade], dim=1))
 
+    # Three thirds are added in another order than one whole.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -165,6 +171,7 @@ def test_positions_of_a_convolutional_tokenizer_are_interpolated(
     folder = write_run(tmp_path, "brain", crop=CROP, encoder=name)
     table = loaded(network_of(name, (24, 24, 32)), folder, Target(1, (24, 24, 32)))
 
+    # Tokens of 8 voxels: 16 x 24 x 16 are 2 x 3 x 2 of them, and 24 x 24 x 32 are 3 x 3 x 4.
     assert [e.note for e in table.entries if e.status == "adapted"] == [
         "positions 2x3x2 -> 3x3x4, trilinear",
     ]
@@ -178,12 +185,10 @@ def test_a_summed_kernel_is_exact_on_images_constant_along_the_axis() -> None:
 
     expected = functional.conv3d(slice_.expand(-1, -1, 3, -1, -1), kernel, padding=(0, 1, 1))
 
-    torch.testing.assert_close(
-        functional.conv3d(slice_, flat, padding=(0, 1, 1)),
-        expected,
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    found = functional.conv3d(slice_, flat, padding=(0, 1, 1))
+
+    # Sums of 2 x 3 x 3 x 3 products in float32, in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert note == "kernel 3x3x3 -> 1x3x3, summed"
 
 
@@ -195,13 +200,11 @@ def test_a_padded_kernel_gives_exactly_the_same_result() -> None:
 
     expected = functional.conv3d(image, kernel, padding=(1, 0, 1))
 
-    torch.testing.assert_close(
-        functional.conv3d(image, deep, padding=1),
-        expected,
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    found = functional.conv3d(image, deep, padding=1)
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert note == "kernel 3x1x3 -> 3x3x3, padded with zeros"
+    # Cutting a kernel would lose weights, so a larger one does not fit.
     assert fit_kernel(torch.zeros(4, 2, 5, 5, 5), (3, 3, 3))[1] == ""
 
 
@@ -209,29 +212,30 @@ def test_anisotropic_data_get_their_own_strides_and_all_weights(
     tmp_path: Path,
     write_run: Write,
 ) -> None:
-    arguments, told = reconciled(ANISOTROPIC, planned("resenc_tiny"))
+    arguments, note = reconciled(ANISOTROPIC, planned("resenc_tiny"))
 
+    # Five stages are asked for, but the encoder has weights for four.
     assert arguments["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
     assert arguments["features_per_stage"] == [16, 32, 64, 128]
-    assert "4 stages" in told and "stages 0: 3x3x3 -> 1x3x3" in told
+    assert "4 stages" in note
+    assert "stages 0: 3x3x3 -> 1x3x3" in note
 
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     patch = (8, 24, 16)
     network = network_of("resenc_tiny", patch, arguments=arguments)
     table = loaded(network, folder, Target(1, patch))
-    given, state = load_file(folder / "encoder.safetensors"), network.state_dict()
+    given = load_file(folder / "encoder.safetensors")
+    state = network.state_dict()
 
     for key in ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.blocks.0.conv1.conv.weight"):
         torch.testing.assert_close(state[key], given[key].sum(2, keepdim=True))
-    assert torch.equal(
-        state["encoder.stages.1.blocks.0.conv1.conv.weight"],
-        given["encoder.stages.1.blocks.0.conv1.conv.weight"],
-    )
+    unchanged = "encoder.stages.1.blocks.0.conv1.conv.weight"
+    assert torch.equal(state[unchanged], given[unchanged])
     assert table.encoder_share == 1.0
     # The stem and the two convolutions of the one block of stage 0, in one group of the table.
-    assert "adapted     3 tensors" in table.lines()[2] and table.lines()[2].endswith(
-        "(kernel 3x3x3 -> 1x3x3, summed)",
-    )
+    line = table.lines()[2]
+    assert "adapted     3 tensors" in line
+    assert line.endswith("(kernel 3x3x3 -> 1x3x3, summed)")
     assert network(torch.zeros(1, 1, *patch)).shape == (1, 3, *patch)
 
 
@@ -241,9 +245,10 @@ def test_a_patch_with_fewer_stages_uses_the_first_ones(tmp_path: Path, write_run
         "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
         "kernel_sizes": [[3, 3, 3]] * 3,
     }
-    arguments, told = reconciled(wanted, planned("resenc_tiny"))
+    arguments, note = reconciled(wanted, planned("resenc_tiny"))
 
-    assert "3 stages" in told and "4" in told
+    assert "3 stages" in note
+    assert "4" in note
 
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
     table = loaded(network_of("resenc_tiny", arguments=arguments), folder, Target(1, CROP))
@@ -252,12 +257,12 @@ def test_a_patch_with_fewer_stages_uses_the_first_ones(tmp_path: Path, write_run
         value.numel() for key, value in given.items() if key.startswith("encoder.stages.3.")
     )
 
+    # The share is of what the network has; the deepest stage of the file has no place in it.
     assert table.encoder_share == 1.0
     assert sum(e.num_parameters for e in table.unused) == deepest > 0
-    assert any(
-        line.strip().startswith("unused") and "stages that this network does not have" in line
-        for line in table.lines()
-    )
+    lines = [line.strip() for line in table.lines()]
+    unused = [line for line in lines if line.startswith("unused")]
+    assert any("stages that this network does not have" in line for line in unused)
 
 
 def test_the_last_stage_of_a_deeper_network_may_start_at_random(
@@ -274,6 +279,7 @@ def test_the_last_stage_of_a_deeper_network_may_start_at_random(
     with refused(WeightsError, "weights-share", folder, "encoder.stages.3.blocks.0"):
         loaded(network_of("resenc_tiny"), folder, Target(1, CROP))
 
+    # The deepest stage holds most of the parameters, so the allowed share must be far lower.
     table = loaded(network_of("resenc_tiny"), folder, Target(1, CROP), share=0.1)
 
     assert {e.key.split(".")[2] for e in table.entries if e.status == "random"} == {"3"}
@@ -281,25 +287,14 @@ def test_the_last_stage_of_a_deeper_network_may_start_at_random(
 
 def test_other_widths_or_blocks_are_another_encoder(tmp_path: Path, write_run: Write) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP, encoder="resenc_tiny")
+    half_width = {**RESENC.arguments, "features_per_stage": [8, 16, 32, 64]}
+    # The run has two blocks in each of its last three stages.
+    fewer_blocks = {**RESENC.arguments, "n_blocks_per_stage": [1, 1, 2, 2]}
 
     with refused(WeightsError, "weights-other-encoder", "brain"):
-        loaded(
-            network_of(
-                "resenc_tiny",
-                arguments={**RESENC.arguments, "features_per_stage": [8, 16, 32, 64]},
-            ),
-            folder,
-            Target(1, CROP),
-        )
+        loaded(network_of("resenc_tiny", arguments=half_width), folder, Target(1, CROP))
     with refused(WeightsError, "weights-other-encoder", folder, "encoder.stages.1.blocks.1."):
-        loaded(
-            network_of(
-                "resenc_tiny",
-                arguments={**RESENC.arguments, "n_blocks_per_stage": [1, 1, 2, 2]},
-            ),
-            folder,
-            Target(1, CROP),
-        )
+        loaded(network_of("resenc_tiny", arguments=fewer_blocks), folder, Target(1, CROP))
 
 
 def test_channels_are_matched_by_name_or_start_from_the_mean(
@@ -328,6 +323,7 @@ def test_channels_are_matched_by_name_or_start_from_the_mean(
     note = next(e.note for e in table.entries if e.status == "adapted")
 
     assert note == "3 -> 2 channels by name: flair <- FLAIR, PET <- mean of all 3"
+    # None of the names is known, and two channels cannot be made of three without one.
     with refused(WeightsError, "weights-channels", "3 input channels", "2"):
         loaded(network_of("resenc_tiny", channels=2), folder, Target(2, CROP, ("DWI", "PET")))
 
@@ -335,15 +331,19 @@ def test_channels_are_matched_by_name_or_start_from_the_mean(
 @pytest.mark.parametrize(
     ("given", "given_names", "needed_names", "sources", "factors"),
     [
+        # One channel feeds two, each with half its weights, so that sums stay as they were.
         (1, ("MRI",), ("CT", "MRI"), ((0,), (0,)), (0.5, 0.5)),
+        # By name in another order, and by position if no name is known.
         (2, ("T1", "T2"), ("T2", "T1"), ((1,), (0,)), (1.0, 1.0)),
         (2, ("T1", "T2"), ("A", "B"), ((0,), (1,)), (1.0, 1.0)),
+        # Into one channel: the one of its name, or the sum of both.
         (2, ("T1", "T2"), ("T2",), ((1,),), (1.0,)),
         (2, ("T1", "T2"), ("MRI",), ((0, 1),), (1.0,)),
+        # One name for two channels says nothing about either.
         (2, ("T1",), ("T1",), ((0, 1),), (1.0,)),
     ],
 )
-def test_what_each_image_channel_starts_from(
+def test_each_image_channel_starts_from_its_match_or_a_mean(
     given: int,
     given_names: tuple[str, ...],
     needed_names: tuple[str, ...],
@@ -351,34 +351,31 @@ def test_what_each_image_channel_starts_from(
     factors: Any,
 ) -> None:
     found = map_channels(given, given_names, len(needed_names), needed_names)
-    assert found is not None and (found.sources, found.factors) == (sources, factors)
+    assert found is not None
+    assert (found.sources, found.factors) == (sources, factors)
 
 
 def test_the_recipe_of_a_cnn_is_nnunets_with_a_tenth_of_its_rate() -> None:
     values = recipe_values(planned("resenc_l"))
 
     assert (values["optimizer"], values["weight_decay"], values["clip_norm"]) == ("sgd", 3e-5, 12.0)
-    assert (values["pretrained_rate"], values["scratch_rate"], values["deep_supervision"]) == (
-        1e-3,
-        1e-2,
-        True,
-    )
+    assert (values["pretrained_rate"], values["scratch_rate"]) == (1e-3, 1e-2)
+    assert values["deep_supervision"]
 
     recipe = Recipe(150, **recipe_values(planned("primus_v2_m")))
 
-    assert (
-        recipe.optimizer,
-        recipe.pretrained_rate,
-        recipe.scratch_rate,
-        recipe.deep_supervision,
-    ) == ("adamw", 1e-4, 3e-4, False)
+    assert recipe.optimizer == "adamw"
+    assert (recipe.pretrained_rate, recipe.scratch_rate) == (1e-4, 3e-4)
+    assert not recipe.deep_supervision
 
 
-def test_the_rate_of_a_pretrained_cnn_is_that_of_random_weights_where_measured() -> None:
-    tiny, large = planned("resenc_tiny"), planned("resenc_l")
+def test_a_pretrained_cnn_has_the_rate_of_random_weights_if_measured() -> None:
+    tiny = planned("resenc_tiny")
+    large = planned("resenc_l")
 
     values = recipe_values(tiny)
 
+    # Measured for the tiny CNN; the large one and transformers have other reasons for their rates.
     assert values["pretrained_rate"] == values["scratch_rate"] == 1e-2
     assert len({rate_reason(tiny), rate_reason(large), rate_reason(planned("primus_m"))}) == 3
 
@@ -386,6 +383,7 @@ def test_the_rate_of_a_pretrained_cnn_is_that_of_random_weights_where_measured()
 def test_the_decoder_is_trained_first_for_adapted_stems_or_few_labels() -> None:
     cnn = planned("resenc_tiny")
 
+    # An adapted stem; the limit of ten cases; no pretrained weights; a transformer.
     assert decoder_first(cnn, 50, True, "kernel [3, 3, 3] -> [1, 3, 3]")[0] == 0.1
     assert decoder_first(cnn, 10, True, "")[0] == 0.1
     assert decoder_first(cnn, 11, True, "")[0] == 0.0
@@ -396,20 +394,15 @@ def test_the_decoder_is_trained_first_for_adapted_stems_or_few_labels() -> None:
 def test_what_a_family_cannot_do_is_refused_by_name() -> None:
     cnn = Recipe(1, **recipe_values(planned("resenc_tiny")))
 
+    with_drop_path = AutoregBlock(planned("resenc_tiny"), None, Recipe(1, 1e-3, 1e-2))
     with refused(PlanError, "plan-family", "recipe.drop_path_rate=0.2", "resenc_tiny"):
-        check_block(
-            AutoregBlock(planned("resenc_tiny"), None, Recipe(1, 1e-3, 1e-2)),
-            "AutoregPlans.json",
-        )
+        check_block(with_drop_path, "AutoregPlans.json")
+
+    deep = Recipe(1, 1e-3, 1e-3, deep_supervision=True)
     with refused(PlanError, "plan-family", "recipe.deep_supervision=true", "primus_tiny"):
-        check_block(
-            AutoregBlock(
-                planned("primus_tiny"),
-                None,
-                Recipe(1, 1e-3, 1e-3, deep_supervision=True),
-            ),
-            "AutoregPlans.json",
-        )
+        check_block(AutoregBlock(planned("primus_tiny"), None, deep), "AutoregPlans.json")
+
+    # Plans can come from strangers: a name in them must not import anything.
 
     evil = EncoderPlan(
         "evil",
@@ -426,6 +419,7 @@ def test_stock_plans_build_the_same_cnn_by_nnunets_own_function() -> None:
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     arguments, _ = reconciled(ANISOTROPIC, planned("resenc_tiny"))
+    # As plans come from JSON, in which nnU-Net leaves this entry out.
     arguments = {key: value for key, value in arguments.items() if key != "dropout_op"}
     block = AutoregBlock(
         planned("resenc_tiny"),
@@ -451,6 +445,7 @@ def test_stock_plans_build_the_same_cnn_by_nnunets_own_function() -> None:
         deep_supervision=False,
     )
     ours = network_of_plan(block, (8, 24, 16), 1, 3, arguments)
+    # The same names and shapes: what one writes the other loads.
     shapes = {key: tuple(value.shape) for key, value in built.state_dict().items()}
     assert shapes == {key: tuple(value.shape) for key, value in ours.state_dict().items()}
     assert stock_plans(stock) == stock
@@ -472,6 +467,7 @@ def test_only_a_cnn_with_nnunets_normalisation_runs_on_stock_nnunet(
     scheme: str,
     expected: bool,
 ) -> None:
+    # A configuration that inherits has no normalisation of its own.
     plans = {"configurations": {"3d_fullres": {"normalization_schemes": [scheme]}, "mine": {}}}
 
     assert runs_on_stock(planned(encoder).class_path, plans) == expected
@@ -487,6 +483,8 @@ def test_a_plans_architecture_rebuilds_a_cnn_and_stops_stock_trainers() -> None:
         Recipe(1, **recipe_values(planned("resenc_tiny"))),
     )
     entry = architecture_entry(block, (8, 24, 16), arguments)
+    # The guard is what the plans name, so that a stock trainer cannot build a network without the
+    # weights by mistake. Prediction, without deep supervision, is allowed.
     assert entry["arch_kwargs"]["strides"][1] == [1, 2, 2]
     stock = (entry["network_class_name"], entry["arch_kwargs"], entry["_kw_requires_import"], 1, 3)
     with pytest.raises(SystemExit) as stopped:
@@ -504,7 +502,9 @@ def test_a_plans_architecture_rebuilds_a_cnn_and_stops_stock_trainers() -> None:
         (("0",), "-f 0 -device cpu"),
         (("0", "2"), "-f 0 2 -device cpu"),
         (("all",), "-f all -device cpu"),
+        # "all" is another training: folds are predicted together, "all" by itself.
         (("0", "all"), "-f 0 -device cpu"),
+        # All five folds are nnU-Net's default, so the line needs no -f.
         (("0", "1", "2", "3", "4"), "-p AutoregPlans -device cpu"),
     ],
 )
@@ -523,6 +523,7 @@ def test_the_line_after_training_predicts_with_the_folds_that_exist(
     line = predict_line(model, "Dataset004_Hippocampus", "cpu")
 
     assert line.endswith(words)
-    assert "-d 4 " in line and "-c 3d_fullres" in line
+    assert "-d 4 " in line
+    assert "-c 3d_fullres" in line
     assert "-tr AutoregPretrainedTrainer_5epochs" in line
     assert "-device" not in predict_line(model, "Dataset004_Hippocampus", "cuda")

@@ -39,7 +39,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     return file
 
 
-def test_the_same_encoder_is_loaded_as_it_is_and_the_decoder_left_alone(
+def test_the_same_encoder_is_loaded_as_it_is_without_a_decoder(
     tmp_path: Path,
     write_run: Write,
 ) -> None:
@@ -84,6 +84,7 @@ def test_one_channel_is_repeated_over_four_and_a_cascade_starts_at_zero(
 
     new = net.state_dict()["down_projection.proj.weight"]
 
+    # Each of four copies has a quarter of the weights; the last two channels are the cascade's.
     assert all(torch.equal(new[:, c], old[:, 0] / 4) for c in range(4))
     assert torch.count_nonzero(new[:, 4:]) == 0
 
@@ -103,6 +104,7 @@ def test_several_channels_are_summed_into_one(tmp_path: Path, write_run: Write) 
         net.state_dict()["down_projection.proj.weight"],
         old.sum(1, keepdim=True),
     )
+    # Two channels without names: which of the three belongs to which is unknown.
     with refused(WeightsError, "weights-channels", "3 input channels", "2"):
         load_encoder(
             network(channels=2),
@@ -115,15 +117,24 @@ def test_several_channels_are_summed_into_one(tmp_path: Path, write_run: Write) 
 
 def test_positions_on_the_same_grid_stay_and_on_a_finer_one_lie_between() -> None:
     positions = torch.tensor([0.0, 4.0]).reshape(1, 2, 1)
-    torch.testing.assert_close(interpolate_positions(positions, (2, 1, 1), (2, 1, 1)), positions)
+
+    same = interpolate_positions(positions, (2, 1, 1), (2, 1, 1))
     doubled = interpolate_positions(positions, (2, 1, 1), (4, 1, 1))
+
+    torch.testing.assert_close(same, positions)
+    # The four new middles lie a quarter of a token beside the old ones: 1 and 3 in between, and the
+    # outer two are held at the ends.
     torch.testing.assert_close(doubled.flatten(), torch.tensor([0.0, 1.0, 3.0, 4.0]))
 
 
 def test_positions_keep_the_order_z_y_x_of_the_tokens() -> None:
-    z = torch.arange(2.0).reshape(2, 1, 1).expand(2, 3, 4)
-    stretched = interpolate_positions(z.reshape(1, 24, 1), (2, 3, 4), (2, 6, 8)).reshape(2, 6, 8)
-    torch.testing.assert_close(stretched, torch.arange(2.0).reshape(2, 1, 1).expand(2, 6, 8))
+    # A value that depends on z only must do so after y and x are stretched.
+    z = torch.arange(2.0).reshape(2, 1, 1)
+    positions = z.expand(2, 3, 4).reshape(1, 24, 1)
+
+    stretched = interpolate_positions(positions, (2, 3, 4), (2, 6, 8)).reshape(2, 6, 8)
+
+    torch.testing.assert_close(stretched, z.expand(2, 6, 8))
 
 
 def test_another_patch_size_interpolates_the_positions_and_says_so(
@@ -154,6 +165,7 @@ def test_another_patch_size_interpolates_the_positions_and_says_so(
 
 def test_too_small_a_share_is_an_error_without_any_change(tmp_path: Path, write_run: Write) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
+    # Two of the six transformer blocks are missing.
     file = rewrite(
         folder,
         lambda t: [t.pop(k) for k in list(t) if k.startswith(("eva.blocks.4", "eva.blocks.5"))],
@@ -174,6 +186,8 @@ def test_too_small_a_share_is_an_error_without_any_change(tmp_path: Path, write_
 @pytest.mark.parametrize(
     ("change", "code", "values"),
     [
+        # Another width, a block more, a value that is not a number, and another grid: a crop of 16
+        # x 24 x 16 has 2 x 3 x 2 = 12 tokens.
         (
             lambda t: t.update({"eva.norm.weight": torch.ones(7)}),
             "weights-other-encoder",
@@ -222,6 +236,7 @@ def test_a_truncated_file_is_an_error(tmp_path: Path, write_run: Write, keep: in
 
 def test_rotary_tables_in_a_file_are_not_loaded(tmp_path: Path, write_run: Write) -> None:
     folder = write_run(tmp_path, "brain", crop=CROP)
+    # A rotary table holds sines and cosines, which are at most 1.
     file = rewrite(folder, lambda t: t.update({"eva.rope.pos_embed": torch.full((12, 88), 9.0)}))
     net = network()
 
@@ -260,12 +275,15 @@ def test_a_plan_notices_that_its_weights_file_was_replaced(
     )
     block = AutoregBlock(encoder, weights, Recipe(1, 1e-4, 1e-4))
     assert load_planned_encoder(network(), block, tmp_path, Target(1, CROP)).encoder_share == 1.0
+
     rewrite(folder, lambda t: t.update({"eva.norm.bias": torch.ones(264)}))
     with pytest.raises(WeightsError) as replaced:
         load_planned_encoder(network(), block, tmp_path, Target(1, CROP))
+
     (folder / "encoder.safetensors").unlink()
     with pytest.raises(WeightsError) as missing:
         load_planned_encoder(network(), block, tmp_path, Target(1, CROP))
+
     for caught in (replaced, missing):
         assert str(folder / "encoder.safetensors") in str(caught.value)
 
@@ -288,7 +306,10 @@ def test_the_architecture_of_a_plan_stops_stock_trainers_only() -> None:
     )
     entry = architecture_entry(block, CROP)
     stock = (entry["network_class_name"], entry["arch_kwargs"], entry["_kw_requires_import"], 1, 3)
+
     with pytest.raises(SystemExit) as stopped:
         get_network_from_plans(*stock, deep_supervision=True)
+
     assert "-tr AutoregPretrainedTrainer" in str(stopped.value)
+    # nnU-Net's prediction builds the network without deep supervision, and may.
     assert get_network_from_plans(*stock)(torch.zeros(1, 1, *CROP)).shape == (1, 3, *CROP)

@@ -51,6 +51,7 @@ def bytes_per_voxel(number: float) -> Callable[[Size], TrainingMemory]:
 
 def test_the_batch_fills_the_memory_up_to_five_percent_of_the_data() -> None:
     small = SegmentationTask(20, (64.0, 64.0, 64.0), (1.0, 1.0, 1.0), 1, 3)
+    # A patch of 64^3 takes 1 GiB, and 1 GiB is needed in any case: 7 fit into 8 GiB.
     memory = bytes_per_voxel(GIB / 64**3)
     roomy = fit_configuration(
         planned("primus_s"),
@@ -62,6 +63,7 @@ def test_the_batch_fills_the_memory_up_to_five_percent_of_the_data() -> None:
     )
     assert (roomy.patch_size, roomy.batch_size) == ((64, 64, 64), 7)
 
+    # Five percent of 80 patches are 4; five percent of 20 are 1, but a batch has at least 2.
     few = fit_configuration(
         planned("primus_s"),
         small,
@@ -93,12 +95,14 @@ def test_the_patch_shrinks_until_a_batch_of_two_fits() -> None:
         max_share=0.05,
     )
 
+    # (8 - 1) / 2 = 3.5 GiB for each of two patches; the next larger patch would need more.
     assert fit.batch_size == 2
     assert 3.0 * 64**3 < volume(fit.patch_size) <= 3.5 * 64**3
     assert all(side % 8 == 0 for side in fit.patch_size)
 
 
 def test_a_memory_target_that_nothing_fits_is_shown() -> None:
+    # Half of the 1 GiB that is needed in any case.
     fit = fit_configuration(
         planned("primus_m"),
         BRAIN,
@@ -113,6 +117,7 @@ def test_a_memory_target_that_nothing_fits_is_shown() -> None:
 
 
 def test_tiny_encoders_stay_small_unless_memory_is_given() -> None:
+    # A byte per voxel: memory limits nothing.
     memory = bytes_per_voxel(1)
     small = fit_configuration(
         planned("primus_tiny"),
@@ -123,7 +128,8 @@ def test_tiny_encoders_stay_small_unless_memory_is_given() -> None:
         max_share=0.05,
     )
 
-    assert volume(small.patch_size) <= 64**3 and small.batch_size == 8
+    assert volume(small.patch_size) <= 64**3
+    assert small.batch_size == 8
 
     large = fit_configuration(
         planned("primus_tiny"),
@@ -134,7 +140,8 @@ def test_tiny_encoders_stay_small_unless_memory_is_given() -> None:
         max_share=0.05,
     )
 
-    assert volume(large.patch_size) > 64**3 and large.batch_size > 8
+    assert volume(large.patch_size) > 64**3
+    assert large.batch_size > 8
 
 
 def test_a_block_has_the_encoder_and_the_file_of_the_weights(
@@ -146,20 +153,19 @@ def test_a_block_has_the_encoder_and_the_file_of_the_weights(
     block = make_block(choice, BRAIN, Budget(8, False), tmp_path)
 
     assert block.encoder.name == "primus_tiny"
-    assert (
-        block.weights is not None
-        and block.weights.file == "autoreg_pretraining/brain/encoder.safetensors"
-    )
+    assert block.weights is not None
+    assert block.weights.file == "autoreg_pretraining/brain/encoder.safetensors"
     assert (block.recipe.num_epochs, block.recipe.pretrained_rate) == (150, 1e-3)
 
     elsewhere = make_block(choice, BRAIN, Budget(8, False), tmp_path / "other")
 
-    assert elsewhere.weights is not None and elsewhere.weights.file == str(
-        (folder / "encoder.safetensors").resolve(),
-    )
+    # Results of another folder have no path relative to this one.
+    assert elsewhere.weights is not None
+    assert elsewhere.weights.file == str((folder / "encoder.safetensors").resolve())
 
 
 def test_many_labels_train_longer_and_scratch_has_an_encoder() -> None:
+    # One case more than the 50 that still count as few.
     many = SegmentationTask(51, BRAIN.median_shape_vox, BRAIN.spacing_mm, 1, 3)
     block = make_block(
         Choice(None, None, "autoreg_weights=none"),
@@ -211,11 +217,15 @@ def test_only_valid_configurations_of_the_user_are_kept() -> None:
     }
     old = {
         "configurations": {
+            # nnU-Net's own names are planned again, whatever they held.
             "2d": {},
             "3d_lowres": full,
             "3d_cascade_fullres": {"inherits_from": "3d_fullres"},
+            # These two can be kept.
             "bs4": {"inherits_from": "3d_fullres", "batch_size": 4},
             "on_bs4": {"inherits_from": "bs4"},
+            # 60 is not a multiple of the token size 8; the others need 3d_lowres, which the new
+            # plans do not have.
             "odd": {"inherits_from": "3d_fullres", "patch_size": [60, 64, 64]},
             "orphan": {"inherits_from": "3d_lowres"},
             "on_orphan": {"inherits_from": "orphan"},
@@ -231,13 +241,13 @@ def test_only_valid_configurations_of_the_user_are_kept() -> None:
     assert list(kept) == ["bs4", "on_bs4"]
     assert len(dropped) == 4
     assert any("'odd'" in line and "use 56 or 64" in line for line in dropped)
-    assert any(
-        "'orphan'" in line and "'3d_lowres', which no longer exists" in line for line in dropped
-    )
+    orphan = next(line for line in dropped if "'orphan'" in line)
+    assert "'3d_lowres', which no longer exists" in orphan
 
 
 def test_configurations_of_a_cnn_are_checked_with_their_strides() -> None:
     cnn = ENCODERS["resenc_tiny"]
+    # Total strides: 1 * 1 * 2 * 2 = 4 along z, so 12 is possible there, and 8 along y and x.
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
     full = {
         "patch_size": [32, 64, 64],
@@ -266,16 +276,15 @@ def test_configurations_of_a_cnn_are_checked_with_their_strides() -> None:
     )
 
     assert list(kept) == ["flat"]
-    assert any(
-        "'odd'" in line and "axis y is not a multiple of the token size 8" in line
-        for line in dropped
-    )
+    odd = next(line for line in dropped if "'odd'" in line)
+    assert "axis y is not a multiple of the token size 8" in odd
     assert any("'primus'" in line and "network" in line for line in dropped)
 
 
 def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_run: Write) -> None:
     folder = write_run(tmp_path, "brain", encoder="resenc_tiny")
     card = read_card(folder)
+    # More cases than are few, so that only the stem decides.
     many = SegmentationTask(40, (47.0, 115.0, 121.0), (3.27, 0.98, 0.98), 1, 2)
     block = make_block(
         Choice(card, folder / "encoder.safetensors", "because"),
@@ -283,16 +292,13 @@ def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_
         Budget(8, False),
         tmp_path,
     )
-    assert (block.recipe.optimizer, block.recipe.pretrained_rate, block.recipe.scratch_rate) == (
-        "sgd",
-        1e-2,
-        1e-2,
-    )
+    recipe = block.recipe
+    assert recipe.optimizer == "sgd"
+    assert (recipe.pretrained_rate, recipe.scratch_rate) == (1e-2, 1e-2)
     assert block.reasons["recipe.pretrained_rate"] == rate_reason(block.encoder)
-    same, flat = (
-        {**card.arguments, "kernel_sizes": [first, [3, 3, 3], [3, 3, 3], [3, 3, 3]]}
-        for first in ([3, 3, 3], [1, 3, 3])
-    )
+    deeper = [[3, 3, 3], [3, 3, 3], [3, 3, 3]]
+    same = {**card.arguments, "kernel_sizes": [[3, 3, 3], *deeper]}
+    flat = {**card.arguments, "kernel_sizes": [[1, 3, 3], *deeper]}
 
     def planned_with(arguments: dict[str, Any], names: list[str]) -> AutoregBlock:
         return with_fits(
@@ -303,20 +309,15 @@ def test_the_decoder_is_trained_first_if_the_stem_differs(tmp_path: Path, write_
             names,
         )
 
-    plain, kernels, channels = (
-        planned_with(same, ["MRI"]),
-        planned_with(flat, ["MRI"]),
-        planned_with(same, ["T1", "T2"]),
-    )
+    plain = planned_with(same, ["MRI"])
+    kernels = planned_with(flat, ["MRI"])
+    channels = planned_with(same, ["T1", "T2"])
+    reason = "recipe.decoder_first_fraction"
+    adapted = "on, the stem is adapted:"
+
     assert [b.recipe.decoder_first_fraction for b in (plain, kernels, channels)] == [0.0, 0.1, 0.1]
-    assert (
-        kernels.reasons["recipe.decoder_first_fraction"]
-        == "on, the stem is adapted: kernel [3, 3, 3] -> [1, 3, 3]"
-    )
-    assert (
-        channels.reasons["recipe.decoder_first_fraction"]
-        == "on, the stem is adapted: 1 -> 2 channels, repeated / 2"
-    )
+    assert kernels.reasons[reason] == f"{adapted} kernel [3, 3, 3] -> [1, 3, 3]"
+    assert channels.reasons[reason] == f"{adapted} 1 -> 2 channels, repeated / 2"
     assert plain.reasons["3d_fullres"] == "fits"
 
 
@@ -327,6 +328,7 @@ def test_a_pretrained_decoder_is_planned_random_and_a_trained_one_loaded(
     folder = write_run(tmp_path, "brain", encoder="resenc_tiny")
     card = read_card(folder)
     adaptation = replace(card.adaptation, keys_to_decoder=DECODER_PREFIXES)
+    # No steps of pretraining: an imported model, whose decoder was trained with labels.
     pretrained = replace(card, adaptation=adaptation, num_steps=100)
     trained = replace(pretrained, num_steps=0)
     without = replace(card, adaptation=replace(card.adaptation, keys_to_decoder=()))
@@ -355,7 +357,7 @@ def test_plans_names_that_would_break_or_overwrite_are_refused() -> None:
     ("device", "option"),
     [("cuda", ""), ("cpu", " -device cpu"), ("mps", " -device mps")],
 )
-def test_nnunets_commands_get_a_device_where_there_is_no_cuda(
+def test_nnunets_commands_get_a_device_if_there_is_no_cuda(
     monkeypatch: pytest.MonkeyPatch,
     device: str,
     option: str,

@@ -44,6 +44,7 @@ def tiny() -> nn.Module:
 
 
 def test_the_rate_rises_linearly_and_then_follows_the_polynomial() -> None:
+    # Warm-up: (i + 1) / 10. Then ((100 - i) / 90)^0.9, which is 0.5^0.9 halfway at 55.
     schedule = Schedule(peak_rate=1.0, num_iterations=100, warmup_iterations=10, poly_exponent=0.9)
 
     assert schedule.rate(0) == pytest.approx(0.1)
@@ -82,6 +83,7 @@ def test_the_rate_depends_only_on_epoch_and_iteration() -> None:
 
     rates.step(5, 5)
 
+    # Epoch 5 of 10 iterations and iteration 5 are iteration 55; the group has half the rate.
     assert rates.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.5**0.9)
 
 
@@ -94,6 +96,7 @@ def test_norms_biases_positions_and_layer_scale_are_not_decayed() -> None:
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, undecayed = ({names[id(p)] for p in g["params"]} for g in groups)
 
+    # Matrices are decayed; vectors and positions are not.
     assert {
         "down_projection.proj.weight",
         "eva.blocks.0.attn.q_proj.weight",
@@ -115,6 +118,7 @@ def test_layer_decay_slows_the_layers_near_the_input() -> None:
 
     by_name = {name: factor[id(p)] for name, p in network.named_parameters()}
 
+    # Six blocks: the last has one factor, the first six, and the input seven.
     assert groups[0]["rate_factor"] == 1.0
     assert by_name["up_projection.decode.2.weight"] == by_name["eva.norm.weight"] == 1.0
     assert by_name["eva.blocks.5.attn.q_proj.weight"] == 0.5
@@ -171,6 +175,7 @@ def test_plans_without_a_block_or_of_a_newer_format_are_refused() -> None:
 
 
 def test_network_classes_of_foreign_packages_are_refused() -> None:
+    # Plans can come from strangers, and only networks of this package may be imported.
     encoder = EncoderPlan("evil", "os.system", {}, (8, 8, 8))
     with refused(PlanError, "plan-network-class", "'os.system'", "dynamic_network_architectures"):
         check_block(AutoregBlock(encoder, None, RECIPE), "AutoregPlans.json")
