@@ -43,10 +43,9 @@ def test_mean_and_log_deviation_follow_the_normalised_pattern() -> None:
     target = target_of(settings("normalised_with_statistics"), VOXELS, REAL)
 
     deviation = math.sqrt(4 / 3)
+    pattern = [-1 / deviation, 1 / deviation, -1 / deviation, 1 / deviation]
     assert num_outputs(settings("normalised_with_statistics"), 4) == 6
-    assert target[0, 0].tolist() == pytest.approx(
-        [-1 / deviation, 1 / deviation, -1 / deviation, 1 / deviation, 1.0, math.log(deviation)],
-    )
+    assert target[0, 0].tolist() == pytest.approx([*pattern, 1.0, math.log(deviation)])
     # The real voxels 3, 5 and 4 have mean 4 and deviation 1.
     assert target[0, 1].tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0, 4.0, 0.0])
 
@@ -54,6 +53,7 @@ def test_mean_and_log_deviation_follow_the_normalised_pattern() -> None:
 def test_each_statistic_counts_as_much_as_all_voxels_of_its_token() -> None:
     weight = output_weight(settings("normalised_with_statistics"), REAL.float())
 
+    # Four and three voxels, each of weight 1.
     assert weight.tolist() == [[[1, 1, 1, 1, 4, 4], [1, 1, 1, 0, 3, 3]]]
     assert output_weight(settings("voxels"), REAL.float()).shape == VOXELS.shape
 
@@ -69,9 +69,11 @@ def test_a_perfect_prediction_gives_the_true_intensities(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["normalised_with_statistics", "voxels"])
 def test_pictures_of_targets_with_means_take_nothing_from_the_truth(target: str) -> None:
-    chosen, outputs = settings(target), torch.full((1, 2, num_outputs(settings(target), 4)), 0.5)
+    chosen = settings(target)
+    outputs = torch.full((1, 2, num_outputs(settings(target), 4)), 0.5)
 
     one, trivial = as_intensities(chosen, outputs, VOXELS, REAL)
+    # Other intensities: a picture that took its scale from the truth would change with them.
     other, _ = as_intensities(chosen, outputs, VOXELS * 7 + 3, REAL)
 
     assert torch.equal(one, other)
@@ -108,25 +110,33 @@ def outputs_of(objective: Autoregressive, batch: Batch) -> Tensor:
     return predicted
 
 
+def by_token(batch: Batch) -> Tensor:
+    """Return the voxels of the crop as (8 tokens, 512)."""
+    split = batch.voxels.reshape(2, 8, 2, 8, 2, 8)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(8, 512)
+
+
 @pytest.mark.parametrize("predictor", ["next", "query"])
 def test_the_loss_per_voxel_is_the_sum_of_three_mean_squared_errors(predictor: str) -> None:
     plan = make_plan("normalised_with_statistics", predictor=predictor)
     torch.manual_seed(0)
-    objective, batch = Autoregressive(plan), make_batch()
+    objective = Autoregressive(plan)
+    batch = make_batch()
 
     terms = objective.loss(batch, references=True)
 
+    # Tokens of 8 x 8 x 8 in raster order, of which the first three are given.
     outputs = outputs_of(objective, batch)[0, 3:]
-    voxels = batch.voxels.reshape(2, 8, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 5).reshape(8, 512)[3:]
-    mean, deviation = voxels.mean(1), voxels.std(1)
+    voxels = by_token(batch)[3:]
+    mean = voxels.mean(1)
+    deviation = voxels.std(1)
     pattern = (voxels - mean[:, None]) / deviation[:, None]
-    by_hand = (
-        (outputs[:, :512] - pattern).square().mean()
-        + (outputs[:, 512] - mean).square().mean()
-        + (outputs[:, 513] - deviation.log()).square().mean()
-    )
+    of_pattern = (outputs[:, :512] - pattern).square().mean()
+    of_mean = (outputs[:, 512] - mean).square().mean()
+    of_deviation = (outputs[:, 513] - deviation.log()).square().mean()
+    by_hand = float(of_pattern + of_mean + of_deviation)
     assert float(terms.count) == 5 * 512
-    assert float(terms.total.detach() / terms.count) == pytest.approx(float(by_hand), rel=1e-5)
+    assert float(terms.total.detach() / terms.count) == pytest.approx(by_hand, rel=1e-5)
     # Outputs of 0 miss a pattern of variance 511 / 512, the mean and the log deviation.
     nothing = 511 / 512 + mean.square().mean() + deviation.log().square().mean()
     assert float(terms.references["mean"] / terms.count) == pytest.approx(float(nothing), rel=1e-5)
@@ -134,24 +144,27 @@ def test_the_loss_per_voxel_is_the_sum_of_three_mean_squared_errors(predictor: s
 
 def test_the_loss_of_plain_voxels_is_their_mean_squared_error() -> None:
     torch.manual_seed(0)
-    objective, batch = Autoregressive(make_plan("voxels")), make_batch()
+    objective = Autoregressive(make_plan("voxels"))
+    batch = make_batch()
 
     terms = objective.loss(batch)
 
-    voxels = batch.voxels.reshape(2, 8, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 5).reshape(8, 512)
-    by_hand = (outputs_of(objective, batch)[0, 3:] - voxels[3:]).square().sum()
+    by_hand = (outputs_of(objective, batch)[0, 3:] - by_token(batch)[3:]).square().sum()
     assert float(terms.total.detach()) == pytest.approx(float(by_hand), rel=1e-5)
 
 
 def test_statistics_of_padding_count_nothing() -> None:
     torch.manual_seed(0)
-    objective, batch = Autoregressive(make_plan("normalised_with_statistics")), make_batch()
+    objective = Autoregressive(make_plan("normalised_with_statistics"))
+    batch = make_batch()
     valid_mask = batch.valid_mask.clone()
     valid_mask[:, :, 8:] = False
     padded = replace(batch, voxels=batch.voxels * valid_mask[:, :, None], valid_mask=valid_mask)
 
     terms = objective.loss(padded)
-    other = objective.loss(replace(padded, voxels=padded.voxels + 5.0 * ~valid_mask[:, :, None]))
+    other_padding = padded.voxels + 5.0 * ~valid_mask[:, :, None]
+    other = objective.loss(replace(padded, voxels=other_padding))
 
+    # Tokens 4 to 7 are padding, so of five that are predicted only token 3 counts.
     assert float(terms.count) == 512
     assert float(terms.total.detach()) == float(other.total.detach())

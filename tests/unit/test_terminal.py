@@ -39,14 +39,14 @@ def usual_verbosity():
 def new_screen(monkeypatch):
     """Return a terminal that is stderr until the test ends.
 
-    A fixture cannot do this: pytest sets stderr anew between a test's fixtures and the test.
+    A fixture cannot do this: pytest replaces stderr between a test's fixtures and the test.
     """
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
     return screen
 
 
-def test_no_bar_is_shown_where_there_is_no_terminal(monkeypatch):
+def test_no_bar_is_shown_without_a_terminal(monkeypatch):
     written = io.StringIO()
     monkeypatch.setattr("sys.stderr", written)
 
@@ -79,6 +79,8 @@ def test_the_time_left_does_not_count_pauses(monkeypatch, usual_verbosity):
 
     left = re.search(r"50 of 100 steps, about ([\d.]+) s left", text)
     assert left is not None, text
+    # 50 steps took 1 s without the validation, so the other 50 will take 1 s; the test itself takes
+    # some time.
     assert float(left[1]) == pytest.approx(1.0, abs=0.2)
 
 
@@ -125,7 +127,7 @@ def test_every_command_has_examples_that_parse(name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_tells_its_version(name, capsys):
+def test_every_command_shows_its_version(name, capsys):
     with pytest.raises(SystemExit) as ended:
         parser_of(name).parse_args(["--version"])
 
@@ -133,7 +135,7 @@ def test_every_command_tells_its_version(name, capsys):
     assert capsys.readouterr().out.startswith("nnunet-autoreg 0.")
 
 
-def test_v_and_q_set_what_is_shown_and_are_no_values():
+def test_v_and_q_set_what_is_shown_and_are_not_values():
     parser = parser_of("autoreg_doctor")
 
     loud = vars(parser.parse_args(["-v"]))
@@ -143,6 +145,7 @@ def test_v_and_q_set_what_is_shown_and_are_no_values():
     parser.parse_args([])
 
     assert (level_of_v, level_of_q, verbosity()) == (VERBOSE, QUIET, NORMAL)
+    # A request is compared with that of an earlier run: how much was shown makes no difference.
     assert loud == quiet == vars(parser.parse_args([]))
 
 
@@ -189,6 +192,7 @@ def test_nnunets_look_up_suggests_our_closest_name(room, name, close, capsys, mo
 
     found = [look_up("", name, room), look_up("", name, room)]
 
+    # nnU-Net asks for a class in several folders; one suggestion is enough.
     assert found == [None, None]
     assert capsys.readouterr().err.count(close) == 1
 

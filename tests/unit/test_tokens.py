@@ -25,6 +25,7 @@ from nnunet_autoreg.planning.tokens import objection_to_flat_tokens, with_tokens
 from nnunet_autoreg.pretrain.pipeline import value_at
 
 CPU, GPU = Hardware("cpu", 24.0), Hardware("cuda", 24.0)
+# Spacing in mm and shape in voxels, as the data sets have them.
 HIPPOCAMPUS = ((1.0, 1.0, 1.0), (35, 50, 36))
 IXI = ((2.0, 2.0, 2.0), (90, 120, 120))
 ACDC = ((10.0, 1.5, 1.5), (10, 216, 256))
@@ -44,9 +45,16 @@ def plan_for(
     return check(make_plan("run", pool, hardware, overrides, 0, {}, lambda *_: (0.0, GIB / 100)))
 
 
+def with_token(plan: Plan, token: str) -> Plan:
+    """Set the token in both places that have it."""
+    settings = [f"encoder.arguments.patch_embed_size={token}", f"encoder.token_size_vox={token}"]
+    return check(override(plan, settings))
+
+
 @pytest.mark.parametrize(
     ("scans", "token", "block"),
     [
+        # Small images get small tokens, thick slices flat ones.
         (HIPPOCAMPUS, (4, 4, 4), (2, 2, 2)),
         (IXI, (4, 4, 4), (2, 2, 2)),
         (ACDC, (1, 8, 8), (1, 1, 1)),
@@ -89,40 +97,30 @@ def test_tokens_of_other_families_stay(encoder: str) -> None:
 
 def test_a_token_that_is_set_by_hand_has_to_be_set_in_both_places() -> None:
     plan = plan_for(*CT, "primus_tiny", CPU)
-    both = ["encoder.arguments.patch_embed_size=4,4,4", "encoder.token_size_vox=4,4,4"]
 
-    changed = check(override(plan, both))
+    changed = with_token(plan, "4,4,4")
 
     assert changed.encoder.token_size_vox == (4, 4, 4)
     # What a run prints for each reason.
     assert value_at(changed, "encoder.arguments.patch_embed_size") == [4, 4, 4]
     with pytest.raises(PlanError):
-        check(override(plan, both[:1]))
+        check(override(plan, ["encoder.arguments.patch_embed_size=4,4,4"]))
 
 
 @pytest.mark.parametrize("token", ["6,8,8", "1,1,1", "0,8,8"])
 def test_tokens_that_cannot_be_doubled_back_to_voxels_are_refused(token: str) -> None:
     plan = plan_for(*CT, "primus_tiny", CPU)
 
+    # A decoder doubles its resolution step by step: sides are powers of two, and not all 1.
     with pytest.raises(PlanError):
-        check(
-            override(
-                plan,
-                [f"encoder.arguments.patch_embed_size={token}", f"encoder.token_size_vox={token}"],
-            ),
-        )
+        with_token(plan, token)
 
 
 def test_convolutional_tokens_have_one_size() -> None:
     plan = plan_for(*CT, "primus_v2_tiny", CPU)
 
     with pytest.raises(PlanError):
-        check(
-            override(
-                plan,
-                ["encoder.arguments.patch_embed_size=4,8,8", "encoder.token_size_vox=4,8,8"],
-            ),
-        )
+        with_token(plan, "4,8,8")
 
 
 @pytest.mark.parametrize("token", [(4, 4, 4), (1, 8, 8), (2, 8, 8), (8, 8, 8), (2, 2, 2)])
@@ -140,7 +138,7 @@ def test_the_decoder_of_a_primus_gives_a_value_for_every_voxel(token: Size) -> N
     out = network(torch.randn(1, 1, 8, 16, 24))
 
     assert out.shape == (1, 3, 8, 16, 24)
-    # No output is one value per token.
+    # One value for a whole token would mean that a part of the decoder is missing.
     assert out[0, 0, : token[0], : token[1], : token[2]].unique().numel() > 1
 
 
@@ -165,7 +163,7 @@ def test_a_patch_is_a_multiple_of_the_token_with_bounded_tokens() -> None:
         max_share=0.05,
     )
 
-    # 10 slices of 27 x 32 tokens are too many: ``grid_of`` refuses what is no multiple of the
+    # 10 slices of 27 x 32 tokens are too many: ``grid_of`` refuses what is not a multiple of the
     # token.
     assert 1024 < volume(grid_of(fit.patch_size, (1, 8, 8))) <= 2048
 
@@ -174,6 +172,7 @@ def test_flat_tokens_suit_thick_slices_and_no_others() -> None:
     assert objection_to_flat_tokens((1, 8, 8), (10.0, 1.5, 1.5)) is None
     assert objection_to_flat_tokens((1, 8, 8), (5.0, 1.5, 1.5)) is None
     assert objection_to_flat_tokens((8, 8, 8), (10.0, 1.5, 1.5)) is None
+    # On voxels of 1 mm a token of 1 x 8 x 8 is a plate, and no longer about as thick as wide.
     assert "1 x 8 x 8 mm" in str(objection_to_flat_tokens((1, 8, 8), (1.0, 1.0, 1.0)))
 
 

@@ -61,6 +61,7 @@ def plans(**configuration: Any) -> dict[str, Any]:
     # As nnU-Net's users vary a configuration: the rest is inherited.
     own = {"inherits_from": "3d_fullres", "batch_size": 4}
     return {
+        # Names that must not reach the card.
         "dataset_name": "Dataset004_Secret",
         "plans_name": "nnUNetPlans",
         "configurations": {"3d_fullres": full, "large_batch": own},
@@ -115,10 +116,13 @@ def test_a_checkpoint_brings_network_and_data_of_its_configuration(
     assert (card.crop_size_vox, card.spacing_mm) == ((16, 32, 32), (3.0, 1.0, 1.0))
     assert card.token_size_vox == (2, 4, 4)
     assert (card.channel_names, card.modalities) == (("T1", "CT"), ("CT", "MR"))
-    assert card.ct_window is not None and card.ct_window.percentile_99_5 == 800.0
+    assert card.ct_window is not None
+    assert card.ct_window.percentile_99_5 == 800.0
     assert card.normalization is None
-    assert card.has_decoder and IMPORTED in card.extra
+    assert card.has_decoder
+    assert IMPORTED in card.extra
     assert "Secret" not in str(card)
+    # Heads belong to the labels of another task, and second names to tensors that are there.
     state = network().state_dict()
     assert not [key for key in tensors if "seg_layers" in key or "decoder.encoder" in key]
     assert all(torch.equal(value, state[key]) for key, value in tensors.items())
@@ -162,14 +166,17 @@ def test_a_model_folder_and_its_zip_give_the_same_weights(tmp_path: Path) -> Non
     of_folder = imported(model, tmp_path / "a")
     of_archive = imported(archive, tmp_path / "b")
 
-    assert of_folder[0].sha256 == of_archive[0].sha256
-    assert "Secret" not in str(of_archive[0])
-    assert of_archive[0].extra[IMPORTED]["fold"] == "fold_0"
+    (card_of_folder, _), (card_of_archive, _) = of_folder, of_archive
+    assert card_of_folder.sha256 == card_of_archive.sha256
+    assert "Secret" not in str(card_of_archive)
+    assert card_of_archive.extra[IMPORTED]["fold"] == "fold_0"
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
+        # The lowest number, which is not the first as text; "all" saw all data; the final state
+        # before the best one, of whichever fold.
         (["fold_1/checkpoint_final.pth", "fold_0/checkpoint_final.pth"], "fold_0/"),
         (["fold_10/checkpoint_final.pth", "fold_2/checkpoint_final.pth"], "fold_2/"),
         (["fold_0/checkpoint_final.pth", "fold_all/checkpoint_final.pth"], "fold_all/"),
@@ -177,8 +184,10 @@ def test_a_model_folder_and_its_zip_give_the_same_weights(tmp_path: Path) -> Non
         (["m/fold_3/checkpoint_best.pth", "m/fold_3/checkpoint_latest.pth"], "m/fold_3/"),
     ],
 )
-def test_one_fold_stands_for_the_model(names: list[str], expected: str) -> None:
-    assert checkpoint_of_model(names, Path("x")).startswith(expected)
+def test_one_fold_of_a_model_is_chosen(names: list[str], expected: str) -> None:
+    found = checkpoint_of_model(names, Path("x"))
+
+    assert found.startswith(expected)
 
 
 def test_several_models_or_none_are_refused(tmp_path: Path) -> None:
@@ -226,12 +235,13 @@ def test_other_networks_and_plans_are_refused_in_one_line(
         imported(file, tmp_path)
     facts, following = inspect_weights(file, ImportOptions())
 
+    # Inspecting says why, and what nnU-Net itself can do with the file.
     assert value in dict(facts)["cannot be imported"]
     assert f"-pretrained_weights {file}" in following
     assert not (tmp_path / "autoreg_pretraining").exists()
 
 
-def test_a_network_of_our_own_trainers_is_imported_by_its_class(tmp_path: Path) -> None:
+def test_a_network_of_our_trainers_is_imported_by_its_class(tmp_path: Path) -> None:
     size = ENCODERS["primus_tiny"]
     arguments = {**size.arguments, "embed_dim": 48, "eva_depth": 2}
     primus = build_network(size.class_path, arguments, (16, 32, 32), 2, 3)
@@ -268,12 +278,13 @@ def test_a_zip_that_would_run_code_is_refused_by_its_own_name(tmp_path: Path) ->
         imported(archive, tmp_path)
 
 
-def test_a_damaged_zip_is_read_or_refused_whatever_byte_is_wrong(tmp_path: Path) -> None:
+def test_a_damaged_zip_is_read_or_refused_with_any_byte_wrong(tmp_path: Path) -> None:
+    # One byte in ten once gave a traceback.
     save(tmp_path / "m" / "fold_0" / "checkpoint_final.pth")
     archive = Path(shutil.make_archive(str(tmp_path / "model"), "zip", tmp_path / "m"))
     whole = archive.read_bytes()
     rng = np.random.default_rng(0)
-    # Most bytes are of the compressed checkpoint; names and sizes stand at both ends.
+    # Most bytes are of the compressed checkpoint; names and sizes are at both ends.
     offsets = [*range(0, 60, 7), *range(-200, 0, 23), *rng.integers(0, len(whole), 20).tolist()]
 
     refusals = 0
@@ -287,12 +298,15 @@ def test_a_damaged_zip_is_read_or_refused_whatever_byte_is_wrong(tmp_path: Path)
             assert "\n" not in str(error)
             refusals += 1
 
+    # Some bytes, such as those of a date, make no difference.
     assert refusals > len(offsets) / 2
 
 
 def test_a_small_zip_that_unpacks_to_much_is_refused_unread(tmp_path: Path) -> None:
+    # Up to 32 GiB were once unpacked.
     archive = tmp_path / "bomb.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+        # 65 MiB of zeros, in a file of some tens of kilobytes.
         zipped.writestr("m/fold_0/checkpoint_final.pth", bytes(65 * 2**20))
 
     with refused(WeightsError, "weights-unreadable", archive, "unpack"):
@@ -300,6 +314,8 @@ def test_a_small_zip_that_unpacks_to_much_is_refused_unread(tmp_path: Path) -> N
 
 
 def test_a_fold_of_thousands_of_digits_ends_in_no_traceback() -> None:
+    # Once a traceback.
+    # Python refuses to convert numbers of more than 4300 digits.
     odd, real = (f"m/fold_{fold}/checkpoint_final.pth" for fold in ("1" * 5000, "0"))
 
     assert checkpoint_of_model([odd], Path("m.zip")) == odd

@@ -39,7 +39,7 @@ def test_a_trainer_of_any_length_is_a_subclass_of_its_base(name: str) -> None:
 
 @pytest.mark.parametrize("name", bridge.TRAINERS)
 def test_only_segmentation_trainers_build_the_plans_own_network(name: str) -> None:
-    # What the others build is no network of nnU-Net, so they write no stock models.
+    # What the others build is not a network of nnU-Net, so they write no stock models.
     base, module = base_and_module(name)
     made = getattr(module, f"{name}_3epochs")
 
@@ -51,6 +51,7 @@ def test_only_segmentation_trainers_build_the_plans_own_network(name: str) -> No
 
 
 def test_the_same_name_gives_the_same_class() -> None:
+    # Pickle looks for the class by its name, and wants to find the same object.
     first = autoreg_trainers.AutoregScratchTrainer_41epochs
 
     assert autoreg_trainers.AutoregScratchTrainer_41epochs is first
@@ -71,14 +72,14 @@ def test_the_name_can_be_imported_and_inherited_from() -> None:
     [
         "NoTrainerOfOurs_5epochs",
         "AutoregPretrainedTrainer_0epochs",
-        # A class of the module, but no trainer that nnU-Net may ask for.
+        # A class of the module, but not a trainer that nnU-Net may ask for.
         "_AutoregTrainer_5epochs",
         # A trainer of the other module.
         "AutoregDetectionTrainer_5epochs",
         "nnUNetTrainer_5epochs",
     ],
 )
-def test_other_names_are_no_attributes_of_the_module(name: str) -> None:
+def test_other_names_are_not_attributes_of_the_module(name: str) -> None:
     with pytest.raises(AttributeError) as caught:
         getattr(autoreg_trainers, name)
 

@@ -42,10 +42,8 @@ def trainer(num_epochs: int = 5, uses_weights: bool = True, **changes: Any) -> A
     from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
 
     encoder = EncoderPlan("resenc_tiny", ENCODERS["resenc_tiny"].class_path, ARGUMENTS, (2, 2, 2))
-    recipe = Recipe(
-        num_epochs,
-        **{**recipe_values(encoder), "decoder_first_fraction": 0.4, **changes},
-    )
+    values = {**recipe_values(encoder), "decoder_first_fraction": 0.4, **changes}
+    recipe = Recipe(num_epochs, **values)
     made = AutoregPretrainedTrainer.__new__(AutoregPretrainedTrainer)
     made.block = AutoregBlock(encoder, None, recipe)
     made.is_stock_model = False
@@ -60,9 +58,10 @@ def trainer(num_epochs: int = 5, uses_weights: bool = True, **changes: Any) -> A
 
 
 def squared_error(output: Any, target: Any) -> torch.Tensor:
-    outputs, targets = (output, target) if isinstance(output, list) else ([output], [target])
-    pairs = zip(outputs, targets, strict=True)
-    return torch.stack([(output - target).square().mean() for output, target in pairs]).sum()
+    outputs = output if isinstance(output, list) else [output]
+    targets = target if isinstance(target, list) else [target]
+    errors = [(o - t).square().mean() for o, t in zip(outputs, targets, strict=True)]
+    return torch.stack(errors).sum()
 
 
 def epoch(of: Any, number: int) -> None:
@@ -81,12 +80,10 @@ def test_in_the_first_stage_only_the_decoder_is_trained() -> None:
     run = trainer()
     before = weights(run)
     encoder = [key for key in before if key.startswith("encoder.")]
-    decoder = [
-        key
-        for key in before
-        if key.startswith(("decoder.stages", "decoder.transpconvs", "decoder.seg_layers"))
-    ]
-    # 40 % of 5 epochs.
+    parts = ("decoder.stages", "decoder.transpconvs", "decoder.seg_layers")
+    decoder = [key for key in before if key.startswith(parts)]
+
+    # 40 % of 5 epochs are the first two.
     epoch(run, 0)
     epoch(run, 1)
 
@@ -94,9 +91,9 @@ def test_in_the_first_stage_only_the_decoder_is_trained() -> None:
 
     assert all(torch.equal(before[key], middle[key]) for key in encoder)
     assert any(not torch.equal(before[key], middle[key]) for key in decoder)
-    assert not any(
-        parameter in run.optimizer.state for parameter in encoder_parameters(run.network)
-    )
+    # Momentum of the first stage would push the encoder at the beginning of the second.
+    for parameter in encoder_parameters(run.network):
+        assert parameter not in run.optimizer.state
 
     epoch(run, 2)
     after = weights(run)
@@ -107,13 +104,12 @@ def test_in_the_first_stage_only_the_decoder_is_trained() -> None:
 def test_the_scratch_twin_has_no_first_stage() -> None:
     run = trainer(uses_weights=False)
     before = weights(run)
+
     epoch(run, 0)
 
-    assert any(
-        not torch.equal(before[key], value)
-        for key, value in weights(run).items()
-        if key.startswith("encoder.")
-    )
+    after = weights(run)
+    encoder = [key for key in after if key.startswith("encoder.")]
+    assert any(not torch.equal(before[key], after[key]) for key in encoder)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
@@ -124,16 +120,17 @@ def test_a_run_stopped_in_any_stage_continues_bit_for_bit(stop_after: int) -> No
     first = trainer()
     for number in range(stop_after + 1):
         epoch(first, number)
-    saved = copy.deepcopy(
-        {"network": first.network.state_dict(), "optimizer": first.optimizer.state_dict()},
-    )
+    # A copy, as a checkpoint is; the second trainer starts as a new process does.
+    saved_network = copy.deepcopy(first.network.state_dict())
+    saved_optimizer = copy.deepcopy(first.optimizer.state_dict())
     second = trainer()
-    second.network.load_state_dict(saved["network"])
-    second.optimizer.load_state_dict(saved["optimizer"])
+    second.network.load_state_dict(saved_network)
+    second.optimizer.load_state_dict(saved_optimizer)
     for number in range(stop_after + 1, 5):
         epoch(second, number)
 
-    expected, found = weights(whole), weights(second)
+    expected = weights(whole)
+    found = weights(second)
 
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
@@ -144,9 +141,13 @@ def test_the_rate_rises_for_the_decoder_then_for_all_then_falls() -> None:
     schedule = make_schedule(recipe, 1.0, 20, 2, 2)
     rates = [schedule.rate(i) for i in range(41)]
 
-    assert rates[0] == pytest.approx(1 / 8) and rates[7] == 1.0
-    assert rates[8] == pytest.approx(1 / 4) and rates[11] == 1.0
-    assert rates[12] == 1.0 and rates[26] == pytest.approx(0.5**0.9) and rates[40] == 0.0
+    assert rates[0] == pytest.approx(1 / 8)
+    assert rates[7] == 1.0
+    assert rates[8] == pytest.approx(1 / 4)
+    assert rates[11] == 1.0
+    assert rates[12] == 1.0
+    assert rates[26] == pytest.approx(0.5**0.9)
+    assert rates[40] == 0.0
     assert [schedule.is_decoder_first(i) for i in (0, 7, 8)] == [True, True, False]
 
 
@@ -154,15 +155,15 @@ def test_a_cnn_is_trained_by_sgd_that_decays_everything() -> None:
     run = trainer()
 
     assert isinstance(run.optimizer, torch.optim.SGD)
-    assert [
-        (g["momentum"], g["nesterov"], g["weight_decay"]) for g in run.optimizer.param_groups
-    ] == [(0.99, True, 3e-5)]
+    (group,) = run.optimizer.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.99, True, 3e-5)
 
     slowed = trainer(layer_decay=0.5)
     names = {id(p): name for name, p in slowed.network.named_parameters()}
-    factor = {
-        names[id(p)]: g["rate_factor"] for g in slowed.optimizer.param_groups for p in g["params"]
-    }
+    factor = {}
+    for group in slowed.optimizer.param_groups:
+        for parameter in group["params"]:
+            factor[names[id(parameter)]] = group["rate_factor"]
 
     # Blocks of all stages are counted through: stem 0, stage 0 block 0, stage 1 block 0, decoder.
     assert factor["encoder.stem.convs.0.conv.weight"] == 0.125
@@ -174,11 +175,15 @@ def test_a_cnn_is_trained_by_sgd_that_decays_everything() -> None:
 def test_coarser_outputs_follow_the_trainer_and_the_recipe() -> None:
     image = torch.zeros(1, 1, *PATCH)
     run = trainer()
-    assert len(run.network(image)) == 1 and isinstance(run.network(image), list)
+    outputs = run.network(image)
+    # Two stages have one output: the coarsest stage has none.
+    assert isinstance(outputs, list)
+    assert len(outputs) == 1
 
     run.set_deep_supervision_enabled(False)
     assert run.network(image).shape == (1, 2, *PATCH)
 
+    # A recipe without deep supervision stays without, even if the trainer asks for it.
     flat = trainer(deep_supervision=False)
     flat.network.decoder.deep_supervision = False
     flat.set_deep_supervision_enabled(True)
@@ -189,15 +194,16 @@ def test_a_checkpoint_is_on_disk_before_it_gets_its_name(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # After a power cut a file that was renamed too early can be empty.
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     made = trainer()
     made.local_rank = 0
-    monkeypatch.setattr(
-        nnUNetTrainer,
-        "save_checkpoint",
-        lambda _self, name: Path(name).write_text("weights"),
-    )
+
+    def write(_self: object, name: str) -> None:
+        Path(name).write_text("weights")
+
+    monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", write)
     file = tmp_path / "checkpoint_latest.pth"
     seen = []
 
@@ -205,8 +211,10 @@ def test_a_checkpoint_is_on_disk_before_it_gets_its_name(
         seen.append(file.exists())
 
     monkeypatch.setattr("os.fsync", fsync)
+
     made.save_checkpoint(str(file))
 
+    # When the bytes were flushed, the file did not have its name yet.
     assert seen == [False]
     assert file.read_text() == "weights"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
@@ -214,7 +222,7 @@ def test_a_checkpoint_is_on_disk_before_it_gets_its_name(
 
 @pytest.fixture
 def one_process_world(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone, as each GPU of ``-num_gpus`` is in one."""
+    """A process group of only this process, as each GPU of ``-num_gpus`` is in one."""
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{tmp_path / 'world'}",
@@ -236,6 +244,7 @@ def test_with_several_gpus_the_main_process_writes_the_stock_form(
     run.is_ddp, run.local_rank, run.is_stock_model = True, rank, True
     run.disable_checkpointing, run.current_epoch, run._best_ema = False, 0, 0.5
     run.my_init_kwargs, run.inference_allowed_mirroring_axes = {}, (0, 1, 2)
+    # nnU-Net's logger, as far as saving asks for it.
     run.logger = type("Logger", (), {"get_checkpoint": lambda self: {}})()
     own_class = type(run)
     file = tmp_path / "checkpoint_final.pth"

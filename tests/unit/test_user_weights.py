@@ -92,6 +92,7 @@ def test_a_missing_file_and_a_pretrained_encoder_are_refused(tmp_path: Path) -> 
 def test_loading_into_a_network_is_noticed_and_a_copy_stays_apart() -> None:
     network = nn.Linear(2, 2)
     has_loaded = watch_loading(network)
+    # The network is watched by a hook, with which it must still be possible to copy it.
     copied = copy.deepcopy(network)
     assert not has_loaded()
 
@@ -117,6 +118,7 @@ def test_the_users_weights_are_kept_and_named(
     is_loaded: bool,
     expected: list[str],
 ) -> None:
+    # The plan's weights once overwrote those of -pretrained_weights without a word.
     lines: list[str] = []
     trainer = trainer_class.__new__(trainer_class)
     trainer.was_initialized, trainer.is_fresh_start = True, True
@@ -147,28 +149,31 @@ def test_the_users_weights_are_kept_and_named(
 
 
 def test_weights_of_another_network_end_in_one_line(tmp_path: Path) -> None:
+    # Three inputs where the network has two.
     file = checkpoint(tmp_path / "x.pth", network_weights=nn.Linear(3, 2).state_dict())
     command = [*COMMAND, "-pretrained_weights", str(file)]
 
+    # nnU-Net itself compares shapes by an assertion.
     with pytest.raises(AssertionError) as caught:
         load_pretrained_weights(nn.Linear(2, 2), str(file))
 
     line = misfit(caught.value, caught.tb, command)
-    assert line is not None and str(file) in line and "weight" in line
+    assert line is not None
+    assert str(file) in line
+    assert "weight" in line
     assert "\n" not in line
     assert misfit(ValueError("other"), None, command) is None
 
 
 def test_a_trained_model_is_recognised_even_if_it_is_not_imported(tmp_path: Path) -> None:
+    # Such a file was once refused as one that asks to run numpy's scalar.
     file = checkpoint(tmp_path / "checkpoint_final.pth")
 
     facts, following = inspect_weights(file, ImportOptions())
 
     what = dict(facts)["what"]
-    assert all(
-        word in what
-        for word in ("nnUNetTrainer", "nnUNetPlans", "3d_fullres", "Dataset004_Hippocampus")
-    )
+    for word in ("nnUNetTrainer", "nnUNetPlans", "3d_fullres", "Dataset004_Hippocampus"):
+        assert word in what
     assert f"-pretrained_weights {file}" in following
     # Its plans have no configuration.
     with refused(WeightsError, "weights-bad-plans", file):
@@ -179,10 +184,11 @@ def test_a_trained_model_is_recognised_even_if_it_is_not_imported(tmp_path: Path
 def test_a_pretraining_checkpoint_is_not_taken_for_a_trained_model(tmp_path: Path) -> None:
     plan: dict[str, Any] = {"architecture_plans": {}}
 
-    assert open_source(checkpoint(tmp_path / "a.pth", nnssl_adaptation_plan=plan)).kind == NNSSL
-    assert (
-        open_source(checkpoint(tmp_path / "b.pth", init_args={"pretrain_json": {}})).kind != TRAINED
-    )
+    pretrained = checkpoint(tmp_path / "a.pth", nnssl_adaptation_plan=plan)
+    pretraining = checkpoint(tmp_path / "b.pth", init_args={"pretrain_json": {}})
+
+    assert open_source(pretrained).kind == NNSSL
+    assert open_source(pretraining).kind != TRAINED
 
 
 def test_a_trained_model_that_would_run_code_is_still_refused(tmp_path: Path) -> None:
