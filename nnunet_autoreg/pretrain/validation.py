@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -231,9 +230,14 @@ class Validation:
         if self.probe.works:
             # Voxels do not change in training, so that their score is computed once.
             if self.voxel_score is None:
-                self.voxel_score = self.probe.score(self._voxels)
+                self.voxel_score = self.probe.score(
+                    lambda batch: self._describe(batch).voxels[0].float().cpu(),
+                )
+            feature_score = self.probe.score(
+                lambda batch: self._describe(batch).features[0].float().cpu(),
+            )
             scores = {
-                "features": self.probe.score(self._token_features),
+                "features": feature_score,
                 "voxels": self.voxel_score,
                 "chance": self.probe.chance,
             }
@@ -254,14 +258,6 @@ class Validation:
     def _describe(self, batch: Batch) -> TokenFeatures:
         with autocast(self.device):
             return self.objective.describe(batch.to(self.device))
-
-    def _voxels(self, batch: Batch) -> Tensor:
-        """Return the voxels of every token of a batch's first crop, (T, P)."""
-        return self._describe(batch).voxels[0].float().cpu()
-
-    def _token_features(self, batch: Batch) -> Tensor:
-        """Return the features of every token of a batch's first crop, (T, V)."""
-        return self._describe(batch).features[0].float().cpu()
 
     def _features(self) -> tuple[Tensor, Tensor]:
         """Return features of valid tokens, and their part that depends on the image.
@@ -333,8 +329,23 @@ class HealthWatch:
 
         # More steps would only cost time: a collapsed network hardly ever recovers, and its encoder
         # would be refused at the end. All processes end together. 0 switches this off.
-        if 0 < self.plan.run.max_collapsed <= progress.collapsed:
-            self._end_collapsed_run()
+        if not 0 < self.plan.run.max_collapsed <= progress.collapsed:
+            return
+        signs = [] if self.health is None else collapse_messages(self.health, self.plan.run)
+        signs = self.world.share(signs)
+        kept = "There was no checkpoint before the collapse"
+        if self.checkpoints.saved_step:
+            saved_step = self.checkpoints.saved_step
+            kept = f"The checkpoint of step {saved_step}, before the collapse, is kept"
+        raise AutoregError(
+            f"after step {progress.step} the features were collapsed in {progress.collapsed} "
+            "validations in a row, so training stops and no encoder is exported: "
+            f"{'; '.join(signs)}. {kept}. Start a new --name with a lower rate, e.g. --set "
+            f"optim.lr={self.plan.optim.lr / 3:.1e}, or with another --seed. If you accept such "
+            f"features, set run.max_collapsed to 0 in {self.checkpoints.folder / 'plan.json'}, and "
+            "type the same line again",
+            code="training-collapsed",
+        )
 
     def _log(self, health: Health, step: int, metrics: MetricsFile) -> bool:
         """Log a validation; return whether the state is the best so far, by its figure of merit."""
@@ -358,30 +369,6 @@ class HealthWatch:
         if is_best:
             progress.best_error = health.merit
         return is_best
-
-    def _end_collapsed_run(self) -> NoReturn:
-        """End a run whose features stay collapsed, in all processes.
-
-        Raises:
-            AutoregError: always.
-        """
-        signs = [] if self.health is None else collapse_messages(self.health, self.plan.run)
-        signs = self.world.share(signs)
-        progress, saved_step = self.checkpoints.progress, self.checkpoints.saved_step
-        kept = (
-            f"The checkpoint of step {saved_step}, before the collapse, is kept"
-            if saved_step
-            else "There was no checkpoint before the collapse"
-        )
-        raise AutoregError(
-            f"after step {progress.step} the features were collapsed in {progress.collapsed} "
-            "validations in a row, so training stops and no encoder is exported: "
-            f"{'; '.join(signs)}. {kept}. Start a new --name with a lower rate, e.g. --set "
-            f"optim.lr={self.plan.optim.lr / 3:.1e}, or with another --seed. If you accept such "
-            f"features, set run.max_collapsed to 0 in {self.checkpoints.folder / 'plan.json'}, and "
-            "type the same line again",
-            code="training-collapsed",
-        )
 
     def refuse_failure(self) -> None:
         """End a run that did all its steps, but whose encoder must not be used, in all processes.
