@@ -104,17 +104,21 @@ class InterruptedRunError(KeyboardInterrupt):
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with line breaks, control characters and bytes that are not valid text as
-    escapes.
+    """Return ``text`` with control characters and bytes that are not valid text as escapes.
 
     Names of files and words in other people's files may hold any of them, and a terminal obeys
-    them.
+    them. Line breaks are control characters, too.
     """
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+    characters = []
+    for character in text:
+        if character.isprintable():
+            characters.append(character)
+        else:
+            escaped = character.encode("unicode_escape").decode("ascii")
+            characters.append(escaped)
+    return "".join(characters)
 
 
 def shell_quoted(text: str) -> str:
@@ -147,4 +151,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     # Comparing takes time that grows with the square of the length.
     close = difflib.get_close_matches(name[:MAX_COMPARED], names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(names)}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known are: {', '.join(names)}"

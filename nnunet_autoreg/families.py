@@ -204,11 +204,14 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_count, value))
+    is_triple = isinstance(value, list | tuple) and len(value) == 3
+    return is_triple and all(map(_is_count, value))
 
 
 def _is_list_of_counts(value: Any) -> bool:
-    return _is_count(value) or (isinstance(value, list | tuple) and all(map(_is_count, value)))
+    if isinstance(value, list | tuple):
+        return all(map(_is_count, value))
+    return _is_count(value)
 
 
 def _is_list_of_sizes(value: Any) -> bool:
@@ -234,12 +237,11 @@ def token_size_of(class_path: str, arguments: Mapping[str, Any]) -> Size:
     try:
         if family_of(class_path) != RESENC:
             return as_size(arguments["patch_embed_size"])
-        return as_size(
-            [
-                math.prod(per_axis)
-                for per_axis in zip(*(_triple(s) for s in arguments["strides"]), strict=True)
-            ],
-        )
+        triples = []
+        for stride in arguments["strides"]:
+            triples.append([stride] * 3 if isinstance(stride, int) else stride)
+        along_axes = zip(*triples, strict=True)
+        return as_size([math.prod(strides) for strides in along_axes])
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(
             f"encoder.arguments: {shown(dict(arguments))} state no token size of three axes "
@@ -259,10 +261,6 @@ def smallest_block(family: str, token_size: Size) -> Size:
     if not is_convolutional(family):
         return (1, 1, 1)
     return as_size([max(math.ceil(MIN_CONV_SIDE / token), 2) for token in token_size])
-
-
-def _triple(stride: int | Sequence[int]) -> Sequence[int]:
-    return [stride] * 3 if isinstance(stride, int) else stride
 
 
 def features_per_token(class_path: str, arguments: Mapping[str, Any]) -> int:

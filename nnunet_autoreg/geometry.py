@@ -83,7 +83,7 @@ def names_text(names: Iterable[object], most: int = 3) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def largest_ratio(a: Spacing, b: Spacing) -> float:
+def largest_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the largest factor between two spacings, axis by axis; it is at least 1."""
     pairs = zip(a, b, strict=True)
     return max(max(p / q, q / p) for p, q in pairs)
@@ -99,5 +99,4 @@ def spacing_ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
     Axes are compared sorted by spacing, because nnU-Net moves the coarsest axis to the front.
     """
-    pairs = zip(sorted(a), sorted(b), strict=True)
-    return max(max(p / q, q / p) for p, q in pairs)
+    return largest_ratio(sorted(a), sorted(b))

@@ -121,7 +121,9 @@ def dataset_number(name: str) -> str:
     result is "ID".
     """
     match = re.match(r"(?:Dataset)?(\d+)", name)
-    return str(int(match[1])) if match and len(match[1]) <= MOST_DIGITS else "ID"
+    if match is None or len(match[1]) > MOST_DIGITS:
+        return "ID"
+    return str(int(match[1]))
 
 
 def without_dataset_name(dataset: str) -> str:

@@ -143,9 +143,9 @@ class _Watcher(threading.Thread):
 
             if phase is not spoke_of:
                 spoke_of, wait_s = phase, self.quiet_s
-            patience_s = (
-                max(wait_s, QUIET_BESIDE_BAR_S) if self.bar_moved_at > phase.began else wait_s
-            )
+            patience_s = wait_s
+            if self.bar_moved_at > phase.began:
+                patience_s = max(wait_s, QUIET_BESIDE_BAR_S)
 
             last_output = max(self.handler.at, self.bar_moved_at)
             if time.monotonic() - last_output >= patience_s:

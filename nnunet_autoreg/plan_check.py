@@ -18,7 +18,7 @@ from nnunet_autoreg.families import (
     smallest_block,
     token_size_of,
 )
-from nnunet_autoreg.geometry import volume
+from nnunet_autoreg.geometry import multiplied, volume
 from nnunet_autoreg.objective_kinds import builder_of, kind_of, objective_kinds
 from nnunet_autoreg.plan import (
     ORDERS,
@@ -306,8 +306,8 @@ def _check_convolutions(plan: Plan) -> None:
     s = plan.sequence
     family = family_of(plan.encoder.class_path)
     least = smallest_block(family, plan.encoder.token_size_vox)
-    if any(b < n for b, n in zip(s.block_tokens, least, strict=True)):
-        side = [n * t for n, t in zip(least, plan.encoder.token_size_vox, strict=True)]
+    if any(own < needed for own, needed in zip(s.block_tokens, least, strict=True)):
+        side = list(multiplied(least, plan.encoder.token_size_vox))
         raise PlanError(
             f"sequence.block_tokens={list(s.block_tokens)}: {plan.encoder.name} convolves and "
             "normalises each block separately, which removes intensities in blocks of less than "
@@ -364,19 +364,14 @@ def _check_kinds(plan: Plan) -> None:
     """Refuse unknown kinds of sequences, and kinds that cannot be drawn."""
     s = plan.sequence
     known = kind_of(plan.objective.name).sequence_kinds
-    for kind, weight in s.weights.items():
+    for kind in s.weights:
         if kind not in known:
             raise PlanError(
                 f"sequence.weights: there are no '{kind}' sequences for --objective "
                 f"{plan.objective.name}; {did_you_mean(kind, known)}",
                 code="plan-unknown-kind",
             )
-        if not 0 <= weight < float("inf"):
-            raise PlanError(
-                f"sequence.weights.{kind}={weight} must not be negative",
-                code="plan-out-of-range",
-            )
-
+    check_not_negative({f"sequence.weights.{kind}": weight for kind, weight in s.weights.items()})
     wanted = {kind for kind, weight in s.weights.items() if weight > 0}
     if not wanted:
         raise PlanError(

@@ -39,12 +39,9 @@ class Violation:
     remedy: str
 
     def __str__(self) -> str:
-        found = (
-            f"{self.package} {self.installed}"
-            if self.installed
-            else f"{self.package} is not installed"
-        )
-        return f"{found}, but {' and '.join(self.required)}; type: {self.remedy}"
+        required = " and ".join(self.required)
+        found = f"{self.package} {self.installed or 'is not installed'}"
+        return f"{found}, but {required}; type: {self.remedy}"
 
 
 def find_violations() -> tuple[Violation, ...]:

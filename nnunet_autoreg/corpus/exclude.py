@@ -55,9 +55,10 @@ def read_exclude(path: Path) -> set[str]:
             f"--exclude {path} is not valid JSON ({error}); give {FORMATS}",
             code="exclude-unreadable",
         ) from error
-    if isinstance(data, list) and data and isinstance(data[0], dict) and "val" in data[0]:
+    first = data[0] if isinstance(data, list) and data else None
+    if isinstance(first, dict) and "val" in first:
         # Of five folds every case is once in "val", so only the first fold counts.
-        held_out, tested = data[0]["val"], data[0].get("test", [])
+        held_out, tested = first["val"], first.get("test", [])
         if isinstance(held_out, list) and isinstance(tested, list):
             return {str(name) for name in [*held_out, *tested]}
     elif isinstance(data, list) and all(isinstance(name, str) for name in data):
@@ -98,7 +99,8 @@ def outside(exclude: set[str], candidates: Sequence[Candidate]) -> list[Candidat
 
     They are read, so that copies of them are recognised.
     """
-    entries = sorted(entry for entry in exclude if os.sep in entry and Path(entry).exists())
+    paths = [entry for entry in exclude if os.sep in entry]
+    entries = sorted(path for path in paths if Path(path).exists())
     if not entries:
         return []
     known = {(os.path.realpath(c.path), c.part) for c in candidates}

@@ -127,7 +127,9 @@ class _Finder:
         """Add a path given with -i: a folder, a dataset, a part of a dataset, or one file."""
         folder = absolute(given)
         if not folder.exists():
-            siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            siblings = []
+            if folder.parent.is_dir():
+                siblings = [path.name for path in folder.parent.iterdir()]
             # A list of thousands of names would hide the message.
             is_short = 0 < len(siblings) <= 1000
             hint = did_you_mean(folder.name, siblings) if is_short else "check the path"
@@ -407,12 +409,13 @@ class _Finder:
         elif self._is_image(name) and is_label_name(inside):
             others["label maps"] += 1
         elif self._is_image(name):
-            where = f"{root.name}/{_below(path, root)}"
-            case = f"{_below(path, root)}/{inside}"
-            facts = _of_name(where, inside, name)
+            where = _below(path, root)
+            case = f"{where}/{inside}"
+            facts = _of_name(f"{root.name}/{where}", inside, name)
             count = self._num_volumes(path, info.filename)
+            base_id = f"{root.name}/{case}"
             part = ScanPart(member=info.filename)
-            self.scans.add_volumes(path, f"{root.name}/{case}", root.name, case, facts, count, part)
+            self.scans.add_volumes(path, base_id, root.name, case, facts, count, part)
         elif _is_dicomdir(name) or not (
             may_be_dicom(name) and dicom.add_member(archive, info, path)
         ):
@@ -421,7 +424,8 @@ class _Finder:
     def _add_dicom(self, root: Path, dicom: DicomCollector) -> None:
         for path, radiograph in dicom.radiographs:
             # The name of a file may name a patient. Its series does not, once it is salted.
-            name = f"{radiograph.what}-{salted(f'{radiograph.series} {path}', self.salt)}"
+            identity = f"{radiograph.series} {path}"
+            name = f"{radiograph.what}-{salted(identity, self.salt)}"
             self.scans.add(
                 path,
                 f"{root.name}/{name}",

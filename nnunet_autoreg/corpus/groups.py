@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from nnunet_autoreg.corpus.private import public_dataset
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.geometry import volume
 
 # AR-SSL4M goes from T1 to T1 after contrast agent, T2 and FLAIR; what it does not know follows by
 # name.
@@ -124,7 +123,7 @@ def _group(name: str, rows: Sequence[ScanRow], channels: bool, salt_free: bool) 
         # Between scans of one size the content decides, so that the order of the rows changes
         # nothing.
         equal = row.content_hash if salt_free else row.id
-        return -volume(row.shape_vox or (0, 0, 0)), equal
+        return -row.num_vox, equal
 
     chosen: dict[str, ScanRow] = {}
     for row in sorted(rows, key=largest_first):

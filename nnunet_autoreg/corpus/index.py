@@ -162,7 +162,8 @@ def index_scans(
 def warn_of_one_subject(rows: Sequence[ScanRow]) -> None:
     """Warn if all scans name one patient in several studies, as after some anonymisers."""
     usable = [row for row in rows if row.status == OK]
-    subjects, sessions = {row.subject for row in usable}, {row.session for row in usable}
+    subjects = {row.subject for row in usable}
+    sessions = {row.session for row in usable}
     if len(subjects) == 1 and "" not in subjects and len(sessions) > 1:
         log.warning(
             "all %d scans name one patient in %d studies, so none can be kept for validation; if "
@@ -325,7 +326,7 @@ def _read_voxels(
                 *(["images"] if task.images else []),
             )
 
-    sizes = [volume(row.shape_vox or (0, 0, 0)) for row in rows]
+    sizes = [row.num_vox for row in rows]
     with Journal(journal) as kept:
         for n, facts in _all_facts(keys, tasks, sizes, kept, num_workers):
             rows[n] = _with_facts(rows[n], facts)
@@ -392,19 +393,17 @@ def facts_of(task: IndexTask) -> ScanFacts:
         modality, rule = _modality(task, array_ZYX)
         digest = content_hash(scan)
         drawn = sample_body(array_ZYX, task.num_samples, digest) if modality == "CT" else None
-        points = signature(array_ZYX)
+        percentiles = body_percentiles(array_ZYX, modality)
         return ScanFacts(
-            "",
-            "",
-            modality,
-            rule,
-            as_size(array_ZYX.shape),
-            scan.spacing_mm,
-            cropped_shape(array_ZYX),
-            digest,
-            tuple(float(f"{v:.6g}") for v in body_percentiles(array_ZYX, modality)),
-            encoded(points, "<i2"),
-            encoded(drawn, "<f4"),
+            modality=modality,
+            modality_rule=rule,
+            shape_vox=as_size(array_ZYX.shape),
+            spacing_mm=scan.spacing_mm,
+            cropped_shape_vox=cropped_shape(array_ZYX),
+            content_hash=digest,
+            percentiles=tuple(float(f"{value:.6g}") for value in percentiles),
+            signature=encoded(signature(array_ZYX), "<i2"),
+            samples=encoded(drawn, "<f4"),
         )
     except ScanError as error:
         return ScanFacts(error.status, str(error))
@@ -426,7 +425,10 @@ def _modality(task: IndexTask, array_ZYX: Array) -> tuple[str, str]:
 
 def encoded(values: npt.NDArray[Any] | None, kind: str) -> str:
     """Return numbers as base64; "" for none."""
-    return base64.b64encode(values.astype(kind).tobytes()).decode() if values is not None else ""
+    if values is None:
+        return ""
+    stored = values.astype(kind).tobytes()
+    return base64.b64encode(stored).decode()
 
 
 def decoded(text: str, kind: str) -> Any:

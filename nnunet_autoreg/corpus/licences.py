@@ -30,7 +30,8 @@ def stated_licences(rows: Iterable[ScanRow]) -> dict[str, str]:
         if row.status == OK and is_of_dataset and row.dataset not in found:
             content = _read_object(folder.parent / "dataset.json")
             texts = [content[key] for key in KEYS if isinstance(content.get(key), str)]
-            found[row.dataset] = " ".join(texts[0].split())[:MAX_LENGTH] if texts else ""
+            words = texts[0].split() if texts else []
+            found[row.dataset] = " ".join(words)[:MAX_LENGTH]
     return found
 
 

@@ -137,26 +137,32 @@ def show_paths(request: Mapping[str, Any], fields: Iterable[str], folder: Path) 
     known: dict[str, str] | None = None
     for field in fields:
         value = request.get(field)
-        # What is not text in an edited plan is refused where the request is read.
+        # Values of an edited plan that are not text are refused when the request is read.
         values: Any = [value] if isinstance(value, str) else value
-        is_texts = isinstance(values, list | tuple) and all(isinstance(v, str) for v in values)
-        if not is_texts or not any(path.startswith(HIDDEN) for path in values):
+        if not isinstance(values, list | tuple):
             continue
-        # Read only where it is needed: runs of earlier versions have no such file.
+        are_texts = all(isinstance(path, str) for path in values)
+        if not are_texts or not any(path.startswith(HIDDEN) for path in values):
+            continue
+        # Read only if it is needed: runs of earlier versions have no such file.
         if known is None:
             known = {cells["id"]: cells["source"] for cells in read_private(folder)}
 
         keys = [path.removeprefix(HIDDEN) for path in values]
         lost = [key for key in keys if key not in known]
         if lost:
-            raise UsageError(
-                f"{folder / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another "
-                "--name",
-                code="private-line-missing",
-            )
+            raise missing_line(folder, lost[0])
         paths = [known[key] for key in keys]
         shown[field] = paths[0] if isinstance(value, str) else paths
     return shown
+
+
+def missing_line(folder: Path, key: str) -> UsageError:
+    """Return the error about a private file that lacks the line of an id."""
+    return UsageError(
+        f"{folder / PRIVATE_NAME} has no line '{key}'; restore it, or use another --name",
+        code="private-line-missing",
+    )
 
 
 def write_private(folder: Path, lines: Iterable[Mapping[str, str]]) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 from nnunet_autoreg.corpus.private import (
     HIDDEN_NAME,
     PRIVATE_NAME,
+    missing_line,
     public_dataset,
     read_private,
     without_names,
     write_private,
 )
 from nnunet_autoreg.errors import UsageError, did_you_mean, printable
-from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
+from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing, volume
 from nnunet_autoreg.records import atomic_path, from_cell, regular, to_cell
 
 OK = "ok"
@@ -93,6 +94,11 @@ class ScanRow:
         """Whether the scan is a 2D image, which is read as a volume of one slice."""
         return self.shape_vox is not None and self.shape_vox[0] == 1
 
+    @property
+    def num_vox(self) -> int:
+        """Number of voxels as read; 0 if the scan could not be read."""
+        return 0 if self.shape_vox is None else volume(self.shape_vox)
+
 
 COLUMNS = (
     "id",
@@ -118,6 +124,7 @@ COLUMNS = (
 )
 PRIVATE_COLUMNS = ("id", "name", "dataset", "case", "part", "source", "listed_in", "reason")
 NEWER = {f.name for f in fields(ScanRow) if f.default == ""} | {"percentiles"}
+"""Columns that indexes of earlier versions may lack."""
 
 
 def write_index(
@@ -244,11 +251,7 @@ def read_index(path: Path, is_private: bool = True) -> tuple[ScanRow, ...]:
     }
     lost = [row.id for row in rows if row.id not in private]
     if lost:
-        raise UsageError(
-            f"{path.parent / PRIVATE_NAME} has no line '{lost[0]}'; restore it, or use another "
-            "--name",
-            code="private-line-missing",
-        )
+        raise missing_line(path.parent, lost[0])
     return tuple(replace(row, **private[row.id]) for row in rows)
 
 

@@ -54,4 +54,6 @@ def repository_of(file: Path) -> tuple[str, str]:
     if len(parts) < 3 or parts[1] != "snapshots":
         return "", ""
     cached = _CACHED.fullmatch(parts[0])
-    return (f"{cached[1]}/{cached[2]}", parts[2]) if cached else ("", "")
+    if cached is None:
+        return "", ""
+    return f"{cached[1]}/{cached[2]}", parts[2]

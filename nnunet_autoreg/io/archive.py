@@ -44,13 +44,11 @@ def members(archive: zipfile.ZipFile) -> tuple[list[zipfile.ZipInfo], list[tuple
     """Return the files that may be read, and (status, reason) of those that must not."""
     infos = [info for info in archive.infolist() if not info.is_dir()]
     if len(infos) > MAX_MEMBERS:
-        return [], [
-            (
-                "unreadable",
-                f"the archive lists {len(infos)} files, more than {MAX_MEMBERS}; unpack it by hand "
-                "if you trust it",
-            ),
-        ]
+        reason = (
+            f"the archive lists {len(infos)} files, more than {MAX_MEMBERS}; unpack it by hand if "
+            "you trust it"
+        )
+        return [], [("unreadable", reason)]
     good, bad = [], []
     for info in infos:
         why = _danger(info)
@@ -65,7 +63,8 @@ def _danger(info: zipfile.ZipInfo) -> tuple[str, str] | None:
     """Return (status, reason) of a member that must not be unpacked; None for others."""
     # Programs on Windows write backslashes.
     name = PurePosixPath(info.filename.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts or (name.parts and ":" in name.parts[0]):
+    has_drive = bool(name.parts) and ":" in name.parts[0]
+    if name.is_absolute() or ".." in name.parts or has_drive:
         return (
             "unreadable",
             "a name in the archive leads out of it (/ or ..): made to harm, or broken; unpack it "
@@ -131,10 +130,15 @@ def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None
         with archive.open(info) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     except DAMAGED as error:
-        raise ScanError(
-            "unreadable",
-            f"damaged in the archive ({type(error).__name__}); copy the archive again",
-        ) from error
+        raise damaged_member(error) from error
+
+
+def damaged_member(error: Exception) -> ScanError:
+    """Return the reason why a member of an archive cannot be read."""
+    return ScanError(
+        "unreadable",
+        f"damaged in the archive ({type(error).__name__}); copy the archive again",
+    )
 
 
 def _ending(name: str) -> str:

@@ -54,7 +54,8 @@ def contrast_of(modality: str, header: DicomHeader) -> str:
 
     matching = (word for pattern, word in KEYWORDS if re.search(pattern, called))
     word = next(matching, "") or _contrast_by_times(header)
-    return f"{word}-ce" if word == "T1w" and (agent or AFTER_AGENT.search(called)) else word
+    is_after_agent = agent or AFTER_AGENT.search(called)
+    return f"{word}-ce" if word == "T1w" and is_after_agent else word
 
 
 def _contrast_by_times(header: DicomHeader) -> str:

@@ -17,7 +17,7 @@ from pydicom.pixels.processing import apply_rescale
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from nnunet_autoreg.errors import ScanError
-from nnunet_autoreg.io.archive import DAMAGED, members, opened, unpacked
+from nnunet_autoreg.io.archive import DAMAGED, damaged_member, members, opened, unpacked
 from nnunet_autoreg.io.dicom_header import (
     NotDicomError,
     is_deflated,
@@ -401,7 +401,4 @@ def member_slices(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[Dicom
         with archive.open(info) as stream:
             return read_slices(stream, info.filename, info.file_size)
     except DAMAGED as error:
-        raise ScanError(
-            "unreadable",
-            f"damaged in the archive ({type(error).__name__}); copy the archive again",
-        ) from error
+        raise damaged_member(error) from error

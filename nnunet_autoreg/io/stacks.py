@@ -263,7 +263,7 @@ def _overlap(stacks: Sequence[Stack]) -> bool:
 
     step = min(stack.spacing_mm[0] for stack in stacks)
     pairs = itertools.pairwise(sorted(extents))
-    return any(start < end - step / 2 for (_, end), (start, _) in pairs)
+    return any(next_start < end - step / 2 for (_, end), (next_start, _) in pairs)
 
 
 def _stacks_of_studies(group: Sequence[DicomSlice]) -> list[Stack]:

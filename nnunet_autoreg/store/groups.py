@@ -33,7 +33,14 @@ from nnunet_autoreg.nnunet_api import (
 )
 from nnunet_autoreg.plan import IntensityWindow, Plan
 from nnunet_autoreg.store.case import CaseRecord, StoredCase, read_record, write_case
-from nnunet_autoreg.store.store import MASK_BELOW, Store, case_path, load_unchanged, plan_task
+from nnunet_autoreg.store.store import (
+    MASK_BELOW,
+    Store,
+    case_path,
+    failure_of,
+    load_unchanged,
+    plan_task,
+)
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +90,7 @@ def ensure_groups(
         records = [read_record(case_path(store.root, key)) for key in task.keys]
         if None in records:
             missing.append(task)
-            sizes = [volume(row.shape_vox or (0, 0, 0)) for row in task.group.rows]
-            voxels.append(sum(sizes))
+            voxels.append(sum(row.num_vox for row in task.group.rows))
 
     if missing:
         log.info("store: %d of %d groups of contrasts are missing", len(missing), len(tasks))
@@ -122,7 +128,7 @@ def plan_group(
         PlanError: a CT scan without ``ct_window``.
     """
     # The member with most voxels is the reference: the others lose nothing by resampling onto it.
-    sizes = [volume(row.shape_vox or (0, 0, 0)) for row in group.rows]
+    sizes = [row.num_vox for row in group.rows]
     reference = sizes.index(max(sizes))
     spacing = as_spacing(spacing_of(group.rows[reference]))
 
@@ -141,14 +147,9 @@ def plan_group(
 
 
 def _preprocess(root: Path, task: GroupTask) -> tuple[str, tuple[str, str] | None]:
-    try:
-        _make_group(root, task)
-    except ScanError as error:
-        return task.group.name, (error.status, str(error))
-    except MemoryError:
-        reason = "its scans do not fit into memory together; free some memory"
-        return task.group.name, ("huge", reason)
-    return task.group.name, None
+    """Make one group; return its name and, if it cannot be made, (status, reason)."""
+    too_large = "its scans do not fit into memory together; free some memory"
+    return task.group.name, failure_of(partial(_make_group, root, task), too_large)
 
 
 def _make_group(root: Path, task: GroupTask) -> None:

@@ -92,12 +92,13 @@ def parse_part(text: str) -> StorePart:
         UsageError: the text is not such a share.
     """
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
+    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= count:
         raise UsageError(
             f"--part {text}: give K/N with K from 1 to N, e.g. 1/4, 2/4, 3/4 and 4/4 in four jobs",
             code="store-part",
         )
-    return StorePart(int(match[1]), int(match[2]))
+    return StorePart(number, count)
 
 
 class Store:
@@ -140,7 +141,8 @@ class Store:
             AutoregError: a worker died.
         """
         self.failures = {}
-        tasks = [task for task in plan_tasks(rows, spacing_mm, ct_window) if part.takes(task.key)]
+        of_rows = plan_tasks(rows, spacing_mm, ct_window)
+        tasks = [task for task in of_rows if part.takes(task.key)]
         missing = self._missing_after_check(tasks, self._missing(tasks), num_workers)
 
         lost: dict[str, ScanError] = {}
@@ -177,7 +179,11 @@ class Store:
     def _missing(self, tasks: Sequence[StoreTask]) -> list[StoreTask]:
         """Return one task for every key that is not in the store."""
         by_key = {task.key: task for task in tasks}
-        return [task for key, task in by_key.items() if read_record(self._path(key)) is None]
+        missing = []
+        for key, task in by_key.items():
+            if read_record(self._path(key)) is None:
+                missing.append(task)
+        return missing
 
     def _missing_after_check(
         self,
@@ -330,21 +336,29 @@ def plan_task(row: ScanRow, spacing_mm: Spacing, ct_window: IntensityWindow | No
 
 
 def _preprocess(root: Path, task: StoreTask) -> tuple[str, tuple[str, str] | None]:
-    """Make one case; return its key and, if the scan cannot be used, (status, reason).
+    """Make one case; return its key and, if it cannot be made, (status, reason)."""
+    too_large = (
+        "the scan does not fit into memory at this spacing; free some memory or use a coarser "
+        "spacing"
+    )
+    return task.key, failure_of(partial(_make_case, root, task), too_large)
+
+
+def failure_of(make: Callable[[], None], too_large: str) -> tuple[str, str] | None:
+    """Call ``make``; return (status, reason) if it cannot use a scan, else None.
 
     Errors are returned as plain text, because they come from another process.
+
+    Args:
+        too_large: the reason if there is not enough memory.
     """
     try:
-        _make_case(root, task)
+        make()
     except ScanError as error:
-        return task.key, (error.status, str(error))
+        return error.status, str(error)
     except MemoryError:
-        reason = (
-            "the scan does not fit into memory at this spacing; free some memory or use a coarser "
-            "spacing"
-        )
-        return task.key, ("huge", reason)
-    return task.key, None
+        return "huge", too_large
+    return None
 
 
 def load_unchanged(row: ScanRow) -> RawScan:
@@ -380,8 +394,8 @@ def _make_case(root: Path, task: StoreTask) -> None:
 
     scan = load_unchanged(task.row)
     axes = transpose_axes(scan.spacing_mm)
-    array_CZYX = scan.array_CZYX.transpose(0, *(a + 1 for a in axes))
-    source_mm = [scan.spacing_mm[a] for a in axes]
+    array_CZYX = scan.array_CZYX.transpose(0, *(axis + 1 for axis in axes))
+    source_mm = [scan.spacing_mm[axis] for axis in axes]
     data_CZYX = crop_resample_normalise(
         array_CZYX,
         source_mm,
