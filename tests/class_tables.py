@@ -22,6 +22,7 @@ def write_image(file: Path, shape: Sequence[int], value: float, seed: int = 0) -
     import SimpleITK
 
     voxels = np.zeros(shape, dtype=np.float32)
+    # Zeros around a quarter from every side: a cube of half the side.
     inside = tuple(slice(size // 4, size - size // 4) for size in shape)
     noise = np.random.default_rng(seed).normal(100, 10, voxels[inside].shape)
     voxels[inside] = noise + value

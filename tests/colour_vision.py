@@ -20,6 +20,7 @@ DEUTERANOPIA = np.array(
         [-0.011820, 0.042940, 0.968881],
     ],
 )
+# IEC 61966-2-1 (sRGB), for the white of daylight (D65).
 XYZ_OF_LINEAR = np.array(
     [
         [0.4124564, 0.3575761, 0.1804375],
@@ -37,6 +38,7 @@ def rgb_of(colour: str) -> Floats:
 
 def to_linear(srgb: Floats) -> Floats:
     """Return linear values of sRGB ones (..., 3)."""
+    # The two pieces of the transfer function of sRGB.
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
@@ -54,6 +56,7 @@ def simulated(srgb: Floats) -> Floats:
 def lab(srgb: Floats) -> Floats:
     """Return CIE L*, a*, b* of one colour."""
     ratios = XYZ_OF_LINEAR @ to_linear(srgb) / WHITE_D65
+    # The two pieces of the function of CIE L*a*b* (1976).
     x, y, z = np.where(ratios > 0.008856, np.cbrt(ratios), 7.787 * ratios + 16 / 116)
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-# Tests run in as many processes as there are cores; threads of their own would only wait for each
-# other.
+# Tests run in as many processes as there are cores; several threads in each would only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # dicom_files.py, phantom_place.py, few_cases.py and sequence_cases.py are shared by several tests.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,8 +25,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def write_run() -> Callable[..., Path]:
-    """A function that writes a finished pretraining run as pretraining leaves it: an encoder, a
-    tiny Primus if none is named, with random weights.
+    """A function that writes a finished pretraining run as pretraining leaves it.
+
+    The encoder is a tiny Primus with random weights if none is named.
     """
     return _write_run
 
@@ -41,9 +41,7 @@ def _write_run(
     decoder: bool = False,
     **changes: Any,
 ) -> Path:
-    """Write a run; ``decoder`` adds the decoder of a CNN, as whole-network pretraining leaves
-    it.
-    """
+    """Write a run; ``decoder`` adds the decoder of a CNN, which whole-network training has."""
     import torch
 
     from nnunet_autoreg.finetune.load import write_tensors
@@ -55,23 +53,19 @@ def _write_run(
     folder = results / "autoreg_pretraining" / name
     folder.mkdir(parents=True)
     size = ENCODERS[encoder]
+    # Runs of different names have different weights.
     torch.manual_seed(len(name))
-    network: Any = build_network(
-        size.class_path,
-        changes.get("arguments", size.arguments),
-        crop,
-        channels,
-        2,
-    )
+    arguments = changes.get("arguments", size.arguments)
+    network: Any = build_network(size.class_path, arguments, crop, channels, 2)
     decoder_keys = DECODER_PREFIXES if decoder else ()
     prefixes = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.", *decoder_keys)
     # A tensor of two names is written under its first, as pretraining does.
-    first = {
-        id(tensor): key
-        for key, tensor in reversed(network.state_dict(keep_vars=True).items())
-        if key.startswith(prefixes)
-    }
+    first = {}
+    for key, tensor in reversed(network.state_dict(keep_vars=True).items()):
+        if key.startswith(prefixes):
+            first[id(tensor)] = key
     state = network.state_dict()
+    # Tables of rotary positions are computed again from the shape of the patch.
     tensors = {key: state[key] for key in first.values() if ".rope." not in key}
     write_tensors(folder / "encoder.safetensors", tensors)
     values: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A few cases of a real raw dataset as a dataset of their own."""
+"""A few cases of a real raw dataset as a separate dataset."""
 
 import json
 import shutil

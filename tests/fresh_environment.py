@@ -31,19 +31,13 @@ class FreshEnvironment:
     def site_packages(self) -> Path:
         if os.name == "nt":
             return self.root / "Lib" / "site-packages"
-        return (
-            self.root
-            / "lib"
-            / f"python{sys.version_info.major}.{sys.version_info.minor}"
-            / "site-packages"
-        )
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return self.root / "lib" / version / "site-packages"
 
     def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        inherited = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("PYTHONPATH", "PYTHONHOME", bridge.SWITCH)
-        }
+        # Variables that would let the environment see packages of the running one.
+        hidden = ("PYTHONPATH", "PYTHONHOME", bridge.SWITCH)
+        inherited = {k: v for k, v in os.environ.items() if k not in hidden}
         return subprocess.run(
             [self.python, *arguments],
             cwd=self.root,
@@ -54,15 +48,9 @@ class FreshEnvironment:
         )
 
     def pip(self, *arguments: str | Path) -> None:
-        line = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            self.python,
-            "--disable-pip-version-check",
-            *arguments,
-        ]
+        # The environment is made without pip, so the running pip installs into it.
+        pip = [sys.executable, "-m", "pip", "--python", self.python]
+        line = [*pip, "--disable-pip-version-check", *arguments]
         done = subprocess.run(line, cwd=self.root, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -87,11 +75,9 @@ def link_library(folder: Path, *without: str) -> Path:
     excluded = ("nnunet_autoreg", "__editable__", *without)
     for library in libraries():
         for entry in library.iterdir():
-            if (
-                entry.suffix == ".pth"
-                or entry.name.lower().startswith(excluded)
-                or (folder / entry.name).is_symlink()
-            ):
+            is_excluded = entry.name.lower().startswith(excluded)
+            is_linked = (folder / entry.name).is_symlink()
+            if entry.suffix == ".pth" or is_excluded or is_linked:
                 continue
             try:
                 (folder / entry.name).symlink_to(entry)

@@ -51,6 +51,7 @@ def _audit(event: str, _arguments: tuple[Any, ...]) -> None:
         _armed[-1].code_executed += 1
 
 
+# Audit hooks cannot be removed, so this one counts only while a watch is armed.
 sys.addaudithook(_audit)
 
 
@@ -142,7 +143,7 @@ def _location_of(error: Exception) -> str:
 
 
 def _reset_peak() -> int:
-    """Start measuring the peak of resident memory anew, and return what is resident now, in MiB."""
+    """Reset the peak of resident memory, and return what is resident now, in MiB."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _peak_mib()
@@ -158,6 +159,7 @@ def _peak_mib() -> int:
 @contextmanager
 def bounded_memory(growth: int = MAX_GROWTH_BYTES) -> Iterator[None]:
     """Let the process take no more than ``growth`` bytes of further address space."""
+    # The limit holds for all address space, so it is set above what the process has now.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + growth, hard))
@@ -183,7 +185,7 @@ def no_hang(seconds: int = SECONDS_TO_HANG) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# Values that stand where others are expected. Python reads NaN, Infinity and long numbers in JSON.
+# Values in place of others that are expected. Python reads NaN, Infinity and long numbers in JSON.
 NUMBERS = (0, 1, -1, 3, 255, 2**31, -(2**63), 2**64, 10**30, 10**400, 0.5, -0.0, 1e300)
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 TEXTS = (
@@ -277,10 +279,13 @@ def edited(draw: st.DrawFn, whole: Any) -> Any:
 
 def to_bytes(data: Any) -> bytes:
     """Return JSON as bytes, lone surrogates included."""
+    # Surrogates without a partner are valid in JSON's text and in nothing that encodes it.
     text = json.dumps(data, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    # 900 levels are more than most readers recurse.
     return text.replace(b'"(deep)"', b"[" * 900 + b"]" * 900)
 
 
+# Many levels without an end, as lists and as objects, and 500 with one.
 DEEP = (b"[" * 100_000, b'{"a":' * 100_000, b"[" * 500 + b"]" * 500)
 
 
@@ -289,6 +294,7 @@ def damaged(draw: st.DrawFn, whole: bytes, pieces: tuple[bytes, ...] = ()) -> by
     """Return bytes in which some were flipped, removed, doubled, cut off or replaced."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
+        # Everything may have been cut off.
         if not data:
             break
         at = draw(st.integers(0, len(data) - 1))
@@ -340,6 +346,7 @@ def edited_table(draw: st.DrawFn, lines: list[list[str]]) -> bytes:
         elif change == "line":
             table.insert(row, list(line))
     quote = draw(st.booleans())
+    # Half of the tables quote every cell; commas are the most frequent separator.
     separator = draw(st.sampled_from((",", ",", ",", ";", "\t")))
     text = "\n".join(separator.join(_quoted(cell, quote) for cell in line) for line in table)
     return (text + "\n").encode("utf-8", "surrogatepass")

@@ -25,6 +25,7 @@ from nnunet_autoreg.plan import (
 from nnunet_autoreg.plan_check import check
 from nnunet_autoreg.sampling.sample import Batch
 
+# Four stages with one block each: the CNN is small enough to be trained in seconds.
 NARROW = {"features_per_stage": [4, 6, 8, 8], "n_blocks_per_stage": [1, 1, 1, 1]}
 
 
@@ -58,6 +59,7 @@ def objective_of(plan: Plan) -> WholeNetwork:
     torch.manual_seed(0)
     objective = build_objective(plan)
     assert isinstance(objective, WholeNetwork)
+    # Marks and centres start at 0, where a wrong use of them would not be noticed.
     if objective.model.mark is not None:
         torch.nn.init.normal_(objective.model.mark)
     if objective.segment_map is not None:
@@ -77,15 +79,10 @@ def batch_of(plan: Plan, num_members: int = 1, num_padded: int = 0, prefix: int 
         valid_mask_BMZYX[..., -num_padded:] = False
         voxels_BMCZYX = voxels_BMCZYX * valid_mask_BMZYX[:, :, None]
 
-    order_index_BT = torch.stack(
-        [torch.randperm(num_tokens, generator=generator) for _ in range(2)],
-    )
-    return Batch(
-        voxels_BMCZYX,
-        valid_mask_BMZYX,
-        order_index_BT,
-        torch.tensor([prefix, prefix + 2]),
-    )
+    orders = [torch.randperm(num_tokens, generator=generator) for _ in range(2)]
+    order_index_BT = torch.stack(orders)
+    prefix_B = torch.tensor([prefix, prefix + 2])
+    return Batch(voxels_BMCZYX, valid_mask_BMZYX, order_index_BT, prefix_B)
 
 
 def outputs(objective: WholeNetwork, batch: Batch) -> Predictions:

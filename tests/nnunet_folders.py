@@ -8,6 +8,7 @@ import pytest
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 TRAINER_MODULE = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
+# Data augmentation in the main process, and one process and thread for everything else.
 ONE_PROCESS = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -21,6 +22,7 @@ def environment_below(root: Path, **changes: object) -> dict[str, str]:
 
     It works in one process, and no variable chooses weights. A change to None removes a variable.
     """
+    # Variables of ours would choose weights or settings.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("autoreg_")}
     folders = {name: str(root / name) for name in FOLDERS}
     wanted = {**clean, **folders, **ONE_PROCESS, **changes}

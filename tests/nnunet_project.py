@@ -36,6 +36,7 @@ class Project:
         plans = self.plans()
         if patch is not None:
             plans["configurations"]["3d_fullres"]["patch_size"] = patch
+        # One epoch of two steps and one validation step takes a second.
         short = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
         plans["autoreg"]["recipe"].update({**short, **recipe})
         self.plans_file.write_text(json.dumps(plans))
@@ -93,8 +94,9 @@ class Project:
         predictor = quick_predictor(device=CPU, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model or self.model()), (0,))
         image = min((self.root / "nnUNet_raw" / self.dataset / "imagesTr").glob("*.nii.gz"))
+        files = [[str(image)]]
         ((_, found),) = predictor.predict_from_files_sequential(
-            [[str(image)]],
+            files,
             None,
             save_probabilities=True,
         )

@@ -13,11 +13,13 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
+    """Return one explicit, little-endian element with a length of 16 bits."""
     return struct.pack("<HH", group, number) + kind + struct.pack("<H", len(value)) + value
 
 
 def body_of(content: bytes) -> bytes:
-    """The data set behind preamble, mark and file meta group."""
+    """The data set after preamble, mark and file meta group."""
+    # The first element of the meta group holds its length: at 128 + 4 + 8.
     length_of_meta = struct.unpack_from("<I", content, 140)[0]
     return content[144 + length_of_meta :]
 
@@ -40,7 +42,7 @@ def without_meta(content: bytes) -> bytes:
 
 
 def with_private_kind(kind: bytes) -> Callable[[bytes], bytes]:
-    """A private element whose kind of value is none, before the series element."""
+    """A private element whose kind of value does not exist, before the series element."""
 
     def change(content: bytes) -> bytes:
         odd = element(0x0009, 0x0010, kind, b"VENDOR")
@@ -50,6 +52,7 @@ def with_private_kind(kind: bytes) -> Callable[[bytes], bytes]:
     return change
 
 
+# How ``dicom_files.write`` writes the file, and what is changed in its bytes afterwards.
 ODDITIES: dict[str, tuple[dict[str, Any], Callable[[bytes], bytes]]] = {
     "plain": ({}, bytes),
     "implicit": ({"syntax": d.IMPLICIT}, bytes),

@@ -23,9 +23,8 @@ class PhantomPlace:
         for name in ("scans", *FOLDERS):
             (root / name).mkdir()
         for number in range(5):
-            image = SimpleITK.GetImageFromArray(
-                np.random.default_rng(number).normal(300, 90, (20, 18, 17)).astype(np.float32),
-            )
+            noise = np.random.default_rng(number).normal(300, 90, (20, 18, 17))
+            image = SimpleITK.GetImageFromArray(noise.astype(np.float32))
             SimpleITK.WriteImage(image, str(root / "scans" / f"{number}.nii.gz"))
 
     def folders(self) -> dict[str, str]:

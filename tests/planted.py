@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 NAME, BIRTH, UID = "quintrell", "19601231", "1.2.840.999666"
 PATIENT = f"DOE^{NAME.upper()}_{BIRTH}"
 SECRETS = (NAME, BIRTH, UID)
-"""What must not stand in any output, in lower case."""
+"""These must not occur in any output, in lower case."""
 
 LABELLED = "zephyrine"
 """Part of the name of the raw dataset and of its cases: nnU-Net itself writes it."""
@@ -37,12 +37,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def noise(seed: int, shape: tuple[int, ...] = SHAPE) -> NDArray[np.float32]:
     """Return noise around 100."""
-    return np.random.default_rng(seed).normal(100, 30, shape).astype(np.float32)
+    values = np.random.default_rng(seed).normal(100, 30, shape)
+    return values.astype(np.float32)
 
 
 def write_nifti(file: Path, array: NDArray[Any], note: str = PATIENT) -> None:
     """Write a NIfTI file with ``note`` in every text field of its header, and in an extension."""
     image = nibabel.Nifti1Image(array.T, np.eye(4))
+    # Fields of fixed length: 80, 24, 18 and 16 bytes, of which the last one stays 0.
     image.header["descrip"] = f"of {note}".encode()[:79]
     image.header["aux_file"] = note.encode()[:23]
     image.header["db_name"] = note.encode()[:17]
@@ -54,7 +56,7 @@ def write_nifti(file: Path, array: NDArray[Any], note: str = PATIENT) -> None:
 
 
 def write_with_keys(file: Path, array: NDArray[Any]) -> None:
-    """Write an NRRD or MetaImage file with keys of its own."""
+    """Write an NRRD or MetaImage file with additional keys."""
     image: Any = SimpleITK.GetImageFromArray(array)
     image.SetMetaData("PatientName", PATIENT)
     image.SetMetaData(NAME, BIRTH)
@@ -144,6 +146,7 @@ def write_pool(root: Path) -> Path:
     write_nifti(pool / f"gap_{NAME}.nii.gz", noise(8) * np.nan)
     write_nifti(pool / f"seg_{NAME}.nii.gz", np.rint(noise(9) / 60))
     write_dicom(pool / f"gappy_{NAME}", 10)
+    # A missing slice, two patients in one series, and files that are damaged.
     (pool / f"gappy_{NAME}" / f"{PATIENT}_7").unlink()
     write_dicom(pool / f"two_{NAME}", 11)
     write_dicom(pool / f"two_{NAME}" / "other", 11, t00100020=("LO", f"{PATIENT}b"))
@@ -153,6 +156,7 @@ def write_pool(root: Path) -> Path:
     (pool / f"damaged_{NAME}.dcm").write_bytes(b"\0" * 128 + b"DICM" + PATIENT.encode())
     (pool / f"{NAME}.txt").write_text(PATIENT)
     for number, word in enumerate(WORDS):
+        # Cut off behind the header, so that the reason names the file.
         file = pool / word / f"{word}.nii.gz"
         write_nifti(file, noise(20 + number))
         file.write_bytes(file.read_bytes()[: 3000 + number])
@@ -250,7 +254,7 @@ def _chunks(data: bytes) -> Iterator[bytes]:
 
 
 def leaks(folder: Path, secrets: Iterable[str] = SECRETS, private: Iterable[str] = ()) -> list[str]:
-    """Return what stands where in the files below a folder and in their names.
+    """Return what occurs where in the files below a folder and in their names.
 
     Args:
         private: names of files that are not searched.

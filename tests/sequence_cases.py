@@ -1,6 +1,4 @@
-"""Cases whose voxels tell where they came from, and plans for sequences of them; shared by several
-tests.
-"""
+"""Cases whose voxels show where they came from, and plans for sequences of them."""
 
 from dataclasses import dataclass
 
@@ -32,14 +30,16 @@ class Ramp:
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def read_padded(self, start, size):
-        whole = np.arange(np.prod(self.shape_vox), dtype=np.float32).reshape(self.shape_vox) + 1
+        # The index begins at 1, so that 0 is padding.
+        indices = np.arange(np.prod(self.shape_vox), dtype=np.float32)
+        whole = indices.reshape(self.shape_vox) + 1
         crop, valid_mask = np.zeros(size, np.float32), np.zeros(size, bool)
+        # The part of the crop that lies inside the case, in indices of the crop.
         low = [max(0, -s) for s in start]
         high = [min(n, m - s) for n, m, s in zip(size, self.shape_vox, start, strict=True)]
         inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        crop[inside] = whole[
-            tuple(slice(s + a, s + b) for s, a, b in zip(start, low, high, strict=True))
-        ]
+        ranges = zip(start, low, high, strict=True)
+        crop[inside] = whole[tuple(slice(s + a, s + b) for s, a, b in ranges)]
         valid_mask[inside] = True
         return crop[None], valid_mask
 
@@ -78,7 +78,7 @@ def narrow(encoder: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Shifted(Ramp):
-    """Another contrast: the same ramp and a constant that tells whose it is."""
+    """Another contrast: the same ramp and a constant that shows whose it is."""
 
     by: float = 0.0
 
@@ -90,6 +90,7 @@ class Shifted(Ramp):
 def contrast_material(num_groups=2):
     groups = []
     for g in range(num_groups):
+        # Ramps have at most 40^3 = 64 000 values, so a step of 100 000 keeps cases apart.
         shifts = [1e5 * (4 * g + i) for i in range(len(WORDS))]
         cases = [Shifted((30, 40, 30), by=shift) for shift in shifts]
         groups.append(StoredGroup(f"case {g}", tuple(zip(WORDS, cases, strict=True))))
@@ -97,39 +98,34 @@ def contrast_material(num_groups=2):
 
 
 def contrast_plan(**sequence):
-    return make_plan(
-        **{
-            "crop_size_vox": (32, 32, 32),
-            "weights": {"contrast": 1.0},
-            "contrasts": WORDS,
-            "contrast_members": 4,
-            **sequence,
-        },
-    )
+    settings = {
+        "crop_size_vox": (32, 32, 32),
+        "weights": {"contrast": 1.0},
+        "contrasts": WORDS,
+        "contrast_members": 4,
+        **sequence,
+    }
+    return make_plan(**settings)
 
 
 def semantic_material():
     def structure(name, of, subjects):
-        cases = [(s, Shifted((40, 40, 40), by=1e6 * s + 1e5 * of)) for s in subjects]
-        return Structure(
-            name,
-            (1.0, 1.0, 1.0),
-            tuple(
-                StoredLocation(f"patient {s}", case, (20.0, 10.0, 30.0))
-                for s, case in cases
-                for _ in "ab"
-            ),
-        )
+        """Two places for each subject; the constant is 1e6 per subject and 1e5 per structure."""
+        places = []
+        for subject in subjects:
+            case = Shifted((40, 40, 40), by=1e6 * subject + 1e5 * of)
+            places += [StoredLocation(f"patient {subject}", case, (20.0, 10.0, 30.0))] * 2
+        return Structure(name, (1.0, 1.0, 1.0), tuple(places))
 
-    return SamplingPool((), (), (structure("kidney", 0, range(6)), structure("liver", 5, range(5))))
+    kidney, liver = structure("kidney", 0, range(6)), structure("liver", 5, range(5))
+    return SamplingPool((), (), (kidney, liver))
 
 
 def semantic_plan(**sequence):
-    return make_plan(
-        **{
-            "crop_size_vox": (32, 32, 32),
-            "weights": {"semantic": 1.0},
-            "semantic_members": 4,
-            **sequence,
-        },
-    )
+    settings = {
+        "crop_size_vox": (32, 32, 32),
+        "weights": {"semantic": 1.0},
+        "semantic_members": 4,
+        **sequence,
+    }
+    return make_plan(**settings)

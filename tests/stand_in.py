@@ -43,12 +43,8 @@ class Numbered:
         return "spatial"
 
     def draw(self, cases, purpose, *ids):
-        return Sample(
-            np.full((1, 1, 16, 16, 16), ids[0], np.float32),
-            np.ones((1, 16, 16, 16), bool),
-            np.arange(8),
-            1,
-        )
+        voxels = np.full((1, 1, 16, 16, 16), ids[0], np.float32)
+        return Sample(voxels, np.ones((1, 16, 16, 16), bool), np.arange(8), 1)
 
 
 class Linear(Objective):
@@ -62,22 +58,21 @@ class Linear(Objective):
         self.sampler, self.disturb = Numbered(), disturb
 
     def loss(self, batch, references=False):
+        # Eight tokens, whose squared errors are added up.
         total = (self.module.weight.sum() - 3).square() * 8
+        count = torch.tensor(8.0)
         if references:
-            return one_term(total, torch.tensor(8.0), {"mean": torch.tensor(8.0)})
-        return one_term(self.disturb(int(batch.voxels[0, 0, 0, 0, 0, 0]), total), torch.tensor(8.0))
+            return one_term(total, count, {"mean": torch.tensor(8.0)})
+        # The sample says which step it is.
+        step = int(batch.voxels[0, 0, 0, 0, 0, 0])
+        return one_term(self.disturb(step, total), count)
 
     def describe(self, batch):
-        tokens = (
-            torch.eye(8).expand(len(batch.prefix), 8, 8)
-            * batch.voxels.mean((1, 2, 3, 4, 5))[:, None, None]
-        )
-        return TokenFeatures(
-            tokens,
-            tokens,
-            batch.order_index,
-            torch.ones_like(batch.order_index, dtype=torch.bool),
-        )
+        # Every token has its own direction, scaled by the brightness of the image.
+        brightness = batch.voxels.mean((1, 2, 3, 4, 5))
+        tokens = torch.eye(8).expand(len(batch.prefix), 8, 8) * brightness[:, None, None]
+        valid = torch.ones_like(batch.order_index, dtype=torch.bool)
+        return TokenFeatures(tokens, tokens, batch.order_index, valid)
 
 
 class Collapsing(Linear):

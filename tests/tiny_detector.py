@@ -22,6 +22,7 @@ from nnunet_autoreg.records import to_jsonable
 PATCH, SHAPE = (16, 16, 16), (16, 20, 24)
 NAME = "AutoregDetectionTrainer__AutoregPlans__3d_fullres"
 CLASSES = (ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,)))
+# Three stages of one block: the smallest network that has a level of stride 4.
 ARGUMENTS: dict[str, Any] = {
     **ENCODERS["resenc_tiny"].arguments,
     "n_stages": 3,
@@ -40,7 +41,7 @@ def make_plans(num_channels: int = 1) -> dict[str, Any]:
     encoder = EncoderPlan("resenc_tiny", ENCODERS["resenc_tiny"].class_path, ARGUMENTS, (4, 4, 4))
     block = AutoregBlock(encoder, None, Recipe(1, **recipe_values(encoder)))
     kwargs = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
-    configuration = {
+    configuration: dict[str, Any] = {
         "data_identifier": "x",
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": 2,
@@ -48,15 +49,13 @@ def make_plans(num_channels: int = 1) -> dict[str, Any]:
         "spacing": [1.0, 1.0, 1.0],
         "normalization_schemes": ["ZScoreNormalization"] * num_channels,
         "use_mask_for_norm": [False] * num_channels,
-        **{f"resampling_fn_{what}": RESAMPLING for what in ("data", "seg", "probabilities")},
-        **{
-            f"resampling_fn_{what}_kwargs": {**kwargs, "is_seg": what == "seg"}
-            for what in ("data", "seg", "probabilities")
-        },
         "architecture": architecture_entry(block, PATCH),
         "batch_dice": False,
         "autoreg_detection": to_jsonable(DetectionPlan(CLASSES, Rules(), ANCHORS, 32, True)),
     }
+    for data in ("data", "seg", "probabilities"):
+        configuration[f"resampling_fn_{data}"] = RESAMPLING
+        configuration[f"resampling_fn_{data}_kwargs"] = {**kwargs, "is_seg": data == "seg"}
     return {
         "dataset_name": "Dataset950_Tiny",
         "plans_name": "AutoregPlans",
@@ -75,16 +74,13 @@ def write_model(results: Path, folds: tuple[str, ...] = ("0",), num_channels: in
     folder = results / "Dataset950_Tiny" / NAME
     folder.mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(make_plans(num_channels)))
-    (folder / "dataset.json").write_text(
-        json.dumps(
-            {
-                "channel_names": {str(i): "MRI" for i in range(num_channels)},
-                "labels": {"background": 0, "solid": 1, "holed": 2},
-                "numTraining": 1,
-                "file_ending": ".nii.gz",
-            },
-        ),
-    )
+    description = {
+        "channel_names": {str(i): "MRI" for i in range(num_channels)},
+        "labels": {"background": 0, "solid": 1, "holed": 2},
+        "numTraining": 1,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
     for seed, fold in enumerate(folds):
         write_checkpoint(folder, fold, seed)
     return folder
@@ -106,39 +102,34 @@ def write_checkpoint(
     configuration = manager.get_configuration("3d_fullres")
     torch.manual_seed(seed)
     num_channels = len(configuration.normalization_schemes)
-    network: Any = AutoregDetectionTrainer.build_network_architecture(
-        manager,
-        configuration,
-        num_channels,
-        3,
-    )
-    # Scores around 0.5, far enough apart to tell boxes.
+    build = AutoregDetectionTrainer.build_network_architecture
+    network: Any = build(manager, configuration, num_channels, 3)
+    # Scores around 0.5, far enough apart that boxes have an order.
     last = network.detection["heads"].classifier[-1]
     torch.nn.init.normal_(last.weight, std=0.5)
     torch.nn.init.zeros_(last.bias)
-    state = {
-        key: torch.full_like(value, torch.nan) if damaged else value
-        for key, value in network.state_dict().items()
+    state = network.state_dict()
+    if damaged:
+        state = {key: torch.full_like(value, torch.nan) for key, value in state.items()}
+    content = {
+        "network_weights": state,
+        "trainer_name": "AutoregDetectionTrainer",
+        "init_args": {"configuration": "3d_fullres"},
+        "inference_allowed_mirroring_axes": (0, 1, 2),
     }
     (folder / f"fold_{fold}").mkdir(exist_ok=True)
-    torch.save(
-        {
-            "network_weights": state,
-            "trainer_name": "AutoregDetectionTrainer",
-            "init_args": {"configuration": "3d_fullres"},
-            "inference_allowed_mirroring_axes": (0, 1, 2),
-        },
-        folder / f"fold_{fold}" / name,
-    )
+    torch.save(content, folder / f"fold_{fold}" / name)
 
 
 def write_scan(file: Path, seed: int = 0, **changes: Any) -> None:
-    """An image of noise with a bright cube; ``shape``, ``spacing`` (x, y, z), and ``voxel``, the
-    value of one voxel, may be changed.
+    """An image of noise with a bright cube.
+
+    ``shape``, ``spacing`` (x, y, z), and ``voxel``, the value of one voxel, may be changed.
     """
     import SimpleITK
 
-    array = np.random.default_rng(seed).normal(size=changes.get("shape", SHAPE)).astype(np.float32)
+    shape = changes.get("shape", SHAPE)
+    array = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     array[..., 4:10, 4:10] += 4
     if "voxel" in changes:
         array[3, 3, 3] = changes["voxel"]

@@ -16,6 +16,7 @@ from nnunet_autoreg import bridge
 pytestmark = pytest.mark.contract
 
 REPO = Path(__file__).resolve().parents[2]
+# What a wheel is built from; tests and documentation are not part of it.
 SOURCES = (
     "nnunet_autoreg",
     "trainers",
@@ -37,6 +38,7 @@ FOUND = {
     "nnUNetTrainer": f"{TRAINER}.nnUNetTrainer",
     "nnUNetTrainer_5epochs": f"{TRAINER}.variants.training_length.nnUNetTrainer_Xepochs",
 }
+# nnU-Net may print other lines, so the answer has a mark.
 ANSWER = "answer:"
 
 # Looks names up as nnU-Net does: its planning API for planners, its training command for trainers.
@@ -68,6 +70,7 @@ if __name__ == "__main__":
     answer["nnunetv2"] = nnunetv2.__path__[0]
     print({ANSWER!r} + json.dumps(answer))
 """
+# Printed by an interpreter that imports nothing itself.
 START = (
     "import sys; print(any(hasattr(f, 'is_autoreg_bridge') for f in sys.meta_path), "
     "sorted(m for m in sys.modules if m in ('torch', 'nnunetv2', 'numpy')))"
@@ -90,6 +93,7 @@ class Environment(FreshEnvironment):
         script.write_text(LOOK_UP)
         done = self.run(script, flag, *names, **variables)
         assert done.returncode == 0, done.stderr
+        # Only one line has the mark.
         line = next(line for line in done.stdout.splitlines() if line.startswith(ANSWER))
         return dict(json.loads(line.removeprefix(ANSWER)))
 
@@ -134,6 +138,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         source,
     ]
+    # Isolation would download the build tools; they are installed already.
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("*.whl"))
@@ -157,6 +162,7 @@ def disposable(wheel: Path, library: Path, tmp_path: Path) -> Environment:
 
 def test_the_wheel_holds_the_pth_line_both_mapped_folders_and_no_tests(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
+        # The .pth file is what makes Python start the bridge.
         names = archive.namelist()
         assert archive.read(bridge.PTH_NAME).decode() == bridge.PTH_LINE
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
@@ -165,6 +171,9 @@ def test_the_wheel_holds_the_pth_line_both_mapped_folders_and_no_tests(wheel: Pa
     # Relative addresses of pictures and links lead nowhere outside the repository.
     assert "## Run it" in description and "![" not in description
     assert "The tutorial shows" in " ".join(description.split()) and "](" not in description
+    # Both folders lie at the top of the repository and inside the package in the wheel, and the
+    # page of
+    # the report is not a Python file.
     assert {
         "nnunet_autoreg/trainers/__init__.py",
         "nnunet_autoreg/planners/__init__.py",
@@ -174,19 +183,20 @@ def test_the_wheel_holds_the_pth_line_both_mapped_folders_and_no_tests(wheel: Pa
 
     tops = {name.split("/")[0] for name in names}
 
-    assert {top for top in tops if not top.endswith(".dist-info")} == {
-        "nnunet_autoreg",
-        bridge.PTH_NAME,
-    }
+    packages = {top for top in tops if not top.endswith(".dist-info")}
+    assert packages == {"nnunet_autoreg", bridge.PTH_NAME}
 
 
 def test_every_start_is_silent_light_and_has_the_hook(installed: Environment) -> None:
     assert (installed.site_packages / bridge.PTH_NAME).is_file()
+    # Nothing heavy is loaded by a mere start of Python.
     assert installed.start() == "True []"
 
 
 def test_stock_and_our_names_are_found_also_in_spawned_workers(installed: Environment) -> None:
+
     answer = installed.look_up(*OURS, *STOCK, flag="--spawn")
+
     assert {name: answer[name] for name in FOUND} == FOUND
     assert answer["spawned"] == FOUND["AutoregPlanner"]
 
@@ -196,12 +206,8 @@ def test_the_switch_leaves_stock_nnunet_as_it_is(installed: Environment) -> None
 
     assert installed.start(**off) == "False []"
 
-    answer = installed.look_up(
-        "AutoregPlanner",
-        "AutoregPretrainedTrainer",
-        "ExperimentPlanner",
-        **off,
-    )
+    names = ("AutoregPlanner", "AutoregPretrainedTrainer", "ExperimentPlanner")
+    answer = installed.look_up(*names, **off)
 
     assert answer["AutoregPlanner"] is None
     assert answer["AutoregPretrainedTrainer"].startswith(
@@ -212,6 +218,7 @@ def test_the_switch_leaves_stock_nnunet_as_it_is(installed: Environment) -> None
 
 def test_commands_are_installed_and_end_misuse_with_2(installed: Environment) -> None:
     doctor = installed.python.parent / "autoreg_doctor"
+
     assert installed.run(doctor, "--help").stdout.startswith("usage: autoreg_doctor")
     assert installed.run(doctor, "--no-such-option").returncode == 2
 
@@ -221,6 +228,7 @@ def test_a_broken_package_stays_silent_at_start_and_harms_no_stock_name(
     disposable: Environment,
     broken: str,
 ) -> None:
+    # A syntax error, as after an interrupted upgrade.
     (disposable.site_packages / "nnunet_autoreg" / broken).write_text("def (:\n")
 
     assert disposable.start() == "False []"
@@ -234,9 +242,10 @@ def test_a_broken_package_stays_silent_at_start_and_harms_no_stock_name(
 def test_a_broken_trainer_of_ours_gives_a_clear_error_for_our_name_only(
     disposable: Environment,
 ) -> None:
-    (disposable.site_packages / "nnunet_autoreg" / "trainers" / "autoreg_trainers.py").write_text(
-        "import no_such_thing\n",
-    )
+    trainers = disposable.site_packages / "nnunet_autoreg" / "trainers"
+    (trainers / "autoreg_trainers.py").write_text("import no_such_thing\n")
+
+    # The bridge does not import the trainers until a name of ours is looked up.
     assert disposable.start() == "True []"
 
     answer = disposable.look_up("AutoregPretrainedTrainer", "nnUNetTrainer_5epochs")
@@ -254,9 +263,8 @@ def test_uninstalling_removes_the_package_the_pth_and_the_hook(disposable: Envir
     disposable.pip("uninstall", "--yes", "nnunet-autoreg")
 
     assert disposable.start() == "False []"
-    assert [
-        entry.name for entry in disposable.site_packages.iterdir() if "autoreg" in entry.name
-    ] == []
+    left = [entry.name for entry in disposable.site_packages.iterdir() if "autoreg" in entry.name]
+    assert left == []
 
 
 def test_an_editable_install_of_ours_is_made_live_by_the_doctors_link(
@@ -265,6 +273,7 @@ def test_an_editable_install_of_ours_is_made_live_by_the_doctors_link(
     tmp_path: Path,
 ) -> None:
     environment = make_environment(tmp_path / "venv", library)
+    # An editable install of setuptools does not carry the .pth file.
     environment.pip(
         "install",
         "--no-deps",
@@ -278,10 +287,8 @@ def test_an_editable_install_of_ours_is_made_live_by_the_doctors_link(
     assert environment.start() == "False []"
     assert environment.run(doctor, "--link").returncode == 0
     assert environment.start() == "True []"
-    assert (
-        environment.look_up("AutoregPretrainedTrainer")["AutoregPretrainedTrainer"]
-        == FOUND["AutoregPretrainedTrainer"]
-    )
+    answer = environment.look_up("AutoregPretrainedTrainer")
+    assert answer["AutoregPretrainedTrainer"] == FOUND["AutoregPretrainedTrainer"]
     assert environment.run(doctor, "--unlink").returncode == 0
     assert environment.start() == "False []"
 
@@ -291,8 +298,9 @@ def nnunet_checkout(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """nnU-Net's source tree in the installed version, downloaded once and kept in pytest's cache;
-    skips where it cannot be had.
+    """nnU-Net's source tree in the installed version, downloaded once and kept in pytest's cache.
+
+    Tests are skipped if it cannot be had.
     """
     release = version("nnunetv2")
     cache = Path(request.config.cache.mkdir("nnunetv2-source"))  # type: ignore[union-attr]
@@ -329,10 +337,9 @@ def test_an_editable_nnunet_stays_whole_and_finds_us(
     nnunet_checkout: Path,
     tmp_path: Path,
 ) -> None:
-    environment = make_environment(
-        tmp_path / "venv",
-        link_library(tmp_path / "library", "nnunetv2"),
-    )
+    # All packages of this environment, but not its nnU-Net.
+    library = link_library(tmp_path / "library", "nnunetv2")
+    environment = make_environment(tmp_path / "venv", library)
     environment.pip(
         "install",
         "--no-deps",
@@ -347,6 +354,7 @@ def test_an_editable_nnunet_stays_whole_and_finds_us(
 
     answer = environment.look_up(*OURS, *STOCK, flag="--spawn")
 
+    # The nnU-Net that was found is the checkout, and not a copy elsewhere.
     assert answer["nnunetv2"] == str(nnunet_checkout / "nnunetv2")
     assert {name: answer[name] for name in FOUND} == FOUND
     assert answer["spawned"] == FOUND["AutoregPlanner"]

@@ -21,8 +21,7 @@ PLANNER = (
 NORMALIZATION = "nnunetv2.preprocessing.normalization.default_normalization_schemes"
 RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
 
-# "name" has no default, "name=..." has one; values of defaults are pinned below where we lean on
-# them.
+# "name" has no default, "name=..." has one. Values of defaults that we rely on are checked below.
 SIGNATURES = {
     f"{TRAINER}.__init__": "self plans configuration fold dataset_json device=",
     f"{TRAINER}.build_network_architecture": (
@@ -72,6 +71,7 @@ SIGNATURES = {
     "timm.models.eva:EvaBlock.forward": "self x rope= attn_mask=",
 }
 
+# A change of one of these would change what we compute, without an error.
 DEFAULTS = {
     (f"{PLANNER}.__init__", "gpu_memory_target_in_gb"): 8,
     (f"{PLANNER}.__init__", "plans_name"): "nnUNetPlans",
@@ -82,6 +82,7 @@ DEFAULTS = {
 
 
 def resolve(where: str) -> Any:
+    """Return what ``module:path.to.object`` names."""
     module, _, path = where.partition(":")
     found: Any = importlib.import_module(module)
     for name in path.split("."):
@@ -105,8 +106,10 @@ def test_a_borrowed_signature_is_as_we_know_it(where: str) -> None:
     DEFAULTS,
     ids=lambda text: text.partition(":")[2] or text,
 )
-def test_a_default_that_we_lean_on_is_as_we_know_it(where: str, name: str) -> None:
-    assert inspect.signature(resolve(where)).parameters[name].default == DEFAULTS[where, name]
+def test_a_default_that_we_rely_on_is_as_we_know_it(where: str, name: str) -> None:
+    parameters = inspect.signature(resolve(where)).parameters
+
+    assert parameters[name].default == DEFAULTS[where, name]
 
 
 def test_checkpoints_are_loaded_by_position() -> None:
@@ -120,6 +123,7 @@ def test_checkpoints_are_loaded_by_position() -> None:
 
     assert theirs in (["self", "filename_or_checkpoint"], ["self", "checkpoint"])
     assert calls and all(len(call.args) == 1 and not call.keywords for call in calls)
+
     for module, name in (
         ("autoreg_trainers", "AutoregPretrainedTrainer"),
         ("autoreg_detection_trainers", "AutoregDetectionTrainer"),
@@ -149,6 +153,7 @@ def test_the_class_paths_that_plans_hold_never_change() -> None:
 
 def test_prediction_builds_the_network_without_a_trainer() -> None:
     trainer = resolve(TRAINER)
+    # nnU-Net's predictor has the class of the trainer, and no instance of it.
     assert isinstance(inspect.getattr_static(trainer, "build_network_architecture"), staticmethod)
 
 
@@ -168,5 +173,6 @@ def test_primus_names_the_parts_that_a_weight_contract_needs() -> None:
         ("down_projection.proj",),
         "eva.pos_embed",
     )
+    # 16 / 8 = 2 tokens along every axis.
     assert tuple(network.eva.pos_embed.shape) == (1, 2 * 2 * 2, 264)
     assert isinstance(network.eva.blocks[0], resolve("timm.models.eva:EvaBlock"))

@@ -21,6 +21,7 @@ from nnunet_autoreg.finetune.stock import needs_line
 
 pytestmark = pytest.mark.contract
 
+# Hippocampi are the smallest real scans: some 50 voxels on a side.
 DATASET = "Dataset004_Hippocampus"
 NUM_CASES = 5
 SCRATCH = "AutoregScratchTrainer"
@@ -53,6 +54,7 @@ class StockProject(Project):
         shutil.copytree(self.model(), self.model(trainer))
         (self.model(trainer) / "plans.json").write_text(json.dumps(self.plans()))
         saved = self.checkpoint(trainer)
+        # Earlier releases kept the guard, and the name of the trainer, in the checkpoint.
         saved["init_args"]["plans"] = self.plans()
         saved["trainer_name"] = trainer
         torch.save(saved, self.fold(trainer) / "checkpoint_final.pth")
@@ -68,6 +70,7 @@ def project(
     root = tmp_path_factory.mktemp("stock")
     with pytest.MonkeyPatch.context() as patch:
         set_folders(patch, root)
+        # Validation without mirroring and overlap takes a tenth of the time.
         patch.setattr(f"{TRAINER_MODULE}.nnUNetPredictor", quick_predictor)
         copy_cases(
             shared_data / "nnUNet_raw" / DATASET,
@@ -98,6 +101,7 @@ def test_the_zip_predicts_the_same_mask_without_our_plugin(
     from nnunetv2.model_sharing.model_export import export_pretrained_model
 
     images = project.root / "nnUNet_raw" / DATASET / "imagesTs"
+    # No mirroring and no overlap of tiles, and one process each for reading and writing.
     options = [
         "-i",
         str(images),
@@ -117,6 +121,7 @@ def test_the_zip_predicts_the_same_mask_without_our_plugin(
     archive = str(tmp_path / "model.zip")
     export_pretrained_model(4, archive, ("3d_fullres",), PRETRAINED, "AutoregPlans", (0,))
 
+    # An environment that has nnU-Net and lacks our package.
     environment = fresh_environment(tmp_path / "venv", link_library(tmp_path / "library"))
     script = environment.root / "command.py"
     script.write_text(COMMAND)
@@ -132,6 +137,7 @@ def test_the_zip_predicts_the_same_mask_without_our_plugin(
     (mask,) = (tmp_path / "here").glob("*.nii.gz")
     here = sitk.GetArrayFromImage(sitk.ReadImage(str(mask)))
     there = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "there" / mask.name)))
+    # An empty mask would be equal to another empty one.
     assert len(np.unique(here)) > 1
     assert np.array_equal(here, there)
 
@@ -143,6 +149,7 @@ def test_only_the_preprocessed_folder_keeps_the_guard(project: StockProject, tra
     assert networks(project.stored_plans(trainer)) == {STOCK_NETWORK}
     assert networks(saved["init_args"]["plans"]) == {STOCK_NETWORK}
     assert saved["trainer_name"] == "nnUNetTrainer"
+    # Stock trainers must not train our plans: there the guard stays.
     assert networks(json.loads(project.plans_file.read_text())) == {GUARD}
     log = next((project.model(trainer) / "fold_0").glob("training_log_*.txt")).read_text()
     assert needs_line(is_stock=True) in log
@@ -150,12 +157,14 @@ def test_only_the_preprocessed_folder_keeps_the_guard(project: StockProject, tra
 
 def test_a_checkpoint_of_the_stock_form_continues_and_validates(project: StockProject) -> None:
     before = project.checkpoint()
+
     project.shorten(num_epochs=2)
     project.train(continue_training=True)
     after = project.checkpoint()
 
     assert (before["current_epoch"], after["current_epoch"]) == (1, 2)
     assert after["trainer_name"] == "nnUNetTrainer"
+    # Validation with the last and with the best checkpoint.
     for options in ({}, {"val_with_best": True}):
         summary = project.model() / "fold_0" / "validation" / "summary.json"
         summary.unlink()
@@ -166,6 +175,7 @@ def test_a_checkpoint_of_the_stock_form_continues_and_validates(project: StockPr
 def test_a_model_of_an_earlier_release_predicts_the_same_and_continues(
     project: StockProject,
 ) -> None:
+    # Three epochs, of which the older model has finished one.
     older = f"{PRETRAINED}_3epochs"
     project.make_older(older)
 

@@ -19,6 +19,7 @@ from nnunet_folders import environment_below, make_folders
 sys.path.insert(0, str(Path(__file__).parent))
 
 DATASET = "Dataset004_Hippocampus"
+# A network of two narrow blocks: a step takes a fraction of a second.
 ENCODER = (
     'encoder.arguments={"embed_dim":48,"patch_embed_size":[8,8,8],"eva_depth":2,"eva_numheads":2,'
     '"init_values":0.1,"scale_attn_inner":true}'
@@ -30,13 +31,14 @@ SMALL = [
     "run.validate_every=1000",
     "run.log_every=1",
 ]
+# Four steps with a checkpoint after each.
 STEPS = "4"
 NUM_CASES = 5
 
 
 @dataclass(frozen=True)
 class Clinic:
-    """Everything below ``root``; its methods type a line and give what came of it."""
+    """Everything below ``root``; its methods type a line and return the result."""
 
     root: Path
     dataset: str = DATASET
@@ -104,9 +106,7 @@ class Clinic:
         return self.typed(command, autoreg_weights=weights)
 
     def started(self, command, log, until):
-        """Start a command in a process group of its own and wait until ``until(text of
-        stderr)``.
-        """
+        """Start a command in a separate process group, and wait until ``until(text of stderr)``."""
         process = subprocess.Popen(
             command,
             env=self.environment(),
@@ -124,7 +124,7 @@ class Clinic:
         return self.root / "nnUNet_results/autoreg_pretraining" / name
 
     def bytes_of(self, path):
-        """Content of every file of a run but the lock and the logs, by name."""
+        """Content of every file of a run except the lock and the logs, by name."""
         return {
             p.name: p.read_bytes()
             for p in path.iterdir()
@@ -132,8 +132,9 @@ class Clinic:
         }
 
     def refused(self, done, code, *said):
-        """The last line on stderr is the command's own, it holds all of ``said``, and nothing else
-        of the error is shown.
+        """Check the exit code and the last line on stderr: it holds all of ``said``.
+
+        Nothing else of the error may be shown.
         """
         assert done.returncode == code, done.stderr[-2000:]
         assert "Traceback" not in done.stderr, done.stderr[-2000:]
@@ -141,6 +142,7 @@ class Clinic:
         assert last.startswith(("autoreg_pretrain: ", "error: ")), done.stderr[-2000:]
         for words in said:
             assert words in last
+        # An error that also says what to do next would contradict itself.
         assert "next:" not in done.stdout
         return last
 
@@ -149,6 +151,7 @@ class Clinic:
         target.mkdir()
         (target / "encoder.safetensors").write_bytes(weights)
         card = json.loads((self.folder() / "encoder.json").read_text())
+        # The hash is right, so that only the content of the file can be wrong.
         card.update(sha256=hashlib.sha256(weights).hexdigest(), **changes)
         (target / "encoder.json").write_text(json.dumps(card))
         return str(target / "encoder.safetensors")
@@ -163,6 +166,7 @@ def home(tmp_path_factory, shared_data):
     make_folders(clinic.root)
     (clinic.root / "größere Klinik").mkdir()
     image = min((shared_data / "nnUNet_raw" / DATASET / "imagesTr").glob("*.nii.gz"))
+    # A name with blanks and umlauts is the hard case for paths on a command line.
     shutil.copy(image, clinic.root / "größere Klinik" / "Kopf groß 1.nii.gz")
     done = clinic.pretrain("base")
     assert done.returncode == 0, done.stderr
@@ -172,14 +176,12 @@ def home(tmp_path_factory, shared_data):
 @pytest.fixture
 def base(home):
     """The folder of the finished run; the test may damage it."""
+    # Kept in memory, because a run takes half a minute and a copy a moment.
     kept = home.bytes_of(home.folder())
     yield home.folder()
     for path in home.folder().iterdir():
-        if (
-            path.is_file()
-            and path.name not in kept
-            and not path.name.startswith((".lock", "training_log"))
-        ):
+        is_log = path.name.startswith((".lock", "training_log"))
+        if path.is_file() and path.name not in kept and not is_log:
             path.unlink()
     for name, content in kept.items():
         (home.folder() / name).write_bytes(content)
@@ -224,6 +226,7 @@ def planned(home, shared_data):
     assert done.returncode == 0, done.stderr
     file = home.root / "nnUNet_preprocessed" / DATASET / "AutoregPlans.json"
     plans = json.loads(file.read_text())
+    # Two epochs of one step: long enough to be continued.
     plans["autoreg"]["recipe"].update(
         num_epochs=2,
         num_iterations_per_epoch=1,

@@ -20,12 +20,14 @@ def serve(child):
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
+            # EX_SOFTWARE of sysexits.h: what the fork ends with if it raises an exception.
             code = 70
             try:
                 code = child(request)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
+                # Without the handlers of the server's own exit.
                 os._exit(code)
 
         print(json.dumps({"pid": pid}), flush=True)
@@ -36,6 +38,7 @@ def serve(child):
 def take_over(request):
     """Give this fork the environment of a request, and send its output to the request's log."""
     os.environ.update(request["env"])
+    # Below Python, so that libraries and child processes write there too.
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -44,6 +47,7 @@ def take_over(request):
 def kill():
     """End this process at once, as the kernel does."""
     os.kill(os.getpid(), signal.SIGKILL)
+    # The signal arrives a moment later; nothing may be done until then.
     threading.Event().wait()
 
 

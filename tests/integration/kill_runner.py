@@ -20,11 +20,9 @@ def at_call(number, owner, name, act):
 
     def replaced(*arguments, **named):
         calls.append(1)
-        return (
-            act(original, *arguments, **named)
-            if len(calls) == number
-            else original(*arguments, **named)
-        )
+        if len(calls) == number:
+            return act(original, *arguments, **named)
+        return original(*arguments, **named)
 
     setattr(owner, name, replaced)
 
@@ -38,6 +36,7 @@ def after(original, *arguments, **named):
     kill()
 
 
+# A disk holds half of a file if the machine loses power while it is written.
 def half_saved(original, content, file):
     import io
 
@@ -67,6 +66,8 @@ def on_replace(target, act):
     def replaced(path, onto):
         if Path(onto).name == target:
             calls.append(1)
+            # The first renaming is that of the first checkpoint, before which there is nothing to
+            # lose.
             if len(calls) == 2:
                 return act(original, path, onto)
         return original(path, onto)
@@ -75,6 +76,7 @@ def on_replace(target, act):
 
 
 def in_a_worker():
+    """Kill a worker process of preprocessing: it arms itself when it imports this file."""
     if __name__ == "__mp_main__":
         from nnunet_autoreg.store import store
 
@@ -96,6 +98,7 @@ def arm(point):
     from nnunet_autoreg.report.metrics import MetricsFile
     from nnunet_autoreg.store import store
 
+    # The number is that of the call at which the line is killed: in the middle of the work.
     {
         "indexing": lambda: at_call(2, index, "load_scan", before),
         "preprocessing": lambda: at_call(2, store, "write_case", after),
@@ -126,6 +129,7 @@ def leave_out_pictures():
     from nnunet_autoreg.pretrain import pipeline, trainer
     from nnunet_autoreg.report import report
 
+    # Nothing that is killed depends on pictures.
     pipeline.draw_fingerprint = trainer.draw_progress = report.Reporter.write = lambda *_: None
     pipeline.num_processes = lambda: 1
 
@@ -134,6 +138,7 @@ def child(request):
     take_over(request)
     leave_out_pictures()
     if request["point"]:
+        # Worker processes are told by the environment.
         os.environ["KILL_POINT"] = request["point"]
         arm(request["point"])
     from nnunet_autoreg.cli.pretrain import main
@@ -144,10 +149,8 @@ def child(request):
 
 def import_all():
     """Import what a line needs, so that its fork has it."""
-    ours = (
-        f"nnunet_autoreg.{name}"
-        for name in ("pretrain.pipeline", "pretrain.dry_run", "report.report", "report.slices")
-    )
+    names = ("pretrain.pipeline", "pretrain.dry_run", "report.report", "report.slices")
+    ours = [f"nnunet_autoreg.{name}" for name in names]
     for module in (
         "dynamic_network_architectures.architectures.primus",
         "nnunetv2.preprocessing.preprocessors.default_preprocessor",

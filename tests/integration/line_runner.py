@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 
 from fork_server import serve, take_over
 
+# What takes seconds to import, and is the same for all lines.
 MODULES = (
     "dynamic_network_architectures.architectures.primus",
     "matplotlib.figure",
@@ -29,6 +30,7 @@ def child(request):
     name, *arguments = request["line"]
     (entry,) = entry_points(group="console_scripts", name=name)
     sys.argv = [name, *arguments]
+    # As the program in the folder bin does.
     main = entry.load()
     try:
         return main() or 0

@@ -17,6 +17,7 @@ class PhantomRuns(phantom_place.PhantomPlace):
     """
 
     def __init__(self, root, runner, prefix):
+        # Variables of the user or of a runner above would change the run.
         super().__init__(root)
         own = ("autoreg_", prefix)
         clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}

@@ -14,11 +14,12 @@ from pathlib import Path
 from fork_server import serve, take_over
 from kill_runner import at_call, import_all, leave_out_pictures
 
+# Far longer than a stop may take, so that a test cannot pass because the work is done.
 LONG_S = 300.0
 
 
 def mark():
-    """Tell the test that the slow work has begun."""
+    """Show the test that the slow work has begun."""
     Path(os.environ["STOP_MARK"]).touch()
 
 
@@ -28,7 +29,7 @@ def wait_in_python(*arguments, **named):
 
 
 def ignore_exceptions(*arguments, **named):
-    """Work that goes on after any exception, as code with a bare ``except`` does.
+    """Work that continues after any exception, as code with a bare ``except`` does.
 
     One that follows later gets through.
     """
@@ -42,13 +43,14 @@ def ignore_exceptions(*arguments, **named):
 def wait_in_c(*arguments, **named):
     """A call of compiled code that no signal interrupts: a lock that is taken twice."""
     mark()
+    # 128 bytes are more than any system's pthread_mutex_t, and zeros are an unlocked one.
     lock, library = ctypes.create_string_buffer(128), ctypes.CDLL(None)
     library.pthread_mutex_lock(lock)
     library.pthread_mutex_lock(lock)
 
 
 def compile_slowly(*arguments, **named):
-    """A compiler that wraps whatever is raised inside it, as Dynamo does."""
+    """A compiler that wraps every exception raised inside it, as Dynamo does."""
     import torch
 
     def backend(graph, inputs):
@@ -79,6 +81,8 @@ def arm(point, way):
     from nnunet_autoreg.pretrain.validation import Validation
     from nnunet_autoreg.store import store
 
+    # The call at which work becomes slow: of a kind that is called again and again, one in the
+    # middle.
     owner, name, number = {
         "indexing": (index, "load_scan", 2),
         "planning": (pipeline, "check_initial_weights", 1),
@@ -98,7 +102,7 @@ def arm(point, way):
 
 
 def child(request):
-    # A session of its own, so that the test finds every process of the line.
+    # A separate session, so that the test finds every process of the line.
     os.setsid()
     os.environ["STOP_MARK"] = request["mark"]
     take_over(request)

@@ -18,6 +18,7 @@ from nnunet_autoreg.corpus.rows import OK, read_index
 
 pytestmark = pytest.mark.integration
 
+# Files in which names of cases are allowed: the user's own lists, and the private file.
 NAME = "Dataset004_Hippocampus"
 NUM_CASES = 8
 WITH_NAMES = ("exclude.txt", PRIVATE_NAME, "commands.log")
@@ -94,20 +95,22 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
     seen = [
         row for row in read_index(masked_run / "scans.csv", is_private=False) if row.status == OK
     ]
+    # The twin sees the pool only: no patient that is scored.
     assert len(seen) == len(record["pool"])
     assert (out / "benchmark.png").stat().st_size > 10_000 and "minus scratch" in (
         out / "table.md"
     ).read_text()
 
-    # Cases and dataset are called by names in the private files and in nnU-Net's own alone.
+    # Cases and dataset are called by names in the private files and only in nnU-Net's own.
     for folder in (out, root / "nnUNet_preprocessed" / "autoreg_store"):
         found = planted.leaks(folder, ["hippocampus"], WITH_NAMES)
         assert [leak for leak in found if not leak.startswith(OF_NNUNET)] == []
 
-    # How long the pretrainings take stands before all trainings, and once only.
+    # How long the pretrainings take is shown before all trainings, and only once.
     before, _, _ = done.stdout.partition("surface Dice")
     assert len(re.findall(r"^pretraining \S+: 2 steps, about ", before, re.MULTILINE)) == 2
 
+    # Nothing is trained again: no pretraining is announced, and no run is left.
     again = typed(root, *LINE, "-o", str(out))
     assert "pretraining" not in again.stdout
     assert again.returncode == 0 and re.search(r"\b4 of 4 runs\b.*\b0\b", again.stderr)
@@ -132,6 +135,7 @@ def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
         "--device",
         "cpu",
     ]
+    # Weights of all scans, also of the patients that the benchmark would score.
     program = str(Path(sys.executable).with_name("autoreg_pretrain"))
     subprocess.run([program, *line], env=environment(root), capture_output=True, check=True)
 
@@ -153,9 +157,6 @@ def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:
 
     last = done.stderr.strip().splitlines()[-1]
 
-    assert (
-        last.startswith(
-            "autoreg_benchmark: the pretraining 'all' saw 2 of the patients that are scored",
-        )
-        and "--exclude" in last
-    )
+    seen = "autoreg_benchmark: the pretraining 'all' saw 2 of the patients that are scored"
+    assert last.startswith(seen)
+    assert "--exclude" in last

@@ -61,6 +61,7 @@ def typed(home, line, *paths, results="nnUNet_results"):
 
 def pretrain_and_plan(home):
     """Pretrain, and plan a fine-tuning of one short epoch."""
+    # Two steps of a whole run: planning, preprocessing, training, export.
     typed(home, "autoreg_pretrain -d 4 --name brain --steps 2 --batch 2 --device cpu")
     printed = typed(home, "nnUNetv2_plan_and_preprocess -d 4 -pl AutoregPlanner -npfp 1 -np 1")
     assert "brain" in printed
@@ -69,6 +70,7 @@ def pretrain_and_plan(home):
     plans = json.loads(file.read_text())
     assert "2d" not in plans["configurations"]
     assert plans["autoreg"]["weights"]["name"] == "brain"
+    # One epoch of two steps.
     plans["autoreg"]["recipe"].update(
         num_epochs=1,
         num_iterations_per_epoch=2,
@@ -99,12 +101,14 @@ def test_the_chain_from_unlabelled_scans_to_an_exported_model(home):
 
     # From here on nothing needs the pretraining run.
     shutil.rmtree(home / "nnUNet_results/autoreg_pretraining")
+    # The prediction must come from the trained model only.
     typed(home, f"{train} {CHOICE} --val")
     typed(home, f"nnUNetv2_find_best_configuration 4 -c 3d_fullres -f 0 -np 1 {CHOICE}")
     scans = home / "nnUNet_raw" / NAME / "imagesTs"
     line = f"nnUNetv2_predict -d 4 -c 3d_fullres {CHOICE} {PREDICT}"
     typed(home, line, "-i", scans, "-o", home / "predicted")
 
+    # The model goes through a zip to other folders, as to another clinic.
     share(home)
     line = f"nnUNetv2_predict_from_modelfolder {PREDICT}"
     model = home / "elsewhere" / NAME / MODEL
@@ -113,6 +117,7 @@ def test_the_chain_from_unlabelled_scans_to_an_exported_model(home):
     before, after = probabilities_of(home / "predicted"), probabilities_of(home / "again")
     assert before.keys() == after.keys() and len(before) == 2
     for name, predicted in before.items():
+        # A constant map would be equal to another constant one.
         assert predicted.std() > 0
         assert np.array_equal(predicted, after[name])
 

@@ -25,6 +25,7 @@ from nnunet_autoreg.model.sizes import ENCODERS
 
 pytestmark = pytest.mark.integration
 
+# 14 cases in five folds: three or two for validation.
 NAME, NUM_CASES, NUM_TESTS = "Dataset961_Hippocampi", 14, 3
 MODEL = "AutoregClassificationTrainer__AutoregPlans__3d_fullres"
 CPU = torch.device("cpu")
@@ -46,12 +47,14 @@ def write_classes(dataset: Path) -> None:
     share_of = {}
     for file in sorted((dataset / "labelsTr").glob("*.nii.gz")):
         labels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
+        # Label 1 is the anterior part of a hippocampus.
         share_of[file.name.removesuffix(".nii.gz")] = (labels == 1).sum() / (labels > 0).sum()
     middle = float(np.median(list(share_of.values())))
     with (dataset / "classesTr.csv").open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(["case", "larger", "grade"])
         for number, (case, share) in enumerate(share_of.items()):
+            # Every fifth case has no grade; the others have three.
             grade = "" if number % 5 == 4 else number % 3
             writer.writerow([case, "anterior" if share > middle else "posterior", grade])
 
@@ -88,9 +91,8 @@ def shorten(root: Path) -> None:
     plans = json.loads(file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
     patch = [32, 48, 40]
-    configuration["patch_size"] = configuration["architecture"]["arch_kwargs"]["input_shape"] = (
-        patch
-    )
+    configuration["patch_size"] = patch
+    configuration["architecture"]["arch_kwargs"]["input_shape"] = patch
     configuration["batch_size"] = 2
     file.write_text(json.dumps(plans))
 
@@ -131,7 +133,9 @@ def test_training_writes_scores_beside_the_baselines(project: Path, finished: An
     assert block["balance"] == "none" and block["reasons"]["balance"]
     assert set(summary["baselines"]) == {"majority", "size", "linear_probe"}
     assert summary["baselines"]["majority"]["larger"]["auc"]["value"] == 0.5
+    # Fold 0 of 14 cases has three for validation.
     assert summary["tasks"]["larger"]["cases"] == 3
+    # A score after each of two epochs.
     assert len(finished.logger.local_logger.my_fantastic_logging["cls_auc"]) == 2
     assert "100.0 % of the encoder's parameters come from the file" in log_of(folder)
     assert "AUC of patches per task" in log_of(folder)
@@ -149,6 +153,7 @@ def test_folds_are_ours_and_foreign_files_stay(project: Path, finished: Any) -> 
 
     assert len(folds) == 5
     assert not (base / "splits_final.json").exists()
+    # The copy in the preprocessed folder has numbers in place of patients.
     copied = read_rows(base / "classesTr.csv")
     assert len({row.pop("patient") for row in copied}) == NUM_CASES
     assert copied == read_rows(project / "nnUNet_raw" / NAME / "classesTr.csv")
@@ -170,6 +175,7 @@ def test_a_finished_training_that_is_continued_keeps_its_weights(
 ) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
+    # As nnUNetv2_train --c does with a training that is finished.
     made = get_trainer_from_args(
         NAME,
         "3d_fullres",
@@ -190,6 +196,7 @@ def test_the_scratch_twin_and_fold_all_train(project: Path, finished: Any) -> No
     trained("all", "AutoregClassificationScratchTrainer_1epochs")
 
     folder = model_folder(project, "AutoregClassificationScratchTrainer_1epochs") / "fold_all"
+    # Fold "all" validates on its training cases, for which baselines would say nothing.
     summary = json.loads((folder / "validation" / "summary.json").read_text())
     assert summary["tasks"]["larger"]["cases"] == NUM_CASES
     assert summary["baselines"] is None
@@ -217,6 +224,7 @@ def test_new_scans_are_classified_after_export_and_install(
         "AutoregPlans",
         (0,),
     )
+    # Another clinic: other results, no preprocessed data needed.
     elsewhere = tmp_path / "results"
     elsewhere.mkdir()
     monkeypatch.setenv("nnUNet_results", str(elsewhere))
@@ -234,10 +242,13 @@ def test_new_scans_are_classified_after_export_and_install(
         values = [float(row["larger:anterior"]), float(row["larger:posterior"])]
         assert sum(values) == pytest.approx(1, abs=1e-5)
         assert row["larger"] == ("anterior", "posterior")[int(np.argmax(values))]
+
     capsys.readouterr()
+    # The same line finds all results.
     assert main([*line, "--device", "cpu"]) == 0
     assert f"{NUM_TESTS} of {NUM_TESTS} scans were done before" in capsys.readouterr().out
 
+    # A result of another model, and a damaged one.
     name = rows[0]["case"]
     result = tmp_path / "out" / f"{name}.json"
     changed = json.loads(result.read_text())
@@ -270,11 +281,13 @@ def test_a_classified_training_case_has_the_score_of_validation(
     assert main([*line, "-tr", "AutoregClassificationTrainer_2epochs", "--device", "cpu"]) == 0
 
     with (tmp_path / "out" / "classes.csv").open() as handle:
+        # Stored with 6 digits; the scan was resampled by another path of nnU-Net.
         (row,) = csv.DictReader(handle)
     assert float(row["larger:anterior"]) == pytest.approx(
         float(validated[0]["larger:anterior"]),
         abs=1e-4,
     )
+    # The same scores come from the table of predictions and the true classes.
     truth = project / "nnUNet_raw" / NAME / "classesTr.csv"
     scores = tmp_path / "metrics.json"
     assert evaluate(["-p", str(folder), "-g", str(truth), "-o", str(scores)]) == 0
@@ -329,6 +342,7 @@ def test_a_table_that_was_changed_is_refused_in_one_line(project: Path, finished
     file = project / "nnUNet_raw" / NAME / "classesTr.csv"
     content = file.read_text()
     try:
+        # The plan was made for the classes of before.
         file.write_text(content.replace("posterior", "behind"))
         with pytest.raises(SystemExit) as caught:
             trained(1)

@@ -13,13 +13,15 @@ from nnunet_folders import plan_and_preprocess, set_folders
 
 pytestmark = pytest.mark.integration
 
+# Two nodules per fold: one benign, one malignant.
 NAME, NUMBER, NUM_NODULES, NUM_TESTS = "Dataset962_Nodules", 962, 10, 2
 TRAINER = "AutoregClassificationTrainer_1epochs"
+# Small nodules are mostly benign and large ones mostly malignant, which the size would show.
 DIAMETERS_MM = (8.0, 14.0)
 
 
 def is_medium(row: dict[str, str]) -> bool:
-    """Return whether the size of a nodule does not tell its class."""
+    """Return whether the size of a nodule does not give away its class."""
     low, high = DIAMETERS_MM
     return low <= float(row["diameter_mm"]) <= high
 
@@ -84,6 +86,7 @@ def test_an_imported_encoder_of_ar_ssl4m_classifies_nodules(
     from nnunet_autoreg.cli.classify import main as classify
     from nnunet_autoreg.cli.weights import main as weights
 
+    # The small model has 12 heads, which its file does not state.
     assert weights(["import", str(checkpoint), "--heads", "12", "--name", "ar_ssl4m"]) == 0
     monkeypatch.setenv("autoreg_weights", "ar_ssl4m")
     plan_and_preprocess(NUMBER)
@@ -99,6 +102,7 @@ def test_an_imported_encoder_of_ar_ssl4m_classifies_nodules(
     log = "".join(file.read_text() for file in folder.glob("training_log_*.txt"))
     assert "100.0 % of the encoder's parameters come from the file" in log
     summary = json.loads((folder / "validation" / "summary.json").read_text())
+    # 10 cases in five folds.
     assert summary["tasks"]["malignancy"]["cases"] == NUM_NODULES // 5
     assert set(summary["baselines"]) == {"majority", "size", "linear_probe"}
     probed = list(csv.DictReader((folder / "validation" / "baseline_linear_probe.csv").open()))
@@ -106,6 +110,7 @@ def test_an_imported_encoder_of_ar_ssl4m_classifies_nodules(
     assert sorted(row["case"] for row in probed) == [row["case"] for row in validated]
     plans = json.loads((folder.parent / "plans.json").read_text())
     block = plans["configurations"]["3d_fullres"]["autoreg_classification"]
+    # A transformer has layer decay.
     assert block["layer_decay"] == 0.75
     with (out / "classes.csv").open() as handle:
         assert len(list(csv.DictReader(handle))) == NUM_TESTS

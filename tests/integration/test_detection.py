@@ -21,6 +21,7 @@ pytestmark = pytest.mark.integration
 
 NAME, NUM_CASES, SIDE = "Dataset902_ToyCubes", 10, 40
 CPU = torch.device("cpu")
+# Four stages of one block: an epoch of three steps takes seconds on a CPU.
 MINI = {
     **ENCODERS["resenc_tiny"].arguments,
     "n_stages": 4,
@@ -57,37 +58,26 @@ def plans_file(root: Path) -> Path:
 
 
 def shorten(root: Path) -> None:
+    """Plan two epochs of three steps with small patches."""
     plans = json.loads(plans_file(root).read_text())
     plans["autoreg"]["recipe"] |= {"num_iterations_per_epoch": 3, "num_val_iterations_per_epoch": 2}
     configuration = plans["configurations"]["3d_fullres"]
     configuration["autoreg_detection"]["num_epochs"] = 2
-    configuration["patch_size"] = configuration["architecture"]["arch_kwargs"]["input_shape"] = [
-        32,
-        32,
-        32,
-    ]
+    configuration["patch_size"] = [32, 32, 32]
+    configuration["architecture"]["arch_kwargs"]["input_shape"] = [32, 32, 32]
     configuration["batch_size"] = 2
     plans_file(root).write_text(json.dumps(plans))
 
 
 def trained(fold: int = 0, trainer: str = "AutoregDetectionTrainer", **options: Any) -> Any:
+    """Train and validate as ``nnUNetv2_train`` does; return the trainer."""
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-    made = get_trainer_from_args(
-        NAME,
-        "3d_fullres",
-        fold,
-        trainer,
-        "AutoregPlans",
-        options.get("continue_training", False),
-        CPU,
-    )
-    maybe_load_checkpoint(
-        made,
-        options.get("continue_training", False),
-        options.get("only_validation", False),
-    )
-    if not options.get("only_validation", False):
+    continues = options.get("continue_training", False)
+    validates = options.get("only_validation", False)
+    made = get_trainer_from_args(NAME, "3d_fullres", fold, trainer, "AutoregPlans", continues, CPU)
+    maybe_load_checkpoint(made, continues, validates)
+    if not validates:
         made.run_training()
     made.perform_actual_validation()
     return made
@@ -99,24 +89,18 @@ def finished(project: Path) -> Any:
 
 
 def fold_folder(root: Path) -> Path:
-    return (
-        root
-        / "nnUNet_results"
-        / NAME
-        / "AutoregDetectionTrainer__AutoregPlans__3d_fullres"
-        / "fold_0"
-    )
+    model = "AutoregDetectionTrainer__AutoregPlans__3d_fullres"
+    return root / "nnUNet_results" / NAME / model / "fold_0"
 
 
 def test_the_planner_writes_the_detection_block_that_dataset_json_asks_for(project: Path) -> None:
-    block = json.loads(plans_file(project).read_text())["configurations"]["3d_fullres"][
-        "autoreg_detection"
-    ]
+    configuration = json.loads(plans_file(project).read_text())["configurations"]["3d_fullres"]
+    block = configuration["autoreg_detection"]
 
     assert [c["name"] for c in block["classes"]] == ["solid", "holed"]
-    assert (
-        block["has_masks"] and block["anchors"]["mean_iou"] >= 0.7 and block["head_channels"] == 64
-    )
+    assert block["has_masks"] and block["anchors"]["mean_iou"] >= 0.7
+    # The size of the heads for an encoder of the size tiny.
+    assert block["head_channels"] == 64
 
 
 def test_training_writes_boxes_and_scores_and_val_reproduces_them(
@@ -126,15 +110,14 @@ def test_training_writes_boxes_and_scores_and_val_reproduces_them(
     folder = fold_folder(project)
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
 
+    # Fold 0 of ten cases has two for validation.
     assert summary["scans"]["number"] == 2 and "0.1" in summary["ap"] and summary["sweep"]["tried"]
-
     for case in summary["scans"]["names"]:
-        assert (
-            json.loads((folder / "validation_detection" / f"{case}.json").read_text())["shape_zyx"]
-            == [SIDE] * 3
-        )
+        found = json.loads((folder / "validation_detection" / f"{case}.json").read_text())
+        assert found["shape_zyx"] == [SIDE] * 3
         assert (folder / "validation" / f"{case}.nii.gz").is_file()
 
+    # A score of patches after each of two epochs.
     assert len(finished.logger.local_logger.my_fantastic_logging["det_map"]) == 2
 
     (folder / "validation_detection" / "summary_detection.json").unlink()
@@ -153,15 +136,13 @@ def test_a_checkpoint_holds_the_average_and_the_weights_of_training(
     own = saved["optimizer_state"]["autoreg_training_weights"]
     network = finished.unwrapped()
 
-    assert all(torch.equal(value, p) for value, p in zip(own, network.parameters(), strict=True))
-    assert any(
-        not torch.equal(saved["network_weights"][name], value)
-        for name, value in zip(names, own, strict=True)
-    )
-    assert all(
-        torch.equal(saved["network_weights"][n], v)
-        for n, v in zip(names, finished.average.values, strict=True)
-    )
+    # nnU-Net predicts with the average, and a training continues with the trained weights.
+    averaged = [saved["network_weights"][name] for name in names]
+    trained_pairs = zip(own, network.parameters(), strict=True)
+    assert all(torch.equal(value, p) for value, p in trained_pairs)
+    assert any(not torch.equal(a, b) for a, b in zip(averaged, own, strict=True))
+    average_pairs = zip(averaged, finished.average.values, strict=True)
+    assert all(torch.equal(a, b) for a, b in average_pairs)
 
 
 def test_a_stopped_training_continues_with_its_own_weights(project: Path, finished: Any) -> None:
@@ -204,6 +185,7 @@ def test_stock_prediction_gives_the_auxiliary_segmentation(
         (0,),
         "checkpoint_final.pth",
     )
+    # A diagonal of ones: not constant, so that it can be normalised.
     segmentation = predictor.predict_single_npy_array(
         np.zeros((1, SIDE, SIDE, SIDE), np.float32) + np.eye(SIDE, dtype=np.float32),
         {"spacing": [1.0, 1.0, 1.0]},
@@ -222,7 +204,7 @@ def test_the_pretrained_encoder_is_loaded_and_the_heads_are_not_part_of_it(
     assert "decoder, detection (random)" in log
 
 
-def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_go_on(
+def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_continue(
     project: Path,
     finished: Any,
     tmp_path: Path,
@@ -244,19 +226,16 @@ def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_go_on(
 
     found = json.loads((tmp_path / "out" / "toy_00.json").read_text())
 
-    assert (
-        found["shape_zyx"] == [SIDE] * 3
-        and found["classes"] == {"solid": 1, "holed": 2}
-        and found["model"]["folds"] == ["0"]
-    )
-
+    assert found["shape_zyx"] == [SIDE] * 3
+    assert found["classes"] == {"solid": 1, "holed": 2}
+    assert found["model"]["folds"] == ["0"]
     for kind in ("boxes", "instances"):
         image = SimpleITK.ReadImage(str(tmp_path / "out" / f"toy_00_{kind}.nii.gz"))
         assert image.GetSize() == (SIDE,) * 3
+    assert (tmp_path / "out" / "toy_01.mrk.json").is_file()
+    assert (tmp_path / "out" / "detections.csv").is_file()
 
-    assert (tmp_path / "out" / "toy_01.mrk.json").is_file() and (
-        tmp_path / "out" / "detections.csv"
-    ).is_file()
+    # The same line finds both results; another limit of the score needs others.
     assert main(line) == 0 and "2 of 2" in capsys.readouterr().out
     with refused(UsageError, "results-of-another-run", "toy_00.json", "settings.min_score: "):
         main.__wrapped__([*line, "--min-score", "0.9"])
@@ -264,16 +243,9 @@ def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_go_on(
 
     labels = project / "nnUNet_raw" / NAME / "labelsTr"
 
-    assert (
-        evaluate(
-            ["-p", str(tmp_path / "out"), "-g", str(labels), "-o", str(tmp_path / "scores.json")],
-        )
-        == 0
-    )
-    assert json.loads((tmp_path / "scores.json").read_text())["scans"]["names"] == [
-        "toy_00",
-        "toy_01",
-    ]
+    scores = tmp_path / "scores.json"
+    assert evaluate(["-p", str(tmp_path / "out"), "-g", str(labels), "-o", str(scores)]) == 0
+    assert json.loads(scores.read_text())["scans"]["names"] == ["toy_00", "toy_01"]
 
 
 def test_wrong_models_and_scans_are_refused_with_a_remedy(

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.integration
 
 NAME = "Dataset004_Hippocampus"
 NUM_CASES = 10
+# Not nnU-Net's default for NIfTI, so that a reader that is ignored would be noticed.
 READER = "NibabelIOWithReorient"
 CPU = torch.device("cpu")
 
@@ -48,6 +49,7 @@ def project(
 
 
 def ask_for_reader(root: Path, name: str) -> None:
+    """Name a reader in dataset.json."""
     file = root / "nnUNet_raw" / NAME / "dataset.json"
     described = json.loads(file.read_text())
     file.write_text(json.dumps({**described, "overwrite_image_reader_writer": name}))
@@ -63,15 +65,10 @@ def read_plans(root: Path) -> dict[str, Any]:
 
 
 def shorten(root: Path, **recipe: Any) -> None:
+    """Plan one epoch of two steps; ``recipe`` changes this."""
     plans = read_plans(root)
-    plans["autoreg"]["recipe"].update(
-        {
-            "num_epochs": 1,
-            "num_iterations_per_epoch": 2,
-            "num_val_iterations_per_epoch": 1,
-            **recipe,
-        },
-    )
+    short = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+    plans["autoreg"]["recipe"].update({**short, **recipe})
     plans_file(root).write_text(json.dumps(plans))
 
 
@@ -91,18 +88,14 @@ def fold(root: Path, trainer: str) -> Path:
 
 
 def checkpoint(root: Path, trainer: str) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(
-        fold(root, trainer) / "checkpoint_final.pth",
-        map_location=CPU,
-        weights_only=False,
-    )
+    file = fold(root, trainer) / "checkpoint_final.pth"
+    found: dict[str, Any] = torch.load(file, map_location=CPU, weights_only=False)
     return found
 
 
 def logs(root: Path, trainer: str) -> str:
-    return "\n".join(
-        log.read_text() for log in sorted(fold(root, trainer).glob("training_log_*.txt"))
-    )
+    files = sorted(fold(root, trainer).glob("training_log_*.txt"))
+    return "\n".join(file.read_text() for file in files)
 
 
 @contextmanager
@@ -120,6 +113,8 @@ def ends_in_one_line(*values: str) -> Iterator[None]:
 def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
     plans = read_plans(project)
 
+    # 2D and low resolution were asked for as well: pretrained encoders are for 3D at full
+    # resolution.
     assert list(plans["configurations"]) == ["3d_fullres"]
 
     full = plans["configurations"]["3d_fullres"]
@@ -130,10 +125,9 @@ def test_the_plan_fits_the_encoder_and_is_our_own(project: Path) -> None:
     # The reader that dataset.json asks for; trainings and predictions below go by it.
     assert plans["image_reader_writer"] == READER
     assert plans["autoreg"]["weights"]["file"] == "autoreg_pretraining/brain/encoder.safetensors"
-    assert (
-        len(list((plans_file(project).parent / "AutoregPlans_3d_fullres").glob("*.b2nd")))
-        == 2 * NUM_CASES
-    )
+    # An image and a label map for each case.
+    folder = plans_file(project).parent / "AutoregPlans_3d_fullres"
+    assert len(list(folder.glob("*.b2nd"))) == 2 * NUM_CASES
 
 
 def test_planning_again_keeps_only_the_users_configurations(
@@ -144,26 +138,25 @@ def test_planning_again_keeps_only_the_users_configurations(
 
     plans = read_plans(project)
     plans["plans_name"] = "Other"
+    # A configuration that nnU-Net's planner would have made, and one that a user has added.
     plans["configurations"]["3d_lowres"] = plans["configurations"]["3d_fullres"]
     plans["configurations"]["bs4"] = {"inherits_from": "3d_fullres", "batch_size": 4}
     plans_file(project, "Other").write_text(json.dumps(plans))
-    plan_experiments(
-        [4],
-        "AutoregPlanner",
-        12.0,
-        overwrite_plans_name="Other",
-        overwrite_target_spacing=(1.5, 1.5, 1.5),
-    )
+
+    spacing = (1.5, 1.5, 1.5)
+    options = {"overwrite_plans_name": "Other", "overwrite_target_spacing": spacing}
+    plan_experiments([4], "AutoregPlanner", 12.0, **options)
+
     again = json.loads(plans_file(project, "Other").read_text())
     assert list(again["configurations"]) == ["3d_fullres", "bs4"]
     assert again["configurations"]["3d_fullres"]["spacing"] == [1.5, 1.5, 1.5]
+    # The default length: the shortened recipe of the fixture is not kept.
     assert again["autoreg"]["recipe"]["num_epochs"] == 150
     printed = capsys.readouterr().out
     assert "weights: brain - the newest finished run that suits" in printed
     assert "2D U-Net" not in printed
-    assert (
-        f"next: nnUNetv2_train {NAME} 3d_fullres 0 -tr AutoregPretrainedTrainer -p Other" in printed
-    )
+    line = f"nnUNetv2_train {NAME} 3d_fullres 0 -tr AutoregPretrainedTrainer -p Other"
+    assert f"next: {line}" in printed
 
 
 def test_a_reader_that_nnunet_does_not_have_is_named(
@@ -174,6 +167,7 @@ def test_a_reader_that_nnunet_does_not_have_is_named(
 
     ask_for_reader(project, "MyReader")
     plan_experiments([4], "AutoregPlanner", overwrite_plans_name="Readers")
+    # The fixture is shared by the tests of this file.
     ask_for_reader(project, READER)
 
     plans = json.loads(plans_file(project, "Readers").read_text())
@@ -190,6 +184,7 @@ def test_planning_without_suitable_weights_ends_in_one_line(
 ) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
+    # A typing error of "brain".
     monkeypatch.setenv("autoreg_weights", "brian")
     with ends_in_one_line("autoreg_weights=brian", "'brain'"):
         plan_experiments([4], "AutoregPlanner", overwrite_plans_name="Nothing")
@@ -202,9 +197,11 @@ def test_a_training_resumes_and_predicts_without_the_weights(
     tmp_path: Path,
 ) -> None:
     trainer = "AutoregPretrainedTrainer"
+    # The plans decide; a variable that was set later is not used.
     monkeypatch.setenv("autoreg_weights", "other")
     train(trainer, export_validation_probabilities=True)
     assert "autoreg_weights=other is ignored" in logs(project, trainer)
+    # The crop of pretraining had 4 x 5 x 4 tokens, the patch of 40 x 56 x 40 has 5 x 7 x 5.
     assert "eva.pos_embed (positions 4x5x4 -> 5x7x5, trilinear)" in logs(project, trainer)
     assert (fold(project, trainer) / "validation" / "summary.json").is_file()
     assert list((fold(project, trainer) / "validation").glob("*.npz"))
@@ -212,21 +209,21 @@ def test_a_training_resumes_and_predicts_without_the_weights(
     first = checkpoint(project, trainer)
     # nnU-Net's own trainer cannot build a transformer.
     assert first["trainer_name"] == trainer
-    given = load_file(project / "nnUNet_results/autoreg_pretraining/brain/encoder.safetensors")[
-        "eva.blocks.0.attn.q_proj.weight"
-    ]
-    assert (first["network_weights"]["eva.blocks.0.attn.q_proj.weight"] - given).abs().max() < 0.01
+    key = "eva.blocks.0.attn.q_proj.weight"
+    brain = project / "nnUNet_results/autoreg_pretraining/brain"
+    given = load_file(brain / "encoder.safetensors")[key]
+    # Two steps with a rate of at most 1e-3 have moved the weights a little from where they started.
+    assert (first["network_weights"][key] - given).abs().max() < 0.01
 
-    shutil.rmtree(project / "nnUNet_results" / "autoreg_pretraining" / "brain")
+    shutil.rmtree(brain)
     shorten(project, num_epochs=2)
     train(trainer, continue_training=True)
     second = checkpoint(project, trainer)
     assert (first["current_epoch"], second["current_epoch"]) == (1, 2)
-    assert not torch.equal(
-        first["network_weights"]["eva.pos_embed"],
-        second["network_weights"]["eva.pos_embed"],
-    )
+    key = "eva.pos_embed"
+    assert not torch.equal(first["network_weights"][key], second["network_weights"][key])
     train(trainer, only_run_validation=True, val_with_best=True)
+    # The shape of the first hippocampus.
     assert predict(project, trainer, tmp_path) == (35, 51, 35)
 
 
@@ -239,6 +236,7 @@ def predict(root: Path, trainer: str, output: Path) -> tuple[int, ...]:
     image = root / "nnUNet_raw" / NAME / "imagesTr" / "hippocampus_001_0000.nii.gz"
     predictor.predict_from_files_sequential([[str(image)]], str(output))
     labels = sitk.GetArrayFromImage(sitk.ReadImage(str(output / "hippocampus_001.nii.gz")))
+    # Its labels are background, anterior and posterior.
     assert set(np.unique(labels)) <= {0, 1, 2}
     return tuple(labels.shape)
 
@@ -275,6 +273,7 @@ def test_wrong_combinations_end_in_one_line_with_the_right_command(project: Path
     with ends_in_one_line("-tr AutoregPretrainedTrainer"):
         train("nnUNetTrainer")
 
+    # Stock plans lack the block of ours.
     plans = read_plans(project)
     del plans["autoreg"]
     content = {**plans, "plans_name": "nnUNetPlans"}
@@ -282,9 +281,11 @@ def test_wrong_combinations_end_in_one_line_with_the_right_command(project: Path
     with ends_in_one_line("nnUNetPlans.json", "-p AutoregPlans"):
         train("AutoregPretrainedTrainer", plans="nnUNetPlans")
 
+    # A transformer for 3D has no 2D configuration.
     with ends_in_one_line("AutoregPlans.json", "'2d'", "3d_fullres"):
         train("AutoregPretrainedTrainer", configuration="2d")
 
+    # Plans made with autoreg_weights=none.
     plans = read_plans(project)
     plans["autoreg"]["weights"] = None
     plans_file(project, "Scratch").write_text(json.dumps({**plans, "plans_name": "Scratch"}))

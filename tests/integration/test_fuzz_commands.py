@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
+# More examples take half a minute each.
 NUM_EXAMPLES = int(os.environ.get("AUTOREG_FUZZ_COMMANDS", "2"))
 FILES = ("plan.json", "encoder.json", "scans.csv", "paths_do_not_share.csv")
 

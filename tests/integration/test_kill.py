@@ -30,6 +30,7 @@ ALICE = [
     "--objective",
     "alice",
 ]
+# Small slabs and few of their clusters, so that all happens within eight steps.
 JOINT = [
     "data.holdout_fraction=0.4",
     "objective.width=16",
@@ -41,8 +42,10 @@ JOINT = [
     "--objective",
     "joint",
 ]
+# Metrics that only these objectives have.
 OF_ALICE = ("train_classes", "train_patches", "centre_norm_patches", "teacher_entropy_patches")
 OF_JOINT = ("train_slabs", "train_volumes", "train_hidden", "cluster_entropy", "bank_filled")
+# What a run that was killed and typed again must reproduce exactly: everything but times.
 REPRODUCED = (
     *OF_ALICE,
     *OF_JOINT,
@@ -82,8 +85,15 @@ def whole(place):
 
 
 def reproduced(folder):
+    """Return the metrics of a run that do not depend on the speed of the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(x["step"], x["name"], x["value"]) for x in lines if x["name"] in REPRODUCED]
+
+
+# Where a line is killed, and its exit status: the main process survives the death of a worker.
+def weights_of(folder):
+    """Return the bytes of the exported weights of a run."""
+    return (folder / "encoder.safetensors").read_bytes()
 
 
 POINTS = {
@@ -99,6 +109,7 @@ POINTS = {
     "export": -signal.SIGKILL,
     "after the export, before the finished mark": -signal.SIGKILL,
 }
+# In the store of the other runs everything is preprocessed already.
 NEED_AN_EMPTY_STORE = ("preprocessing", "in a worker")
 
 
@@ -107,6 +118,7 @@ def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place,
     name, store = point.replace(" ", "_").replace(",", ""), "nnUNet_preprocessed"
     if point in NEED_AN_EMPTY_STORE:
         store = f"store {point}"
+
     assert place.run(name, point, store) == POINTS[point], place.output(name)[-2000:]
 
     folder = place.folder(name)
@@ -117,35 +129,34 @@ def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place,
 
     if point == "in a worker":
         assert "a worker process died" in killed.splitlines()[-1]
+
     assert place.run(name, None, store) == 0, place.output(name)[-2000:]
 
     again = place.output(name)[len(killed) :]
     assert "Traceback" not in again
-    assert (folder / "encoder.safetensors").read_bytes() == (
-        whole / "encoder.safetensors"
-    ).read_bytes()
+    assert weights_of(folder) == weights_of(whole)
     assert reproduced(folder) == reproduced(whole)
+    # Neither files that were half written nor damaged checkpoints are left.
     assert not list(folder.glob(TEMPORARY_FILES))
     assert {path: damage_of(folder / path) for path in RESUMABLE} == dict.fromkeys(RESUMABLE, "")
 
 
 def test_a_flipped_bit_in_a_checkpoint_falls_back_to_the_one_before(place, whole):
+    # Killed during the export, so that all checkpoints exist: after 3, 6 and 8 steps.
     assert place.run("flipped", "export") == -signal.SIGKILL
 
     latest = place.folder("flipped") / "checkpoint_latest.pth"
     data = bytearray(latest.read_bytes())
     data[len(data) // 2] ^= 4
     latest.write_bytes(data)
+
     assert place.run("flipped") == 0, place.output("flipped")[-2000:]
 
-    told = [line for line in place.output("flipped").splitlines() if "its checksum differs" in line]
-    assert len(told) == 1
-    assert told[0].endswith(
-        "is now checkpoint_latest.pth.damaged; continuing from checkpoint_previous.pth, step 6",
-    )
-    assert (place.folder("flipped") / "encoder.safetensors").read_bytes() == (
-        whole / "encoder.safetensors"
-    ).read_bytes()
+    shown = place.output("flipped").splitlines()
+    (found,) = [line for line in shown if "its checksum differs" in line]
+    now = "is now checkpoint_latest.pth.damaged; continuing from checkpoint_previous.pth, step 6"
+    assert found.endswith(now)
+    assert weights_of(place.folder("flipped")) == weights_of(whole)
 
 
 def test_two_kills_in_a_row_and_foreign_files_change_nothing(place, whole):
@@ -156,13 +167,12 @@ def test_two_kills_in_a_row_and_foreign_files_change_nothing(place, whole):
 
     assert place.run("twice", "while writing metrics.jsonl") == -signal.SIGKILL
     assert place.run("twice") == 0
-    assert (place.folder("twice") / "encoder.safetensors").read_bytes() == (
-        whole / "encoder.safetensors"
-    ).read_bytes()
+    assert weights_of(place.folder("twice")) == weights_of(whole)
     assert theirs.read_text() == "keep"
 
 
 def test_a_loader_process_ends_with_the_main_process(tmp_path):
+    # The main process starts a loader, prints its process id, and dies without a chance to tell it.
     script = tmp_path / "main.py"
     script.write_text(
         "import os, signal, multiprocessing\n"
@@ -181,13 +191,14 @@ def test_a_loader_process_ends_with_the_main_process(tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
 
     worker, deadline = Path(f"/proc/{int(done.stdout)}"), time.monotonic() + 10
-    while (
-        worker.exists()
-        and "Z" not in (worker / "stat").read_text().split()[2]
-        and time.monotonic() < deadline
-    ):
+
+    def has_ended():
+        """Return whether the process is gone or a zombie, which nobody has waited for."""
+        return not worker.exists() or "Z" in (worker / "stat").read_text().split()[2]
+
+    while not has_ended() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not worker.exists() or "Z" in (worker / "stat").read_text().split()[2]
+    assert has_ended()
 
     shutil.rmtree(tmp_path)
 
@@ -203,16 +214,14 @@ def whole_alice(place):
     "point",
     ["in the middle of a step", "between the two renames of a checkpoint", "export"],
 )
-def test_a_killed_run_of_alice_goes_on_with_the_same_teacher(place, whole_alice, point):
+def test_a_killed_run_of_alice_continues_with_the_same_teacher(place, whole_alice, point):
     name = f"alice_{point}".replace(" ", "_")
     assert place.run(name, point, options=ALICE) == POINTS[point], place.output(name)[-2000:]
 
     assert place.run(name, options=ALICE) == 0, place.output(name)[-2000:]
 
     folder = place.folder(name)
-    assert (folder / "encoder.safetensors").read_bytes() == (
-        whole_alice / "encoder.safetensors"
-    ).read_bytes()
+    assert weights_of(folder) == weights_of(whole_alice)
     assert reproduced(folder) == reproduced(whole_alice)
     assert set(OF_ALICE) <= {metric for _, metric, _ in reproduced(folder)}
 
@@ -225,6 +234,7 @@ def test_a_killed_run_of_alice_goes_on_with_the_same_teacher(place, whole_alice,
 def test_a_killed_joint_run_on_volumes_and_pictures_leaves_the_same_bytes(place):
     pictures = place.root / "pictures"
     pictures.mkdir()
+    # Four pictures beside the five volumes of the place.
     for number in range(4):
         values = np.random.default_rng(number).integers(1, 250, (24, 30), dtype=np.uint8)
         SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(pictures / f"{number}.png"))
@@ -236,11 +246,10 @@ def test_a_killed_joint_run_on_volumes_and_pictures_leaves_the_same_bytes(place)
     assert place.run("joint", options=options) == 0, place.output("joint")[-2000:]
 
     whole, folder = place.folder("whole_joint"), place.folder("joint")
-    assert (folder / "encoder.safetensors").read_bytes() == (
-        whole / "encoder.safetensors"
-    ).read_bytes()
+    assert weights_of(folder) == weights_of(whole)
     assert reproduced(folder) == reproduced(whole)
     assert set(OF_JOINT) <= {metric for _, metric, _ in reproduced(folder)}
+    # Half as many samples of images as views of volumes.
     weights = json.loads((folder / "plan.json").read_text())["sequence"]["weights"]
     assert weights == {"views": 1.0, "images": 0.5}
 

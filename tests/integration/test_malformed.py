@@ -31,9 +31,10 @@ Make = Callable[[Path], object]
 
 
 def seen(folder: Path) -> list[tuple[str, str]]:
-    """(status, reason) of every row that is no usable scan."""
+    """(status, reason) of every row that is not a usable scan."""
     rows = []
     for one in find_scans([], [folder]):
+        # A candidate without a status may still turn out to be bad when it is read.
         status, reason = one.status, one.reason
         if not status:
             try:
@@ -60,28 +61,27 @@ def changed(number: int, **changes: Any) -> Make:
 
 
 def one_object(sop_class: str, modality: str, **changes: Any) -> Make:
+    """A single file of another kind of DICOM object, which has no pixels."""
     values = {"t00080060": ("CS", modality), **changes}
-    return lambda folder: d.write(
-        folder / "x.dcm",
-        d.slice_values(0, sop_class=f"1.2.840.10008.5.1.4.1.1.{sop_class}", **values),
-    )
+    tags = d.slice_values(0, sop_class=f"1.2.840.10008.5.1.4.1.1.{sop_class}", **values)
+    return lambda folder: d.write(folder / "x.dcm", tags)
 
 
 def at(*heights_mm: float) -> Make:
     """A series with slices at these heights."""
 
     def make(folder: Path) -> None:
+        array = d.volume(len(heights_mm))
         for number, height in enumerate(heights_mm):
-            d.write(
-                folder / f"{number}.dcm",
-                d.slice_values(number, z_mm=height),
-                d.volume(len(heights_mm))[number],
-            )
+            values = d.slice_values(number, z_mm=height)
+            d.write(folder / f"{number}.dcm", values, array[number])
 
     return make
 
 
 def cut(name: str, keep: int, make: Make) -> Make:
+    """What ``make`` writes, with one file cut after ``keep`` bytes."""
+
     def made(folder: Path) -> None:
         make(folder)
         path = folder / name
@@ -91,7 +91,9 @@ def cut(name: str, keep: int, make: Make) -> Make:
 
 
 def tilted(folder: Path) -> None:
+    """A CT with a tilted gantry: each slice is 0.5 mm further in y, and 2 mm in z."""
     for number, pixels in enumerate(d.volume()):
+        # atan(0.5 / 2) = 14 degrees, which the field of the tilt says too.
         changes = {
             "t00200032": ("DS", (0.0, 0.5 * number, 2.0 * number)),
             "t00181120": ("DS", "14"),
@@ -101,35 +103,29 @@ def tilted(folder: Path) -> None:
 
 def doubled(folder: Path) -> None:
     d.write_series(folder)
-    d.write(
-        folder / "again.dcm",
-        d.slice_values(3, t00080018=("UI", "1.2.999")),
-        d.volume(seed=2)[3],
-    )
+    # A second slice at the height of slice 3, with another id.
+    again = d.slice_values(3, t00080018=("UI", "1.2.999"))
+    d.write(folder / "again.dcm", again, d.volume(seed=2)[3])
 
 
 def all_doubled(folder: Path) -> None:
     for again in range(2):
         for number, pixels in enumerate(d.volume()):
-            d.write(
-                folder / f"{again}_{number}.dcm",
-                d.slice_values(number, t00080018=("UI", f"1.2.{again}.{number}")),
-                pixels,
-            )
+            values = d.slice_values(number, t00080018=("UI", f"1.2.{again}.{number}"))
+            d.write(folder / f"{again}_{number}.dcm", values, pixels)
 
 
 def radial(folder: Path) -> None:
+    """Slices that turn around an axis, as in a cholangiography."""
     for number, pixels in enumerate(d.volume()):
         angle = np.pi * number / 8
         direction = (float(np.cos(angle)), float(np.sin(angle)), 0, 0, 0, 1)
-        d.write(
-            folder / f"{number}.dcm",
-            d.slice_values(number, t00200037=("DS", direction)),
-            pixels,
-        )
+        values = d.slice_values(number, t00200037=("DS", direction))
+        d.write(folder / f"{number}.dcm", values, pixels)
 
 
 def colour(folder: Path) -> None:
+    # Three samples per pixel: 20 columns of red, green and blue.
     for number in range(8):
         values = d.slice_values(
             number,
@@ -141,17 +137,16 @@ def colour(folder: Path) -> None:
 
 
 def compressed(folder: Path) -> None:
-    """A JPEG 2000 syntax with bytes that are none."""
+    """A JPEG 2000 syntax with bytes that are not a stream of it."""
+    # An empty table of offsets, one fragment of 8 bytes, and the end of the sequence.
+    table = struct.pack("<HHI", 0xFFFE, 0xE000, 0)
+    fragment = struct.pack("<HHI", 0xFFFE, 0xE000, 8) + b"nonsense"
+    end = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
     for number in range(8):
-        fragments = (
-            struct.pack("<HHI", 0xFFFE, 0xE000, 0)
-            + struct.pack("<HHI", 0xFFFE, 0xE000, 8)
-            + b"nonsense"
-        )
-        values = d.slice_values(number) | {
-            0x7FE00010: ("OB", fragments + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)),
-        }
+        values = d.slice_values(number) | {0x7FE00010: ("OB", table + fragment + end)}
+
         path = d.write(folder / f"{number}.dcm", values, syntax="1.2.840.10008.1.2.4.90")
+        # Compressed pixels have an undefined length, which the writer of the tests cannot write.
         content = bytearray(path.read_bytes())
         place = content.index(b"\xe0\x7f\x10\x00OB")
         content[place + 8 : place + 12] = b"\xff" * 4
@@ -161,23 +156,24 @@ def compressed(folder: Path) -> None:
 def overlong_length(folder: Path) -> None:
     path = d.write(folder / "x.dcm", d.slice_values(0), d.volume(1)[0])
     content = bytearray(path.read_bytes())
+    # The study's identifier claims to have 65 535 bytes.
     place = content.index(b"\x20\x00\x0d\x00UI")
     content[place + 6 : place + 8] = b"\xff\xff"
     path.write_bytes(bytes(content))
 
 
 def nested_forever(folder: Path) -> None:
-    deep = (
-        struct.pack("<HH", 0x0008, 0x1140)
-        + b"SQ\0\0\xff\xff\xff\xff"
-        + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
-    )
+    # A sequence and an item of undefined length, again and again without an end.
+    sequence = struct.pack("<HH", 0x0008, 0x1140) + b"SQ\0\0\xff\xff\xff\xff"
+    deep = sequence + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
     path = d.write(folder / "x.dcm", {0x00080016: ("UI", d.CT)})
     path.write_bytes(path.read_bytes() + deep * 5000)
 
 
 def enhanced(positions: int, frames: int, **changes: Any) -> Make:
-    values = d.multiframe_values([(0.0, 0.0, 2.0 * i) for i in range(positions)], **changes)
+    """An enhanced file whose number of frames may differ from its number of positions."""
+    places = [(0.0, 0.0, 2.0 * i) for i in range(positions)]
+    values = d.multiframe_values(places, **changes)
     values[0x00280008] = ("IS", str(frames))
     return lambda folder: d.write(folder / "x.dcm", values, d.volume(frames))
 
@@ -195,6 +191,7 @@ def zip_of(*entries: tuple[str, bytes], name: str = "x.zip") -> Make:
 def encrypted(folder: Path) -> None:
     zip_of(("a.nii.gz", b"x"))(folder)
     content = bytearray((folder / "x.zip").read_bytes())
+    # The flag of encryption, in the header of the member and in the table at the end.
     content[6] |= 1
     content[content.index(b"PK\x01\x02") + 8] |= 1
     (folder / "x.zip").write_bytes(bytes(content))
@@ -203,6 +200,7 @@ def encrypted(folder: Path) -> None:
 def damaged_member(folder: Path) -> None:
     zip_of(("a.nii.gz", os.urandom(5000)))(folder)
     content = bytearray((folder / "x.zip").read_bytes())
+    # In the middle of the compressed data.
     content[2000] ^= 0xFF
     (folder / "x.zip").write_bytes(bytes(content))
 
@@ -256,15 +254,17 @@ def text_header(name: str, old: str, new: str) -> Make:
     return make
 
 
+# One NaN, and blocks of 4 x 8 x 8 voxels with the labels 0 to 7.
 NAN = d.volume().astype(np.float32)
 NAN[2, 3, 4] = np.nan
-LABELS = np.repeat(np.repeat(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), 8, 1), 8, 2).repeat(
-    4,
-    0,
-)
+LABELS = np.arange(8, dtype=np.uint8).reshape(2, 2, 2)
+for axis, times in enumerate((4, 8, 8)):
+    LABELS = np.repeat(LABELS, times, axis)
+# The kind "secondary capture": a picture of a screen.
 SHOT = "1.2.840.10008.5.1.4.1.1.7"
 IMAGE_TYPE = "t00080008"
 
+# Name -> what makes the folder, the status of its row, and the values that the reason must name.
 DICOM: dict[str, tuple[Make, str, tuple[str, ...]]] = {
     "slice_missing": (
         series(skip=(4,)),
@@ -410,6 +410,7 @@ DICOM: dict[str, tuple[Make, str, tuple[str, ...]]] = {
     ),
 }
 
+# The same for other formats. Offsets of NIfTI-1: 40 for dimensions, 76 for voxel sizes.
 FILES: dict[str, tuple[Make, str, tuple[str, ...]]] = {
     "zip_slip": (zip_of(("../../evil.nii.gz", b"x")), "unreadable", ("/ or ..",)),
     "zip_absolute": (zip_of(("/etc/evil.nii.gz", b"x")), "unreadable", ("/ or ..",)),
@@ -533,9 +534,11 @@ def test_malformed_files_and_archives_get_one_row_with_their_reason(
     make(tmp_path / "pool")
 
     check_row(tmp_path / "pool", status, named)
+    # "zip_slip" and "zip_absolute" try to write this file outside of the pool.
     assert not list(tmp_path.parent.rglob("evil*"))
 
 
+# The values of the tags below, each of which names or dates the patient.
 PLANTED = (
     "Dumbledore",
     "Albus",
@@ -574,29 +577,30 @@ def plant(pool: Path) -> None:
     d.write_series(pool / series / "good", series="1.1", **planted())
     d.write_series(pool / series / "gap", series="1.2", skip=(3,), **planted())
     d.write_series(pool / series / "shot", series="1.3", sop_class=SHOT, **planted())
-    d.write_series(
-        pool / series / "derived",
-        series="1.4",
-        **planted(**{IMAGE_TYPE: ("CS", "DERIVED\\SECONDARY\\Dumbledore")}),
-    )
-    d.write(
-        pool / series / "rs" / "Dumbledore.dcm",
-        d.slice_values(0, "1.5", "1.2.840.10008.5.1.4.1.1.481.3", **planted()),
-    )
-    d.write(
-        pool / series / "odd" / "Albus.dcm",
-        d.slice_values(0, "1.6", "1.2.3.4", **planted(t00080060=("CS", "Dumbledore"))),
-    )
+    words = {IMAGE_TYPE: ("CS", "DERIVED\\SECONDARY\\Dumbledore")}
+    d.write_series(pool / series / "derived", series="1.4", **planted(**words))
+    # An RTSTRUCT, an object of an unknown kind, text, and a file that is cut short.
+    contours = d.slice_values(0, "1.5", "1.2.840.10008.5.1.4.1.1.481.3", **planted())
+    d.write(pool / series / "rs" / "Dumbledore.dcm", contours)
+    unknown = planted(t00080060=("CS", "Dumbledore"))
+    d.write(pool / series / "odd" / "Albus.dcm", d.slice_values(0, "1.6", "1.2.3.4", **unknown))
     (pool / series / "odd" / "Dumbledore.dcm").write_bytes(b"Dumbledore" * 50)
     (pool / series / "cut.dcm").write_bytes((pool / series / "good" / "003.dcm").read_bytes()[:-50])
     with zipfile.ZipFile(pool / "export.zip", "w") as archive:
         for number, pixels in enumerate(d.volume(seed=4)):
-            path = d.write(
-                pool.parent / "x.dcm",
-                d.slice_values(number, "1.7", **planted()),
-                pixels,
-            )
+            values = d.slice_values(number, "1.7", **planted())
+            path = d.write(pool.parent / "x.dcm", values, pixels)
             archive.write(path, f"Dumbledore^Albus/{number}.dcm")
+
+
+def files_to_search(root: Path) -> list[Path]:
+    """Return all files below a folder but the scans and the file that must not be shared."""
+    found = []
+    for path in root.rglob("*"):
+        is_input = "pool" in path.parts or path.name == "x.dcm"
+        if path.is_file() and not is_input and path.name != PRIVATE_NAME:
+            found.append(path)
+    return found
 
 
 def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) -> None:
@@ -615,11 +619,13 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
 
     environment = environment_below(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
     assert done.returncode == 0, done.stderr
 
     folder = tmp_path / "nnUNet_results/autoreg_pretraining/private"
     with (folder / "scans.csv").open(encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
+    # One row for each series and for each kind of bad file.
     statuses = sorted(row["status"] for row in rows)
     assert statuses == [
         "derived",
@@ -633,19 +639,15 @@ def test_planted_names_and_dates_reach_no_output_of_the_command(tmp_path: Path) 
         "unreadable",
     ]
 
+    # The column of paths names the user's own folders, which are theirs to choose.
     texts = [",".join({**row, "source": ""}.values()) for row in rows]
-    others = [
-        p
-        for p in tmp_path.rglob("*")
-        if p.is_file() and "pool" not in p.parts and p.name not in (PRIVATE_NAME, "x.dcm")
-    ]
+    others = files_to_search(tmp_path)
     assert {"plan.json", "fingerprint.json"} <= {p.name for p in others}
 
     texts += [p.read_bytes().decode("latin-1") for p in others] + [done.stdout, done.stderr]
     for word in PLANTED:
         assert not [text for text in texts if word.lower() in text.lower()], word
 
+    # The private file has the user's own paths, as typed and found.
     sources = {row.source for row in read_index(folder / "scans.csv")}
-    assert all(Path(source).exists() for source in sources), (
-        "the private file has the user's own paths, as typed and found"
-    )
+    assert all(Path(source).exists() for source in sources)

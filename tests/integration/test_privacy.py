@@ -19,6 +19,7 @@ from nnunet_autoreg.corpus.rows import OK, read_index
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
+# Names of the patient, and the word that nnU-Net writes into names of its own folders.
 EVERYBODY = (*planted.SECRETS, planted.LABELLED)
 WITH_NAMES = (PRIVATE_NAME, "exclude.txt")
 """Files that say in their name or first line that they must not be shared."""
@@ -30,6 +31,7 @@ ENCODER = (
     'encoder.arguments={"embed_dim":24,"patch_embed_size":[8,8,8],"eva_depth":1,"eva_numheads":2,'
     '"init_values":0.1,"scale_attn_inner":true}'
 )
+# A step of such a network trains in a moment, and learns too little for the checks of a collapse.
 SETTINGS = [
     ENCODER,
     "sequence.crop_size_vox=16,16,16",
@@ -48,6 +50,7 @@ class Home:
     def __init__(self, root: Path):
         self.root = root
         make_folders(root)
+        # nnU-Net repeats names of cases, so its output is searched for other words than ours.
         for name in ("printed", "printed_by_nnunet"):
             (root / name).mkdir()
         self.pool = planted.write_pool(root)
@@ -77,7 +80,7 @@ class Home:
         assert status == 0, file.read_text()[-3000:]
 
     def pretrain(self, name: str, *arguments: str, settings: tuple[str, ...] = ()) -> None:
-        """Type a pretraining of one step; what it prints is kept under the name of its run."""
+        """Type a pretraining of one step; its output is kept under the name of the run."""
         line = ["autoreg_pretrain", "-i", self.pool, "-d", "77", "--name", name, "--steps", "1"]
         line += ["--encoder", "primus_tiny", "--batch", "2", "--device", "cpu", "--split-4d"]
         for option, file in self.lists.items():
@@ -100,6 +103,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 
 def pretrain_and_export(home: Home) -> None:
+    # First as a dry run, which plans and shows and trains nothing.
     home.pretrain("quiet", "--dry-run", "--show")
     home.pretrain("quiet")
     home.pretrain("pairs", "--objective", "alice", settings=PAIRS)
@@ -120,6 +124,7 @@ def segment(home: Home) -> None:
     home.typed("plan", *line, "-npfp", "1", "-np", "1", autoreg_weights="quiet")
     plans_file = home.root / "nnUNet_preprocessed" / home.dataset.name / "AutoregPlans.json"
     plans = json.loads(plans_file.read_text())
+    # One step of one epoch.
     plans["autoreg"]["recipe"].update(num_iterations_per_epoch=1, num_val_iterations_per_epoch=1)
     plans_file.write_text(json.dumps(plans))
 
@@ -132,12 +137,13 @@ def segment(home: Home) -> None:
 
 def compare(home: Home) -> None:
     home.typed("divide", "autoreg_benchmark", "-d", "77", "--labels", "2", "--dry-run")
+    # One random network and two draws are enough for a table.
     line = ("autoreg_probe", "-d", "77", "--encoder", "primus_tiny", "--random-seeds", "1")
     home.typed("probe", *line, "--labels", "2", "--draws", "2", "--device", "cpu")
 
 
 def detect(home: Home) -> None:
-    # Results of detection are named after the scans, so these have names of nobody.
+    # Results of detection are named after the scans, so these have harmless names.
     write_model(home.results)
     scans = home.root / f"to detect {planted.NAME}"
     planted.write_nifti(scans / "first.nii.gz", planted.noise(30))
@@ -150,6 +156,7 @@ def detect(home: Home) -> None:
     home.typed("from seg", *line)
     figures = home.root / "evaluated" / "figures.json"
     truth = home.root / f"truth of {planted.NAME}"
+    # The truth lies in a folder that names the patient, with headers that do.
     shutil.copytree(home.dataset / "labelsTs", truth)
     shutil.copy(home.dataset / "dataset.json", truth)
     line = ("autoreg_evaluate_detection", "-p", components, "-g", truth)
@@ -190,6 +197,7 @@ def test_a_run_its_store_and_its_weights_name_nobody(home: Home) -> None:
     assert planted.leaks(home.results / "autoreg_pretraining", EVERYBODY, WITH_NAMES) == []
     assert planted.leaks(home.root / "nnUNet_preprocessed/autoreg_store", EVERYBODY) == []
     assert planted.leaks(exported, EVERYBODY) == []
+    # The search would find the names if they were there: the private file has all of them.
     private = (home.results / "autoreg_pretraining/quiet" / PRIVATE_NAME).read_text().lower()
     assert all(secret in private for secret in EVERYBODY)
 
@@ -206,6 +214,7 @@ def test_runs_of_every_objective_name_nobody(home: Home) -> None:
 
     rows = read_index(runs / "pictures" / "scans.csv")
     pictures = [row for row in rows if row.is_image and row.status == OK]
+    # A PNG and a JPEG of each number.
     assert len(pictures) == 2 * planted.NUM_PICTURES
 
 
@@ -233,7 +242,7 @@ def test_results_of_classification_and_embeddings_name_nobody(home: Home) -> Non
         assert planted.leaks(home.root / name, EVERYBODY) == []
 
 
-def test_in_folders_of_nnunet_names_come_from_nnunet_alone(home: Home) -> None:
+def test_in_folders_of_nnunet_names_come_only_from_nnunet(home: Home) -> None:
     preprocessed = home.root / "nnUNet_preprocessed" / home.dataset.name
     plans = json.loads((preprocessed / "AutoregPlans.json").read_text())
     trained = home.results / home.dataset.name

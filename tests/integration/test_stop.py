@@ -1,5 +1,5 @@
 """SIGTERM and Ctrl-C in every phase: exit code 130, one line, no process left behind, and the same
-line goes on.
+line continues.
 """
 
 import os
@@ -16,6 +16,7 @@ from nnunet_autoreg.records import TEMPORARY_FILES
 pytestmark = pytest.mark.integration
 
 RUNNER = Path(__file__).with_name("stop_runner.py")
+# A busy machine may take minutes to import everything.
 PATIENCE_S = 300
 
 
@@ -49,12 +50,13 @@ class StoppedRuns(PhantomRuns):
             text=True,
             check=True,
         ).stdout
-        rows = [row.split() for row in listed.splitlines()]
-        return [
-            int(pid)
-            for pid, session, state in rows
-            if int(session) == self.pid and not state.startswith("Z")
-        ]
+        left = []
+        for row in listed.splitlines():
+            pid, session, state = row.split()
+            # Z: a zombie, which has ended.
+            if int(session) == self.pid and not state.startswith("Z"):
+                left.append(int(pid))
+        return left
 
     def last_of_all(self):
         """What is left after the moment that helpers of Python take to end by themselves."""
@@ -79,6 +81,8 @@ def whole(place):
     return place.folder("whole")
 
 
+# Phase, and how the work behaves: Python code, code that ignores exceptions, a call of compiled
+# code that no signal interrupts, the same in worker processes, and a compiler.
 STOPS = [
     ("indexing", "python"),
     ("indexing", "c"),
@@ -106,10 +110,12 @@ def test_sigterm_ends_every_phase_with_one_line_and_no_child(place, point, way):
     os.kill(place.pid, signal.SIGTERM)
     status, left = place.status(), place.last_of_all()
 
+    # Only what was printed after the signal.
     last = place.output(name)[len(before) :].strip().splitlines()
     assert status == 130, last
     assert [line.startswith("autoreg_pretrain: ") for line in last] == [True], last
     assert left == []
+    # No half-written checkpoint.
     assert not list(place.folder(name).glob("*.pth.*.tmp"))
 
 
@@ -122,6 +128,7 @@ def test_ctrl_c_that_reaches_all_processes_ends_them_with_one_line(place, point,
     place.begin(name, point, way)
     before = place.output(name)
 
+    # As a terminal does: Ctrl-C reaches the whole group at once.
     os.killpg(place.pid, signal.SIGINT)
     status, left = place.status(), place.last_of_all()
 
@@ -131,7 +138,8 @@ def test_ctrl_c_that_reaches_all_processes_ends_them_with_one_line(place, point,
     assert left == []
 
 
-def test_a_line_stopped_in_a_long_step_goes_on_from_its_checkpoint(place, whole):
+def test_a_line_stopped_in_a_long_step_continues_its_checkpoint(place, whole):
+    # The seventh step never ends, so the checkpoint of step 3 is the last one.
     place.begin("long", "training", "c")
     os.kill(place.pid, signal.SIGTERM)
     assert place.status() == 130
@@ -140,7 +148,6 @@ def test_a_line_stopped_in_a_long_step_goes_on_from_its_checkpoint(place, whole)
     place.begin("long")
     assert place.status() == 0, place.output("long")[-2000:]
     assert "continuing after step 3 of 8" in place.output("long")
-    assert (place.folder("long") / "encoder.safetensors").read_bytes() == (
-        whole / "encoder.safetensors"
-    ).read_bytes()
+    weights = (place.folder("long") / "encoder.safetensors").read_bytes()
+    assert weights == (whole / "encoder.safetensors").read_bytes()
     assert not list(place.folder("long").glob(TEMPORARY_FILES))

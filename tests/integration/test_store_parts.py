@@ -11,26 +11,24 @@ import pytest
 pytestmark = pytest.mark.integration
 
 COMMAND = str(Path(sys.executable).with_name("autoreg_pretrain"))
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, shared_data: Path) -> Path:
     """Eight real scans and empty nnU-Net folders."""
     (tmp_path / "scans").mkdir()
-    for image in sorted(
-        (shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr").glob("*.nii.gz"),
-    )[:8]:
+    source = shared_data / "nnUNet_raw/Dataset004_Hippocampus/imagesTr"
+    for image in sorted(source.glob("*.nii.gz"))[:8]:
         shutil.copy(image, tmp_path / "scans")
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for name in FOLDERS:
         (tmp_path / name).mkdir()
     return tmp_path
 
 
 def start(workplace: Path, *arguments: str) -> "subprocess.Popen[str]":
-    folders = {
-        name: str(workplace / name)
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    }
+    """Start a training of one step, or what the further arguments ask for."""
+    folders = {name: str(workplace / name) for name in FOLDERS}
     line = [
         COMMAND,
         "-i",
@@ -60,6 +58,7 @@ def start(workplace: Path, *arguments: str) -> "subprocess.Popen[str]":
 def test_parts_need_a_plan_and_fill_one_store_together(
     workplace: Path,
 ) -> None:
+    # Before the plan exists, parts could disagree about the scans.
     early = start(workplace, "--part", "1/2")
     _, said = early.communicate()
     assert early.returncode == 2
@@ -77,6 +76,7 @@ def test_parts_need_a_plan_and_fill_one_store_together(
     assert [part.returncode for part in parts] == [0, 0]
     assert "next: type the same line without --part to train" in lasts
 
+    # Eight scans, each of them preprocessed by one of the two parts.
     store = workplace / "nnUNet_preprocessed" / "autoreg_store"
     assert len(list(store.glob("*/*.b2nd"))) == 8
 
@@ -85,4 +85,5 @@ def test_parts_need_a_plan_and_fill_one_store_together(
     _, said = trained.communicate()
     assert trained.returncode == 0, said
     assert "cases are missing" not in said
+    # Training uses the cases as they are.
     assert {path: path.stat().st_mtime_ns for path in store.glob("*/*.b2nd")} == before

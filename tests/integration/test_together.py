@@ -1,5 +1,5 @@
 """Two processes on one training, through the command: killed, stopped, started by torchrun; the
-same line goes on to the same bytes.
+same line continues to the same bytes.
 """
 
 import json
@@ -19,6 +19,7 @@ from nnunet_autoreg.checkpoint import LATEST_NAME, damage_of
 pytestmark = pytest.mark.integration
 
 SETTINGS = [*phantom_place.SETTINGS, "run.checkpoint_every=10", "run.validate_every=10"]
+# 30 steps with a checkpoint after every tenth; a busy machine gets 5 minutes.
 STEPS, PATIENCE_S = 30, 300
 COMMAND = "nnunet_autoreg.cli.pretrain"
 
@@ -52,11 +53,10 @@ class Place(phantom_place.PhantomPlace):
             *SETTINGS,
             f"run.sharding={sharding}",
         ]
-        clean = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")
-        }
+        # Variables of a launcher above would make this process one of several.
+        clean = dict(os.environ)
+        for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            clean.pop(key, None)
         with self.log(name).open("a") as log:
             return subprocess.Popen(
                 line,
@@ -73,46 +73,45 @@ class Place(phantom_place.PhantomPlace):
         return (self.folder(name) / "encoder.safetensors").read_bytes()
 
     def errors(self, name):
-        lines = [
-            json.loads(line)
-            for line in (self.folder(name) / "metrics.jsonl").read_text().splitlines()
-        ]
-        return {
-            (x["step"], x["name"]): x["value"]
-            for x in lines
-            if x["name"] in ("train_error", "heldout_error", "gradient_norm")
-        }
+        """Return the metrics that do not depend on speed, by step and name."""
+        text = (self.folder(name) / "metrics.jsonl").read_text()
+        found = {}
+        for line in text.splitlines():
+            entry = json.loads(line)
+            if entry["name"] in ("train_error", "heldout_error", "gradient_norm"):
+                found[entry["step"], entry["name"]] = entry["value"]
+        return found
 
     def wait_for_step(self, name, process, step):
-        """Until this step was logged."""
-        deadline, metrics = time.monotonic() + PATIENCE_S, self.folder(name) / "metrics.jsonl"
+        """Wait until this step was logged."""
+        deadline = time.monotonic() + PATIENCE_S
+        metrics = self.folder(name) / "metrics.jsonl"
         while not (metrics.exists() and f'"step": {step}, ' in metrics.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline, self.log(
-                name,
-            ).read_text()[-2000:]
+            is_running = process.poll() is None and time.monotonic() < deadline
+            assert is_running, self.log(name).read_text()[-2000:]
             time.sleep(0.05)
 
 
 def processes_of(process):
     """Process ids by rank of the training processes that ``--num-gpus`` started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [
-        int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    found = []
+    for pid in children:
+        # Other children only watch over resources.
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            found.append(int(pid))
+    return found
 
 
 def ranks_of(process):
     """Process ids by rank of the training processes that torchrun started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    settings = {
-        int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children
-    }
-    return {
-        int(value[5:]): pid
-        for pid, values in settings.items()
-        for value in values
-        if value.startswith(b"RANK=")
-    }
+    found = {}
+    for pid in children:
+        for setting in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if setting.startswith(b"RANK="):
+                found[int(setting.removeprefix(b"RANK="))] = int(pid)
+    return found
 
 
 def gone(pid):
@@ -120,6 +119,7 @@ def gone(pid):
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
+            # The state follows the name in brackets, which may hold blanks.
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
         except FileNotFoundError:
@@ -129,6 +129,7 @@ def gone(pid):
 
 
 def torchrun(num_processes=2):
+    """Return the words before a command that run it in several processes on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -163,6 +164,7 @@ def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole)
     assert process.wait(PATIENCE_S) == 130
 
     plan = place.folder("changing") / "plan.json"
+    # Two processes with whole weights, then two with sharded weights, then one.
     plan.write_text(plan.read_text().replace('"sharding": "none"', '"sharding": "full"'))
     process = place.start("changing", by=torchrun())
     place.wait_for_step("changing", process, 14)
@@ -175,27 +177,27 @@ def test_number_of_processes_and_sharding_do_not_change_the_errors(place, whole)
     assert "the state is saved" in line or "takes too long to finish" in line
 
     place.run("changing")
+
     errors = place.errors(whole)
     assert set(errors) == set(place.errors("alone")) == set(place.errors("changing"))
     for name in ("alone", "changing"):
-        assert [place.errors(name)[key] for key in errors] == pytest.approx(
-            list(errors.values()),
-            rel=1e-5,
-        )
+        found = [place.errors(name)[key] for key in errors]
+        # Sums over processes are made in another order.
+        assert found == pytest.approx(list(errors.values()), rel=1e-5)
 
 
 def test_a_killed_process_stops_the_others_and_the_run_resumes_exactly(place, whole):
     process = place.start("killed", "--num-gpus", "2")
     place.wait_for_step("killed", process, 12)
     main, worker = processes_of(process)
+    # As the kernel does when memory runs out.
     os.kill(worker, signal.SIGKILL)
     assert process.wait(60) == 1
     assert gone(main)
 
     said = place.log("killed").read_text()
-    assert said.splitlines()[-1].startswith(
-        "autoreg_pretrain: process 1 of 2 ended by SIGKILL, most likely for lack of memory; all ",
-    )
+    expected = "process 1 of 2 ended by SIGKILL, most likely for lack of memory; all "
+    assert said.splitlines()[-1].startswith(f"autoreg_pretrain: {expected}")
     assert "Traceback" not in said
     assert damage_of(place.folder("killed") / LATEST_NAME) == ""
 
@@ -221,6 +223,7 @@ def test_sigterm_saves_once_ends_all_and_the_run_resumes_exactly(place, whole):
 
 
 def test_a_killed_launcher_or_main_process_ends_all_and_leaves_no_lock(place, whole):
+    # First the launcher is killed, then, in the next try, the main training process.
     process = place.start("headless", "--num-gpus", "2")
     place.wait_for_step("headless", process, 3)
     main, worker = processes_of(process)
@@ -250,11 +253,8 @@ def test_under_torchrun_a_killed_process_stops_the_run(place, whole):
     assert process.wait(90) != 0
     assert gone(ranks[0])
 
-    own = [
-        line
-        for line in place.log("lost").read_text().splitlines()
-        if line.startswith("autoreg_pretrain: ")
-    ]
+    lines = place.log("lost").read_text().splitlines()
+    own = [line for line in lines if line.startswith("autoreg_pretrain: ")]
     assert own == [
         "autoreg_pretrain: one of 2 processes has ended, or cannot be reached any more; torchrun "
         "says which; the last checkpoint "
@@ -271,20 +271,22 @@ def test_hours_are_turned_into_steps_once_by_two_processes(
     place,
 ):
     hours = ("--hours", "0.001")
+
     process = place.start("timed", "--num-gpus", "2", length=hours)
     place.wait_for_step("timed", process, 1)
     plan = json.loads((place.folder("timed") / "plan.json").read_text())
+    # 0.001 h are 3.6 s, of which 5 % are left for validation and checkpoints.
     steps, seconds = plan["optim"]["num_steps"], plan["run"]["seconds_per_step"]
-    assert (
-        steps == int(0.95 * 3.6 / seconds)
-        and "95 % of 0.001 h at " in plan["reasons"]["optim.num_steps"]
-    )
+    assert steps == int(0.95 * 3.6 / seconds)
+    assert "95 % of 0.001 h at " in plan["reasons"]["optim.num_steps"]
 
     process.send_signal(signal.SIGTERM)
+    # The run is so short that it may end before the signal arrives.
     assert process.wait(60) in (0, 130)
 
     place.run("timed", "--num-gpus", "2", length=hours)
     after = json.loads((place.folder("timed") / "plan.json").read_text())
+    # The second line does not measure the pace again.
     assert (after["optim"], after["run"]) == (plan["optim"], plan["run"])
     assert max(step for step, _ in place.errors("timed")) == steps - 1
     assert json.loads((place.folder("timed") / "encoder.json").read_text())["num_steps"] == steps
@@ -299,4 +301,5 @@ def test_under_torchrun_an_impossible_line_ends_all_processes(place):
     process = place.start("lacking", "--exclude", str(place.root / "no such file"), by=torchrun())
 
     assert process.wait(PATIENCE_S) != 0
+    # Both processes find the fault, and only the main one prints it.
     assert place.log("lacking").read_text().count("no such file: does not exist") == 1

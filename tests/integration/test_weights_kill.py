@@ -87,12 +87,14 @@ def test_an_import_killed_at_this_point_is_completed_by_the_same_line(runner, tm
     runs = tmp_path / "autoreg_pretraining"
 
     assert runner.run(tmp_path, *line, point=point) == -signal.SIGKILL, runner.log()
+    # Not whole, so no command may find it by its name.
     if not IMPORT_POINTS[point]:
         with refused(WeightsError, "weights-not-found", "imported"):
             locate(tmp_path, "imported")
 
     assert runner.run(tmp_path, *line) == 0, runner.log()
     assert names_in(runs) == ["imported"]
+    # No temporary file is left.
     assert names_in(runs / "imported") == ["encoder.json", "encoder.safetensors"]
     weights = runs / "imported" / "encoder.safetensors"
     verify_weights(weights, read_card(runs / "imported").sha256)
@@ -107,6 +109,7 @@ def test_an_export_killed_at_this_point_is_completed_by_the_same_line(runner, tm
     checkpoint = folder / "checkpoint_final.pth"
 
     assert runner.run(runner.root, *line, point=point) == -signal.SIGKILL, runner.log()
+    # The checkpoint is the last file of an export.
     assert checkpoint.exists() == EXPORT_POINTS[point]
 
     assert runner.run(runner.root, *line) == 0, runner.log()
@@ -125,7 +128,9 @@ def test_an_import_over_a_run_of_other_weights_is_refused_after_a_kill_too(
     write_run,
 ):
     line = ("import", str(runner.root / "whole"), "--name", "imported")
+
     runner.run(tmp_path, *line, point="before the folder is renamed")
+    # Another run has taken the name meanwhile.
     other = write_run(tmp_path, "imported")
     before = (other / "encoder.json").read_bytes()
 

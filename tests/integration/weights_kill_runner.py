@@ -64,6 +64,8 @@ def kill_in_half_the_tensors():
     safetensors.torch.save_file = replaced
 
 
+# In the order in which a command reaches them: import of weights first, then export.
+
 POINTS = {
     "while the tensors are written": kill_in_half_the_tensors,
     "before the tensors are renamed": lambda: kill_at_rename("replace", "encoder.safetensors"),
@@ -90,6 +92,7 @@ def child(request):
 
 
 if __name__ == "__main__":
+    # Imported once, before any fork.
     import nnunet_autoreg.convert.exporting
     import nnunet_autoreg.convert.importing  # noqa: F401
 

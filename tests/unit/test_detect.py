@@ -1,5 +1,5 @@
-"""The command autoreg_detect with a tiny network of random weights: what it reads, refuses, goes on
-with and writes.
+"""The command autoreg_detect with a tiny network of random weights: what it reads, refuses,
+continues and writes.
 """
 
 import csv
@@ -52,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def results(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The model's folder, a test's own."""
+    """The model's folder, copied so that a test may change it."""
     shutil.copytree(trained, tmp_path / "results")
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(variable, str(tmp_path / "results"))
@@ -90,8 +90,8 @@ def drawn(file: Path) -> Any:
 
 
 def take_nrrd(model: Path) -> None:
-    """Have the model's dataset end in .nrrd, of which the header alone is checked before nnU-Net
-    reads it.
+    """Have the model's dataset end in .nrrd: of these only the header is checked before nnU-Net
+    reads them.
     """
     data = json.loads((model / "dataset.json").read_text())
     (model / "dataset.json").write_text(json.dumps({**data, "file_ending": ".nrrd"}))
@@ -106,6 +106,8 @@ def test_the_same_line_continues_and_every_file_is_there(
 
     assert run("--csv") == 0
 
+    # The result of b is gone; --nndet asks for one more file of each scan, which a's result can
+    # give.
     (out / "b.json").unlink()
     before = (out / "a.json").stat().st_mtime_ns
     capsys.readouterr()
@@ -133,10 +135,9 @@ def test_results_of_another_model_are_not_continued(
 
     assert model["checkpoint"] == "checkpoint_final.pth" and list(model["sha256"]) == ["0"]
 
-    shutil.copy(
-        results / "fold_0" / "checkpoint_final.pth",
-        results / "fold_0" / "checkpoint_best.pth",
-    )
+    # The same weights under another name are another model too.
+    fold = results / "fold_0"
+    shutil.copy(fold / "checkpoint_final.pth", fold / "checkpoint_best.pth")
     change = "model.checkpoint: 'checkpoint_final.pth' -> 'checkpoint_best.pth'"
 
     with refused(UsageError, "results-of-another-run", "a.json", change):
@@ -149,7 +150,8 @@ def test_results_of_another_model_are_not_continued(
 
     with refused(UsageError, "results-of-another-run", "a.json", "model.sha256.0: "):
         run(raises=True)
-    assert run("--overwrite") == 0 and found(tmp_path / "out")["model"]["sha256"] != model["sha256"]
+    assert run("--overwrite") == 0
+    assert found(tmp_path / "out")["model"]["sha256"] != model["sha256"]
 
 
 def test_results_of_another_input_of_the_same_name_are_not_continued(
@@ -164,6 +166,7 @@ def test_results_of_another_input_of_the_same_name_are_not_continued(
     with refused(UsageError, "results-of-another-run", "a.json", "(inputs: ", "--overwrite"):
         run("-i", str(tmp_path / "other"), raises=True)
 
+    # The file of b has another time, so it may be another scan.
     os.utime(tmp_path / "in" / "b_0000.nii.gz", (1, 1))
 
     with refused(UsageError, "results-of-another-run", "b.json", "(inputs: "):
@@ -189,17 +192,16 @@ def test_results_drawn_in_another_way_are_made_again(
     assert not (out / "a_instances.nii.gz").exists()
     assert run("--max-boxes", "3") == 0
     assert (out / "a_instances.nii.gz").is_file()
-    assert run("--max-boxes", "3", "--filled") == 0 and found(out)["boxes"] == boxes
+    assert run("--max-boxes", "3", "--filled") == 0
+    assert found(out)["boxes"] == boxes
 
     filled = drawn(out / "a_boxes.nii.gz")
 
     assert (filled > 0).sum() > (frames > 0).sum()
 
     # The middle of the best box is empty in frames.
-    middle = tuple(
-        int((low + high) / 2)
-        for low, high in zip(boxes[0]["box_zyx"][:3], boxes[0]["box_zyx"][3:], strict=True)
-    )
+    best = boxes[0]["box_zyx"]
+    middle = tuple(int((low + high) / 2) for low, high in zip(best[:3], best[3:], strict=True))
 
     assert filled[middle] == 1 and frames[middle] != 1
 
@@ -220,16 +222,15 @@ def test_a_run_that_is_cut_off_leaves_no_files_of_the_run_before(
     assert run("--nndet") == 0
 
     # Everything but the JSON is written, then the power fails.
-    monkeypatch.setattr(
-        "nnunet_autoreg.detection.predict.write_scan_file",
-        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
-    )
+    def cut_off(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunet_autoreg.detection.predict.write_scan_file", cut_off)
 
     assert run("--overwrite", "--no-instances") == 130
-    assert {f.name for f in out.iterdir() if f.name.startswith("a")} == {
-        "a_boxes.nii.gz",
-        "a.mrk.json",
-    }
+    # The instances and the pickle of the first run would not belong to the new boxes.
+    left = {f.name for f in out.iterdir() if f.name.startswith("a")}
+    assert left == {"a_boxes.nii.gz", "a.mrk.json"}
 
 
 def test_folds_have_one_order(tmp_path: Path) -> None:
@@ -244,16 +245,15 @@ def test_folds_have_one_order(tmp_path: Path) -> None:
 
 def test_folds_and_mirrorings_are_members_of_the_ensemble(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    lines = {"one": ["-f", "0"], "two": ["-f", "0", "1"], "tta": ["-f", "0", "--tta"]}
     votes = {}
-    for name, line in {
-        "one": ["-f", "0"],
-        "two": ["-f", "0", "1"],
-        "tta": ["-f", "0", "--tta"],
-    }.items():
+    for name, line in lines.items():
         assert run(*line, "--overwrite") == 0
+
         record = found(out)
         votes[name] = [box["votes"] for box in record["boxes"]]
-        assert record["model"]["folds"] == line[1:3] if name == "two" else ["0"]
+        assert record["model"]["folds"] == (["0", "1"] if name == "two" else ["0"])
+        # Mirroring along three axes: 2^3 images.
         assert record["settings"]["mirrorings"] == (8 if name == "tta" else 1)
         assert len(record["boxes"]) == len(votes[name]) > 10
 
@@ -266,10 +266,8 @@ def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
     results: Path,
     tmp_path: Path,
 ) -> None:
-    shutil.copy(
-        results / "fold_0" / "checkpoint_final.pth",
-        results / "fold_1" / "checkpoint_final.pth",
-    )
+    name = "checkpoint_final.pth"
+    shutil.copy(results / "fold_0" / name, results / "fold_1" / name)
 
     assert run("-f", "0", "--max-boxes", "5") == 0
 
@@ -281,13 +279,12 @@ def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
 
     assert [b["votes"] for b in two["boxes"]] == [2] * 5
 
+    # The mean of two equal numbers, except for rounding.
     for a, b in zip(one["boxes"], two["boxes"], strict=True):
-        assert b["score"] == pytest.approx(a["score"], abs=1e-5) and b["box_zyx"] == pytest.approx(
-            a["box_zyx"],
-            abs=1e-3,
-        )
+        assert b["score"] == pytest.approx(a["score"], abs=1e-5)
+        assert b["box_zyx"] == pytest.approx(a["box_zyx"], abs=1e-3)
 
-    # Two networks of the same mind have one segmentation.
+    # Two equal networks have one segmentation.
     assert (drawn(tmp_path / "out" / "a_instances.nii.gz") > 0).any()
 
 
@@ -299,10 +296,12 @@ def test_fold_all_has_to_be_asked_for_and_knows_no_false_positives(
     write_checkpoint(results, "all", seed=3)
     line = ["-d", "950", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]
 
-    assert main(line) == 0 and found(tmp_path / "out")["model"]["folds"] == ["0", "1"]
-    assert run("-f", "all", "--overwrite") == 0 and found(tmp_path / "out")["model"]["folds"] == [
-        "all",
-    ]
+    # Without -f the folds with a number are used.
+    assert main(line) == 0
+    assert found(tmp_path / "out")["model"]["folds"] == ["0", "1"]
+    assert run("-f", "all", "--overwrite") == 0
+    assert found(tmp_path / "out")["model"]["folds"] == ["all"]
+    # The fold "all" has no validation scans on which false positives were counted.
     with refused(UsageError, "fppi-fold-all", "--min-score"):
         run("-f", "all", "--fppi", "1", "--overwrite", raises=True)
 
@@ -319,25 +318,25 @@ def test_false_positives_per_scan_become_scores(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # One false positive per scan was counted at the score 0.55.
     curve = {"fp_per_scan": [0.0, 1.0], "sensitivity": [None, None], "threshold": [None, 0.55]}
     summary = {
         "froc": {"curve": {kind.name: curve for kind in CLASSES}},
         "scans": {"number": 1},
         "model": {"mirrorings": 1},
     }
-    (results / "fold_0" / "validation_detection").mkdir()
-    (results / "fold_0" / "validation_detection" / "summary_detection.json").write_text(
-        json.dumps(summary),
-    )
+    folder = results / "fold_0" / "validation_detection"
+    folder.mkdir()
+    (folder / "summary_detection.json").write_text(json.dumps(summary))
 
     assert run("--fppi", "1") == 0 and not caplog.text
 
     record = found(tmp_path / "out")
 
-    assert (
-        record["settings"]["min_score"] == {"solid": 0.55, "holed": 0.55}
-        and min(b["score"] for b in record["boxes"]) >= 0.55
-    )
+    assert record["settings"]["min_score"] == {"solid": 0.55, "holed": 0.55}
+    assert min(b["score"] for b in record["boxes"]) >= 0.55
+
+    # The curve was measured with other settings of the suppression.
     assert run("--fppi", "1", "--nms-iou", "0.3", "--overwrite") == 0
     assert logged(caplog, "--fppi", "--nms-iou 0.1", "--max-boxes 100")
 
@@ -351,9 +350,9 @@ def test_the_number_of_boxes_can_be_chosen(run: Run, tmp_path: Path) -> None:
 
     fewer = found(tmp_path / "out")["boxes"]
 
-    assert len(every) > 7 == len(fewer) and {str(b["box_zyx"]) for b in fewer} <= {
-        str(b["box_zyx"]) for b in every
-    }
+    assert len(every) > 7 == len(fewer)
+    assert {str(b["box_zyx"]) for b in fewer} <= {str(b["box_zyx"]) for b in every}
+
     # A wider overlap leaves more than 100, and one tile may give them all.
     assert run("--max-boxes", "1000", "--nms-iou", "0.55", "--overwrite") == 0
     assert len(found(tmp_path / "out")["boxes"]) > 100
@@ -365,16 +364,15 @@ def test_the_number_of_boxes_can_be_chosen(run: Run, tmp_path: Path) -> None:
 
 def test_a_configuration_may_inherit_its_detector(run: Run, results: Path, tmp_path: Path) -> None:
     plans = json.loads((results / "plans.json").read_text())
-    plans["configurations"]["large"] = {"inherits_from": "3d_fullres", "batch_size": 4}
-    plans["configurations"]["other"] = {
-        **plans["configurations"]["3d_fullres"],
-        "autoreg_detection": None,
-    }
+    configurations = plans["configurations"]
+    configurations["large"] = {"inherits_from": "3d_fullres", "batch_size": 4}
+    configurations["other"] = {**configurations["3d_fullres"], "autoreg_detection": None}
     (results / "plans.json").write_text(json.dumps(plans))
+
     for name in ("large", "other", "unknown"):
-        results.rename(
-            results := results.with_name(f"AutoregDetectionTrainer__AutoregPlans__{name}"),
-        )
+        # nnU-Net finds a model by the name of its folder.
+        renamed = results.with_name(f"AutoregDetectionTrainer__AutoregPlans__{name}")
+        results = results.rename(renamed)
         if name == "large":
             assert run("-c", name) == 0
         else:
@@ -390,13 +388,14 @@ def test_a_scan_with_nan_or_infinite_voxels_is_left_out(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # The check of the header lets it pass, so nnU-Net's reader gets it.
     take_nrrd(results)
     write_scan(tmp_path / "in" / "a_0000.nrrd")
     write_scan(tmp_path / "in" / "b_0000.nrrd", voxel=value)
 
     assert run() == 1
 
-    # Normalising by mean and spread makes every voxel one that is none.
+    # Normalising by mean and spread makes every voxel NaN.
     number = np.prod(SHAPE)
 
     assert logged(caplog, "b is", "(nonfinite)", f"1 of {number}", f" {number} of")
@@ -419,15 +418,11 @@ def test_a_network_with_nan_scores_stops_the_run(
 
 
 class Diverged(torch.nn.Module):
-    """Good scores, and boxes that are none."""
+    """Finite scores, and infinite boxes."""
 
     def forward(self, image: torch.Tensor) -> Output:
-        return Output(
-            torch.cat([image, image], 1),
-            torch.zeros(1, 8, 1),
-            torch.full((1, 8, 6), torch.inf),
-            ((2, 2, 2),),
-        )
+        segmentation, scores = torch.cat([image, image], 1), torch.zeros(1, 8, 1)
+        return Output(segmentation, scores, torch.full((1, 8, 6), torch.inf), ((2, 2, 2),))
 
 
 def test_infinite_boxes_stop_the_run_too() -> None:
@@ -448,12 +443,8 @@ def test_unreadable_scans_are_left_out_and_the_rest_continues(
 ) -> None:
     take_nrrd(results)
     scans = tmp_path / "in"
-    for name, shape in {
-        "a": SHAPE,
-        "time": (3, *SHAPE),
-        "once": (1, *SHAPE),
-        "flat": SHAPE[1:],
-    }.items():
+    shapes = {"a": SHAPE, "time": (3, *SHAPE), "once": (1, *SHAPE), "flat": SHAPE[1:]}
+    for name, shape in shapes.items():
         write_scan(scans / f"{name}_0000.nrrd", shape=shape)
     write_scan(scans / "thin_0000.nrrd", spacing=(1e-3, 1.0, 1.0))
     whole = (scans / "a_0000.nrrd").read_bytes()
@@ -470,7 +461,8 @@ def test_unreadable_scans_are_left_out_and_the_rest_continues(
     ):
         assert logged(caplog, *values)
 
-    assert [f.name for f in (tmp_path / "out").glob("*.json") if ".mrk" not in f.name] == ["a.json"]
+    results_written = (tmp_path / "out").glob("*.json")
+    assert [f.name for f in results_written if ".mrk" not in f.name] == ["a.json"]
 
 
 def test_no_line_about_a_scan_names_its_folder(
@@ -479,6 +471,7 @@ def test_no_line_about_a_scan_names_its_folder(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     take_nrrd(results)
+    # Folders are often named after patients.
     folder = tmp_path / "Doe^Jane"
     write_scan(folder / "a_0000.nrrd")
     whole = (folder / "a_0000.nrrd").read_bytes()
@@ -536,22 +529,20 @@ def test_wrong_options_are_refused_with_a_remedy(
 def test_a_gpu_computes_in_the_precision_that_training_had(monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunet_autoreg.downstream.model import half_precision
 
-    for capability, kind in (
-        ((7, 5), torch.float16),
-        ((8, 0), torch.bfloat16),
-        ((9, 0), torch.bfloat16),
-    ):
+    # Turing computes in float16 only; Ampere and Hopper have bfloat16.
+    kinds = {(7, 5): torch.float16, (8, 0): torch.bfloat16, (9, 0): torch.bfloat16}
+    for capability, kind in kinds.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
         assert half_precision(torch.device("cuda")) is kind
 
 
 def test_the_smallest_allowed_box_survives_being_written_and_read(tmp_path: Path) -> None:
     frame = frame_of_affine(np.eye(4), (8, 8, 8))
+    # Sides of 0.01 voxels at 400 places: rounding in the file must not make any of them 0.
     boxes = []
     for low in np.linspace(0, 7.98, 400).tolist():
-        boxes.append(
-            Detection((low, low, low, low + 0.01, low + 0.01, low + 0.01), 1, "solid", 0.5),
-        )
+        high = low + 0.01
+        boxes.append(Detection((low, low, low, high, high, high), 1, "solid", 0.5))
     record = make_scan_file("s", frame, boxes, {"solid": 1})
     write_scan_file(tmp_path / "s.json", record)
 
@@ -572,17 +563,18 @@ def test_continuing_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> Non
         for name in names:
             write_scan_file(tmp_path / f"{name}.json", replace(record, scan=name))
 
-        def go_on() -> None:
+        def continue_run() -> None:
             inputs = dict.fromkeys(names, ())
             assert earlier_results(request, inputs, {}, settings) == (set(names), 0)
             write_summaries(tmp_path, tmp_path / "detections.csv", DetectionOptions(), names)
 
-        return peak_bytes(go_on)
+        return peak_bytes(continue_run)
 
     kept: list[Any] = []
     bytes_of_a_scan = peak_bytes(lambda: kept.append(read_scan_file(tmp_path / "s.json")))
     growth = peak_of(60) - peak_of(3)
 
+    # The last table is that of three scans with 50 boxes each.
     assert (tmp_path / "detections.csv").read_text().count("solid") == 3 * 50
     # 57 more scans take less than four of them would if they were held.
     assert bytes_of_a_scan > 10_000 and growth < 4 * bytes_of_a_scan

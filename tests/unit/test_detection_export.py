@@ -32,6 +32,7 @@ AFFINE = [[-2.0, 0, 0, 10], [0, 0, 3.0, 20], [0, 1.0, 0, 30], [0, 0, 0, 1]]
 
 
 def record() -> Any:
+    """Return the record of a scan with two boxes that overlap; the second has the higher score."""
     low = Detection((0, 0, 0, 4, 4, 4), 1, "solid", 0.4)
     high = Detection((2, 2, 2, 6, 5, 8), 2, "holed", 0.9, votes=3)
     return make_scan_file("brain", frame_of_affine(AFFINE, (8, 8, 8)), [low, high], CLASSES)
@@ -40,14 +41,15 @@ def record() -> Any:
 def test_frames_are_one_voxel_thick_and_the_higher_score_is_on_top() -> None:
     drawn = draw_boxes(record().boxes, (8, 8, 8))
 
-    assert (
-        drawn[4, 3, 4] == 0 and drawn[2, 3, 4] == 1 and drawn[5, 3, 4] == 1 and drawn[0, 1, 1] == 2
-    )
+    # Inside the higher box, on two sides of its frame, and on the frame of the lower box.
+    assert drawn[4, 3, 4] == 0 and drawn[2, 3, 4] == 1 and drawn[5, 3, 4] == 1
+    assert drawn[0, 1, 1] == 2
     # z 2-6, y 2-5, x 2-8: 4 x 3 x 6 voxels around 2 x 1 x 4.
     assert (drawn == 1).sum() == 4 * 3 * 6 - 2 * 1 * 4
 
     filled = draw_boxes(record().boxes, (8, 8, 8), filled=True)
 
+    # The higher box is whole; the lower one lacks the 2 x 2 x 2 voxels that both have.
     assert (filled == 1).sum() == 72 and (filled == 2).sum() == 64 - 2 * 2 * 2
 
 
@@ -56,55 +58,43 @@ def test_instances_are_the_segmentation_inside_the_boxes() -> None:
     labels[:4, :4, :4] = 1
     labels[3:6, 3:5, 3:8] = 2
     labels[7, 7, 7] = 2
-    drawn = draw_instances(
-        record().boxes,
-        labels,
-        [ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,))],
-    )
+    classes = [ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,))]
 
-    assert (drawn == 1).sum() == 3 * 2 * 5 and (drawn == 2).sum() == 64 - 1 and drawn[7, 7, 7] == 0
+    drawn = draw_instances(record().boxes, labels, classes)
+
+    # All of label 2 except for the voxel outside of the box; one voxel of label 1 was overwritten.
+    assert (drawn == 1).sum() == 3 * 2 * 5
+    assert (drawn == 2).sum() == 64 - 1 and drawn[7, 7, 7] == 0
 
 
 def test_slicers_markup_has_the_box_in_lps_mm_with_its_own_axes(tmp_path: Path) -> None:
     write_markup(tmp_path / "a.mrk.json", "brain", record().boxes[:1], record().frame)
+
     (roi,) = json.loads((tmp_path / "a.mrk.json").read_text())["markups"]
 
     # Middle of the box by hand: z 4, y 3.5, x 5 as edges, so index i 4.5, j 3, k 3.5: RAS (-2 * 4.5
     # + 10, 3 * 3.5 + 20, 3 + 30).
-    assert (
-        roi["center"] == [-1.0, -30.5, 33.0]
-        and roi["coordinateSystem"] == "LPS"
-        and roi["roiType"] == "Box"
-    )
+    assert roi["center"] == [-1.0, -30.5, 33.0]
+    assert (roi["coordinateSystem"], roi["roiType"]) == ("LPS", "Box")
     # Sides along i, j, k: 6 voxels of 2 mm, 3 of 1, 4 of 3.
     assert roi["size"] == [12.0, 3.0, 12.0]
     # Columns: i runs towards left (+L), j towards superior, k towards anterior (-P).
-    assert np.array(roi["orientation"]).reshape(3, 3).T.tolist() == [
-        [1, 0, 0],
-        [0, 0, 1],
-        [0, -1, 0],
-    ]
+    axes = np.array(roi["orientation"]).reshape(3, 3).T
+    assert axes.tolist() == [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
 
 
 def test_the_table_begins_with_luna16s_columns(tmp_path: Path) -> None:
     write_table(tmp_path / "t.csv", [record()], lowest_score=0.5)
+
     with (tmp_path / "t.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
 
-    assert len(rows) == 1 and list(rows[0])[:5] == [
-        "seriesuid",
-        "coordX",
-        "coordY",
-        "coordZ",
-        "probability",
-    ]
-    assert [float(rows[0][c]) for c in ("coordX", "coordY", "coordZ", "probability")] == [
-        -1.0,
-        -30.5,
-        33.0,
-        0.9,
-    ]
-    assert rows[0]["class"] == "holed" and rows[0]["votes"] == "3"
+    # Only the box of 0.9; its middle in mm was computed above.
+    (row,) = rows
+    columns = ["coordX", "coordY", "coordZ", "probability"]
+    assert list(row)[:5] == ["seriesuid", *columns]
+    assert [float(row[column]) for column in columns] == [-1.0, -30.5, 33.0, 0.9]
+    assert row["class"] == "holed" and row["votes"] == "3"
 
 
 @pytest.mark.parametrize("mark", ["=", "+", "-", "@"])
@@ -118,7 +108,7 @@ def test_no_spreadsheet_takes_a_name_in_the_table_for_a_formula(tmp_path: Path, 
         (row,) = csv.DictReader(handle)
 
     assert row["seriesuid"] == row["class"] == f"'{name}"
-    # A negative coordinate stays a number.
+    # A negative coordinate stays a number: the index of the middle is 1.5, so x is -(10 - 3) mm.
     assert row["coordX"] == "-7.0" and row["probability"] == "0.9"
 
 
@@ -135,10 +125,12 @@ def write_image(file: Path, array: Any) -> None:
 def test_cases_named_as_nnunet_does_come_with_all_their_channels(tmp_path: Path) -> None:
     for name in ("b_10_0000", "b_2_0000", "b_2_0001", "b_10_0001"):
         (tmp_path / f"{name}.nii.gz").touch()
+
     scans = find(tmp_path, ".nii.gz", 2)
 
     assert [s.name for s in scans] == ["b_2", "b_10"]
     assert [f.name for f in scans[0].files] == ["b_2_0000.nii.gz", "b_2_0001.nii.gz"]
+
     with refused(UsageError, "scans-missing-channel", "b_2", "0002", 3):
         find(tmp_path, ".nii.gz", 3)
     with refused(UsageError, "scans-need-channels", tmp_path, "case_0000.nrrd", 2):
@@ -157,20 +149,24 @@ def test_other_formats_are_brought_to_the_reader_with_their_geometry(tmp_path: P
 
     assert set(scans) == {"deep_scan_one", "plain"}
 
+    # A NIfTI file is read where it is.
     with ready(scans["plain"]) as files:
         assert files == [str(tmp_path / "in" / "plain.nii.gz")]
+
     with ready(scans["deep_scan_one"]) as files:
         read = SimpleITK.ReadImage(files[0])
-        assert read.GetSpacing() == (1.0, 2.0, 3.0) and read.GetOrigin() == pytest.approx(
-            (5.0, 6.0, 7.0),
-        )
+        assert read.GetSpacing() == (1.0, 2.0, 3.0)
+        assert read.GetOrigin() == pytest.approx((5.0, 6.0, 7.0))
         assert np.array_equal(SimpleITK.GetArrayFromImage(read), array)
+
+    # The copy that nnU-Net can read was temporary.
 
     assert not Path(files[0]).exists()
 
 
 def test_scans_whose_results_would_overwrite_each_other_are_refused(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
+    # A folder and an underscore, a space and an underscore, and capitals (macOS, Windows).
     for folder, first, second in (
         ("one", "p1/t1.nrrd", "p1_t1.nrrd"),
         ("two", "p1 t1.mha", "p1_t1.nrrd"),
@@ -181,6 +177,7 @@ def test_scans_whose_results_would_overwrite_each_other_are_refused(tmp_path: Pa
         origins = [f"{folder}/{file.rpartition('.')[0]} " for file in (first, second)]
         with refused(UsageError, "scans-same-name", *origins):
             find(tmp_path / folder, ".nii.gz", 1)
+
     for name in ("Case", "case"):
         (tmp_path / f"{name}_0000.nii.gz").touch()
 
@@ -193,30 +190,22 @@ def test_scans_that_are_not_named_as_cases_are_left_out_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "sub").mkdir()
-    for name in (
-        "a_0000.nii.gz",
-        "a_0001.nii.gz",
-        "b.nii.gz",
-        "sub/c.nrrd",
-        "sub/d.dcm",
-        "notes.txt",
-        ".hidden.nii.gz",
-    ):
+    cases = ("a_0000.nii.gz", "a_0001.nii.gz")
+    others = ("b.nii.gz", "sub/c.nrrd", "sub/d.dcm", "notes.txt", ".hidden.nii.gz")
+    for name in (*cases, *others):
         (tmp_path / name).touch()
 
     assert [s.name for s in find(tmp_path, ".nii.gz", 1)] == ["a"]
-    assert logged(
-        caplog,
-        "4 files",
-        "(a_0001.nii.gz, b.nii.gz, sub/c.nrrd and 1 more)",
-        "case_0000.nii.gz",
-    )
+    # a_0001 is a second channel, which the model does not have.
+    first_of_4 = "(a_0001.nii.gz, b.nii.gz, sub/c.nrrd and 1 more)"
+    assert logged(caplog, "4 files", first_of_4, "case_0000.nii.gz")
 
     caplog.clear()
     for name in ("b.nii.gz", "sub/c.nrrd", "sub/d.dcm"):
         (tmp_path / name).unlink()
 
-    assert [s.name for s in find(tmp_path, ".nii.gz", 2)] == ["a"] and not caplog.text
+    assert [s.name for s in find(tmp_path, ".nii.gz", 2)] == ["a"]
+    assert not caplog.text
 
 
 def test_results_of_an_earlier_run_below_the_scans_are_not_scans(
@@ -227,14 +216,16 @@ def test_results_of_an_earlier_run_below_the_scans_are_not_scans(
     for name in ("scan.nii.gz", "found/scan_boxes.nii.gz"):
         write_image(tmp_path / name, array)
 
-    assert [s.name for s in find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")] == [
-        "scan",
-    ] and not caplog.text
+    found = find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")
+
+    assert [s.name for s in found] == ["scan"]
+    assert not caplog.text
     # Results around the scans hide none of them.
     assert len(find(tmp_path, ".nii.gz", 1, output=tmp_path.parent)) == 2
     with refused(UsageError, "scans-output-is-input", tmp_path):
         find(tmp_path, ".nii.gz", 1, output=tmp_path)
 
+    # One file is named as a case now, so the others are not taken for scans.
     write_image(tmp_path / "case_0000.nii.gz", array)
     find(tmp_path, ".nii.gz", 1, output=tmp_path / "found")
 
@@ -254,7 +245,8 @@ def test_inputs_name_no_path(tmp_path: Path) -> None:
     folder.mkdir()
     (facts,), (other,) = facts_of([folder]), facts_of([tmp_path])
 
-    assert "Doe" not in str(facts) and facts != other and list(facts) == ["folder_sha256"]
+    assert "Doe" not in str(facts)
+    assert facts != other and list(facts) == ["folder_sha256"]
 
 
 def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
@@ -266,18 +258,17 @@ def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
 
     with ready(scans[0]) as files:
         read = SimpleITK.ReadImage(files[0])
-    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(
-        str(next(scans[0].candidate.path.rglob("*.dcm")).parent),
-    )  # type: ignore[union-attr]
+    candidate: Any = scans[0].candidate
+    folder = next(candidate.path.rglob("*.dcm")).parent
+    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
     expected = SimpleITK.ReadImage(names)
 
     assert read.GetSize() == expected.GetSize()
 
+    # The first and the last voxel: origin, direction and spacing are right if both are.
     for corner in ((0, 0, 0), tuple(n - 1 for n in read.GetSize())):
-        assert read.TransformIndexToPhysicalPoint(corner) == pytest.approx(
-            expected.TransformIndexToPhysicalPoint(corner),
-            abs=1e-2,
-        )
+        place = expected.TransformIndexToPhysicalPoint(corner)
+        assert read.TransformIndexToPhysicalPoint(corner) == pytest.approx(place, abs=1e-2)
         assert read[corner] == pytest.approx(expected[corner])
 
 
@@ -294,13 +285,11 @@ def boxed(tmp_path: Path) -> Path:
     """A raw dataset of two images and boxes of one of them."""
     for case in ("a", "b"):
         write_image(tmp_path / "imagesTr" / f"{case}_0000.nii.gz", np.zeros((6, 7, 8), np.float32))
-    (tmp_path / "dataset.json").write_text(
-        json.dumps({"labels": {"background": 0, "x": 1, "y": 2}, "file_ending": ".nii.gz"}),
-    )
+    described = {"labels": {"background": 0, "x": 1, "y": 2}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
     (tmp_path / "boxesTr").mkdir()
-    (tmp_path / "boxesTr" / "a.json").write_text(
-        '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 4], "label": 2}]}',
-    )
+    boxes = {"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 4], "label": 2}]}
+    (tmp_path / "boxesTr" / "a.json").write_text(json.dumps(boxes))
     return tmp_path
 
 
@@ -319,9 +308,10 @@ def test_boxes_become_ellipsoids_of_their_label_in_the_image(boxed: Path) -> Non
     array = SimpleITK.GetArrayFromImage(image)
 
     assert image.GetSpacing() == (1.0, 2.0, 3.0) and array[2, 2, 2] == 2 and array[0].max() == 0
-    assert [int(v) for v in np.argwhere(array == 2).min(0)] == [1, 1, 1] and [
-        int(v) for v in np.argwhere(array == 2).max(0)
-    ] == [3, 3, 3]
+    # The ellipsoid touches all sides of the box from 1 to 4 (half-open, so up to index 3).
+    inside = np.argwhere(array == 2)
+    assert inside.min(0).tolist() == [1, 1, 1] and inside.max(0).tolist() == [3, 3, 3]
+    # Nothing is left to do.
     assert write_box_labels(boxed) == []
 
 
@@ -329,30 +319,25 @@ def test_boxes_that_training_leaves_out_are_not_drawn(boxed: Path) -> None:
     import SimpleITK
 
     described = json.loads((boxed / "dataset.json").read_text())
-    (boxed / "dataset.json").write_text(
-        json.dumps({**described, "autoreg_detection": {"detect_labels": ["x"]}}),
-    )
-    (boxed / "boxesTr" / "b.json").write_text(
-        json.dumps(
-            {
-                "boxes": [
-                    {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True},
-                    {"box_zyx": [2, 2, 2, 4, 4, 4], "label": 1},
-                ],
-            },
-        ),
-    )
+    # Case a has a box of label y, which is not detected; case b one that is marked as ignored.
+    rules = {"detect_labels": ["x"]}
+    (boxed / "dataset.json").write_text(json.dumps({**described, "autoreg_detection": rules}))
+    ignored = {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True}
+    boxes = {"boxes": [ignored, {"box_zyx": [2, 2, 2, 4, 4, 4], "label": 1}]}
+    (boxed / "boxesTr" / "b.json").write_text(json.dumps(boxes))
     # What macOS leaves on other file systems is no image.
     (boxed / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"x")
 
     assert write_box_labels(boxed) == ["a", "b"]
 
-    a, b = (
-        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(boxed / "labelsTr" / f"{case}.nii.gz")))
-        for case in ("a", "b")
-    )
-
-    assert a.max() == 0 and b[0, 0, 0] == 0 and b[2:4, 2:4, 2:4].min() == 1 and b.sum() == 8
+    arrays = []
+    for case in ("a", "b"):
+        image = SimpleITK.ReadImage(str(boxed / "labelsTr" / f"{case}.nii.gz"))
+        arrays.append(SimpleITK.GetArrayFromImage(image))
+    a, b = arrays
+    assert a.max() == 0
+    # An ellipsoid in a box of 2^3 voxels fills it.
+    assert b[0, 0, 0] == 0 and b[2:4, 2:4, 2:4].min() == 1 and b.sum() == 8
 
 
 def test_a_label_map_that_is_not_whole_yet_is_not_counted(
@@ -364,6 +349,7 @@ def test_a_label_map_that_is_not_whole_yet_is_not_counted(
     copied = shutil.copyfile
 
     def killed(source: Path, target: Path) -> None:
+        # Killed after the bytes were copied and before the file got its name.
         copied(source, target)
         (boxed / "left").write_text("\n".join(f.name for f in (boxed / "labelsTr").iterdir()))
         raise KeyboardInterrupt
@@ -377,6 +363,8 @@ def test_a_label_map_that_is_not_whole_yet_is_not_counted(
     left = boxed / "labelsTr" / (boxed / "left").read_text()
 
     assert left.name.startswith(".a.nii.gz.") and not left.name.endswith(".nii.gz")
+
+    # A kill by the system cannot be handled, so the file stays; "._b" is one of macOS.
 
     left.touch()
     (boxed / "labelsTr" / "._b.nii.gz").touch()
@@ -406,9 +394,9 @@ def test_pretraining_on_boxes_only_says_that_label_maps_come_first(
 
 
 def test_a_box_outside_of_its_image_is_named(boxed: Path) -> None:
-    (boxed / "boxesTr" / "b.json").write_text(
-        '{"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 9], "label": 2}]}',
-    )
+    # x ends at 9 in an image of 8.
+    boxes = {"boxes": [{"box_zyx": [1, 1, 1, 4, 4, 9], "label": 2}]}
+    (boxed / "boxesTr" / "b.json").write_text(json.dumps(boxes))
 
     with refused(ObjectsError, "box-outside", "b.json: boxes[0]", "6 x 7 x 8"):
         write_box_labels(boxed)

@@ -19,11 +19,11 @@ from nnunet_autoreg.detection.scanfile import Detection, make_scan_file
 from nnunet_autoreg.errors import UsageError
 
 SHAPE = (6, 8, 10)
-ONE, TWO, SPECK = (
-    (slice(0, 2), slice(0, 3), slice(0, 4)),
-    (slice(3, 5), slice(4, 8), slice(6, 9)),
-    (slice(5, 6), slice(0, 1), slice(0, 1)),
-)
+# Two lesions of 2 x 3 x 4 and 2 x 4 x 3 voxels, and a speck of one voxel.
+ONE = (slice(0, 2), slice(0, 3), slice(0, 4))
+TWO = (slice(3, 5), slice(4, 8), slice(6, 9))
+SPECK = (slice(5, 6), slice(0, 1), slice(0, 1))
+CYST = (slice(2, 3), slice(0, 3), slice(0, 4))
 
 
 @pytest.fixture
@@ -36,38 +36,29 @@ def predicted(tmp_path: Path) -> Path:
     folder = tmp_path / "predicted"
     folder.mkdir()
     labels, probabilities = np.zeros(SHAPE, np.uint8), np.zeros((3, *SHAPE), np.float16)
-    for region, value, score in (
-        (ONE, 1, 0.5),
-        (TWO, 1, 0.75),
-        (SPECK, 1, 1.0),
-        ((slice(2, 3), slice(0, 3), slice(0, 4)), 2, 0.625),
-    ):
+    objects = ((ONE, 1, 0.5), (TWO, 1, 0.75), (SPECK, 1, 1.0), (CYST, 2, 0.625))
+    for region, value, score in objects:
         labels[region], probabilities[(value, *region)] = value, score
+    # One voxel of TWO is the most probable one. All scores are exact in float16.
     probabilities[1, 4, 5, 7] = 0.875
     image: Any = SimpleITK.GetImageFromArray(labels)
     image.SetSpacing((1.0, 2.0, 3.0))
     SimpleITK.WriteImage(image, str(folder / "case_1.nii.gz"))
     np.savez_compressed(folder / "case_1.npz", probabilities=probabilities)
-    (folder / "dataset.json").write_text(
-        json.dumps(
-            {
-                "channel_names": {"0": "CT"},
-                "labels": {"background": 0, "lesion": 1, "cyst": 2},
-                "file_ending": ".nii.gz",
-                "numTraining": 1,
-            },
-        ),
-    )
-    (folder / "plans.json").write_text(
-        json.dumps(
-            {
-                "dataset_name": "Dataset999_X",
-                "plans_name": "nnUNetPlans",
-                "image_reader_writer": "SimpleITKIO",
-                "configurations": {},
-            },
-        ),
-    )
+    described = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "lesion": 1, "cyst": 2},
+        "file_ending": ".nii.gz",
+        "numTraining": 1,
+    }
+    (folder / "dataset.json").write_text(json.dumps(described))
+    plans = {
+        "dataset_name": "Dataset999_X",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "configurations": {},
+    }
+    (folder / "plans.json").write_text(json.dumps(plans))
     return folder
 
 
@@ -85,38 +76,35 @@ def test_components_are_scored_by_their_highest_probability(
     text = (out / "case_1.json").read_text()
     found = json.loads(text)
 
+    # The folder is named by a hash, because paths may hold names of patients.
     assert str(predicted) not in text and len(found["model"]["from_seg"]) == 16
+    # Sorted by score; the speck is smaller than the smallest object that counts.
     assert [(b["id"], b["name"], b["score"], b["box_zyx"]) for b in found["boxes"]] == [
         (1, "lesion", 0.875, [3, 4, 6, 5, 8, 9]),
         (2, "cyst", 0.625, [2, 0, 0, 3, 3, 4]),
         (3, "lesion", 0.5, [0, 0, 0, 2, 3, 4]),
     ]
-    assert found["model"]["dataset"] == "Dataset999" and found["spacing_mm_zyx"] == [
-        3.0,
-        2.0,
-        1.0,
-    ]
+    assert found["model"]["dataset"] == "Dataset999"
+    assert found["spacing_mm_zyx"] == [3.0, 2.0, 1.0]
 
     ids = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(out / "case_1_instances.nii.gz")))
 
-    assert [int((ids == i).sum()) for i in range(1, 4)] == [2 * 4 * 3, 12, 24] and ids[
-        SPECK
-    ].item() == 0
+    assert [int((ids == i).sum()) for i in range(1, 4)] == [2 * 4 * 3, 12, 24]
+    assert ids[SPECK].item() == 0
 
     with (out / "detections.csv").open(newline="") as handle:
         assert [row["probability"] for row in csv.DictReader(handle)] == ["0.875", "0.625", "0.5"]
 
-    assert (
-        (out / "case_1_boxes.pkl").is_file()
-        and (out / "case_1_boxes.nii.gz").is_file()
-        and (out / "case_1.mrk.json").is_file()
-    )
+    for ending in ("_boxes.pkl", "_boxes.nii.gz", ".mrk.json"):
+        assert (out / f"case_1{ending}").is_file()
 
+    # A file that is missing is made again; another lowest score leaves the two best boxes.
     (out / "case_1_boxes.pkl").unlink()
 
     assert main(line) == 0 and (out / "case_1_boxes.pkl").is_file()
     assert main([*line[:-1], "--overwrite", "--min-score", "0.6"]) == 0
-    assert [b["id"] for b in json.loads((out / "case_1.json").read_text())["boxes"]] == [1, 2]
+    boxes = json.loads((out / "case_1.json").read_text())["boxes"]
+    assert [b["id"] for b in boxes] == [1, 2]
 
 
 def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
@@ -131,16 +119,9 @@ def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
     truth.mkdir()
     (truth / "case_1.nii.gz").write_bytes((predicted / "case_1.nii.gz").read_bytes())
     (truth / "dataset.json").write_bytes((predicted / "dataset.json").read_bytes())
-    line = [
-        "-p",
-        str(tmp_path / "out"),
-        "-g",
-        str(truth),
-        "-o",
-        str(tmp_path / "scores.json"),
-        "--hit",
-        "mask:1",
-    ]
+    line = ["-p", str(tmp_path / "out"), "-g", str(truth), "-o", str(tmp_path / "scores.json")]
+    # A hit needs masks with an IoU of 1.
+    line += ["--hit", "mask:1"]
 
     assert evaluate(line) == 0
 
@@ -160,6 +141,7 @@ def test_missing_inputs_for_a_segmentation_are_refused(predicted: Path, tmp_path
     with refused(UsageError, "from-seg-no-folder", tmp_path / "no"):
         run("--from-seg", str(tmp_path / "no"))
 
+    # Options of a trained detector mean nothing for a segmentation.
     for option, value in (
         ("--fppi", "1"),
         ("--fppi", "0"),
@@ -199,6 +181,7 @@ def test_one_damaged_file_of_probabilities_stops_nothing(
     assert (tmp_path / "out" / "case_1.json").is_file()
 
 
+# 40 000 channels of 480 voxels unpack to 38 MB from a few kB, and so does an unknown type of voxel.
 @pytest.mark.parametrize(
     ("probabilities", "value"),
     [
@@ -296,14 +279,11 @@ def test_a_region_inside_another_adds_nothing_to_its_probability(
     tmp_path: Path,
 ) -> None:
     dataset = json.loads((predicted / "dataset.json").read_text())
-    regions = {
-        "labels": {"background": 0, "whole": [1, 2], "core": 2},
-        "regions_class_order": [1, 2],
-    }
-    rules = {"detect_labels": ["whole"], "min_voxels": 1}
-    (predicted / "dataset.json").write_text(
-        json.dumps({**dataset, **regions, "autoreg_detection": rules}),
-    )
+    dataset["labels"] = {"background": 0, "whole": [1, 2], "core": 2}
+    dataset["regions_class_order"] = [1, 2]
+    dataset["autoreg_detection"] = {"detect_labels": ["whole"], "min_voxels": 1}
+    (predicted / "dataset.json").write_text(json.dumps(dataset))
+    # Of regions, the probability of "whole" contains that of "core": 0.5, and not 0.75.
     probabilities = np.zeros((2, *SHAPE), np.float16)
     probabilities[0], probabilities[1] = 0.5, 0.25
     np.savez_compressed(predicted / "case_1.npz", probabilities=probabilities)
@@ -345,23 +325,24 @@ def test_nndetections_pickle_has_its_keys_order_and_voxel_more(tmp_path: Path) -
         Detection((0, 1, 2, 4, 5, 7), 5, "holed", 0.9),
         Detection((1, 1, 1, 2, 2, 2), 2, "solid", 0.5),
     ]
-    write_boxes(
-        tmp_path / "a.pkl",
-        make_scan_file("a", frame_of_affine(affine, (8, 8, 8)), found, {"holed": 5, "solid": 2}),
+    record = make_scan_file(
+        "a",
+        frame_of_affine(affine, (8, 8, 8)),
+        found,
+        {"holed": 5, "solid": 2},
     )
+
+    write_boxes(tmp_path / "a.pkl", record)
+
     data = pickle.loads((tmp_path / "a.pkl").read_bytes())
 
     # Voxels z 0 to 3, y 1 to 4, x 2 to 6: z -1, y 0, z 4, y 5, x 1, x 7.
     assert data["pred_boxes"].tolist() == [[-1, 0, 4, 5, 1, 7], [0, 0, 2, 2, 0, 2]]
-    assert data["pred_labels"].tolist() == [1, 0] and data["pred_scores"].tolist() == [
-        np.float32(0.9),
-        0.5,
-    ]
+    # Classes of nnDetection count from 0 in the order of the labels: 2 is class 0, 5 is class 1.
+    assert data["pred_labels"].tolist() == [1, 0]
+    assert data["pred_scores"].tolist() == [np.float32(0.9), 0.5]
     assert data["restore"] is True and data["original_size_of_raw_data"].tolist() == [8, 8, 8]
     assert data["itk_spacing"] == (2.0, 1.0, 3.0) and data["itk_origin"] == (-10.0, -20.0, 30.0)
     # Column by column, i towards left, j towards superior, k towards anterior, in LPS.
-    assert np.array(data["itk_direction"]).reshape(3, 3).T.tolist() == [
-        [1, 0, 0],
-        [0, 0, 1],
-        [0, -1, 0],
-    ]
+    axes = np.array(data["itk_direction"]).reshape(3, 3).T
+    assert axes.tolist() == [[1, 0, 0], [0, 0, 1], [0, -1, 0]]

@@ -28,6 +28,7 @@ def test_boxes_come_back_through_resampling_crop_and_transpose_by_hand():
     # Original (z, y, x) = (40, 60, 50), transposed to (x, z, y), cropped from (5, 2, 1) to 40 x 30
     # x 50, resampled to 20 x 60 x 50.
     way = Preprocessing((20, 60, 50), (40, 30, 50), (5, 2, 1), (1, 2, 0))
+
     back = way.to_original([[2, 10, 3, 4, 20, 7]])
 
     # x: 2..4 times 2 plus 5; z: 10..20 times 1/2 plus 2; y: 3..7 plus 1.
@@ -36,14 +37,26 @@ def test_boxes_come_back_through_resampling_crop_and_transpose_by_hand():
 
 
 def test_whole_images_map_to_whole_images_for_any_rounding():
+    # Factors that are not whole numbers: 10 / 33, 3 and 13 / 11.
     way = Preprocessing((33, 7, 11), (10, 21, 13), (0, 0, 0))
 
-    assert way.to_original([[0, 0, 0, 33, 7, 11]])[0] == pytest.approx([0, 0, 0, 10, 21, 13])
+    found = way.to_original([[0, 0, 0, 33, 7, 11]])
+
+    assert found[0] == pytest.approx([0, 0, 0, 10, 21, 13])
 
 
 def ellipsoid(shape, centre, radii):
+    """Return the mask of an ellipsoid; the centre is given in edges, so voxels are at n + 0.5."""
     grid = np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij")
-    return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)) < 1
+    parts = zip(grid, centre, radii, strict=True)
+    return sum(((g - c) / r) ** 2 for g, c, r in parts) < 1
+
+
+def box_around(mask):
+    """Return the half-open box (low, high) of the voxels of a mask."""
+    places = np.nonzero(mask)
+    low = [float(p.min()) for p in places]
+    return np.array(low + [float(p.max()) + 1 for p in places])
 
 
 @pytest.mark.parametrize("transpose", [(0, 1, 2), (1, 2, 0)])
@@ -54,48 +67,42 @@ def test_an_ellipsoid_resampled_by_nnunet_comes_back_to_its_location(transpose):
         resample_data_or_seg_to_shape,
     )
 
+    # Slices of 5 mm are resampled to 1 mm, which is the hard direction.
     spacing, target = np.array([5.0, 0.8, 0.8]), np.array([1.0, 1.0, 1.0])
     overlaps, away_mm = [], []
     for seed in range(4):
         random = np.random.default_rng(seed)
         shape = (16, 61, 57)
-        centre, radii = (
-            random.uniform([6, 22, 22], [10, 38, 34]),
-            random.uniform(9, 14, 3) / spacing,
-        )
+        centre = random.uniform([6, 22, 22], [10, 38, 34])
+        radii = random.uniform(9, 14, 3) / spacing
+        # The image is 0 at its border, so nnU-Net crops it.
         image = np.zeros((1, *shape), np.float32)
         image[0, 2:14, 3:60, 5:55] = 1
         labels = ellipsoid(shape, centre, radii).astype(np.float32)[None]
+
+        # Transpose, crop and resample as nnU-Net does.
         order = [0, *(1 + t for t in transpose)]
         data, seg, crop = crop_to_nonzero(image.transpose(order), labels.transpose(order))
         moved = spacing[list(transpose)]
         new = compute_new_shape(data.shape[1:], moved, target)
-        resampled = (
-            resample_data_or_seg_to_shape(seg, new, moved, target, is_seg=True, order=1, order_z=0)[
-                0
-            ]
-            == 1
-        )
-        places = np.nonzero(resampled)
-        pre = [float(p.min()) for p in places] + [float(p.max()) + 1 for p in places]
+        how = {"is_seg": True, "order": 1, "order_z": 0}
+        resampled = resample_data_or_seg_to_shape(seg, new, moved, target, **how)[0] == 1
+
         properties = {
             "bbox_used_for_cropping": crop,
             "shape_after_cropping_and_before_resampling": data.shape[1:],
         }
         way = preprocessing_of(properties, new, np.argsort(transpose).tolist())
-        found = way.to_original(pre)
-        places = np.nonzero(labels[0])
-        true = np.array([float(p.min()) for p in places] + [float(p.max()) + 1 for p in places])
-        common = np.prod(
-            np.clip(np.minimum(found[3:], true[3:]) - np.maximum(found[:3], true[:3]), 0, None),
-        )
-        overlaps.append(
-            common / (np.prod(found[3:] - found[:3]) + np.prod(true[3:] - true[:3]) - common),
-        )
-        away_mm.append(
-            np.linalg.norm(((found[3:] + found[:3]) - (true[3:] + true[:3])) / 2 * spacing),
-        )
+        found, true = way.to_original(box_around(resampled).tolist()), box_around(labels[0])
 
+        sides = np.minimum(found[3:], true[3:]) - np.maximum(found[:3], true[:3])
+        common = np.prod(np.clip(sides, 0, None))
+        union = np.prod(found[3:] - found[:3]) + np.prod(true[3:] - true[:3]) - common
+        overlaps.append(common / union)
+        away = ((found[3:] + found[:3]) - (true[3:] + true[:3])) / 2
+        away_mm.append(np.linalg.norm(away * spacing))
+
+    # A border of the resampled box is off by up to half a voxel (0.5 mm) on either side.
     assert np.mean(overlaps) >= 0.90 and np.mean(away_mm) <= 0.35
 
 
@@ -120,6 +127,7 @@ def test_world_coordinates_are_simpleitks_on_an_oblique_flipped_image():
 
     assert frame.spacing_mm == pytest.approx((3.3, 0.9, 0.7))
 
+    # SimpleITK's index is that of the centre of a voxel, ours counts edges.
     for point in np.random.default_rng(0).uniform(0, 10, (5, 3)):
         theirs = image.TransformContinuousIndexToPhysicalPoint((point[::-1] - 0.5).tolist())
         assert frame.to_lps(point) == pytest.approx(theirs, abs=1e-3)
@@ -140,6 +148,7 @@ def test_world_coordinates_are_nibabels_however_the_image_is_stored(tmp_path):
     stored = nibabel.load(tmp_path / "a.nii.gz")
     ours = frame_of_itk((10, 30, 20), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
     theirs = frame_of_affine(stored.affine, (10, 30, 20))
+    # The object in edges, and the centres of its eight corner voxels as indices (i, j, k).
     box = (2.0, 10.0, 3.0, 5.0, 14.0, 9.0)
     ends = [[i, j, k] for i in (2.5, 8.5) for j in (9.5, 13.5) for k in (1.5, 4.5)]
     corners = np.sort(nibabel.affines.apply_affine(stored.affine, ends), 0)
@@ -153,10 +162,8 @@ def test_world_coordinates_are_nibabels_however_the_image_is_stored(tmp_path):
     places = np.nonzero(data)
     middle = [(p.min() + p.max() + 1) / 2 for p in places]
 
-    assert frame_of_affine(turned.affine, data.shape).to_ras(middle) == pytest.approx(
-        ours.to_ras([3.5, 12, 6]),
-        abs=1e-3,
-    )
+    place = frame_of_affine(turned.affine, data.shape).to_ras(middle)
+    assert place == pytest.approx(ours.to_ras([3.5, 12, 6]), abs=1e-3)
 
 
 def test_frames_come_from_the_properties_of_every_reader_of_nnunet():
@@ -179,14 +186,17 @@ def test_frames_come_from_the_properties_of_every_reader_of_nnunet():
 
     plain = frame_of_properties({"spacing": (3, 2, 1)}, (4, 4, 4))
 
+    # Without a direction the image is at the origin: index 1 of each axis times 1, 2 and 3 mm.
     assert plain.to_lps((1.5, 1.5, 1.5)).tolist() == [1, 2, 3]
 
 
 def test_indices_are_half_a_voxel_less_than_edges_and_in_the_order_x_y_z():
+    # Reversed to x, y, z, then half a voxel less: 2 - 0.5 = 1.5 and so on.
     assert to_ijk([0, 1, 2, 4, 5, 6]).tolist() == [1.5, 0.5, -0.5, 5.5, 4.5, 3.5]
 
     frame = frame_of_itk((10, 10, 10), (1, 2, 3), (0, 0, 0), np.eye(3).ravel().tolist())
 
+    # x: 4 voxels of 1 mm, y: 2 of 2 mm, z: 1 of 3 mm.
     assert frame.size_mm((0, 0, 0, 1, 2, 4)) == (4, 4, 3)
 
 
@@ -199,26 +209,27 @@ FOUND = [
 
 def test_a_scan_file_comes_back_as_it_was_and_its_numbers_agree(tmp_path):
     made = make_scan_file("case_1", FRAME, FOUND, {"lesion": 1}, {"folds": [0, 1]}, {"nms": 0.1})
+
     write_scan_file(tmp_path / "case_1.json", made)
     read = read_scan_file(tmp_path / "case_1.json")
 
     assert read == made and read.frame == FRAME
+    # Sorted by score; ids follow the order.
     assert [(b.id, b.score, b.votes) for b in read.boxes] == [(1, 0.9, 1), (2, 0.4, 2)]
 
     small = read.boxes[1]
 
-    assert small.box_ijk == (2.5, 9.5, 1.5, 8.5, 13.5, 4.5) and small.size_mm == pytest.approx(
-        (4.2, 3.6, 9.9),
-        abs=1e-4,
-    )
+    # Edges 3 to 9 of x are the centres 2.5 to 8.5; 6 x 0.7, 4 x 0.9 and 3 x 3.3 mm.
+    assert small.box_ijk == (2.5, 9.5, 1.5, 8.5, 13.5, 4.5)
+    assert small.size_mm == pytest.approx((4.2, 3.6, 9.9), abs=1e-4)
 
     affine = np.array(read.affine_ras)
     middle = (np.array(small.box_ijk[:3]) + small.box_ijk[3:]) / 2
 
-    assert affine[:3, :3] @ middle + affine[:3, 3] == pytest.approx(small.center_mm_ras, abs=1e-3)
-    assert small.center_mm_lps == pytest.approx(
-        (-small.center_mm_ras[0], -small.center_mm_ras[1], small.center_mm_ras[2]),
-    )
+    # A reader of the file gets the same place from the affine, in RAS and in LPS.
+    x, y, z = small.center_mm_ras
+    assert affine[:3, :3] @ middle + affine[:3, 3] == pytest.approx((x, y, z), abs=1e-3)
+    assert small.center_mm_lps == pytest.approx((-x, -y, z))
     assert np.mean(small.corners_mm_ras, 0) == pytest.approx(small.center_mm_ras, abs=1e-3)
 
 
@@ -231,6 +242,7 @@ def test_a_scan_without_detections_has_a_file_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "code", "values"),
     [
+        # x ends at 29 of 20.
         ({"box_zyx": [2, 10, 3, 5, 14, 29]}, "box-outside", ["box 2", "10 x 30 x 20"]),
         ({"box_zyx": [5, 10, 3, 2, 14, 9]}, "box-without-extent", ["box 2"]),
         ({"score": 1.5}, "detections-score", ["box 2", 1.5]),
@@ -260,5 +272,6 @@ def test_other_json_files_are_not_taken_for_detections(tmp_path):
 
     with refused(ObjectsError, "objects-unreadable", "a.json"):
         read_scan_file(tmp_path / "a.json")
+
     with refused(ObjectsError, "box-not-finite", "here"):
         check_inside((0, 0, 0, 1, 1, float("nan")), (4, 4, 4), "here")

@@ -28,6 +28,7 @@ LESION, CYST = ObjectClass("lesion", 1, (1,)), ObjectClass("cyst", 2, (2,))
 
 
 def labels():
+    """Two lesions, the first with a voxel at its corner, and a cyst that touches the second."""
     array = np.zeros((8, 10, 12), np.uint8)
     array[0:2, 0:3, 0:4] = 1
     array[2, 3, 4] = 1
@@ -37,27 +38,25 @@ def labels():
 
 
 def test_components_are_objects_with_boxes_of_voxel_edges():
+
     found = find_instances(labels(), [LESION, CYST], Rules())
 
+    # 2 x 3 x 4 voxels and the one at the corner; 2 x 3 x 4; 2 x 3 x 1. Boxes are half-open.
     assert found.objects == (
         Instance(1, 0, (0, 0, 0, 3, 4, 5), 25),
         Instance(2, 0, (5, 5, 5, 7, 8, 9), 24),
         Instance(3, 1, (5, 5, 9, 7, 8, 10), 6),
     )
-    assert (
-        found.ids_ZYX.dtype == np.uint16
-        and (found.ids_ZYX[5, 5] == [0] * 5 + [2] * 4 + [3] + [0] * 2).all()
-    )
+    assert found.ids_ZYX.dtype == np.uint16
+    assert found.ids_ZYX[5, 5].tolist() == [0] * 5 + [2] * 4 + [3] + [0] * 2
 
 
 def test_corners_join_with_26_neighbours_and_small_objects_are_ignored():
     found = find_instances(labels(), [LESION], Rules(connectivity=6, min_voxels=2))
 
-    assert [(o.num_voxels, o.ignored) for o in found.objects] == [
-        (24, False),
-        (1, True),
-        (24, False),
-    ]
+    # With 6 neighbours the voxel at the corner is an object by itself.
+    sizes = [(o.num_voxels, o.ignored) for o in found.objects]
+    assert sizes == [(24, False), (1, True), (24, False)]
     assert found.ids_ZYX[2, 3, 4] == found.objects[1].id
 
 
@@ -75,6 +74,7 @@ def test_a_scan_without_objects_is_fine():
 
 def test_boxes_of_any_ids():
     ids = np.zeros((3, 4, 5), np.int64)
+    # Ids with large gaps, as instance maps of other tools have them.
     ids[1, 1:3, 4], ids[2, 0, 0] = 60_000, 7
 
     assert boxes_of_ids(ids) == {7: ((2, 0, 0, 3, 1, 1), 1), 60_000: ((1, 1, 4, 2, 3, 5), 2)}
@@ -93,9 +93,8 @@ def test_every_label_is_a_class_unless_the_dataset_says_otherwise():
     assert names() == [("edema", 1, (1,)), ("core", 2, (2,)), ("cyst", 3, (3,))]
     assert names(detect_labels=["cyst"]) == [("cyst", 3, (3,))]
     assert names(merge={"tumour": ["core", "edema"]}) == [("tumour", 1, (1, 2)), ("cyst", 3, (3,))]
-    assert names(merge={"tumour": ["core", "edema"]}, detect_labels=["tumour"]) == [
-        ("tumour", 1, (1, 2)),
-    ]
+    only_tumour = names(merge={"tumour": ["core", "edema"]}, detect_labels=["tumour"])
+    assert only_tumour == [("tumour", 1, (1, 2))]
     assert ignore_value(DATASET) == 4 and ignore_value({"labels": {"background": 0}}) is None
 
 
@@ -107,6 +106,7 @@ def test_every_label_is_a_class_unless_the_dataset_says_otherwise():
         (DATASET["labels"], {"connectivity": 8}, "connectivity", ["connectivity=8"]),
         (DATASET["labels"], {"min_voxels": 0}, "min-voxels", ["min_voxels=0"]),
         ({"background": 0}, {}, "no-label", ["autoreg_detection"]),
+        # Voxels of value 2 would belong to two objects.
         (
             {"background": 0, "whole": [1, 2], "core": [2]},
             {},
@@ -129,7 +129,8 @@ def test_a_misspelt_rule_is_refused_by_name():
     assert "'min_voxel'" in str(caught.value)
 
 
-def test_regions_are_classes_where_they_do_not_overlap():
+def test_regions_are_classes_if_they_do_not_overlap():
+    # "core" overlaps "whole" and is not detected.
     dataset = {
         "labels": {"background": 0, "whole": [1, 2, 3], "core": 2},
         "autoreg_detection": {"detect_labels": ["whole"]},
@@ -139,6 +140,7 @@ def test_regions_are_classes_where_they_do_not_overlap():
 
 
 def ids():
+    """Object 1 has two parts, 2 x 2 x 2 voxels and one far away; object 7 has three voxels."""
     array = np.zeros((4, 6, 6), np.uint16)
     array[0:2, 0:2, 0:2], array[3, 5, 5], array[2, 2:5, 3] = 1, 1, 7
     return array
@@ -146,13 +148,9 @@ def ids():
 
 def test_an_instance_map_keeps_its_ids_and_an_object_may_have_parts(tmp_path):
     (tmp_path / "a.json").write_text('{"instances": {"1": 2, "7": 1}}')
-    found = known_instances(
-        ids(),
-        labels_of_instances(tmp_path / "a.json"),
-        [LESION, CYST],
-        Rules(min_voxels=4),
-        "a",
-    )
+    label_of = labels_of_instances(tmp_path / "a.json")
+
+    found = known_instances(ids(), label_of, [LESION, CYST], Rules(min_voxels=4), "a")
 
     assert found.objects == (
         Instance(1, 1, (0, 0, 0, 4, 6, 6), 9),
@@ -163,9 +161,11 @@ def test_an_instance_map_keeps_its_ids_and_an_object_may_have_parts(tmp_path):
 def test_objects_of_labels_that_are_not_detected_leave_the_map():
     found = known_instances(ids(), {1: 2, 7: 1}, [LESION], Rules(), "a", other_labels=[2])
 
-    assert [o.id for o in found.objects] == [7] and set(np.unique(found.ids_ZYX)) == {0, 7}
+    assert [o.id for o in found.objects] == [7]
+    assert set(np.unique(found.ids_ZYX)) == {0, 7}
 
 
+# The map has the ids 1 and 7.
 @pytest.mark.parametrize(
     ("label_of", "code", "values"),
     [
@@ -186,7 +186,7 @@ def test_a_map_of_fractions_or_negative_numbers_is_refused():
 
 
 @pytest.mark.parametrize("text", ["[]", '{"instances": [1]}', '{"instances": {"a": 1}}', "{"])
-def test_a_json_of_instances_that_is_none_is_refused(tmp_path, text):
+def test_a_json_without_valid_instances_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     code = "objects-unreadable" if text == "{" else "objects-format"
 
@@ -199,12 +199,12 @@ def boxes_file(tmp_path, *boxes):
     return tmp_path / "a.json"
 
 
-def test_boxes_alone_are_objects_without_a_map(tmp_path):
-    first, second = (
-        {"box_zyx": [0, 1, 2, 3.5, 4, 5], "label": 2, "score": 1},
-        {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True},
-    )
+def test_boxes_are_objects_without_a_map(tmp_path):
+    # Numbers of voxels may be fractions, and other keys of a box are passed over.
+    first = {"box_zyx": [0, 1, 2, 3.5, 4, 5], "label": 2, "score": 1}
+    second = {"box_zyx": [0, 0, 0, 1, 1, 1], "label": 1, "ignore": True}
     file = boxes_file(tmp_path, first, second)
+
     found = read_true_boxes(file, [LESION, CYST], (4, 8, 8))
 
     assert found.objects == (
@@ -212,14 +212,14 @@ def test_boxes_alone_are_objects_without_a_map(tmp_path):
         Instance(2, 0, (0, 0, 0, 1, 1, 1), 0, True),
     )
     assert found.ids_ZYX is None
-    assert [
-        o.class_index for o in read_true_boxes(file, [LESION], (4, 8, 8), other_labels=[2]).objects
-    ] == [0]
+    of_lesions = read_true_boxes(file, [LESION], (4, 8, 8), other_labels=[2])
+    assert [o.class_index for o in of_lesions.objects] == [0]
 
 
 @pytest.mark.parametrize(
     ("box", "code", "value"),
     [
+        # z ends at 5 of 4; a label that does not exist; five numbers; no box; a number in quotes.
         ({"box_zyx": [0, 1, 2, 5, 4, 5], "label": 2}, "box-outside", "4 x 8 x 8"),
         ({"box_zyx": [0, 1, 2, 3, 4, 5], "label": 9}, "objects-unknown-label", "label 9"),
         ({"box_zyx": [0, 1, 2, 3, 4], "label": 1}, "objects-unreadable", "box_zyx"),
@@ -239,6 +239,7 @@ def test_a_file_that_holds_no_boxes_is_refused(tmp_path):
         read_true_boxes(tmp_path / "a.json", [LESION], None)
 
 
+# Files of results may be removed and made again, but these are the user's work.
 def test_nobody_is_advised_to_remove_a_damaged_file_of_true_objects(tmp_path):
     (tmp_path / "a.json").write_text('{"boxes": [')
     for read in (labels_of_instances, lambda file: read_true_boxes(file, [LESION], None)):
@@ -247,12 +248,15 @@ def test_nobody_is_advised_to_remove_a_damaged_file_of_true_objects(tmp_path):
 
 
 def test_ellipsoids_have_the_boxes_they_were_made_of():
+    # The second is inside the first, so it is drawn on top; the third is one voxel.
     boxes = (
         Instance(1, 0, (0, 0, 0, 8, 2, 16), 0),
         Instance(2, 0, (3, 0, 7, 5, 2, 9), 0),
         Instance(3, 0, (9, 3, 0, 10, 4, 1), 0),
     )
+
     drawn = with_ellipsoids(Instances(boxes, None), (10, 4, 16))
+
     found = boxes_of_ids(drawn.ids_ZYX)
 
     assert {i: box for i, (box, _) in found.items()} == {b.id: b.box_zyx for b in boxes}
@@ -261,13 +265,15 @@ def test_ellipsoids_have_the_boxes_they_were_made_of():
     assert drawn.ids_ZYX[0, 0, 0] == 0 and found[1][1] < 8 * 2 * 16 - 8
 
 
-def test_a_box_that_smaller_ones_hide_keeps_its_place_whatever_its_number():
-    # Numbers have gaps where boxes of other labels stand between.
+def test_a_box_hidden_by_smaller_ones_keeps_its_place_for_any_number():
+    # Numbers have gaps if boxes of other labels lie between.
+    # Box 7 has two voxels, which the boxes 2 and 3 fill.
     boxes = (
         Instance(7, 0, (0, 0, 0, 2, 1, 1), 0),
         Instance(2, 0, (0, 0, 0, 1, 1, 1), 0),
         Instance(3, 0, (1, 0, 0, 2, 1, 1), 0),
     )
+
     drawn = with_ellipsoids(Instances(boxes, None), (2, 1, 1))
 
     assert [(o.id, o.num_voxels) for o in drawn.objects] == [(7, 0), (2, 1), (3, 1)]

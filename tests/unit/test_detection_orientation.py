@@ -1,4 +1,4 @@
-"""Boxes count in the stored array, whatever nnU-Net's reader makes of it."""
+"""Boxes count in the stored array, for every orientation in which nnU-Net's reader returns it."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ import SimpleITK
 from nnunet_autoreg.detection.geometry import AS_STORED, frame_of_itk, reader_turn, stored_array
 from nnunet_autoreg.detection.objects import ObjectSource, write_box_labels
 
+# Three different sides and a box that is not symmetric: a swapped or mirrored axis is noticed.
 SHAPE = (16, 20, 24)
 BOX = (3, 4, 5, 7, 9, 11)
 DIRECTIONS = {
@@ -25,10 +26,8 @@ def readers() -> dict[str, Any]:
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
-    return {
-        c.__name__: c
-        for c in (NibabelIO, NibabelIOWithReorient, SimpleITKIO, SimpleITKIOWithReorient)
-    }
+    kinds = (NibabelIO, NibabelIOWithReorient, SimpleITKIO, SimpleITKIOWithReorient)
+    return {kind.__name__: kind for kind in kinds}
 
 
 def make_dataset(root: Path, direction: tuple[float, ...]) -> tuple[Path, Any]:
@@ -64,12 +63,8 @@ def test_boxes_hold_the_object_in_the_array_that_is_trained_on(
 ) -> None:
     root, _ = make_dataset(tmp_path / "Dataset001_A", DIRECTIONS[direction])
     kind = readers()[reader]
-    source = ObjectSource(
-        root / "labelsTr",
-        root,
-        json.loads((root / "dataset.json").read_text()),
-        kind,
-    )
+    described = json.loads((root / "dataset.json").read_text())
+    source = ObjectSource(root / "labelsTr", root, described, kind)
 
     image = kind().read_images([str(root / "imagesTr" / "a_0000.nii.gz")])[0][0]
     (found,) = source.read("a").instances.objects
@@ -87,7 +82,8 @@ def test_boxes_come_back_to_the_stored_array_and_its_place(
     direction: str,
 ) -> None:
     root, image = make_dataset(tmp_path / "Dataset001_A", DIRECTIONS[direction])
-    array, properties = readers()[reader]().read_images([str(root / "imagesTr" / "a_0000.nii.gz")])
+    file = root / "imagesTr" / "a_0000.nii.gz"
+    array, properties = readers()[reader]().read_images([str(file)])
 
     stored = stored_array(properties, array.shape[1:])
 
@@ -100,6 +96,6 @@ def test_boxes_come_back_to_the_stored_array_and_its_place(
 
     assert stored.frame.shape_vox == SHAPE
     assert np.allclose(stored.frame.affine_ras, true.affine_ras, atol=1e-4)
-    assert (reader_turn(properties) != AS_STORED) == (
-        "Reorient" in reader and direction not in ("RAS",)
-    )
+    # Only readers that reorient turn an image, except for one that is RAS already.
+    is_turned = "Reorient" in reader and direction != "RAS"
+    assert (reader_turn(properties) != AS_STORED) == is_turned

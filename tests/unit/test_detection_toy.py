@@ -23,15 +23,19 @@ def test_cubes_have_the_promised_sizes_numbers_and_distances(
     for number in range(16):
         case = toy["draw_case"](number, side=48)
         components = cc3d.connected_components(case.labels > 0, connectivity=26)
+        # Component 0 is the background.
         boxes = cc3d.statistics(components)["bounding_boxes"][1:]
         sides = [s.stop - s.start for box in boxes for s in box]
+
+        # Cubes that touched would be one component.
         assert len(boxes) == case.num_cubes and all(8 <= side <= 16 for side in sides)
+        # Every eighth scan is empty.
         assert (number % 8 != 7) or case.num_cubes == 0
         bright, dark = case.image[case.labels > 0], case.image[case.labels == 0]
         assert not bright.size or bright.mean() - dark.mean() == pytest.approx(2, abs=0.1)
-    again = toy["draw_case"](3, side=48)
 
-    assert np.array_equal(again.image, toy["draw_case"](3, side=48).image)
+    first, again = (toy["draw_case"](3, side=48).image for _ in range(2))
+    assert np.array_equal(again, first)
 
 
 def test_only_holed_cubes_have_a_hole_without_label(toy: dict[str, Any]) -> None:
@@ -42,18 +46,20 @@ def test_only_holed_cubes_have_a_hole_without_label(toy: dict[str, Any]) -> None
         for i, box in enumerate(cc3d.statistics(components)["bounding_boxes"][1:], start=1):
             kind = int(labels[box][0, 0, 0])
             seen.add(kind)
+            # A cube without a hole fills its box, and only that of kind 1 has none.
             full = np.prod([s.stop - s.start for s in box])
-            assert ((components[box] == i).sum() == full) == (kind == 1)
+            is_full = (components[box] == i).sum() == full
+            assert is_full == (kind == 1)
 
     assert seen == {1, 2}
 
 
 def test_the_raw_dataset_asks_for_detection(toy: dict[str, Any], tmp_path: Path) -> None:
+
     toy["write_toy"](tmp_path, num_cases=2, side=40)
+
     described = json.loads((tmp_path / "dataset.json").read_text())
 
     assert described["autoreg_detection"] == {} and described["numTraining"] == 2
-    assert sorted(p.name for p in (tmp_path / "imagesTr").iterdir()) == [
-        "toy_00_0000.nii.gz",
-        "toy_01_0000.nii.gz",
-    ]
+    images = sorted(p.name for p in (tmp_path / "imagesTr").iterdir())
+    assert images == ["toy_00_0000.nii.gz", "toy_01_0000.nii.gz"]

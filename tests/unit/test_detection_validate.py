@@ -19,24 +19,19 @@ MEASURE = f"map_{MAP_NAME}"
 
 
 def summary_of(model: Path, fold: int | str, tried: dict[float, float] | None) -> Path:
+    """Write the summary of a fold with the scores of several overlaps; None writes no file."""
     file = model / f"fold_{fold}" / "validation_detection" / "summary_detection.json"
     file.parent.mkdir(parents=True)
     if tried is not None:
-        file.write_text(
-            json.dumps(
-                {
-                    "sweep": {
-                        "tried": {f"{iou:g}": {MEASURE: score} for iou, score in tried.items()},
-                    },
-                },
-            ),
-        )
+        figures = {f"{iou:g}": {MEASURE: score} for iou, score in tried.items()}
+        file.write_text(json.dumps({"sweep": {"tried": figures}}))
     return file
 
 
 def test_the_overlap_is_chosen_on_other_folds_and_scored_on_this_one(tmp_path: Path) -> None:
     summary_of(tmp_path, 0, {1e-5: 0.2, 0.1: 0.3, 0.5: 0.6})
     summary_of(tmp_path, 1, {1e-5: 0.2, 0.1: 0.7, 0.5: 0.6})
+    # The network of fold "all" has seen the scans of this fold.
     summary_of(tmp_path, "all", {1e-5: 0, 0.1: 9, 0.5: 0})
     mine = {1e-5: {MEASURE: 0.9}, 0.1: {MEASURE: 0.8}, 0.5: {MEASURE: 0.1}}
 
@@ -48,7 +43,7 @@ def test_the_overlap_is_chosen_on_other_folds_and_scored_on_this_one(tmp_path: P
     }
 
 
-def test_without_other_folds_there_is_none(tmp_path: Path) -> None:
+def test_without_other_folds_there_is_no_choice_by_them(tmp_path: Path) -> None:
     assert by_other_folds(summary_of(tmp_path, 0, {0.1: 1.0}), {0.1: {MEASURE: 0.5}}) is None
 
 
@@ -56,6 +51,7 @@ def test_a_fold_whose_summary_cannot_be_used_is_named(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # A damaged summary, and one that tried another overlap.
     summary_of(tmp_path, 1, None).write_text("{")
     summary_of(tmp_path, 3, {0.2: 0.5})
 
@@ -63,24 +59,16 @@ def test_a_fold_whose_summary_cannot_be_used_is_named(
     assert logged(caplog, "fold_1") and logged(caplog, "fold_3")
 
 
-def test_what_is_left_of_a_box_at_the_images_end_is_a_box_or_nothing() -> None:
+def test_a_box_cut_at_the_end_of_the_image_is_a_box_or_nothing() -> None:
     # Edges are written with four decimals: a side below that would be none.
     boxes = torch.tensor([[-5, 2, 2, 1e-6, 8, 8], [2, 2, 2, 6, 8, 8], [9, 2, 2, 12, 8, 8]])
-    found = MergedBoxes(
-        boxes,
-        torch.tensor([0.9, 0.8, 0.7]),
-        torch.zeros(3, dtype=torch.long),
-        torch.ones(3, dtype=torch.long),
-    )
-    left = in_original(
-        found,
-        Preprocessing((10, 10, 10), (10, 10, 10), (0, 0, 0)),
-        (10, 10, 10),
-        [ObjectClass("x", 1, (1,))],
-    )
+    labels, votes = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long)
+    found = MergedBoxes(boxes, torch.tensor([0.9, 0.8, 0.7]), labels, votes)
+    unchanged = Preprocessing((10, 10, 10), (10, 10, 10), (0, 0, 0))
 
+    left = in_original(found, unchanged, (10, 10, 10), [ObjectClass("x", 1, (1,))])
+
+    # The third is cut at 10.
     assert [d.box_zyx for d in left] == [(2, 2, 2, 6, 8, 8), (9, 2, 2, 10, 8, 8)]
-    assert (
-        len(make_scan_file("a", frame_of_affine(np.eye(4), (10, 10, 10)), left, {"x": 1}).boxes)
-        == 2
-    )
+    record = make_scan_file("a", frame_of_affine(np.eye(4), (10, 10, 10)), left, {"x": 1})
+    assert len(record.boxes) == 2

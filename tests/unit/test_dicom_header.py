@@ -35,6 +35,7 @@ def header_of(content: bytes) -> DicomHeader:
 
 
 def content_of(tmp_path: Path, changes: d.Values | None = None, **how: Any) -> bytes:
+    """Return a file of slice 3 of the usual series, with some elements changed."""
     values = d.slice_values(3) | (changes or {})
     return d.write(tmp_path / "x.dcm", values, d.volume(1)[0], **how).read_bytes()
 
@@ -55,6 +56,7 @@ def test_an_odd_header_gives_the_values_of_a_plain_one(tmp_path: Path, name: str
     assert header.numbers("PixelSpacing") == (1.5, 1.0)
     assert header.numbers("ImagePositionPatient") == (-10.0, -20.0, 6.0)
     assert header.pixels is not None
+    # A deflated file has no offset at which the pixels could be read. 18 x 20 voxels of 2 bytes.
     assert header.pixels.length == (None if name == "deflated" else 18 * 20 * 2)
 
 
@@ -75,6 +77,7 @@ def test_a_series_of_odd_files_is_read_with_its_voxels(tmp_path: Path, name: str
 
 
 def test_the_pixels_offset_points_at_the_pixels(tmp_path: Path) -> None:
+    # Images are read past pydicom, at this offset.
     for name, (how, change) in ODDITIES.items():
         content = change(content_of(tmp_path, **how))
         pixels = header_of(content).pixels
@@ -89,7 +92,7 @@ def test_the_pixels_offset_points_at_the_pixels(tmp_path: Path) -> None:
         assert stored == expected.tobytes(), name
 
 
-def test_values_that_are_no_numbers_count_as_missing(tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_count_as_missing(tmp_path: Path) -> None:
     changes: d.Values = {
         0x00280030: ("DS", "1.5\\wide"),
         0x00180050: ("DS", ""),
@@ -99,6 +102,7 @@ def test_values_that_are_no_numbers_count_as_missing(tmp_path: Path) -> None:
     }
     header = header_of(content_of(tmp_path, changes))
 
+    # Of "2\3" the first number counts. 0018,0088 is not asked for.
     assert header.numbers("PixelSpacing") == ()
     assert header.number("SliceThickness", -1) == -1
     assert header.number("InstanceNumber", -1) == -1
@@ -106,12 +110,14 @@ def test_values_that_are_no_numbers_count_as_missing(tmp_path: Path) -> None:
 
 
 def test_a_list_that_ends_in_a_separator_is_read(tmp_path: Path) -> None:
+    # Written by some scanners; it is not an empty third number.
     header = header_of(content_of(tmp_path, {0x00280030: ("DS", "1.5\\1.0\\")}))
 
     assert header.numbers("PixelSpacing") == (1.5, 1.0)
 
 
 def test_values_of_kind_un_are_read_by_the_dictionary(tmp_path: Path) -> None:
+    # "Unknown": what anonymisers write for elements that they do not know.
     changes: d.Values = {
         0x00280030: ("UN", b"1.5\\1.0 "),
         0x00280010: ("UN", struct.pack("<H", 18)),
@@ -145,7 +151,7 @@ def test_text_is_decoded_by_the_files_character_set(
     assert header.text("SeriesDescription") == expected
 
 
-def test_an_unknown_character_set_is_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_a_file_with_an_unknown_character_set_is_read(tmp_path: Path) -> None:
     changes: d.Values = {0x00080005: ("CS", "KLINGON"), 0x0008103E: ("LO", b"T1 \xff\xfe axial")}
 
     header = header_of(content_of(tmp_path, changes))
@@ -155,6 +161,7 @@ def test_an_unknown_character_set_is_no_reason_to_refuse(tmp_path: Path) -> None
 
 
 def test_private_sequences_and_icons_are_passed_over(tmp_path: Path) -> None:
+    # An icon has rows and pixels of its own, which must not be taken for those of the scan.
     icon: d.Values = {0x00280010: ("US", [2]), PIXELS: ("OW", b"\1\2\3\4")}
     changes: d.Values = {
         0x00091001: ("SQ", [{0x00091002: ("LO", "DOE^JOHN")}]),
@@ -167,11 +174,13 @@ def test_private_sequences_and_icons_are_passed_over(tmp_path: Path) -> None:
     assert header.pixels is not None and header.pixels.length == 18 * 20 * 2
 
 
-def test_a_header_cut_short_anywhere_is_called_that_or_lacks_pixels(tmp_path: Path) -> None:
+def test_a_header_cut_short_anywhere_is_refused_or_lacks_pixels(tmp_path: Path) -> None:
     content = content_of(tmp_path)
     pixels = header_of(content).pixels
     assert pixels is not None
+
     causes = set()
+    # From the end of the mark DICM to the element of the pixels, every fifth length.
     for length in range(132, pixels.offset - 12, 5):
         try:
             header = header_of(content[:length])
@@ -190,6 +199,7 @@ def test_any_damaged_byte_gives_a_header_or_a_scan_error(tmp_path: Path) -> None
     for content in (content_of(tmp_path), content_of(tmp_path, syntax=d.IMPLICIT), enhanced):
         pixels = header_of(content).pixels
         assert pixels is not None
+        # Three bytes at a time, 150 times for each way of writing.
         for _ in range(150):
             changed = bytearray(content)
             for position in generator.integers(128, pixels.offset, 3):
@@ -202,28 +212,29 @@ def test_any_damaged_byte_gives_a_header_or_a_scan_error(tmp_path: Path) -> None
                 assert all(isinstance(frame, DicomHeader) for frame in header.frames())
 
 
-def test_another_kind_of_file_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+def test_another_kind_of_file_is_distinguished_from_a_damaged_one(tmp_path: Path) -> None:
     content = content_of(tmp_path)
+    # Nothing, a PNG, and bytes that begin like an element of group 8.
     for other in (b"", b"\x89PNG\r\n" + b"x" * 500, b"\x08\0" + b"x" * 500):
         with refused(NotDicomError, "scan-unreadable"):
             header_of(other)
 
+    # The mark and the meta group are right, and the data set is not.
     with refused(ScanError, "scan-unreadable") as caught:
         header_of(meta_of(content) + b"\xff" * 300)
 
     assert not isinstance(caught.value, NotDicomError)
 
 
-def test_a_kind_that_stands_in_front_only_is_known(tmp_path: Path) -> None:
+def test_a_kind_stated_only_in_front_of_the_data_is_known(tmp_path: Path) -> None:
     whole = content_of(tmp_path, {SOP_CLASS: None})
     (tmp_path / "x.dcm").write_bytes(whole)
     # A directory of a medium: nothing in its data set says what it is.
     directory = element(2, 2, b"UI", b"1.2.840.10008.1.3.10")
     length = element(2, 0, b"UL", struct.pack("<I", len(directory)))
     entries = element(4, 0x1130, b"CS", b"MEDIUM") + element(4, 0x1212, b"US", b"\0\0")
-    (tmp_path / "DICOMDIR-copy.dcm").write_bytes(
-        b"\0" * 128 + b"DICM" + length + directory + entries,
-    )
+    content = b"\0" * 128 + b"DICM" + length + directory + entries
+    (tmp_path / "DICOMDIR-copy.dcm").write_bytes(content)
 
     rows = {one.path.name: one for one in find_scans([], [tmp_path])}
 
@@ -235,13 +246,15 @@ def test_a_kind_that_stands_in_front_only_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_bytes", [2, 4000])
 def test_a_small_deflated_file_does_not_fill_the_memory(tmp_path: Path, num_bytes: int) -> None:
     long = element(8, 8, b"CS", b"ORIGINAL") + series_element()
+    # A private element of 64 MiB of zeros, which deflate packs into some kB.
     zeros = struct.pack("<HH", 0x21, 0x10) + b"OB\0\0" + struct.pack("<I", 1 << 26)
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     body = packer.compress(long + zeros)
     for _ in range(1 << 6):
         body += packer.compress(b"\0" * (1 << 20))
     content = with_meta(DEFLATED, body + packer.flush())
-    # The transfer syntax may stand behind any number of other bytes.
+    # The transfer syntax may come after any number of other bytes.
+    # The number of other bytes decides whether the beginning of the file shows it.
     syntax = struct.pack("<HH", 2, 0x10)
     content = content.replace(syntax, element(2, 3, b"UI", b"1" * num_bytes) + syntax)
 
@@ -263,6 +276,7 @@ def test_nothing_of_a_header_reaches_a_log_or_a_warning(
     }
     path = d.write(tmp_path / "pool" / "x.dcm", d.slice_values(3) | changes, d.volume(1)[0])
 
+    # A warning of pydicom would quote the value; here it would be an error.
     with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
         warnings.simplefilter("error")
         find_scans([], [path.parent])

@@ -69,9 +69,10 @@ PLAN = Plan(
     OptimPlan(8, 5, 1e-2, 1),
     RunPlan(0, 2, 2, log_every=2),
 )
+# Four steps, so that a step after the spoiled one shows that training continues on all processes.
 STEPS = 4
 SPOILED = 2
-"""At this step process 1 alone meets an infinite voxel; all skip the step."""
+"""At this step only process 1 meets an infinite voxel; all skip the step."""
 
 
 WAYS = {
@@ -217,8 +218,8 @@ def joint_in(world: World, micro: int | None, sharding: str, batch_size: int) ->
 
 
 class Mixed:
-    """Sample i of step n: one crop where n is even, two members where it is odd; every third sample
-    is half padding.
+    """Sample i of step n: one crop if n is even, two members if it is odd; every third sample is
+    half padding.
     """
 
     def draw(self, cases: Any, purpose: str, step: int, number: int = 0) -> Sample:
@@ -250,9 +251,11 @@ def trainer_in(
 
 def trained(trainer: Trainer, first: int = 0, last: int = STEPS) -> list[float]:
     """The losses of some steps."""
-    return [
-        float(trainer.train_step(step, trainer.batches[step])[0]) for step in range(first, last)
-    ]
+    losses = []
+    for step in range(first, last):
+        loss, *_ = trainer.train_step(step, trainer.batches[step])
+        losses.append(float(loss))
+    return losses
 
 
 def state_of(trainer: Trainer, step: int = STEPS) -> dict[str, Any]:
@@ -266,8 +269,57 @@ def state_of(trainer: Trainer, step: int = STEPS) -> dict[str, Any]:
     )
 
 
+def finished(trainer: Trainer, world: World) -> dict[str, Any]:
+    """Train, and return what is compared with a run in one process."""
+    losses, state = trained(trainer), state_of(trainer)
+    weights = [state["network_weights"][key] for key, _ in trainer.module.named_parameters()]
+    moments = []
+    for moment in state["optimizer"]["state"].values():
+        if "exp_avg" in moment:
+            moments.append(moment["exp_avg"])
+    # How many tensors of the state this process holds: all or, beside the main process, none.
+    num_held = sum(value is not None for value in [*weights, *moments])
+    return {
+        "losses": losses,
+        "state": state,
+        "held": world.gather((num_held, len(weights) + len(moments))),
+        "sharded": trainer.is_sharded,
+        "encoder": trainer.objective.transferable_state(),
+        "numbers": world.gather(list(trainer.train_step.numbers)),
+        "statistics": trainer.guard.statistics(),
+    }
+
+
+def continued(world: World, rank: int, sharding: str, file: Path) -> dict[str, Any]:
+    """Continue the checkpoint of a run in one process, in the two ways of reading it."""
+    start = torch.load(file, weights_only=False)
+    trainer = trainer_in(world, None, sharding, 6)
+    torch.manual_seed(100 + rank)
+    restore(start, trainer.objective, trainer.optimizer, trainer.guard, world)
+    losses = trained(trainer, STEPS, STEPS + 2)
+    # The main process takes over the generator of the file; the other one keeps its seed of 101.
+    states = [state["torch"] for state in state_of(trainer)["generators"]]
+    torch.manual_seed(101)
+    expected = (start["generators"][0]["torch"], torch.get_rng_state())
+    are_equal = [torch.equal(*pair) for pair in zip(states, expected, strict=True)]
+
+    # Only the main process has the file; what it holds afterwards, all do.
+    trainer = trainer_in(world, None, sharding, 6)
+    content = shareable(torch.load(file, weights_only=False)) if rank == 0 else None
+    restore(world.share(content), trainer.objective, trainer.optimizer, trainer.guard, world)
+    own = {}
+    for name, weights in trainer.module.state_dict().items():
+        own[name] = weights.to_local() if hasattr(weights, "to_local") else weights
+
+    return {
+        f"from alone, {sharding}": losses,
+        f"generators, {sharding}": are_equal,
+        f"shareable, {sharding}": (state_of(trainer), world.gather(own)),
+    }
+
+
 def together(rank: int, port: int, folder: Path) -> None:
-    """What each of two processes does; the main one writes down what came of it."""
+    """Do what each of two processes does; the main one writes the results."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timeout=timedelta(seconds=60))
     world = join(store, rank, 2, torch.device("cpu"))
@@ -276,25 +328,11 @@ def together(rank: int, port: int, folder: Path) -> None:
         "gathered": world.gather(rank),
         "any": (world.any(rank == 1), world.any(False)),
     }
+
     for name, (micro, sharding, batch_size) in WAYS.items():
-        trainer = trainer_in(world, micro, sharding, batch_size)
-        losses, state = trained(trainer), state_of(trainer)
-        weights = [state["network_weights"][key] for key, _ in trainer.module.named_parameters()]
-        moments = [
-            moment["exp_avg"]
-            for moment in state["optimizer"]["state"].values()
-            if "exp_avg" in moment
-        ]
-        num_held = sum(value is not None for value in [*weights, *moments])
-        found[name] = {
-            "losses": losses,
-            "state": state,
-            "held": world.gather((num_held, len(weights) + len(moments))),
-            "sharded": trainer.is_sharded,
-            "encoder": trainer.objective.transferable_state(),
-            "numbers": world.gather(list(trainer.train_step.numbers)),
-            "statistics": trainer.guard.statistics(),
-        }
+        found[name] = finished(trainer_in(world, micro, sharding, batch_size), world)
+
+    # Objectives with state beside the network: teacher and centres, banks of clusters.
     stateful = [(name, alice_in, way) for name, way in ALICE_WAYS.items()]
     stateful += [(name, joint_in, way) for name, way in JOINT_WAYS.items()]
     for name, built_in, way in stateful:
@@ -306,33 +344,10 @@ def together(rank: int, port: int, folder: Path) -> None:
             "sharded": trainer.is_sharded,
             "statistics": trainer.guard.statistics(),
         }
+
     for sharding in ("none", "full"):
-        start = torch.load(folder / "alone.pt", weights_only=False)
-        trainer = trainer_in(world, None, sharding, 6)
-        torch.manual_seed(100 + rank)
-        restore(start, trainer.objective, trainer.optimizer, trainer.guard, world)
-        found[f"from alone, {sharding}"] = trained(trainer, STEPS, STEPS + 2)
-        states = [state["torch"] for state in state_of(trainer)["generators"]]
-        # Only the main process has the file; what it holds afterwards, all do.
-        trainer = trainer_in(world, None, sharding, 6)
-        content = world.share(
-            shareable(torch.load(folder / "alone.pt", weights_only=False)) if rank == 0 else None,
-        )
-        restore(content, trainer.objective, trainer.optimizer, trainer.guard, world)
-        own = {
-            name: p.to_local() if hasattr(p, "to_local") else p
-            for name, p in trainer.module.state_dict().items()
-        }
-        found[f"shareable, {sharding}"] = (state_of(trainer), world.gather(own))
-        torch.manual_seed(101)
-        found[f"generators, {sharding}"] = [
-            torch.equal(*pair)
-            for pair in zip(
-                states,
-                (start["generators"][0]["torch"], torch.get_rng_state()),
-                strict=True,
-            )
-        ]
+        found |= continued(world, rank, sharding, folder / "alone.pt")
+
     if rank == 0:
         torch.save(found, folder / "found.pt")
     world.wait()
@@ -358,6 +373,7 @@ def run_alone(batch_size: int) -> dict[str, Any]:
     trainer = trainer_in(SINGLE_PROCESS, None, "none", batch_size)
     losses = trained(trainer)
     state = state_of(trainer)
+    # Training changes the tensors of the state in place, so they are copied before the next steps.
     kept = {
         **state,
         "optimizer": copied(state["optimizer"]),
@@ -379,18 +395,17 @@ def two(
 ) -> dict[str, Any]:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("two")
+    # A port that is free now; the first process listens on it.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.save(alone[6]["state"], folder / "alone.pt")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(port), str(folder)],
-            # This file is their program, and it imports what lies beside tests/unit.
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-        )
-        for rank in range(2)
-    ]
+    # This file is their program, and it imports what lies beside tests/unit.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    processes = []
+    for rank in range(2):
+        line = [sys.executable, __file__, str(rank), str(port), str(folder)]
+        processes.append(subprocess.Popen(line, env=environment))
     assert [process.wait(timeout=900) for process in processes] == [0, 0]
     found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
     return found
@@ -403,22 +418,20 @@ def test_two_processes_have_the_losses_and_weights_of_one(
     way: str,
 ) -> None:
     batch_size = WAYS[way][2]
-    one = alone[batch_size]
-    assert two[way]["numbers"] == (
-        [[0, 1], [2, 3, 4]] if batch_size == 5 else [[0, 1, 2], [3, 4, 5]]
-    )
-    assert two[way]["sharded"] is way.startswith("fsdp")
+    one, both = alone[batch_size], two[way]
+    # An odd batch is shared as evenly as possible.
+    numbers = [[0, 1], [2, 3, 4]] if batch_size == 5 else [[0, 1, 2], [3, 4, 5]]
+    assert both["numbers"] == numbers
+    assert both["sharded"] is way.startswith("fsdp")
 
     good = [n for n in range(STEPS) if n != SPOILED]
-    assert [two[way]["losses"][n] for n in good] == pytest.approx(
-        [one["losses"][n] for n in good],
-        rel=1e-5,
-    )
+    losses = [both["losses"][n] for n in good]
+    assert losses == pytest.approx([one["losses"][n] for n in good], rel=1e-5)
 
-    found = two[way]["state"]["network_weights"]
+    found = both["state"]["network_weights"]
     assert all(type(value) is torch.Tensor for value in found.values())
     assert_equal_but_for_rounding(found, one["state"]["network_weights"])
-    for name, weights in two[way]["encoder"].items():
+    for name, weights in both["encoder"].items():
         assert torch.equal(weights, found[f"encoder.network.{name}"]), name
 
 
@@ -439,7 +452,7 @@ def assert_equal_but_for_rounding(found: dict[str, Tensor], expected: dict[str, 
     assert num_far <= num_all / 1000
 
 
-def test_of_sharded_weights_the_main_process_alone_holds_the_whole(two: dict[str, Any]) -> None:
+def test_only_the_main_process_holds_all_of_sharded_weights(two: dict[str, Any]) -> None:
     (main, num), (other, _) = two["fsdp"]["held"]
 
     assert num > 0
@@ -452,20 +465,21 @@ def test_a_step_that_is_bad_on_one_process_is_skipped_on_all(
     two: dict[str, Any],
     way: str,
 ) -> None:
-    assert not np.isfinite(two[way]["losses"][SPOILED]) and not np.isfinite(
-        alone[5]["losses"][SPOILED],
-    )
-    assert (two[way]["statistics"].nonfinite, two[way]["statistics"].in_row) == (1, 0)
+    one, both = alone[5], two[way]
+    assert not np.isfinite(both["losses"][SPOILED])
+    assert not np.isfinite(one["losses"][SPOILED])
+    assert (both["statistics"].nonfinite, both["statistics"].in_row) == (1, 0)
 
-    steps = {int(entry["step"]) for entry in two[way]["state"]["optimizer"]["state"].values()}
-
-    assert steps == {
-        int(entry["step"]) for entry in alone[5]["state"]["optimizer"]["state"].values()
-    }
+    # The optimiser has counted the good steps only.
+    steps = [
+        {int(entry["step"]) for entry in run["state"]["optimizer"]["state"].values()}
+        for run in (one, both)
+    ]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_two_processes_save_one_goes_on_from(
+def test_one_process_continues_a_checkpoint_of_two(
     alone: dict[int, dict[str, Any]],
     two: dict[str, Any],
     way: str,
@@ -482,7 +496,7 @@ def test_what_two_processes_save_one_goes_on_from(
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_what_one_process_saves_two_go_on_from(
+def test_two_processes_continue_a_checkpoint_of_one(
     alone: dict[int, dict[str, Any]],
     two: dict[str, Any],
     sharding: str,
@@ -503,6 +517,7 @@ def test_a_checkpoint_read_by_the_main_process_reaches_all_exactly(
     assert_same(state["optimizer"]["state"], start["optimizer"]["state"])
 
     for name, weights in start["network_weights"].items():
+        # A tensor with too few rows to be divided lies whole in the main process.
         parts = [main[name]] if main[name].shape == weights.shape else [main[name], other[name]]
         assert torch.equal(torch.cat(parts) if len(parts) > 1 else parts[0], weights), name
         assert sharding == "full" or torch.equal(other[name], weights), name
@@ -518,24 +533,25 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
-def test_shareable_content_is_sent_without_weights_but_whole_alone(
+def test_shareable_content_is_sent_without_its_weights(
     alone: dict[int, dict[str, Any]],
 ) -> None:
     start = alone[6]["state"]
-    outline = pickle.dumps(shareable(start))
-    assert len(outline) < 0.2 * sum(weights.nbytes for weights in start["network_weights"].values())
 
+    outline = pickle.dumps(shareable(start))
+
+    num_bytes = sum(weights.nbytes for weights in start["network_weights"].values())
+    assert len(outline) < 0.2 * num_bytes
+
+    # A tensor is described; its values are sent later, by the collectives of torch.
     received = pickle.loads(outline)
     name, weights = next(iter(start["network_weights"].items()))
-    assert received["network_weights"][name] == DeferredTensor(
-        tuple(weights.shape),
-        weights.dtype,
-        None,
-    )
-    assert (
-        received["generators"][0]["python"] == start["generators"][0]["python"]
-        and received["step"] == STEPS
-    )
+    described = DeferredTensor(tuple(weights.shape), weights.dtype, None)
+    assert received["network_weights"][name] == described
+    assert received["generators"][0]["python"] == start["generators"][0]["python"]
+    assert received["step"] == STEPS
+
+    # In one process nothing has to be sent, and the content is whole.
 
     trainer = trainer_in(SINGLE_PROCESS, None, "none", 6)
     restore(shareable(start), trainer.objective, trainer.optimizer, trainer.guard)
@@ -549,7 +565,7 @@ def test_every_process_has_its_own_generators_in_the_checkpoint(
     assert two["generators, none"] == two["generators, full"] == [True, True]
 
 
-def test_what_processes_say_to_each_other(two: dict[str, Any]) -> None:
+def test_processes_share_gather_and_agree(two: dict[str, Any]) -> None:
     assert (two["shared"], two["gathered"], two["any"]) == ("of 0", [0, 1], (True, False))
     assert (
         SINGLE_PROCESS.share("x"),
@@ -565,10 +581,12 @@ def test_what_processes_say_to_each_other(two: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("num", "size"), [(8, 1), (8, 2), (8, 3), (5, 4), (4, 4), (33, 7)])
-def test_shares_have_no_overlap_and_no_gap_and_are_as_even_as_can_be(num: int, size: int) -> None:
+def test_shares_have_no_overlap_and_no_gap_and_are_even(num: int, size: int) -> None:
     shares = [process_share(num, rank, size) for rank in range(size)]
+
     assert [number for share in shares for number in share] == list(range(num))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    lengths = [len(share) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
 
 
 @pytest.mark.parametrize("way", ALICE_WAYS)
@@ -632,12 +650,10 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused() -> None:
         process_share(5, 0, 2, sharded=True)
 
 
-def test_a_lost_process_is_told_from_an_error_of_ones_own() -> None:
-    assert is_lost_peer(
-        RuntimeError(
-            "[third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1",
-        ),
-    )
+def test_a_lost_process_is_distinguished_from_an_own_error() -> None:
+    # The messages of gloo (CPU) and of NCCL (GPU) when the other side is gone.
+    by_gloo = "[third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
+    assert is_lost_peer(RuntimeError(by_gloo))
     assert is_lost_peer(dist.DistBackendError("NCCL error"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost_peer(UsageError("gloo"))

@@ -63,6 +63,7 @@ def script(path: Path) -> ModuleType:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_command_line_can_be_typed(document: Path) -> None:
+    # Names that are not installed are mistakes; our own commands must also know every option.
     programs = {point.name: point.module for point in entry_points(group="console_scripts")}
 
     for program, *arguments in command_lines(document):
@@ -79,6 +80,7 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(document: Path) -> No
         if "://" in link:
             continue
         target = document.parent / path if path else document
+        # A link without a path leads to a heading of the same page.
         is_there = target.exists() and (not anchor or anchor in headings(target))
         if not is_there:
             missing.append(link)
@@ -112,6 +114,7 @@ def test_every_page_is_on_the_index_of_the_four_shelves() -> None:
 
 
 def test_the_documents_hold_command_lines_to_check() -> None:
+    # If the pattern of commands stopped matching, the test above would pass without a check.
     assert sum(1 for document in DOCUMENTS for _ in command_lines(document)) >= 6
 
 
@@ -131,18 +134,19 @@ def test_every_option_and_value_of_the_reference_has_a_meaning(page: Path) -> No
 
 def test_every_command_of_the_package_is_in_the_reference() -> None:
     page = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
-    ours = [
-        point.name
-        for point in entry_points(group="console_scripts")
-        if point.module.startswith("nnunet_autoreg.")
-    ]
+    ours = []
+    for point in entry_points(group="console_scripts"):
+        if point.module.startswith("nnunet_autoreg."):
+            ours.append(point.name)
 
     assert ours
     assert [name for name in ours if f"generated from: {name} " not in page] == []
 
 
 def test_readme_fits_on_one_screen() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 90
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+    assert len(lines) <= 90
 
 
 def test_contributing_names_the_commands_that_ci_runs() -> None:
@@ -150,6 +154,7 @@ def test_contributing_names_the_commands_that_ci_runs() -> None:
     _, _, section = readme.partition("## Test it\n")
     block = FENCED_BLOCK.search(section)
     assert block is not None
+    # Installing is described in another section of CONTRIBUTING.md.
     checks = [line for line in block[1].splitlines() if not line.startswith("pip ")]
 
     assert "\n".join(checks) in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -172,6 +177,7 @@ def test_every_command_of_the_tutorial_shows_its_output() -> None:
 
 
 def test_running_the_tutorial_again_replaces_outputs_and_keeps_the_text() -> None:
+    # The first block shows one line of the new output, the second has no marker and stays.
     tutorial = script(DOCS / "getting-started" / "run_tutorial.py")
     first = "<!-- show: ^a -->\n```console\n$ one\nold\n```\n"
     page = f"Text.\n\n{first}\n```console\n$ two\nold\n```\n"
@@ -183,6 +189,7 @@ def test_running_the_tutorial_again_replaces_outputs_and_keeps_the_text() -> Non
 
 def test_the_tutorial_shows_selected_lines_and_marks_the_gaps() -> None:
     tutorial = script(DOCS / "getting-started" / "run_tutorial.py")
+    # A progress bar is dropped, and the long path is abbreviated before lines are compared.
     output = "ok one\n 50%|##| 1/2 [00:01<00:01]\nskipped /long/path\nskipped\nnext: /long/path/x\n"
 
     lines = tutorial.clean(output, {"/long/path": "~"})

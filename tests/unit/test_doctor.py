@@ -17,6 +17,7 @@ from nnunet_autoreg.installation import checks, fresh_process, link
 from nnunet_autoreg.model.card import Adaptation, EncoderCard
 from nnunet_autoreg.model.sizes import encoder_size
 
+# The answer of a fresh interpreter on a machine where everything works.
 WELL = {
     "live": True,
     "torch": "2.15.0",
@@ -32,6 +33,7 @@ TRAP = "RuntimeError: operator torchvision::nms\n does not exist"
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's three folders, and a bridge that is not switched off."""
     for variable in checks.FOLDERS:
         (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / variable))
@@ -76,6 +78,7 @@ def test_without_problems_every_line_is_ok_and_pretraining_is_next(
 
     lines = capsys.readouterr().out.splitlines()
 
+    # Every line but the last is a check.
     assert [line.split()[0] for line in lines[:-1]] == ["ok"] * 15
     assert "cuda: Some GPU, 24 GiB (20 free)" in lines[-4]
     assert lines[-1] == "next: autoreg_pretrain -d DATASET --name NAME   (or -i FOLDER)"
@@ -92,6 +95,7 @@ def test_finished_runs_are_counted_and_the_newest_is_named(folders: Path) -> Non
 
     assert check.status == "ok"
     assert check.finding == "3 finished, newest: new (primus_tiny, 2025-11-01T10:00:00Z)"
+    # A finished run exists, so fine-tuning comes next.
     assert checks.next_step([check]).startswith("nnUNetv2_plan_and_preprocess")
 
 
@@ -119,23 +123,22 @@ def test_a_problem_has_a_remedy_and_the_first_one_comes_next(
     out = capsys.readouterr().out
 
     assert "fail  nnUNet_raw          the environment variable nnUNet_raw is not set\n" in out
-    assert (
-        "fail  start-up bridge     nnU-Net does not find our classes: the .pth line is not read\n"
-        in out
-    )
+    bridge_fails = "nnU-Net does not find our classes: the .pth line is not read"
+    assert f"fail  start-up bridge     {bridge_fails}\n" in out
     assert "\n      -> autoreg_doctor --link\n" in out
-    assert (
-        out.splitlines()[-1]
-        == "next: fix 'nnUNet_raw': type: export nnUNet_raw=/path/to/nnUNet_raw"
-    )
+    # Nothing works without the folder, so it comes before the bridge.
+    next_step = "next: fix 'nnUNet_raw': type: export nnUNet_raw=/path/to/nnUNet_raw"
+    assert out.splitlines()[-1] == next_step
 
 
-def test_a_folder_that_is_missing_or_no_folder_fails_by_name(folders: Path) -> None:
+def test_a_folder_that_is_missing_or_a_file_fails_by_name(folders: Path) -> None:
     (folders / "nnUNet_raw").rmdir()
+
     gone = checks.check_folder("nnUNet_raw", checks.FOLDERS["nnUNet_raw"])
 
     assert gone.status == "fail" and "does not exist" in gone.finding and "mkdir -p" in gone.remedy
 
+    # A file under the name of the folder.
     (folders / "nnUNet_raw").touch()
 
     assert checks.check_folder("nnUNet_raw", checks.FOLDERS["nnUNet_raw"]).status == "fail"
@@ -152,12 +155,15 @@ def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
     status: str,
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+
     check = checks.check_folder(variable, checks.FOLDERS[variable])
+
     assert check.status == status and "cannot be written" in check.finding
 
 
 @pytest.mark.parametrize(
     ("version", "status"),
+    # "2.10.0" is newer than "2.8.1", though its text sorts before it.
     [("2.8.1", "ok"), ("2.10.0", "ok"), ("2.8.0", "fail"), ("2.5", "fail"), ("3.0.0", "fail")],
 )
 def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
@@ -166,7 +172,9 @@ def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
     status: str,
 ) -> None:
     monkeypatch.setattr(checks.importlib.metadata, "version", lambda _: version)
+
     check = checks.check_nnunet()
+
     assert check.status == status and version in check.finding
 
 
@@ -174,7 +182,9 @@ def test_a_missing_nnunet_fails_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda _: None)
+
     check = checks.check_nnunet()
+
     assert check.status == "fail" and check.remedy == "pip install 'nnunetv2>=2.8.1,<3'"
 
 
@@ -183,30 +193,27 @@ def test_a_bridge_that_is_off_not_read_or_broken_has_its_own_remedy() -> None:
     assert checks.check_bridge({**WELL, "live": False}, "0").remedy == "unset NNUNET_AUTOREG_BRIDGE"
     assert checks.check_bridge({**WELL, "live": False}, None).remedy == "autoreg_doctor --link"
 
-    broken = {k: v for k, v in WELL.items() if k != "trainer"} | {
-        "trainer_error": "ImportError: no\n such module",
-    }
+    broken = {k: v for k, v in WELL.items() if k != "trainer"}
+    broken["trainer_error"] = "ImportError: no\n such module"
     check = checks.check_bridge(broken, None)
-
     assert check.status == "fail"
-    assert (
-        check.finding
-        == "live, but AutoregPretrainedTrainer is not found: ImportError: no such module"
-    )
+    # The message of the error is made one line.
+    reason = "ImportError: no such module"
+    assert check.finding == f"live, but AutoregPretrainedTrainer is not found: {reason}"
 
 
 def test_a_torchvision_of_another_build_of_torch_is_named() -> None:
     answer = {k: v for k, v in WELL.items() if k != "torchvision"} | {"torchvision_error": TRAP}
+
     check = checks.check_companion(answer, "torchvision")
 
-    assert (check.status, check.finding) == (
-        "fail",
-        "RuntimeError: operator torchvision::nms does not exist",
-    )
+    assert check.status == "fail"
+    assert check.finding == "RuntimeError: operator torchvision::nms does not exist"
     assert "pip install" in check.remedy
 
 
 def test_a_cpu_is_a_warning_that_names_the_build_of_torch() -> None:
+    # A build of torch for CPUs; and one for CUDA 13.2 that finds no GPU, so the driver is missing.
     assert "build for CPUs" in checks.check_device({"device": ["cpu", None]}).finding
 
     check = checks.check_device({"device": ["cpu", "13.2"]})
@@ -225,10 +232,8 @@ def test_a_fresh_interpreter_that_fails_is_shown_with_its_last_line(
 
     check = checks.check_bridge(answer, None)
 
-    assert (
-        check.status == "fail"
-        and check.finding == "a fresh interpreter ended with exit code -11: Segmentation fault"
-    )
+    reason = "a fresh interpreter ended with exit code -11: Segmentation fault"
+    assert (check.status, check.finding) == ("fail", reason)
     assert checks.check_torch(answer).status == "fail"
 
 
@@ -277,7 +282,7 @@ def test_link_writes_the_guarded_line_and_unlink_removes_it(
     assert str(link) in capsys.readouterr().out.splitlines()[-2]
 
 
-def test_link_and_unlink_leave_a_foreign_file_alone(
+def test_link_and_unlink_do_not_touch_a_foreign_file(
     site_packages: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -369,6 +374,7 @@ def test_too_little_memory_ends_in_one_line(
     capsys: pytest.CaptureFixture[str],
     error: Exception,
 ) -> None:
+    # The handler looks at torch's errors only if torch was imported.
     import torch  # noqa: F401
 
     @common.command
@@ -399,14 +405,11 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
         "    return 0\n"
         "sys.exit(main())\n"
     )
-    run = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    line = [sys.executable, "-c", script]
+    run = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None and run.stderr is not None
 
+    # As "| head -1" does: read a line, and close the pipe while the command still writes.
     run.stdout.readline()
     run.stdout.close()
     assert (run.stderr.read(), run.wait(timeout=60)) == ("", 1)
@@ -420,6 +423,7 @@ def test_the_log_goes_to_stderr_once_with_the_level_before_warnings(
     logger = logging.getLogger("nnunet_autoreg")
     before = list(logger.handlers), logger.level
     try:
+        # Twice, as when one command calls another: every line must come once.
         common.configure_logging()
         common.configure_logging()
         logging.getLogger("nnunet_autoreg.corpus").info("40 scans")
