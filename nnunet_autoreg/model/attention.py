@@ -30,7 +30,10 @@ LISTS = (
     "full_q_num_blocks",
     "full_q_indices",
 )
-"""What FlexAttention's kernels read of a BlockMask: forward by queries, backward by keys too."""
+"""The lists of a BlockMask that FlexAttention's kernels read.
+
+The forward pass goes by queries, the backward pass by keys as well.
+"""
 
 Mask = Tensor | BlockMask
 """A rule as attention kernels take it.
@@ -112,7 +115,9 @@ class AttentionRule:
         else:
             is_first_BT = self.order_index == 0
             more = self.sees_first_block_only[:, :, None] & is_first_BT[:, None, :]  # (B, Q, S)
-        return (seen_BQS | more)[:, None]
+
+        mask_BQS = seen_BQS | more
+        return mask_BQS[:, None]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def block_mask(self, num_heads: int = 1) -> BlockMask:
@@ -164,25 +169,29 @@ class AttentionRule:
         """
         num_tokens = self.order_index.shape[1]
 
-        # Padding counts as a block that nobody sees.
+        # First and last block of every tile of keys. Padding counts as a block that nobody sees.
         order_index_BT = torch.where(self.valid, self.order_index, num_tokens)
         order_index_BNt = _by_tile(order_index_BT, num_tokens)
-        lowest_BN, highest_BN = order_index_BNt.amin(-1), order_index_BNt.amax(-1)
+        lowest_BN = order_index_BNt.amin(-1)
+        highest_BN = order_index_BNt.amax(-1)
 
-        # Queries that fill up the last tile see nothing; then its tiles are not full, and kernels
-        # ask the rule for every pair.
+        # The last block that any and that every query of a tile sees. Queries that fill up the last
+        # tile see nothing; then its tiles are not full, and kernels ask the rule for every pair.
         max_visible_BNt = _by_tile(self.max_visible_block, -1)
-        farthest_BN, nearest_BN = max_visible_BNt.amax(-1), max_visible_BNt.amin(-1)
+        farthest_BN = max_visible_BNt.amax(-1)
+        nearest_BN = max_visible_BNt.amin(-1)
 
         some_BNN = lowest_BN[:, None, :] <= farthest_BN[:, :, None]
-        if self.sees_first_block_only is None:
-            more = torch.eye(lowest_BN.shape[1], dtype=torch.bool, device=order_index_BT.device)
-        else:
-            first_BN = _by_tile(self.order_index, num_tokens).amin(-1) == 0
-            first_only_BN = _by_tile(self.sees_first_block_only, False).any(-1)
-            more = first_only_BN[:, :, None] & first_BN[:, None, :]
-
         all_BNN = highest_BN[:, None, :] <= nearest_BN[:, :, None]
+
+        # Keys that a query sees beyond its rule: itself, or the first block.
+        if self.sees_first_block_only is None:
+            num_tiles = lowest_BN.shape[1]
+            more = torch.eye(num_tiles, dtype=torch.bool, device=order_index_BT.device)  # (N, N)
+        else:
+            holds_first_BN = _by_tile(self.order_index, num_tokens).amin(-1) == 0
+            first_only_BN = _by_tile(self.sees_first_block_only, False).any(-1)
+            more = first_only_BN[:, :, None] & holds_first_BN[:, None, :]  # (B, N, N)
         return some_BNN | more, all_BNN
 
 
@@ -200,7 +209,8 @@ class VisibleKeys:
     def mask(self) -> Tensor:
         """Return a dense mask (B, 1, 1, S), True where a key may be seen."""
         none_B1 = ~self.valid.any(dim=1, keepdim=True)
-        return (self.valid | none_B1)[:, None, None, :]
+        seen_BS = self.valid | none_B1
+        return seen_BS[:, None, None, :]
 
 
 Rule = AttentionRule | VisibleKeys
@@ -220,7 +230,8 @@ def block_causal(order_index_BT: Tensor, prefix_B: Tensor, valid_BT: Tensor) -> 
     Source: AR-SSL4M's prefix mask (github.com/serena9525/AR-SSL4M) without START, on blocks.
     """
     last_given_B1 = prefix_B[:, None] - 1
-    return AttentionRule(order_index_BT, torch.maximum(order_index_BT, last_given_B1), valid_BT)
+    max_visible_BT = torch.maximum(order_index_BT, last_given_B1)
+    return AttentionRule(order_index_BT, max_visible_BT, valid_BT)
 
 
 def with_starts(
@@ -236,12 +247,10 @@ def with_starts(
     """
     if num_starts == 0:
         return order_index_BT, prefix_B, valid_BT
-    padding = (num_starts, 0)
-    return (
-        functional.pad(order_index_BT + 1, padding),
-        prefix_B + 1,
-        functional.pad(valid_BT, padding, value=True),
-    )
+    in_front = (num_starts, 0)
+    order_index_BT = functional.pad(order_index_BT + 1, in_front)  # the start is block 0
+    valid_BT = functional.pad(valid_BT, in_front, value=True)
+    return order_index_BT, prefix_B + 1, valid_BT
 
 
 def strictly_earlier(order_index_BT: Tensor, valid_BT: Tensor) -> AttentionRule:
@@ -309,7 +318,9 @@ def block_order(order_index_BT: Tensor) -> Tensor:
 def _by_tile(value_BT: Tensor, beyond: float) -> Tensor:
     """Return the values by tile, (B, N, TILE), the last tile filled up with ``beyond``."""
     B, T = value_BT.shape
-    return functional.pad(value_BT, (0, -T % TILE), value=beyond).reshape(B, -1, TILE)
+    missing = -T % TILE
+    filled = functional.pad(value_BT, (0, missing), value=beyond)
+    return filled.reshape(B, -1, TILE)
 
 
 def _listed(chosen_BNN: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -319,9 +330,12 @@ def _listed(chosen_BNN: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
         (B, H, N), the number; and (B, H, N, N), all tiles, the chosen ones first. Both int32, the
         same for all heads.
     """
-    order_BNN = torch.argsort(chosen_BNN.to(torch.int8), dim=-1, descending=True, stable=True)
-    num_BHN = chosen_BNN.sum(-1).to(torch.int32)[:, None].expand(-1, num_heads, -1)
-    order_BHNN = order_BNN.to(torch.int32)[:, None].expand(-1, num_heads, -1, -1)
+    num_BN = chosen_BNN.sum(-1).to(torch.int32)
+    chosen_first = torch.argsort(chosen_BNN.to(torch.int8), dim=-1, descending=True, stable=True)
+    order_BNN = chosen_first.to(torch.int32)
+
+    num_BHN = num_BN[:, None].expand(-1, num_heads, -1)
+    order_BHNN = order_BNN[:, None].expand(-1, num_heads, -1, -1)
     return _plain(num_BHN), _plain(order_BHNN)
 
 

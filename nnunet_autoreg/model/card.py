@@ -18,15 +18,17 @@ CARD_NAME = "encoder.json"
 WEIGHTS_NAME = "encoder.safetensors"
 CARD_VERSION = 1
 MAX_CARD_BYTES, MAX_LEVELS, MAX_VALUES, MAX_NUMBER, MAX_PARAMETERS = 2**24, 20, 10_000, 100_000, 2e9
-"""A card comes from anywhere: what lies beyond these is not an encoder, and would take all
-memory."""
+"""Limits of a card, which may come from anywhere.
+
+A card beyond them describes no encoder, and building its network would take all memory.
+"""
 IMPORTED = "imported"
 """Key of ``EncoderCard.extra`` that says where imported weights come from."""
 DECODER_PREFIXES = ("decoder.stages.", "decoder.transpconvs.")
 """Prefixes of the tensors of a U-Net's decoder that are transferred.
 
-Its segmentation heads are new in every task, and what lies under ``decoder.encoder.`` are second
-names of the encoder's own tensors.
+Its segmentation heads are new in every task, and keys under ``decoder.encoder.`` are second names
+of the encoder's own tensors.
 """
 
 
@@ -39,7 +41,7 @@ class Adaptation:
         key_to_stem: prefix of the part that reads the image.
         keys_to_in_proj: every convolution that reads the image.
         key_to_lpe: the learned positions; None if there are none.
-        keys_to_decoder: prefixes of a pretrained decoder, ``DECODER_PREFIXES``; empty where the
+        keys_to_decoder: prefixes of a pretrained decoder, ``DECODER_PREFIXES``; empty if the
             weights contain only the encoder.
     """
 
@@ -114,14 +116,17 @@ class EncoderCard:
     @property
     def channels_text(self) -> str:
         """Number and names of the channels: "1 (MRI)". Scans of plain folders have no name."""
-        names = [name for name in self.channel_names if name]
-        return f"{self.num_input_channels} ({', '.join(names) or 'unnamed'})"
+        given = [name for name in self.channel_names if name]
+        names = ", ".join(given) or "unnamed"
+        return f"{self.num_input_channels} ({names})"
 
     @property
     def licence_line(self) -> str:
         """Licences of the weights as one line for the user; "" if none is stated."""
         stated = [f"{name}: {text}" for name, text in self.licences.items() if text]
-        return f"licences of the weights: {'; '.join(stated)}" if stated else ""
+        if not stated:
+            return ""
+        return f"licences of the weights: {'; '.join(stated)}"
 
     def save(self, folder: Path) -> None:
         """Write ``encoder.json`` into ``folder``."""
@@ -140,7 +145,8 @@ def check_run_name(name: str) -> None:
             "name",
             code="run-name",
         )
-    if not re.fullmatch(r"[\w.-]+", name) or "__" in name or name.startswith("."):
+    has_only_allowed = re.fullmatch(r"[\w.-]+", name) is not None
+    if not has_only_allowed or "__" in name or name.startswith("."):
         raise UsageError(
             f"--name {name!r}: use letters, digits, '-', '_' and '.', no '__' and no leading dot",
             code="run-name",
@@ -243,7 +249,7 @@ def _check_magnitudes(card: EncoderCard, path: Path) -> None:
 def _rough_parameters(arguments: dict[str, Any]) -> float:
     """Return a lower bound of the number of parameters that the arguments describe.
 
-    It is 0 where they have no known form.
+    It is 0 if they have no known form.
     """
     # A transformer layer has at least its four projections of width x width.
     width, depth = arguments.get("embed_dim"), arguments.get("eva_depth")

@@ -70,14 +70,13 @@ SEED = 0
 
 
 def is_compiled(plan: Plan, device: torch.device, sharded: bool) -> bool:
-    """Return whether layers are compiled: where the plan says so, on a GPU, and weights are whole.
+    """Return whether layers are compiled: if the plan says so, on a GPU, and weights are whole.
 
     Sharded weights are gathered by hooks, which would cut the graph up.
     """
-    is_fast = device.type in COMPILED_DEVICES or (
-        device.type == "cpu" and os.environ.get(ON_CPU) == "1"
-    )
-    return plan.run.compile and is_fast and not sharded
+    is_cpu_in_test = device.type == "cpu" and os.environ.get(ON_CPU) == "1"
+    can_compile = device.type in COMPILED_DEVICES or is_cpu_in_test
+    return plan.run.compile and can_compile and not sharded
 
 
 def fast_path(plan: Plan, device: torch.device, sharded: bool = False) -> FastPath | None:
@@ -85,10 +84,8 @@ def fast_path(plan: Plan, device: torch.device, sharded: bool = False) -> FastPa
     if not is_compiled(plan, device, sharded):
         return None
     # FlexAttention has no gradient on a CPU, so that there the dense mask is compiled.
-    return FastPath(
-        compiled_layer,
-        plan.run.flex_attention and device.type in attention.FLEX_DEVICES,
-    )
+    has_flex = device.type in attention.FLEX_DEVICES
+    return FastPath(compiled_layer, plan.run.flex_attention and has_flex)
 
 
 def compiled_layer(function: Layer) -> Layer:
@@ -231,7 +228,7 @@ class Disagreement:
     Attributes:
         kind: kind of sequence.
         layer: the class of the layer.
-        what: "the output" or a gradient.
+        what: "the output" or the gradient that is off.
         error: relative to what float32 gives, of the sample where it is largest.
         allowed: the same that would pass.
     """
@@ -270,8 +267,8 @@ def self_check(
     start = time.monotonic()
     found: list[Disagreement] = []
     for kind, call in calls:
-        for is_attention_alone in (True, False):
-            found += compare_layer(path, kind, call, is_attention_alone, device)
+        for only_attention in (True, False):
+            found += compare_layer(path, kind, call, only_attention, device)
 
     seconds = time.monotonic() - start
     log.info("attention checked on this device: %.1f s (layers compared: %d)", seconds, len(calls))
@@ -282,16 +279,16 @@ def compare_layer(
     path: FastPath,
     kind: str,
     call: Call,
-    is_attention_alone: bool,
+    only_attention: bool,
     device: torch.device,
 ) -> list[Disagreement]:
     """Return the differences found in one layer.
 
     Args:
-        is_attention_alone: the parts beside attention give 0, so that its errors are visible.
+        only_attention: the parts beside attention give 0, so that its errors are visible.
     """
     generator = torch.Generator(device).manual_seed(SEED)
-    layer = copy_with_strong_attention(call.layer, is_attention_alone, generator)
+    layer = copy_with_strong_attention(call.layer, only_attention, generator)
     inputs = list(call.inputs)
     for number, value in enumerate(inputs):
         if isinstance(value, Tensor) and value.is_meta:
@@ -319,9 +316,10 @@ def compare_layer(
             plain[number] = rule.of_sample(sample).dense()
         toward = direction[sample : sample + 1]
         in_float32 = [to_float32(x) for x in plain]
-        expected = output_and_gradients(call.by(layer, *in_float32), in_float32, toward)
-        mine = [x[sample : sample + 1] for x in found]
-        worst = torch.maximum(worst, relative_errors(mine, expected))
+        out = call.by(layer, *in_float32)
+        expected = output_and_gradients(out, in_float32, toward)
+        of_sample = [x[sample : sample + 1] for x in found]
+        worst = torch.maximum(worst, relative_errors(of_sample, expected))
 
         if has_bf16(device):
             with autocast(device):
@@ -329,8 +327,11 @@ def compare_layer(
             half = output_and_gradients(out, plain, toward)
             worst_half = torch.maximum(worst_half, relative_errors(half, expected))
 
-    learnt = [number for number, x in enumerate(inputs, start=1) if has_gradient(x)]
-    names = ["the output", *(f"the gradient in input {number}" for number in learnt)]
+    names = ["the output"]
+    for number, value in enumerate(inputs, start=1):
+        if has_gradient(value):
+            names.append(f"the gradient in input {number}")
+
     disagreements = []
     for name, error, half_error in zip(names, worst.tolist(), worst_half.tolist(), strict=True):
         allowed = TOLERANCE + HALF_FACTOR * half_error
@@ -342,10 +343,10 @@ def compare_layer(
 
 def copy_with_strong_attention(
     layer: nn.Module,
-    is_attention_alone: bool,
+    only_attention: bool,
     generator: torch.Generator,
 ) -> nn.Module:
-    """Return a copy whose attention is not hidden by the rest, as it is where weights are small.
+    """Return a copy whose attention is not hidden by the rest, as it is if weights are small.
 
     Random matrices keep the size of what they multiply, and scales of whole branches are 1. A layer
     that leaves out features at random is copied for evaluation, which needs a separate graph.
@@ -359,13 +360,14 @@ def copy_with_strong_attention(
                 parameter.copy_(drawn / math.sqrt(parameter.shape[1]))
             elif name.startswith("gamma"):
                 parameter.fill_(1.0)
-            if is_attention_alone and name.split(".")[0] in BESIDE_ATTENTION:
+            part, *_ = name.split(".")
+            if only_attention and part in BESIDE_ATTENTION:
                 parameter.zero_()
 
-    # timm calls the rate of its DropPath otherwise than torch that of Dropout.
-    rates = [getattr(m, "p", None) or getattr(m, "drop_prob", None) for m in copy.modules()]
-    if any(rates):
-        copy.eval()
+    for module in copy.modules():
+        # The rates of torch's Dropout and of timm's DropPath.
+        if getattr(module, "p", None) or getattr(module, "drop_prob", None):
+            copy.eval()
     return copy
 
 
@@ -380,7 +382,8 @@ def input_of_sample(value: Any, sample: int, num_samples: int) -> Any:
     is_of_samples = isinstance(value, Tensor) and value.ndim > 2 and len(value) == num_samples
     if not is_of_samples:
         return value
-    return value[sample : sample + 1].detach().requires_grad_(value.requires_grad)
+    part = value[sample : sample + 1]
+    return part.detach().requires_grad_(value.requires_grad)
 
 
 def to_float32(value: Any) -> Any:
@@ -399,13 +402,16 @@ def output_and_gradients(out: Tensor, inputs: Sequence[Any], direction: Tensor) 
     leaves = [x for x in inputs if has_gradient(x)]
     weighted_sum = (out.float() * direction).sum()
     gradients = torch.autograd.grad(weighted_sum, leaves)
-    return [out.detach().float(), *(gradient.float() for gradient in gradients)]
+
+    tensors = [out.detach(), *gradients]
+    return [tensor.float() for tensor in tensors]
 
 
 def relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
-    """Return the norms of the differences over those of ``expected``; infinite where one is NaN."""
+    """Return the norms of the differences over those of ``expected``, (N,); infinite for NaN."""
     tiny = torch.finfo(torch.float32).tiny
     ratios = []
     for x, y in zip(found, expected, strict=True):
-        ratios.append((x - y).norm() / y.norm().clamp(min=tiny))
+        length = y.norm().clamp(min=tiny)
+        ratios.append((x - y).norm() / length)
     return torch.nan_to_num(torch.stack(ratios), nan=math.inf, posinf=math.inf)

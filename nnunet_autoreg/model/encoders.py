@@ -22,8 +22,9 @@ from nnunet_autoreg.families import (
     missing_arguments,
     token_size_of,
 )
-from nnunet_autoreg.geometry import Size, as_size, grid_of, multiplied
+from nnunet_autoreg.geometry import Size, multiplied
 from nnunet_autoreg.model.sequence import PrimusEncoder, SequenceEncoder, ViTEncoder
+from nnunet_autoreg.model.sizes import grid_of_input
 from nnunet_autoreg.plan import EncoderPlan
 
 IMPORTED_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
@@ -70,14 +71,16 @@ def build_network(
         )
 
     # JSON has no tuples, but the constructors take sizes as tuples.
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
-    }
+    values: dict[str, Any] = {}
+    for key, value in arguments.items():
+        values[key] = tuple(value) if isinstance(value, list) else value
+
     if family == RESENC:
-        values |= {"deep_supervision": deep_supervision, **_imported_layers(values)}
+        values |= _imported_layers(values)
+        values["deep_supervision"] = deep_supervision
     else:
-        shape = tuple(int(s) for s in input_shape)
-        values |= {"input_shape": shape, "drop_path_rate": drop_path_rate}
+        values["input_shape"] = tuple(int(s) for s in input_shape)
+        values["drop_path_rate"] = drop_path_rate
 
     network_class = located(class_path)
     network: nn.Module = network_class(
@@ -99,7 +102,11 @@ def _check_arguments(
     arguments: Mapping[str, Any],
     input_shape: Sequence[int],
 ) -> None:
-    """Refuse missing arguments, and a shape that is not a multiple of the token size."""
+    """Refuse missing arguments, and a shape that is not a multiple of the token size.
+
+    Raises:
+        PlanError: an argument is missing, or the shape does not fit.
+    """
     missing = missing_arguments(class_path, arguments)
     if missing:
         raise PlanError(
@@ -107,13 +114,7 @@ def _check_arguments(
             "encoder in model/sizes.py",
             code="plan-missing-argument",
         )
-    try:
-        grid_of(as_size(input_shape), token_size_of(class_path, arguments))
-    except ValueError as error:
-        raise PlanError(
-            f"input shape {tuple(input_shape)}: {error}",
-            code="plan-input-shape",
-        ) from error
+    grid_of_input(input_shape, token_size_of(class_path, arguments))
 
 
 def _stem_readers(network: nn.Module) -> tuple[str, ...]:
@@ -186,7 +187,7 @@ def _imported_layers(arguments: Mapping[str, Any]) -> dict[str, Any]:
     Only layers of torch are accepted, since a plan or card may come from an untrusted source.
 
     Raises:
-        PlanError: a name is that of anything else.
+        PlanError: a name is not that of a layer of torch.
     """
     layers: dict[str, Any] = {}
     for key in IMPORTED_ARGUMENTS:
@@ -196,7 +197,8 @@ def _imported_layers(arguments: Mapping[str, Any]) -> dict[str, Any]:
             continue
 
         # The name is checked before anything is imported: an import runs code.
-        layer = pydoc.locate(name) if isinstance(name, str) and LAYER_NAME.fullmatch(name) else None
+        is_allowed = isinstance(name, str) and LAYER_NAME.fullmatch(name)
+        layer = pydoc.locate(name) if is_allowed else None
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise PlanError(
                 f"encoder.arguments.{key}='{name}' is not a layer of torch.nn",

@@ -83,9 +83,12 @@ class FeatureEncoder(nn.Module):
         """
         if self.is_cnn:
             return self._stages(volume_BCZYX)
+
         parts: Any = self
         layers: Sequence[nn.Module] = parts.model.layers if self.family == VIT else parts.eva.blocks
         chosen = [max(0, round(share * len(layers)) - 1) for share in TRANSFORMER_DEPTHS]
+
+        # The inner layers give their outputs to hooks while the whole encoder runs.
         inner: dict[int, Tensor] = {}
 
         def keep(index: int) -> Callable[..., None]:
@@ -100,6 +103,7 @@ class FeatureEncoder(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
         grid = as_size(tokenized.shape[2:])
         maps = [on_grid(inner[index], grid) for index in chosen]
         return [tokenized, *maps, last]
@@ -115,6 +119,7 @@ class FeatureEncoder(nn.Module):
         return self._tokens(volume_BCZYX)[1]
 
     def _stages(self, volume_BCZYX: Tensor) -> list[Tensor]:
+        """Return the map of every stage of a CNN, the finest first."""
         shape = as_size(volume_BCZYX.shape[2:])
         wanted = round_up(shape, self.token_size)
         if shape != wanted:
@@ -140,7 +145,8 @@ class FeatureEncoder(nn.Module):
         if self.family == VIT:
             tokenized: Tensor = parts.model.patchifier(volume_BCZYX)
             tokens_BNV = tokenized.flatten(2).transpose(1, 2) + parts.positions
-            last_BTV = parts.model.hidden(parts.model.with_start(tokens_BNV))[-1]
+            tokens_BTV = parts.model.with_start(tokens_BNV)
+            *_, last_BTV = parts.model.hidden(tokens_BTV)
         else:
             tokenized = parts.down_projection(volume_BCZYX)
             tokens_BTV = tokenized.flatten(2).transpose(1, 2)

@@ -139,8 +139,9 @@ class _Kept:
         self._storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
         self.num_bytes = 0
         self.largest_piece = 0
-        """Bytes that the largest of the pieces that are computed twice keeps inside, which are
-        there one piece at a time.
+        """Bytes kept inside the largest of the pieces that are computed twice.
+
+        Only one piece at a time is in memory.
         """
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -229,32 +230,33 @@ def pretraining_memory(
 
     Args:
         module: on the meta device.
-        extra: what is held beside it without gradients and moments, such as a momentum teacher.
+        extra: a module held beside it without gradients and moments, such as a momentum teacher.
         loss_of: computes the loss of this many samples on the meta device.
         half: mixed precision, as on a GPU.
     """
+    held = nn.ModuleList([module] if extra is None else [module, extra])
     kept_of = {}
     for num_samples in (1, 2):
-        held = nn.ModuleList([module] if extra is None else [module, extra])
         with torch.device("meta"), _counting(held) as kept, _AsOnDevice(half):
             loss_of(num_samples)
         kept_of[num_samples] = kept.num_bytes + kept.largest_piece
 
-    return _line(module, kept_of[1], kept_of[2], 0 if extra is None else held_bytes(extra))
+    extra_bytes = 0 if extra is None else held_bytes(extra)
+    return _line(module, kept_of[1], kept_of[2], extra_bytes)
 
 
 def held_bytes(module: nn.Module) -> int:
     """Return the bytes of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _line(network: nn.Module, one: int, two: int, extra_bytes: int = 0) -> TrainingMemory:
     """Return the straight line through the bytes kept for one sample and for two."""
     num_parameters = sum(p.numel() for p in network.parameters())
     sample_bytes = two - one
-    # What is kept once, regardless of the batch: copies of the weights in half precision, for
-    # instance.
+    # Some things are kept once, regardless of the batch: copies of the weights in half precision,
+    # for instance.
     kept_once = max(0, one - sample_bytes)
     fixed_bytes = num_parameters * BYTES_PER_PARAMETER + extra_bytes + kept_once
 

@@ -10,7 +10,8 @@ POSITIONS = ("pos_embed", "register_tokens", "mask_token", "cls_token", "positio
 
 def is_position(name: str) -> bool:
     """Return whether a parameter of this name is a table of positions or special tokens."""
-    return name.rsplit(".", 1)[-1] in POSITIONS or ".embed_tokens." in f".{name}."
+    parts = name.split(".")
+    return parts[-1] in POSITIONS or "embed_tokens" in parts
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -26,8 +27,8 @@ def weights_under(network: nn.Module, prefixes: tuple[str, ...]) -> dict[str, Te
     """Return the tensors of ``network`` whose keys begin with a prefix, as float32 on the CPU.
 
     A tensor with several names (nnU-Net's convolutions have two) is listed once, under the first.
-    Rotary tables are left out: the downstream network makes them for its own grid. Where weights
-    are sharded over processes, all processes have to call this together.
+    Rotary tables are left out: the downstream network makes them for its own grid. If weights are
+    sharded over processes, all processes have to call this together.
     """
     seen: set[int] = set()
     kept: dict[str, Tensor] = {}

@@ -65,7 +65,8 @@ class BlockAttention(nn.Module):
         heads, width = self.num_heads, V // self.num_heads
 
         parts = self.query_key_value(self.norm(query_BQV)).chunk(3, dim=-1)
-        q_BHQD, k_BHQD, v_BHQD = (x.reshape(B, Q, heads, width).transpose(1, 2) for x in parts)
+        by_head = [part.reshape(B, Q, heads, width) for part in parts]
+        q_BHQD, k_BHQD, v_BHQD = (part.transpose(1, 2) for part in by_head)
 
         if rope is not None:
             q_BHQD = apply_rot_embed_cat(q_BHQD, rope).type_as(v_BHQD)
@@ -75,7 +76,8 @@ class BlockAttention(nn.Module):
         # each other.
         rows = (B * heads, Q // self.block_tokens, self.block_tokens, width)
         seen = attend(q_BHQD.reshape(rows), k_BHQD.reshape(rows), v_BHQD.reshape(rows), None)
-        seen_BQV = seen.reshape(B, heads, Q, width).transpose(1, 2).flatten(2)
+        seen_BHQD = seen.reshape(B, heads, Q, width)
+        seen_BQV = seen_BHQD.transpose(1, 2).flatten(2)
         out: Tensor = self.project(seen_BQV)
         return out
 
@@ -87,8 +89,8 @@ class CrossLayer(nn.Module):
     block, and an MLP.
 
     Args:
-        block_tokens: queries of a block, which come block after block and see each other; 1 where
-            none sees another.
+        block_tokens: queries of a block, which come block after block and see each other; 1 if none
+            sees another.
     """
 
     def __init__(self, width: int, num_heads: int, block_tokens: int = 1):
@@ -108,8 +110,10 @@ class CrossLayer(nn.Module):
         self.block = BlockAttention(width, num_heads, block_tokens) if block_tokens > 1 else None
 
     def _heads(self, x_BTV: Tensor) -> Tensor:
+        """Return the vectors by head, (B, H, T, D)."""
         B, T, V = x_BTV.shape
-        return x_BTV.reshape(B, T, self.num_heads, V // self.num_heads).transpose(1, 2)
+        x_BTHD = x_BTV.reshape(B, T, self.num_heads, V // self.num_heads)
+        return x_BTHD.transpose(1, 2)
 
     def forward(
         self,
@@ -121,7 +125,8 @@ class CrossLayer(nn.Module):
     ) -> Tensor:
         """Return updated queries (B, Q, V)."""
         q_BHQD = self._heads(self.query(self.norm_query(query_BQV)))
-        key_BSV, value_BSV = self.key_value(self.norm_token(token_BSV)).chunk(2, dim=-1)
+        key_value = self.key_value(self.norm_token(token_BSV))  # (B, S, 2 * V)
+        key_BSV, value_BSV = key_value.chunk(2, dim=-1)
         k_BHSD, v_BHSD = self._heads(key_BSV), self._heads(value_BSV)
 
         if query_rope is not None and token_rope is not None:
@@ -129,7 +134,8 @@ class CrossLayer(nn.Module):
             k_BHSD = apply_rot_embed_cat(k_BHSD, token_rope).type_as(v_BHSD)
 
         seen_BHQD = attend(q_BHQD, k_BHSD, v_BHSD, mask)
-        query_BQV = query_BQV + self.project(seen_BHQD.transpose(1, 2).flatten(2))
+        seen_BQV = seen_BHQD.transpose(1, 2).flatten(2)
+        query_BQV = query_BQV + self.project(seen_BQV)
 
         if self.block is not None:
             query_BQV = query_BQV + self.block(query_BQV, query_rope)
@@ -205,7 +211,7 @@ class QueryDecoder(nn.Module):
         Args:
             features_BSV: features of the encoder's tokens.
             rule: which of these each query may see.
-            queries: in the order of blocks where queries of a block see each other.
+            queries: in the order of blocks if queries of a block see each other.
             tokens: positions of the encoder's tokens.
         """
         chosen, members = queries.positions, queries.members

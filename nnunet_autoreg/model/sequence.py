@@ -23,7 +23,7 @@ from nnunet_autoreg.model.parameters import weights_under
 from nnunet_autoreg.model.trunk import recomputed, run_blocks
 
 LOCAL_PIECES = 8
-"""Pieces in which blocks are tokenised where activations are recomputed."""
+"""Pieces in which blocks are tokenised if activations are recomputed."""
 
 
 def to_blocks(volume_BCZYX: Tensor, block: Size) -> Tensor:
@@ -53,7 +53,8 @@ def from_blocks(blocks_BKVzyx: Tensor, grid: Size) -> Tensor:
 def to_tokens(volume_BMCZYX: Tensor, token: Size) -> Tensor:
     """Return the voxels of every token, (B, T, P) with P = (C, z, y, x) flattened."""
     B = volume_BMCZYX.shape[0]
-    cubes = to_blocks(volume_BMCZYX.flatten(0, 1), token).flatten(2)  # (B * M, N, P)
+    crops = volume_BMCZYX.flatten(0, 1)  # (B * M, C, Z, Y, X)
+    cubes = to_blocks(crops, token).flatten(2)  # (B * M, N, P)
     return cubes.reshape(B, -1, cubes.shape[-1])
 
 
@@ -167,7 +168,9 @@ class SequenceEncoder(nn.Module):
         if self.trunk.rope is None:
             return None
         table: Tensor = self.trunk.rope.get_embed()
-        return table if positions_BT is None else table[positions_BT][:, None]
+        if positions_BT is None:
+            return table
+        return table[positions_BT][:, None]
 
     def contextual(
         self,
@@ -205,7 +208,8 @@ class SequenceEncoder(nn.Module):
                 order.
             member_BTV: added to the tokens, to distinguish members.
         """
-        return self.contextual(self.tokens(voxels_BMCZYX), rule, positions_BT, member_BTV)
+        tokens_BTV = self.tokens(voxels_BMCZYX)
+        return self.contextual(tokens_BTV, rule, positions_BT, member_BTV)
 
     def describe(
         self,
@@ -219,7 +223,8 @@ class SequenceEncoder(nn.Module):
             rule, positions_BT: as of ``forward``.
         """
         whole = as_size(voxels_BMCZYX.shape[3:])
-        features = self.contextual(self.tokens(voxels_BMCZYX, whole), rule, positions_BT)
+        tokens_BTV = self.tokens(voxels_BMCZYX, whole)
+        features = self.contextual(tokens_BTV, rule, positions_BT)  # (B, num_starts + T, V)
         return features[:, self.num_starts :]
 
     def transferable_state(self) -> dict[str, Tensor]:
@@ -347,11 +352,13 @@ class ViTEncoder(SequenceEncoder):
 
 
 def counted_mean(tokens_BTV: Tensor, counted_BT: Tensor) -> Tensor:
-    """Return the mean of each sample's counted tokens, (B, V); 0 where none counts.
+    """Return the mean of each sample's counted tokens, (B, V); 0 if none counts.
 
     Args:
         counted_BT: bool.
     """
     weight_BT1 = counted_BT[:, :, None].to(tokens_BTV.dtype)
-    mean_BV: Tensor = (tokens_BTV * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp(min=1)
+    sum_BV = (tokens_BTV * weight_BT1).sum(dim=1)
+    number_B1 = weight_BT1.sum(dim=1).clamp(min=1)
+    mean_BV: Tensor = sum_BV / number_B1
     return mean_BV

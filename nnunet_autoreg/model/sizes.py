@@ -11,6 +11,7 @@ Sources:
     The ``tiny`` sizes are ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from nnunet_autoreg.families import (
     VIT,
     token_size_of,
 )
-from nnunet_autoreg.geometry import Size, Spacing
+from nnunet_autoreg.geometry import Size, Spacing, as_size, grid_of
 from nnunet_autoreg.plan import EncoderPlan
 
 PRIMUS_WIDTHS = {
@@ -222,6 +223,21 @@ def encoder_size(name: str) -> EncoderSize:
             code="plan-unknown-encoder",
         )
     return ENCODERS[name]
+
+
+def grid_of_input(input_shape: Sequence[int], token_size: Size) -> Size:
+    """Return the number of tokens per axis of a network's input.
+
+    Raises:
+        PlanError: an axis is not a multiple of the token size.
+    """
+    try:
+        return grid_of(as_size(input_shape), token_size)
+    except ValueError as error:
+        raise PlanError(
+            f"input shape {tuple(input_shape)}: {error}",
+            code="plan-input-shape",
+        ) from error
 
 
 def suited_to(encoder: EncoderSize, spacing_mm: Spacing) -> EncoderSize:

@@ -122,7 +122,7 @@ def call_layer(layer: nn.Module, *inputs: Any) -> Tensor:
 
 
 def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_layer) -> Tensor:
-    """Return ``by(layer, *inputs)``, compiled where training runs compiled layers.
+    """Return ``by(layer, *inputs)``, compiled if training runs compiled layers.
 
     Args:
         layer: one of several layers of the same kind, for which one graph is compiled.
@@ -135,14 +135,14 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: Any, by: Layer = call_
 
     if path.recorder is not None:
         path.recorder(by, layer, inputs)
-    # The first layer's input may have other strides than that of the others. It would need a graph
-    # of its own.
+    # The first layer's input may have other strides than that of the others. It would need a
+    # separate graph.
     inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
     return recomputed(path.compile(by), recompute, layer, *inputs)
 
 
 def num_heads_of(block: nn.Module) -> int:
-    """Return the number of attention heads of a block; 1 where it states none."""
+    """Return the number of attention heads of a block; 1 if it states none."""
     # timm and nnU-Net call it ``attn``, the ViT of AR-SSL4M ``self_attn``.
     attention = getattr(block, "attn", None) or getattr(block, "self_attn", None)
     return int(getattr(attention, "num_heads", 1))
@@ -170,7 +170,7 @@ _observers: list[Observer] = []
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Have ``observer`` call every function that would be computed twice, once.
+    """Give every function that would be computed twice to ``observer``, which calls it once.
 
     This is for counting the memory that recomputation keeps.
     """
@@ -208,7 +208,7 @@ def _eva_block(
     assert isinstance(block.attn, EvaAttention), "rotary attention of another layout"
 
     attended = self_attention(block.attn, block.norm1(x_BTV), rope, attn_mask)
-    # gamma is LayerScale's factor, where the block has one.
+    # gamma is LayerScale's factor, if the block has one.
     if block.gamma_1 is not None:
         attended = block.gamma_1 * attended
     x_BTV = x_BTV + block.drop_path1(attended)
@@ -258,8 +258,9 @@ def self_attention(
 def _rotated(attn: EvaAttention, x_BHTD: Tensor, rope: Tensor) -> Tensor:
     """Return queries or keys rotated by their positions; leading register tokens have none."""
     first = attn.num_prefix_tokens
+    registers, positioned = x_BHTD[:, :, :first], x_BHTD[:, :, first:]
     half = bool(getattr(attn, "rotate_half", False))
-    rotated: Tensor = apply_rot_embed_cat(x_BHTD[:, :, first:], rope, half=half)
+    rotated: Tensor = apply_rot_embed_cat(positioned, rope, half=half)
     if first == 0:
         return rotated
-    return torch.cat([x_BHTD[:, :, :first], rotated], dim=2)
+    return torch.cat([registers, rotated], dim=2)

@@ -31,8 +31,8 @@ class PretrainingUNet(nn.Module):
         learned_mark: whether there is such a vector.
         recompute: keep only the inputs of the stages for the backward pass (activation
             checkpointing).
-        num_segments: K, classes that a second head on the decoder's finest features tells apart;
-            0 for no such head. It is not transferred.
+        num_segments: K, classes that a second head on the decoder's finest features separates; 0
+            for no such head. It is not transferred.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class PretrainingUNet(nn.Module):
         Args:
             known_BZYX: bool, True where a voxel may be seen; None if all may be.
         """
-        x_BCZYX = self.decode(self.encode(voxels_BCZYX, known_BZYX))[-1]
+        skips = self.encode(voxels_BCZYX, known_BZYX)
+        x_BCZYX = self.decode(skips)[-1]
 
         out: Tensor = self.network.decoder.seg_layers[-1](x_BCZYX)  # (B, 1, Z, Y, X)
         if self.segment_head is not None:
@@ -105,7 +106,8 @@ class PretrainingUNet(nn.Module):
         # The stem has stride 1, so that a voxel and its features have the same position.
         if self.mark is not None and known_BZYX is not None:
             unknown_B1ZYX = (~known_BZYX[:, None]).to(x_BCZYX.dtype)
-            x_BCZYX = x_BCZYX + self.mark[:, None, None, None] * unknown_B1ZYX
+            mark_C111 = self.mark[:, None, None, None]
+            x_BCZYX = x_BCZYX + mark_C111 * unknown_B1ZYX
 
         features = []
         for stage in encoder.stages:

@@ -1,4 +1,4 @@
-"""Whether a pretraining has taught its encoder anything, and in which words this is said.
+"""Whether an encoder has learnt anything in pretraining, and the words for it.
 
 The report of a run, the card of its encoder and the commands all take the words from here.
 """
@@ -16,7 +16,7 @@ HEADLINES = {
     NOT_LEARNT: "The encoder has not learned to predict yet.",
     UNKNOWN: "Whether the encoder learns is not known.",
 }
-"""What the report says of an outcome, before the figures."""
+"""The report's sentence about an outcome, before the figures."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ NO_VERDICT = Verdict(
     UNKNOWN,
     "its card has no verdict, because it was written before there was one",
 )
-"""Of encoders from earlier releases."""
+"""The verdict on encoders from earlier releases."""
 
 
 def judge(
@@ -71,6 +71,7 @@ def judge(
     beaten, not_beaten = compared(errors, figure)
     is_probe_better = probe is not None and probe["features"] > probe["voxels"]
     error = f"the validation {figure.name} {errors['error']:.4f}"
+
     if not_beaten:
         outcome, reason = NOT_LEARNT, f"{error} is not below {' and '.join(not_beaten)}"
     elif beaten:
@@ -94,9 +95,12 @@ def compared(errors: Mapping[str, float], figure: FigureOfMerit) -> tuple[list[s
     for name, value in errors.items():
         if name == "error":
             continue
-        what = f"'{figure.references.get(name, name)}' ({value:.4f})"
+        described = f"'{figure.references.get(name, name)}' ({value:.4f})"
         # A NaN is not below anything.
-        (beaten if errors["error"] < value else not_beaten).append(what)
+        if errors["error"] < value:
+            beaten.append(described)
+        else:
+            not_beaten.append(described)
     return beaten, not_beaten
 
 

@@ -30,8 +30,9 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from nnunet_autoreg.errors import PlanError
-from nnunet_autoreg.geometry import Size, as_size, grid_of
+from nnunet_autoreg.geometry import Size, as_size
 from nnunet_autoreg.model.attention import Mask, attend
+from nnunet_autoreg.model.sizes import grid_of_input
 
 START_ROW = 1
 """Row of ``embed_tokens`` that is START.
@@ -61,7 +62,7 @@ def sincos_positions(grid: Size, width: int) -> Tensor:
 
     num_frequencies = width // 6
     steps = torch.arange(num_frequencies, dtype=torch.float64)
-    frequencies = 10000.0 ** (-steps / num_frequencies)
+    frequencies = 10000.0 ** (-steps / num_frequencies)  # (V / 6,)
 
     thirds = []
     for axis in (2, 1, 0):
@@ -196,7 +197,7 @@ class Trunk(nn.Module):
     def with_start(self, tokens_BNV: Tensor) -> Tensor:
         """Return tokens (B, T, V): START, which has no position, then ``tokens_BNV``."""
         start_11V = self.embed_tokens.weight[START_ROW][None, None]
-        start_B1V = start_11V.expand(tokens_BNV.shape[0], -1, -1).to(tokens_BNV.dtype)
+        start_B1V = start_11V.expand(len(tokens_BNV), -1, -1).to(tokens_BNV.dtype)
         return torch.cat([start_B1V, tokens_BNV], dim=1)
 
     def hidden(self, x_BTV: Tensor, mask_B1QS: Mask | None = None) -> list[Tensor]:
@@ -287,6 +288,24 @@ def _up(num_inputs: int, num_outputs: int) -> nn.Module:
     return nn.ConvTranspose3d(num_inputs, num_outputs, kernel_size=2, stride=2, bias=False)
 
 
+def num_doublings(token_size: Size) -> int:
+    """Return how often the UNETR decoder doubles a token until it is a voxel.
+
+    Raises:
+        PlanError: doubling does not lead to voxels.
+    """
+    side = token_size[0]
+    is_cube = len(set(token_size)) == 1
+    is_power_of_two = side & (side - 1) == 0
+    if not is_cube or side < 4 or not is_power_of_two:
+        raise PlanError(
+            f"patch_embed_size={list(token_size)}: the UNETR decoder doubles tokens up to voxels; "
+            "use a cube of side 4, 8, 16 or 32",
+            code="plan-token-size",
+        )
+    return side.bit_length() - 1
+
+
 class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
     """AR-SSL4M's encoder under a UNETR decoder; arguments are named as those of nnU-Net's Primus.
 
@@ -320,23 +339,8 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
     ):
         super().__init__()
         token_size = as_size(patch_embed_size)
-        side = token_size[0]
-        is_power_of_two = side & (side - 1) == 0
-        if len(set(token_size)) > 1 or side < 4 or not is_power_of_two:
-            raise PlanError(
-                f"patch_embed_size={list(token_size)}: the UNETR decoder doubles tokens up to "
-                "voxels; use a cube of side 4, 8, 16 or 32",
-                code="plan-token-size",
-            )
-
-        try:
-            self.grid = grid_of(as_size(input_shape), token_size)
-        except ValueError as error:
-            raise PlanError(
-                f"input shape {tuple(input_shape)}: {error}",
-                code="plan-input-shape",
-            ) from error
-
+        num_levels = num_doublings(token_size)
+        self.grid = grid_of_input(input_shape, token_size)
         if embed_dim % eva_numheads:
             raise PlanError(
                 f"width {embed_dim} is not a multiple of {eva_numheads} heads",
@@ -350,8 +354,7 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         self.keys_to_in_proj = ("model.patchifier.proj",)
         self.key_to_lpe = None
 
-        # After blocks 4, 7 and 10 of 12, where tokens have a side of 16 voxels.
-        num_levels = int(math.log2(side))
+        # For tokens of 16 voxels a side: after blocks 4, 7 and 10 of 12.
         self.tap_indices = []
         for k in range(1, num_levels):
             block_number = int(1 + eva_depth * k / num_levels)
@@ -381,7 +384,8 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
     def tokens(self, volume_BCZYX: Tensor) -> Tensor:
         """Return embedded tokens (B, N, V) with their positions, without START."""
         grid_BVzyx: Tensor = self.model.patchifier(volume_BCZYX)
-        return grid_BVzyx.flatten(2).transpose(1, 2) + self.positions
+        tokens_BNV = grid_BVzyx.flatten(2).transpose(1, 2)
+        return tokens_BNV + self.positions
 
     def encode(self, volume_BCZYX: Tensor) -> list[Tensor]:
         """Return the tokens (B, N, V) after every block under full attention, without START.
@@ -400,7 +404,9 @@ class ViT(AbstractDynamicNetworkArchitectures):  # type: ignore[misc]
         return out
 
     def _on_grid(self, tokens_BNV: Tensor) -> Tensor:
-        return tokens_BNV.transpose(1, 2).reshape(tokens_BNV.shape[0], -1, *self.grid)
+        """Return the tokens as a map (B, V, z, y, x)."""
+        tokens_BVN = tokens_BNV.transpose(1, 2)
+        return tokens_BVN.reshape(len(tokens_BVN), -1, *self.grid)
 
     def compute_conv_feature_map_size(self, input_size: Any) -> int:
         """Refuse nnU-Net's measure of memory for CNNs, which does not hold for attention.
