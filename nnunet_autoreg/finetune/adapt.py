@@ -29,11 +29,13 @@ def fit_positions(positions_1TV: Tensor, old: Size, new: Size) -> tuple[Tensor, 
 def interpolate_positions(positions_1TV: Tensor, old: Size, new: Size) -> Tensor:
     """Interpolate position embeddings; the tokens are in raster order (z, y, x)."""
     width = positions_1TV.shape[-1]
-    volume_1VZYX = positions_1TV.reshape(1, *old, width).permute(0, 4, 1, 2, 3)
-    resized_1VZYX = F.interpolate(volume_1VZYX, size=new, mode="trilinear", align_corners=False)
+    grid_1ZYXV = positions_1TV.reshape(1, *old, width)
+    grid_1VZYX = grid_1ZYXV.permute(0, 4, 1, 2, 3)
+    resized_1VZYX = F.interpolate(grid_1VZYX, size=new, mode="trilinear", align_corners=False)
 
     resized_1ZYXV = resized_1VZYX.permute(0, 2, 3, 4, 1)
-    return resized_1ZYXV.reshape(1, math.prod(new), width).contiguous()
+    resized_1TV = resized_1ZYXV.reshape(1, math.prod(new), width)
+    return resized_1TV.contiguous()
 
 
 def fit_channels(kernel: Tensor, channels: ChannelMap, num_live: int) -> tuple[Tensor, str]:
@@ -47,7 +49,8 @@ def fit_channels(kernel: Tensor, channels: ChannelMap, num_live: int) -> tuple[T
     # One column of the kernel for every image channel.
     columns = []
     for sources, factor in zip(channels.sources, channels.factors, strict=True):
-        columns.append(kernel[:, list(sources)].sum(1) * factor)  # (out, z, y, x)
+        summed = kernel[:, list(sources)].sum(1)  # (out, z, y, x)
+        columns.append(summed * factor)
 
     notes = [channels.note] if channels.note else []
     extra = num_live - len(columns)
@@ -67,16 +70,15 @@ def fit_kernel(kernel: Tensor, size: Sequence[int]) -> tuple[Tensor, str]:
     if kernel.ndim != CONV_AXES or len(size) != CONV_AXES - 2:
         return kernel, ""
 
-    # Only between 1 and an odd size does the result stay the same.
     old = tuple(kernel.shape[2:])
     changed = [axis for axis in range(len(size)) if old[axis] != size[axis]]
-    for axis in changed:
-        # An even kernel has no middle.
-        if 1 not in (old[axis], size[axis]) or size[axis] % 2 == 0:
-            return kernel, ""
-
     if not changed:
         return kernel, ""
+
+    # Only between 1 and an odd size does the result stay the same: an even kernel has no middle.
+    for axis in changed:
+        if 1 not in (old[axis], size[axis]) or size[axis] % 2 == 0:
+            return kernel, ""
 
     done = set()
     for axis in changed:
@@ -89,7 +91,8 @@ def fit_kernel(kernel: Tensor, size: Sequence[int]) -> tuple[Tensor, str]:
             pads = [0, 0] * (2 - axis) + [side, side] + [0, 0] * axis
             kernel = F.pad(kernel, pads)
             done.add("padded with zeros")
-    return kernel, f"kernel {times(old)} -> {times(size)}, {' and '.join(sorted(done))}"
+    how = " and ".join(sorted(done))
+    return kernel, f"kernel {times(old)} -> {times(size)}, {how}"
 
 
 def times(size: Sequence[int]) -> str:

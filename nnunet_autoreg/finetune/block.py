@@ -239,7 +239,7 @@ def check_recipe(r: Recipe, where: str) -> None:
 def check_arguments(arguments: Mapping[str, Any], where: str) -> None:
     """Refuse arguments of a network that name anything but layers of torch.
 
-    They are imported and called while the network is built.
+    The named layers are imported and called while the network is built.
 
     Raises:
         PlanError: an argument names something else (code "plan-network-argument").

@@ -38,7 +38,7 @@ def map_channels(
         given_names: names of the weights' channels in order; ignored if some are missing.
         needed_names: names of the image channels in order; may be empty if they are not known.
     """
-    # Names say more than the order, in which datasets list their channels as they like.
+    # Names are safer than the order, because datasets list their channels in any order.
     by_name = _map_by_name(given, given_names, needed_names)
     if by_name is not None:
         return by_name
@@ -69,7 +69,7 @@ def _map_by_name(
     if found == list(range(given)):
         return ChannelMap(tuple((c,) for c in range(given)), (1.0,) * given, "")
 
-    # A channel that pretraining did not know starts from what all known ones have in common.
+    # A channel that pretraining did not know starts from the mean of all known ones.
     sources: list[tuple[int, ...]] = []
     factors: list[float] = []
     notes: list[str] = []
@@ -88,4 +88,5 @@ def _map_by_name(
 
 
 def _plain(name: str) -> str:
+    """Return a name without the differences in spelling that do not matter."""
     return name.strip().casefold()

@@ -56,7 +56,8 @@ def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int)
     """
     live, first_names = _live_tensors(network)
     matches = [_STAGE.match(key) for key in live]
-    num_live = 1 + max((int(found[2]) for found in matches if found), default=-1)
+    stage_numbers = [int(found[2]) for found in matches if found]
+    num_live = 1 + max(stage_numbers, default=-1)
     sources, unused = _matched(given, num_given, num_live, first_names)
 
     # A part does not fit if one of its tensors does not; the reason is kept for each part.
@@ -77,12 +78,12 @@ def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int)
             fitted[key] = value, note
             continue
 
-        what, theirs, ours = "shape", value.shape, tensor.shape
+        differing, theirs, ours = "shape", value.shape, tensor.shape
         is_kernel = value.ndim == tensor.ndim == CONV_AXES
         if is_kernel and value.shape[:2] == tensor.shape[:2]:
-            what = "stride" if is_transposed else "kernel"
+            differing = "stride" if is_transposed else "kernel"
             theirs, ours = value.shape[2:], tensor.shape[2:]
-        misfit = f"{what} {times(theirs)} in the weights, {times(ours)} here"
+        misfit = f"{differing} {times(theirs)} in the weights, {times(ours)} here"
         misfits.setdefault(_part_of(key), misfit)
 
     # A part is loaded as a whole or not at all.
@@ -94,7 +95,8 @@ def fit_decoder(network: nn.Module, given: Mapping[str, Tensor], num_given: int)
             entries.append(TensorEntry(key, tensor.numel(), RANDOM, misfits[part]))
             continue
         ready[key], note = fitted[key]
-        entries.append(TensorEntry(key, tensor.numel(), ADAPTED if note else LOADED, note))
+        status = ADAPTED if note else LOADED
+        entries.append(TensorEntry(key, tensor.numel(), status, note))
     return FittedDecoder(ready, tuple(entries), unused)
 
 
@@ -125,7 +127,8 @@ def transferred_keys(network: nn.Module, block: AutoregBlock) -> frozenset[str]:
 
 def has_decoder_stages(network: nn.Module) -> bool:
     """Return whether a network has a U-Net's decoder, whose stages can be transferred."""
-    return bool(_live_tensors(network)[0])
+    tensors, _ = _live_tensors(network)
+    return bool(tensors)
 
 
 def num_stages(arguments: Mapping[str, Any]) -> int:
@@ -176,5 +179,6 @@ def _matched(
 
 
 def _part_of(key: str) -> str:
+    """Return the beginning that the keys of a convolution and its norm share."""
     found = _PART.match(key)
     return key if found is None else found[0]

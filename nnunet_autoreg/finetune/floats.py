@@ -27,7 +27,7 @@ def check_kind(file: Path, key: str, tensor: Tensor) -> None:
             "for float32, float16 or bfloat16",
             code="weights-kind",
         )
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
         raise WeightsError(
             f"{file}: '{key}' has shape {tuple(tensor.shape)}, but the file holds fewer values; "
             "ask its authors for a plain state dict",
@@ -39,7 +39,8 @@ def as_float(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """Return the tensors in single precision, contiguous.
 
     Raises:
-        WeightsError: one holds NaN or infinity (code "weights-not-finite").
+        WeightsError: one holds NaN or infinity (code "weights-not-finite"), or has a type that is
+            not supported (code "weights-kind").
     """
     for key, tensor in tensors.items():
         check_kind(file, key, tensor)

@@ -18,7 +18,7 @@ from nnunet_autoreg.finetune.adapt import fit_channels, fit_kernel, fit_position
 from nnunet_autoreg.finetune.block import AutoregBlock
 from nnunet_autoreg.finetune.channels import map_channels
 from nnunet_autoreg.finetune.decoder import DECODER, fit_decoder, has_decoder_stages, num_stages
-from nnunet_autoreg.finetune.floats import check_kind
+from nnunet_autoreg.finetune.floats import as_float
 from nnunet_autoreg.finetune.network import encoder_prefixes
 from nnunet_autoreg.finetune.table import (
     ADAPTED,
@@ -35,7 +35,7 @@ from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import atomic_path, differences, regular
 
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""What a message of safetensors about the file system ends with."""
+"""The end of safetensors' messages about the file system."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises:
         WeightsError: the file is missing, truncated or not a safetensors file (code
-            "weights-unreadable"), or holds NaN or infinity (code "weights-not-finite").
+            "weights-unreadable"), or its values cannot be used (see ``as_float``).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -72,14 +72,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             code="weights-unreadable",
         ) from error
 
-    for key, tensor in tensors.items():
-        check_kind(file, key, tensor)
-        if not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(
-                f"{file}: '{key}' holds NaN or infinity; the pretraining failed: use other weights",
-                code="weights-not-finite",
-            )
-    return {key: tensor.float() for key, tensor in tensors.items()}
+    return as_float(tensors, file)
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -99,10 +92,11 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
             save_file(contiguous, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             # safetensors states the number of the system's error in its text only.
-            number = OS_ERROR.search(str(error))
-            if number is None:
+            found = OS_ERROR.search(str(error))
+            if found is None:
                 raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            number = int(found[1])
+            raise OSError(number, os.strerror(number)) from error
 
 
 def check_same_encoder(card: EncoderCard, planned: EncoderPlan) -> None:
@@ -174,10 +168,11 @@ def load_encoder(
         decoder = fitted.entries
         unused = (*unused, *fitted.unused)
 
+    known = [*live, *[entry.key for entry in decoder]]
     table = WeightTable(
         source=f"'{card.name}' (sha256 {card.sha256[:12]}...)",
         entries=tuple(entries),
-        rest=_rest_of(network, (*live, *(entry.key for entry in decoder)), use_decoder),
+        rest=_rest_of(network, known, use_decoder),
         decoder=decoder,
         unused=unused,
         licences=card.licence_line,
@@ -212,7 +207,7 @@ def _fit_encoder(
     for key, tensor in live.items():
         status, note = RANDOM, ""
         if key in in_file:
-            ready[key], note = _fit((key, in_file[key], tensor), network, card, target)
+            ready[key], note = _fit(key, in_file[key], tensor, network, card, target)
             status = ADAPTED if note else LOADED
         entries.append(TensorEntry(key, tensor.numel(), status, note))
     return ready, entries
@@ -298,13 +293,18 @@ def _rest_of(network: nn.Module, known: Iterable[str], has_decoder: bool) -> Ten
     """Return the parameters that are in neither the encoder nor a transferred decoder."""
     state = network.state_dict(keep_vars=True)
     known_ids = {id(state[key]) for key in known}
-    rest = [(name, p) for name, p in network.named_parameters() if id(p) not in known_ids]
-
     # If the stages of a decoder are transferred, the word "decoder" would not be precise enough.
     depth = 2 if has_decoder else 1
-    parts = sorted({".".join(name.split(".")[:depth]) for name, _ in rest})
+
+    parts = set()
+    num_parameters = 0
+    for name, parameter in network.named_parameters():
+        if id(parameter) not in known_ids:
+            parts.add(".".join(name.split(".")[:depth]))
+            num_parameters += parameter.numel()
+
     note = "random, as it is new in every task" if has_decoder else "random"
-    return TensorEntry(", ".join(parts), sum(p.numel() for _, p in rest), RANDOM, note)
+    return TensorEntry(", ".join(sorted(parts)), num_parameters, RANDOM, note)
 
 
 @dataclass(frozen=True)
@@ -364,12 +364,12 @@ def _sort_tensors(
             continue
 
         stage = stage_pattern.match(key)
-        is_deeper = num_stages_here is not None and stage and int(stage[1]) >= num_stages_here
-        if is_deeper:
+        if num_stages_here is not None and stage and int(stage[1]) >= num_stages_here:
             reason = "stages that this network does not have"
             unused.append(TensorEntry(key, tensor.numel(), UNUSED, reason))
         elif key in names:
-            unused.append(TensorEntry(key, tensor.numel(), UNUSED, "no part of the encoder"))
+            reason = "not a part of the encoder"
+            unused.append(TensorEntry(key, tensor.numel(), UNUSED, reason))
         elif ".rope." not in key:
             # The network builds rotary tables for its own grid; anything else has no counterpart.
             foreign.append(key)
@@ -377,7 +377,9 @@ def _sort_tensors(
 
 
 def _fit(
-    entry: tuple[str, Tensor, Tensor],
+    key: str,
+    value: Tensor,
+    live: Tensor,
     network: nn.Module,
     card: EncoderCard,
     target: Target,
@@ -385,12 +387,12 @@ def _fit(
     """Return a value in the shape of the live tensor, and how it was adapted ("" if it was not).
 
     Args:
-        entry: key, value, live tensor.
+        value: the tensor of this key in the file.
+        live: the tensor of this key in the network.
 
     Raises:
         WeightsError: it cannot be adapted.
     """
-    key, value, live = entry
     notes = []
     projections = cast(Iterable[str], network.keys_to_in_proj)
 

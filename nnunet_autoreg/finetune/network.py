@@ -61,21 +61,25 @@ def architecture_entry(
     arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the ``architecture`` of a configuration in the form of nnU-Net's plans."""
+    chosen = block.encoder.arguments if arguments is None else arguments
     return {
         "network_class_name": GUARD_CLASS,
         "arch_kwargs": {
             "class_path": block.encoder.class_path,
             "input_shape": [int(p) for p in patch_size],
             "drop_path_rate": block.recipe.drop_path_rate,
-            **(block.encoder.arguments if arguments is None else arguments),
+            **chosen,
         },
         "_kw_requires_import": [],
     }
 
 
 def own_arguments(arch_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the network's arguments from what ``architecture_entry`` has written."""
-    return {key: value for key, value in arch_kwargs.items() if key not in NOT_ARGUMENTS}
+    """Return the arguments of the network itself from the ``arch_kwargs`` of an architecture."""
+    arguments = dict(arch_kwargs)
+    for key in NOT_ARGUMENTS:
+        arguments.pop(key, None)
+    return arguments
 
 
 def encoder_prefixes(network: nn.Module) -> tuple[str, str]:

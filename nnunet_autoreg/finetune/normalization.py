@@ -28,7 +28,7 @@ class AutoregPercentileNormalization(ImageNormalization):  # type: ignore[misc]
     def run(self, image: npt.NDArray[Any], seg: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Return the normalised image; a constant one becomes 0. ``seg`` is not used."""
         image = image.astype(self.target_dtype, copy=False)
-        low, high = (float(v) for v in np.percentile(image, (self.low, self.high)))
+        low, high = np.percentile(image, (self.low, self.high)).tolist()
         image -= low
         image /= max(high - low, 1e-8)  # a constant image has no range
         return np.clip(image, 0.0, 1.0, out=image)
@@ -45,5 +45,6 @@ def as_pretrained(
     """
     if card is None or card.normalization is None:
         return list(schemes), list(use_mask)
-    masked = [bool(m) and card.normalization == "ZScoreNormalization" for m in use_mask]
+    can_mask = card.normalization == "ZScoreNormalization"
+    masked = [bool(is_masked) and can_mask for is_masked in use_mask]
     return [card.normalization] * len(schemes), masked

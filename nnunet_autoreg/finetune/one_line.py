@@ -30,7 +30,7 @@ def missing_plans(error: BaseException) -> str | None:
 
     file = Path(str(error.filename))
     plan = f"nnUNetv2_plan_and_preprocess -d {dataset_number(file.parent.name)} -pl AutoregPlanner"
-    # nnU-Net's own default, so that the option was probably left out.
+    # This is nnU-Net's own default, so the option was probably left out.
     if file.name == "nnUNetPlans.json":
         return (
             f"{file} does not exist; was '-p AutoregPlans' forgotten? Those plans are made by: "

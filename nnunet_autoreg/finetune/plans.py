@@ -121,7 +121,7 @@ def make_block(
         hardware = Hardware("cuda", budget.gib)
         name, encoder_reason = choose_encoder("auto", hardware, pool)
         size, _ = with_tokens(encoder_size(name), task.spacing_mm, task.median_shape_vox)
-        encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
+        encoder = size.encoder_plan()
 
     num_epochs = EPOCHS_FEW if task.num_cases <= FEW_CASES else EPOCHS_MANY
     # The plans file has a reason for each value, for users who edit it.
@@ -271,7 +271,7 @@ def with_fits(
 
     Args:
         fits: by configuration. The decoder-first stage is the same for all of them; the first
-            configuration with network arguments of its own decides.
+            configuration that has its own network arguments decides.
         num_cases: number of labelled cases.
         channel_names: channel names of the dataset, in order.
     """
@@ -293,7 +293,6 @@ def with_fits(
         channel_note = channels.note if channels else ""
 
     change = stem_change(block.encoder, arguments, channel_note)
-
     share, share_reason = decoder_first(
         block.encoder,
         num_cases,
@@ -376,7 +375,8 @@ def _reason_against(name: str, known: Mapping[str, Any], class_path: str) -> str
     if not is_size or len(patch) != SPATIAL_AXES:
         return f"its patch size {shown(patch)} is not 3D"
 
-    kwargs = _as_object(_as_object(resolved["architecture"]).get("arch_kwargs"))
+    architecture = _as_object(resolved["architecture"])
+    kwargs = _as_object(architecture.get("arch_kwargs"))
     if kwargs.get("class_path") != class_path:
         return "its network differs from that of the new plans"
     try:

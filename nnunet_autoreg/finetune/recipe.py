@@ -72,8 +72,9 @@ def make_schedule(
     """
     total = num_epochs * iterations_per_epoch
     # A share of the run, but of enough samples, and never too much of a short run.
+    wanted = max(recipe.warmup_fraction * total, recipe.warmup_min_samples / batch_size)
     warmup = min(
-        max(recipe.warmup_fraction * total, recipe.warmup_min_samples / batch_size),
+        wanted,
         recipe.warmup_max_epochs * iterations_per_epoch,
         recipe.warmup_max_fraction * total,
     )
@@ -150,10 +151,13 @@ def parameter_groups(
 
     # Every network has heads that start at random, so there is always a group at the full rate.
     full_rate_first = sorted(groups, key=lambda group: (group[0] == 1.0, *group), reverse=True)
-    return [
-        {"params": groups[factor, decay], "rate_factor": factor, "weight_decay": decay}
-        for factor, decay in full_rate_first
-    ]
+    described = []
+    for factor, decay in full_rate_first:
+        parameters = groups[factor, decay]
+        described.append(
+            {"params": parameters, "rate_factor": factor, "weight_decay": decay},
+        )
+    return described
 
 
 def _layer_of(network: nn.Module) -> dict[str, int]:

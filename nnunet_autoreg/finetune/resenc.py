@@ -41,7 +41,8 @@ def stock_planner(
     For sizes without their own planner it is that of ResEnc M. It plans for its default memory
     unless the user has given another.
     """
-    planner = PRESETS.get(encoder.name, PRESETS["resenc_m"])(dataset_name)
+    planner_class = PRESETS.get(encoder.name, PRESETS["resenc_m"])
+    planner = planner_class(dataset_name)
     features = encoder.arguments["features_per_stage"]
     planner.UNet_base_num_features = features[0]
     planner.UNet_max_features_3d = max(features)
@@ -196,13 +197,12 @@ def reconciled(wanted: Mapping[str, Any], encoder: EncoderPlan) -> tuple[dict[st
             shapes.add(f"{times(own_kernel)} -> {times(kernel)}")
 
     if stages:
-        notes.append(
-            f"the spacing needs other kernels in stages {', '.join(stages)}: "
-            f"{', '.join(sorted(shapes))}",
-        )
+        changes = ", ".join(sorted(shapes))
+        notes.append(f"the spacing needs other kernels in stages {', '.join(stages)}: {changes}")
     return arguments, "; ".join(notes)
 
 
 def _extended(values: Sequence[int]) -> tuple[int, ...]:
     """Return one value for each of ``NUM_STAGES`` stages, the last one repeated."""
-    return (*values, *[values[-1]] * (NUM_STAGES - len(values)))
+    num_missing = NUM_STAGES - len(values)
+    return (*values, *[values[-1]] * num_missing)

@@ -78,7 +78,8 @@ def is_ct(channel_name: str) -> bool:
 
 def setting_of_environment() -> str | None:
     """Return the value of ``autoreg_weights``, or None if it is unset or empty."""
-    return os.environ.get(VARIABLE, "").strip() or None
+    setting = os.environ.get(VARIABLE, "").strip()
+    return setting or None
 
 
 def choose_weights(results: Path, dataset: DatasetTraits, setting: str | None) -> Choice:
@@ -249,6 +250,11 @@ def list_runs(results: Path) -> list[tuple[str, ...]]:
 
 
 def _newest_that_suits(results: Path, dataset: DatasetTraits) -> Choice:
+    """Return the weights of the newest finished run that suits the dataset.
+
+    Raises:
+        WeightsError: no run suits it.
+    """
     cards: list[tuple[EncoderCard, Path]] = []
     rejected: list[str] = []
     for folder in finished_runs(results):
@@ -343,10 +349,7 @@ def _objection_to_network(card: EncoderCard) -> str | None:
 
 def _objection_to_modality(card: EncoderCard, dataset: DatasetTraits) -> str | None:
     # Mixed pretraining suits both.
-    has_ct = any(is_ct(m) for m in card.modalities)
-    has_other = any(not is_ct(m) for m in card.modalities)
-    is_suitable = has_ct if dataset.is_ct else has_other
-    if is_suitable:
+    if any(is_ct(modality) == dataset.is_ct for modality in card.modalities):
         return None
     return (
         f"pretrained on {'/'.join(card.modalities)}, but the channels are "

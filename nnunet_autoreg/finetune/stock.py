@@ -16,13 +16,14 @@ from nnunet_autoreg.bridge import NORMALIZATIONS
 from nnunet_autoreg.families import CLASS_PATHS, RESENC
 from nnunet_autoreg.finetune.network import GUARD_NAME, own_arguments
 from nnunet_autoreg.model.encoders import IMPORTED_ARGUMENTS
+from nnunet_autoreg.nnunet_api import dataset_number
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 DEFAULT_FOLDS = ("0", "1", "2", "3", "4")
-"""Trainer with which nnU-Net predicts if none is named."""
+"""The folds with which nnU-Net predicts if none is named."""
 
 STOCK_TRAINER = "nnUNetTrainer"
-"""The trainer that nnU-Net builds the network with when it predicts."""
+"""The trainer with which nnU-Net builds the network when it predicts."""
 
 
 def runs_on_stock(class_path: str, plans: Mapping[str, Any]) -> bool:
@@ -108,15 +109,12 @@ def predict_line(model: Path, dataset: str, device: str) -> str:
     files = model.glob(f"fold_*/{FINAL_CHECKPOINT}")
     folds = sorted(file.parent.name.removeprefix("fold_") for file in files)
 
-    words = [
-        "nnUNetv2_predict",
-        "-d",
-        dataset.removeprefix("Dataset").partition("_")[0].lstrip("0"),
-    ]
-    words += ["-i", "INPUT", "-o", "OUTPUT", "-c", configuration, "-tr", trainer, "-p", plans]
+    words = ["nnUNetv2_predict", "-d", dataset_number(dataset), "-i", "INPUT", "-o", "OUTPUT"]
+    words += ["-c", configuration, "-tr", trainer, "-p", plans]
     # Without -f, nnU-Net looks for all five folds.
     if folds != list(DEFAULT_FOLDS):
-        words += ["-f", *([fold for fold in folds if fold != "all"] or folds)]
+        numbered = [fold for fold in folds if fold != "all"]
+        words += ["-f", *(numbered or folds)]
     if device != "cuda":
         words += ["-device", device]
     return f"next: {' '.join(words)}"

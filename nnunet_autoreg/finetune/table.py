@@ -30,7 +30,7 @@ class WeightTable:
     Attributes:
         source: name of the weights, for the user.
         entries: the tensors of the encoder.
-        decoder: the tensors of a decoder that was pretrained too; empty where none is transferred.
+        decoder: the tensors of a decoder that was pretrained too; empty if none is transferred.
         rest: all other parameters, which start at random.
         unused: tensors of the file that are not loaded into this network.
         licences: one line about the licences of the weights, "" if none is stated.
@@ -78,7 +78,9 @@ class WeightTable:
 def _share(entries: Sequence[TensorEntry]) -> float:
     total = sum(entry.num_parameters for entry in entries)
     given = sum(entry.num_parameters for entry in entries if entry.status != RANDOM)
-    return given / total if total else 0.0
+    if total == 0:
+        return 0.0
+    return given / total
 
 
 def _lines_by_status(entries: Sequence[TensorEntry]) -> list[str]:
@@ -106,10 +108,14 @@ def _status_line(status: str, entries: Sequence[TensorEntry]) -> str:
 
 
 def _line(label: str, count: int, num_parameters: int, notes: str, unit: str = "tensors") -> str:
-    return f"  {label:<8} {count:>4} {unit:<7} {num_parameters:>12,} parameters  {notes}".rstrip()
+    number = f"{count:>4} {unit:<7} {num_parameters:>12,} parameters"
+    return f"  {label:<8} {number}  {notes}".rstrip()
 
 
 def some(names: Sequence[str]) -> str:
     """Return the first names, and the number of the others."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return "; ".join(names[:MAX_NAMES]) + more
+    first = "; ".join(names[:MAX_NAMES])
+    num_more = len(names) - MAX_NAMES
+    if num_more <= 0:
+        return first
+    return f"{first} and {num_more} more"
