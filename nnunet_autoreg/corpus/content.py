@@ -127,12 +127,14 @@ def signature(array_ZYX: Array) -> Signature | None:
     fractions = 0.5 - CENTRAL / 2 + CENTRAL * spread_evenly
     shape = np.array(array_ZYX.shape)
     z, y, x = np.floor(fractions * shape[:, None]).astype(np.int64)
-    values = array_ZYX[z, y, x].astype(np.float64)
+    values = array_ZYX[z, y, x].astype(np.float64)  # (64,)
+
     _, counts = np.unique(values, return_counts=True)
-    spread = float(values.std())
     are_mostly_equal = counts.max() > NUM_POINTS // 2
+    spread = float(values.std())
     if are_mostly_equal or not math.isfinite(spread) or spread == 0:
         return None
+
     # 64 values lie within (64 - 1) / sqrt(64) < 8 standard deviations of their mean, so 4000 steps
     # each fit into 16 bits.
     steps = (values - values.mean()) / spread * POINTS_PER_SD

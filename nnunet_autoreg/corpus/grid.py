@@ -140,8 +140,8 @@ def _header(path: Path, part: str) -> tuple[Any, Turn]:
             # An empty image with the geometry of the volume, which is known from the headers.
             stack = find_stack(path, wanted)
             first = pick_volume(stack, wanted)[0]
-            size_xyz = [int(n) for n in stack.shape_vox[::-1]]
-            image: Any = SimpleITK.Image(size_xyz, SimpleITK.sitkUInt8)  # type: ignore[no-untyped-call]
+            size = [int(n) for n in stack.shape_vox[::-1]]
+            image: Any = SimpleITK.Image(size, SimpleITK.sitkUInt8)  # type: ignore[no-untyped-call]
             image.SetSpacing([float(s) for s in stack.spacing_mm[::-1]])
             image.SetOrigin([float(v) for v in first.position])
             image.SetDirection([float(v) for v in stack.direction.ravel()])
@@ -181,9 +181,9 @@ def _turned_grid(image: Any, turn: Turn) -> Grid:
         columns.append(column)
 
     shape_vox, turned_spacing_mm = turned_geometry(size, spacing_mm, turn)
-    x, y, z = (float(v) for v in origin_mm)
-    turned_direction = np.stack(columns, axis=1).ravel()
-    return Grid(shape_vox, turned_spacing_mm, (x, y, z), tuple(float(v) for v in turned_direction))
+    x, y, z = origin_mm.tolist()
+    turned_direction = np.stack(columns, axis=1).ravel().tolist()
+    return Grid(shape_vox, turned_spacing_mm, (x, y, z), tuple(turned_direction))
 
 
 def _to_world(grid: Grid, index_xyz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

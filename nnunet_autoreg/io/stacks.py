@@ -139,9 +139,13 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
     whole = _stack(group)
 
     # Some anonymisers give the series of several studies one UID.
-    studies = _stacks_of_studies(group) if whole.problem[0] else []
-    if studies:
-        return studies
+    if whole.problem[0]:
+        slices_of: dict[str, list[DicomSlice]] = defaultdict(list)
+        for one in group:
+            slices_of[one.study].append(one)
+        studies = _sound_stacks(list(slices_of.values()))
+        if studies:
+            return studies
 
     # Slices between each other's slices make one volume if all of them fit side by side. Nothing is
     # known without a thickness (NaN).
@@ -151,7 +155,8 @@ def _separated(group: list[DicomSlice]) -> list[Stack]:
     # Without a thickness, slices that state a larger distance than they have together are of
     # several passes. Some files state the empty gap instead of the distance, which is less, so that
     # a small number says nothing.
-    are_too_thick = (distance if math.isnan(thickness) else thickness) >= thickest
+    stated = distance if math.isnan(thickness) else thickness
+    are_too_thick = stated >= thickest
     for name in VOLUME_NAMES:
         parts = _parts_by_value(group, ORDER_NAMES.index(name))
         stacks = _stacks_of_parts(parts)
@@ -181,7 +186,8 @@ def _parts_by_value(group: Sequence[DicomSlice], index: int) -> list[list[DicomS
     parts: list[list[DicomSlice]] = []
     for one in sorted(group, key=lambda s: s.order[index]):
         value = one.order[index]
-        if parts and math.isclose(value, parts[-1][-1].order[index], rel_tol=tolerance):
+        last = parts[-1][-1].order[index] if parts else math.nan
+        if math.isclose(value, last, rel_tol=tolerance):
             parts[-1].append(one)
         else:
             parts.append([one])
@@ -205,9 +211,12 @@ def _parts_by_runs(group: Sequence[DicomSlice]) -> list[list[DicomSlice]]:
     step: float | None = None
     for one, before, height in zip(ordered[1:], heights, heights[1:], strict=False):
         gap = height - before
-        if step is None or abs(gap - step) <= (MISSING - 1) * abs(step):
+        if step is None:
+            # The second slice of a pass determines the step of the pass.
             parts[-1].append(one)
-            step = gap if step is None else step
+            step = gap
+        elif abs(gap - step) <= (MISSING - 1) * abs(step):
+            parts[-1].append(one)
         else:
             parts.append([one])
             step = None
@@ -220,7 +229,8 @@ def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
     Returns:
         Nothing if that gives a single stack, or one with a problem.
     """
-    if not 1 < len(parts) <= MAX_PARTS or min(map(len, parts)) < MIN_PART_SLICES:
+    is_likely = 1 < len(parts) <= MAX_PARTS
+    if not is_likely or min(map(len, parts)) < MIN_PART_SLICES:
         return []
     together: list[list[DicomSlice]] = []
     heights_of: list[npt.NDArray[Any]] = []
@@ -241,10 +251,15 @@ def _stacks_of_parts(parts: Sequence[list[DicomSlice]]) -> list[Stack]:
             together.append(list(part))
             heights_of.append(heights)
 
-    stacks = [_stack(members) for members in together]
-    if len(stacks) < 2 or any(stack.problem[0] for stack in stacks):
+    return _sound_stacks(together)
+
+
+def _sound_stacks(groups: Sequence[list[DicomSlice]]) -> list[Stack]:
+    """Return the stack of each group; nothing if there is one group, or a stack has a problem."""
+    if len(groups) < 2 or min(map(len, groups)) < MIN_PART_SLICES:
         return []
-    return stacks
+    stacks = [_stack(group) for group in groups]
+    return [] if any(stack.problem[0] for stack in stacks) else stacks
 
 
 def _overlap(stacks: Sequence[Stack]) -> bool:
@@ -264,18 +279,6 @@ def _overlap(stacks: Sequence[Stack]) -> bool:
     step = min(stack.spacing_mm[0] for stack in stacks)
     pairs = itertools.pairwise(sorted(extents))
     return any(next_start < end - step / 2 for (_, end), (next_start, _) in pairs)
-
-
-def _stacks_of_studies(group: Sequence[DicomSlice]) -> list[Stack]:
-    """Return one stack for each study; nothing if there is one study, or a stack fails."""
-    slices_of: dict[str, list[DicomSlice]] = defaultdict(list)
-    for one in group:
-        slices_of[one.study].append(one)
-    fewest = min(map(len, slices_of.values()))
-    if len(slices_of) < 2 or fewest < MIN_PART_SLICES:
-        return []
-    stacks = [_stack(slices) for slices in slices_of.values()]
-    return [] if any(stack.problem[0] for stack in stacks) else stacks
 
 
 def without_copies(slices: Sequence[DicomSlice]) -> list[DicomSlice]:
@@ -316,9 +319,10 @@ def _stack(group: list[DicomSlice]) -> Stack:
     heights = positions @ direction[:, 2]
     levels: list[Level] = []
     level_mm: list[float] = []
-    for i in np.argsort(heights, kind="stable"):
-        if not level_mm or heights[i] - level_mm[-1] > SAME_POSITION_MM:
-            level_mm.append(float(heights[i]))
+    for i in np.argsort(heights, kind="stable").tolist():
+        height = float(heights[i])
+        if not level_mm or height - level_mm[-1] > SAME_POSITION_MM:
+            level_mm.append(height)
             levels.append([])
         levels[-1].append(group[i])
 
@@ -363,10 +367,10 @@ def _volumes(
     """Return (volumes, the distinguishing value, problem) of the slices at each level."""
     counts = [len(level) for level in levels]
     most = max(counts)
-    if most == 1:
-        return (tuple(level[0] for level in levels),), "", NO_PROBLEM
-
     everything = (tuple(itertools.chain(*levels)),)
+    if most == 1:
+        return everything, "", NO_PROBLEM
+
     repeated = [n for n, count in enumerate(counts) if count > 1]
     first_mm = f"{level_mm[repeated[0]]:.2f} mm"
     if len(set(counts)) > 1:
@@ -379,7 +383,9 @@ def _volumes(
 
     index, name = _distinguishing_value(levels)
     if name:
-        sorted_levels = [sorted(level, key=lambda s: s.order[index:]) for level in levels]
+        sorted_levels = []
+        for level in levels:
+            sorted_levels.append(sorted(level, key=lambda one: one.order[index:]))
         return tuple(zip(*sorted_levels, strict=True)), name, NO_PROBLEM
     reason = (
         f"each of {len(levels)} slice positions occurs {most} times and no value "
