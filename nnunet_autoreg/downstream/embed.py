@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.private import without_names
-from nnunet_autoreg.corpus.read import check_3d, information
+from nnunet_autoreg.corpus.read import box_around, check_3d, information
 from nnunet_autoreg.downstream.encoder import PretrainedEncoder
 from nnunet_autoreg.downstream.scans import Scan, check_image, ready
 from nnunet_autoreg.downstream.tiles import TiledScan, features_of_scan
@@ -90,19 +90,18 @@ class LabelRegion:
                 f"its label map {file.name} has {size_text(labels_ZYX.shape)} voxels, and the "
                 f"scan {size_text(image_CZYX.shape[1:])}",
             )
-        labelled = np.argwhere(labels_ZYX > 0)  # (voxels, 3)
-        if not len(labelled):
+        is_labelled = labels_ZYX > 0
+        if not is_labelled.any():
             raise ScanError("label", f"its label map {file.name} has no labelled voxel")
         margin = np.ceil(self.margin_mm / np.array(spacing_mm))
-        low = labelled.min(0) - margin
-        high = labelled.max(0) + 1 + margin
+        low, high = np.array(box_around(is_labelled))  # each (3,)
+        low = low - margin
+        high = high + margin
 
         # Preprocessing has cut the scan to its non-zero part, turned its axes, and resampled it.
-        nonzero = np.argwhere(image_CZYX.any(0))  # (voxels, 3)
-        first = nonzero.min(0)
-        size = nonzero.max(0) + 1 - first
+        first, end = np.array(box_around(image_CZYX.any(axis=0)))  # each (3,)
         axes = list(transpose_axes(spacing_mm))
-        scale = np.array(prepared) / size[axes]
+        scale = np.array(prepared) / (end - first)[axes]
         start = np.floor((low - first)[axes] * scale)
         start = np.clip(start, 0, np.array(prepared) - 1).astype(int)
         stop = np.ceil((high - first)[axes] * scale)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nnunet_autoreg.corpus.fingerprint import transpose_axes
 from nnunet_autoreg.corpus.intensity import looks_like_hounsfield
+from nnunet_autoreg.corpus.read import cropped_shape
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.finetune import load
 from nnunet_autoreg.finetune.block import check_arguments, check_class
@@ -72,6 +73,12 @@ class PretrainedEncoder(FeatureEncoder):
             only_ct = all(is_ct(modality) for modality in self.card.modalities)
             shows_ct = only_ct or looks_like_hounsfield(turned[0])
 
+        use_mask = False
+        if not shows_ct:
+            # Small enough for nnU-Net to use its mask of non-zero voxels.
+            nonzero_vox = volume(cropped_shape(turned.any(axis=0)))
+            use_mask = 0 < nonzero_vox < MASK_BELOW * volume(turned.shape[1:])
+
         normaliser = None
         if self.card.normalization == PERCENTILE_SCHEME:
             normaliser = AutoregPercentileNormalization(use_mask_for_norm=False)
@@ -80,7 +87,7 @@ class PretrainedEncoder(FeatureEncoder):
             source_mm,
             self.target_spacing_mm(source_mm, shows_ct),
             CT_SCHEME if shows_ct else MR_SCHEME,
-            use_mask=not shows_ct and _mostly_zero(turned),
+            use_mask=use_mask,
             ct_window=self.card.ct_window if shows_ct else None,
             normaliser=normaliser,
         )
@@ -151,12 +158,3 @@ def load_encoder(
     target = load.Target(num_channels, shape, names)
     load.load_encoder(network, file, card, target, EXPECTED_SHARE, with_decoder=False)
     return PretrainedEncoder(network, card, shape, num_channels).eval()
-
-
-def _mostly_zero(image_CZYX: NDArray[np.float32]) -> bool:
-    """Return whether the box around the non-zero part is so small that nnU-Net uses a mask."""
-    inside = np.argwhere(image_CZYX.any(axis=0))  # (voxels, 3)
-    if not len(inside):
-        return False
-    sides = inside.max(0) - inside.min(0) + 1
-    return volume(as_size(sides)) < MASK_BELOW * volume(image_CZYX.shape[1:])
