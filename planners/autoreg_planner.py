@@ -110,8 +110,9 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
                 plans: dict[str, Any] = super().plan_experiment()
         log.debug("output of nnU-Net's planner:\n%s", stock_output.getvalue())
 
-        # nnU-Net's own line about this is hidden with the rest of what its planner prints.
-        wanted, reader = self.dataset_json.get(READER_KEY, "None"), plans["image_reader_writer"]
+        # nnU-Net's own warning about this is hidden together with its planner's other output.
+        wanted = self.dataset_json.get(READER_KEY, "None")
+        reader = plans["image_reader_writer"]
         if wanted not in ("None", reader):
             log.warning(
                 "dataset.json asks for %s %s, which nnU-Net's package imageio does not have; %s is "
@@ -133,13 +134,20 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Return one configuration for nnU-Net's planner.
 
-        It is empty for 2D, and ``save_plans`` leaves it out.
+        It is empty for 2D, and ``save_plans`` removes it.
+
+        Args:
+            spacing, median_shape: (z, y, x) at the target spacing, axes transposed.
+            data_identifier: ``<plans name>_<configuration>``.
+            approximate_n_voxels_dataset: number of voxels of all cases together.
         """
         if len(spacing) == 2:
             return {}
 
-        fit = self._fit(self._task(spacing, median_shape), approximate_n_voxels_dataset, _cache)
-        self.fits[data_identifier.removeprefix(f"{self.plans_identifier}_")] = fit
+        task = self._task(spacing, median_shape)
+        fit = self._fit(task, approximate_n_voxels_dataset, _cache)
+        name = data_identifier.removeprefix(f"{self.plans_identifier}_")
+        self.fits[name] = fit
 
         data, data_kwargs, seg, seg_kwargs = self.determine_resampling()
         probabilities, probabilities_kwargs = self.determine_segmentation_softmax_export_fn()
@@ -166,6 +174,12 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         }
 
     def _fit(self, task: SegmentationTask, dataset_vox: float, cache: dict[str, Any]) -> Fit:
+        """Return patch, batch size and network of a configuration.
+
+        Args:
+            dataset_vox: number of voxels of all cases together.
+            cache: memory estimates of nnU-Net's planner.
+        """
         encoder = self.block.encoder
         shares = {"dataset_vox": dataset_vox, "max_share": self.max_dataset_covered}
         if is_cnn(encoder):
@@ -175,7 +189,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Write the plans, whole or not at all.
 
-        Of an earlier plans file, only the user's own configurations are kept.
+        Only the user's own configurations of an earlier plans file are kept.
         """
         plans["configurations"].pop("2d", None)
         plans["foreground_intensity_properties_per_channel"] = with_ct_window(
@@ -184,7 +198,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             self.choice.card,
         )
 
-        # nnU-Net drops a low resolution that is close to the full one.
+        # nnU-Net leaves out a low resolution that is close to the full one.
         fits = {name: fit for name, fit in self.fits.items() if name in plans["configurations"]}
         self._plan_detection(plans, fits)
         block = with_fits(
@@ -234,28 +248,32 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
     @cached_property
     def choice(self) -> Choice:
         """Return the pretrained weights of these plans."""
-        spacing = self.determine_fullres_target_spacing()[self.determine_transpose()[0]]
-        traits = DatasetTraits(self.dataset_name, tuple(self._channel_names()), as_spacing(spacing))
+        forward, _ = self.determine_transpose()
+        spacing = as_spacing(self.determine_fullres_target_spacing()[forward])
+        traits = DatasetTraits(self.dataset_name, tuple(self._channel_names()), spacing)
         return choose_weights(results_folder(), traits, setting_of_environment())
 
     @cached_property
     def block(self) -> AutoregBlock:
         """Return the ``"autoreg"`` block: encoder, weights and recipe."""
-        transpose = self.determine_transpose()[0]
+        forward, _ = self.determine_transpose()
         spacing = self.determine_fullres_target_spacing()
 
+        # The median shape at the target spacing.
         shapes_vox = np.array(self.dataset_fingerprint["shapes_after_crop"])  # (cases, 3)
         sizes_mm = shapes_vox * np.array(self.dataset_fingerprint["spacings"])
         median_vox = np.median(sizes_mm / spacing, 0)
-        task = self._task(spacing[transpose], median_vox[transpose])
+        task = self._task(spacing[forward], median_vox[forward])
         return make_block(self.choice, task, self.budget, results_folder())
 
     @cached_property
     def _resenc_planner(self) -> stock_planners.ResEncUNetPlanner:
+        """Return nnU-Net's planner for the encoder's preset."""
         return stock_planner(self.block.encoder, self.dataset_name, self.budget)
 
     @cached_property
     def _memory_of(self) -> Callable[[Size], TrainingMemory]:
+        """Return the function that estimates the memory of a training by its patch size."""
         return memory_estimator(
             self.block,
             len(self._channel_names()),
@@ -263,6 +281,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         )
 
     def _task(self, spacing: Any, median_shape: Any) -> SegmentationTask:
+        """Return what the plan has to know about the dataset, at a target spacing (z, y, x)."""
         z, y, x = (float(v) for v in median_shape)
         return SegmentationTask(
             num_cases=int(self.dataset_json["numTraining"]),
@@ -281,9 +300,11 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         return preprocessed_folder() / str(self.dataset_name) / f"{self.plans_identifier}.json"
 
     def _old_plans(self) -> dict[str, Any] | None:
-        return read_object(self._plans_file()) if self._plans_file().is_file() else None
+        file = self._plans_file()
+        return read_object(file) if file.is_file() else None
 
     def _print_choice(self, choice: Choice) -> None:
+        """Print which pretrained weights are used, and why."""
         for line in choice.rejected:
             print(f"not used: {line}")
         for line in choice.warnings:
@@ -291,14 +312,19 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
         card = choice.card
         print(f"weights: {card.name if card else 'none'} - {choice.reason}")
-        if card is not None and IMPORTED not in card.extra:
-            print(f"verdict of {card.name}: {(card.verdict or NO_VERDICT).message}")
-        if card is not None and card.has_decoder:
+        if card is None:
+            return
+        # Imported encoders were not pretrained here, so nothing is known about their training.
+        if IMPORTED not in card.extra:
+            verdict = card.verdict or NO_VERDICT
+            print(f"verdict of {card.name}: {verdict.message}")
+        if card.has_decoder:
             print(f"decoder: {self.block.reasons['recipe.transfer_decoder']}")
-        if card is not None and card.licence_line:
+        if card.licence_line:
             print(card.licence_line)
 
     def _print_plans(self, plans: dict[str, Any]) -> None:
+        """Print the plans with their reasons, and the commands that train by them."""
         print(f"encoder: {self.block.encoder.name} - {self.block.reasons['encoder']}")
         for name, configuration in plans["configurations"].items():
             if name not in self.fits:
@@ -316,7 +342,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             f"{self.block.reasons['recipe.num_epochs']}",
         )
 
-        # The stage is decided while the plans are written, so it is not in self.block.
+        # This stage is decided when the plans are written, so it is not in self.block.
         written = plans[BLOCK_KEY]
         share = written["recipe"]["decoder_first_fraction"]
         if share:
@@ -324,12 +350,11 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
             print(f"first {100 * share:.0f} % of the steps: only the decoder is trained - {reason}")
         print(f"plans: {self._plans_file()}")
 
-        trainers = ("AutoregScratchTrainer", "AutoregDetectionScratchTrainer")
+        segmenting, detecting = "AutoregScratchTrainer", "AutoregDetectionScratchTrainer"
         if self.block.weights:
-            trainers = ("AutoregPretrainedTrainer", "AutoregDetectionTrainer")
-        line = (
-            f"nnUNetv2_train {self.dataset_name} 3d_fullres 0 -tr {{}} -p {self.plans_identifier}"
-        )
+            segmenting, detecting = "AutoregPretrainedTrainer", "AutoregDetectionTrainer"
+        start = f"nnUNetv2_train {self.dataset_name} 3d_fullres 0"
+        end = f"-p {self.plans_identifier}"
         if DETECTION_BLOCK in self.dataset_json:
-            print(f"for detection: {line.format(trainers[1])}")
-        print(f"next: {line.format(trainers[0])} --npz{device_option()}")
+            print(f"for detection: {start} -tr {detecting} {end}")
+        print(f"next: {start} -tr {segmenting} {end} --npz{device_option()}")

@@ -81,6 +81,7 @@ class AutoregClassificationTrainer(TaskTrainer):
         if self.fold == FOLD_ALL:
             self.parts = cases, cases
         else:
+            # Patients of the cases decide which folds can be used.
             folds, source = find_folds(base, self.table)
             if self.fold >= len(folds):
                 raise PlanError(
@@ -169,27 +170,29 @@ class AutoregClassificationTrainer(TaskTrainer):
     def on_train_start(self) -> None:
         """Load the pretrained encoder, scale its features, and score the baselines.
 
-        All of this is done before anything is trained.
+        All of this is done before the first step.
         """
         super().on_train_start()
         if not self.is_fresh_start or self.local_rank > 0:
             return
+
         patch = as_size(self.configuration_manager.patch_size)
         every = sorted(self.table.labels)
         stock = self.dataset_class(self.preprocessed_dataset_folder, every)
         small = small_cases(stock, every, patch)
         if small:
             self.print_to_log_file(small_scans_line(small, len(every), patch))
+
         network = self._classifier()
         training, validation = self.parts
         features = self._frozen_features(network, stock, patch)
-
-        # Where several processes train, DDP copies these values from the main process.
+        # If several processes train, DDP copies these values from the main process.
         pooled = np.stack([features[PROBE][case] for case in training])  # (cases, features)
         network.standardise(torch.from_numpy(pooled).to(self.device))
         if self.fold == FOLD_ALL:
-            self.print_to_log_file("no baselines: fold all has no validation cases of its own")
+            self.print_to_log_file("no baselines: fold all has no separate validation cases")
             return
+
         with one_line_errors(), self._library_log():
             found = write_baselines(
                 Path(self.output_folder),
@@ -209,13 +212,14 @@ class AutoregClassificationTrainer(TaskTrainer):
         patch: Size,
     ) -> dict[str, dict[str, NDArray[Any]]]:
         """Return the inputs of the baselines: baseline -> case -> values."""
-        # The values of the foreground; regions are made of them.
+        # The label values of the foreground. A region has several.
         label_values: set[int] = set()
         for value in self.dataset_json["labels"].values():
-            label_values.update(int(v) for v in (value if isinstance(value, list) else [value]))
+            listed = value if isinstance(value, list) else [value]
+            label_values.update(int(v) for v in listed)
         label_values -= {0, self.label_manager.ignore_label}
 
-        # Features must not depend on what else is in a batch, nor on chance.
+        # Features must not depend on other cases of a batch, nor on random numbers.
         network.eval()
         training, validation = self.parts
         features = features_of_baselines(
@@ -260,26 +264,30 @@ class AutoregClassificationTrainer(TaskTrainer):
         scores = patch_scores(self.plan, self.table, outputs)
         epoch = self.current_epoch
 
+        mean_auc = float(np.mean(scores))
+        mean_loss = float(np.mean([output["loss"] for output in outputs]))
+
         # nnU-Net chooses the best epoch by this name.
-        self.logger.log("mean_fg_dice", float(np.mean(scores)), epoch)
+        self.logger.log("mean_fg_dice", mean_auc, epoch)
         self.logger.log("dice_per_class_or_region", scores, epoch)
-        self.logger.log("val_losses", float(np.mean([o["loss"] for o in outputs])), epoch)
-        self.logger.log(AUC, float(np.mean(scores)), epoch)
+        self.logger.log("val_losses", mean_loss, epoch)
+        self.logger.log(AUC, mean_auc, epoch)
 
     def print_to_log_file(self, *args: Any, **kwargs: Any) -> None:
         """Print as nnU-Net does, with the right name for the value that replaces Dice."""
         renamed = []
         for word in args:
             if isinstance(word, str):
-                word = word.replace("Pseudo dice", "AUC of patches per task")  # noqa: PLW2901
-                word = word.replace("EMA pseudo Dice", "EMA AUC of patches")  # noqa: PLW2901
-            renamed.append(word)
+                right = word.replace("Pseudo dice", "AUC of patches per task")
+                renamed.append(right.replace("EMA pseudo Dice", "EMA AUC of patches"))
+            else:
+                renamed.append(word)
         super().print_to_log_file(*renamed, **kwargs)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Classify whole validation cases and write their scores, with the baselines beside them.
 
-        ``validation/classes.csv`` always holds the probabilities, so ``--npz`` adds nothing.
+        ``validation/classes.csv`` always holds the probabilities, so ``--npz`` has no effect.
         """
         _, cases = self.parts
         mine = sorted(cases)
@@ -298,7 +306,7 @@ class AutoregClassificationTrainer(TaskTrainer):
                 self._autocast,
             )
 
-            # One dictionary per process.
+            # Each process has classified other cases.
             merged: dict[str, Any] = {}
             for of_process in from_all_processes([found], self.is_ddp):
                 merged |= of_process
@@ -316,6 +324,7 @@ class AutoregClassificationTrainer(TaskTrainer):
                 )
                 for line in score_lines(tasks, baselines):
                     self.print_to_log_file(line)
+
                 for name, scores in tasks.items():
                     if scores["cases"] and scores["auc"]["value"] is not None:
                         self.logger.log_summary(f"final_val/auc_{name}", scores["auc"]["value"])
@@ -336,5 +345,5 @@ class AutoregClassificationScratchTrainer(AutoregClassificationTrainer):
 
 
 def __getattr__(name: str) -> Any:
-    """Return a trainer of another length, e.g. ``AutoregClassificationTrainer_20epochs``."""
+    """Return a trainer of another length, such as ``AutoregClassificationTrainer_20epochs``."""
     return trainer_of_length(sys.modules[__name__], name)

@@ -1,8 +1,8 @@
 """Detection inside nnU-Net.
 
 ``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregDetectionTrainer -p AutoregPlans`` trains a
-Retina U-Net on the plan's encoder. Boxes are learned beside the segmentation, which stock
-``nnUNetv2_predict`` still gives; ``autoreg_detect`` gives the boxes.
+Retina U-Net on the plan's encoder. Boxes are learned together with the segmentation. Stock
+``nnUNetv2_predict`` still gives the segmentation, and ``autoreg_detect`` gives the boxes.
 """
 
 import sys
@@ -154,17 +154,15 @@ class AutoregDetectionTrainer(TaskTrainer):
         groups = without_decay_on_norms(parameter_groups(network, recipe), network)
         optimizer = make_optimizer(groups, recipe, self.initial_lr)
 
-        batch_size = self.configuration_manager.batch_size
-        per_epoch = self.num_iterations_per_epoch
         schedule = make_schedule(
             recipe,
             self.initial_lr,
             self.num_epochs,
-            per_epoch,
-            batch_size,
+            self.num_iterations_per_epoch,
+            self.configuration_manager.batch_size,
             self.uses_weights,
         )
-        return optimizer, IterationRates(optimizer, schedule, per_epoch)
+        return optimizer, IterationRates(optimizer, schedule, self.num_iterations_per_epoch)
 
     def _build_loss(self) -> DetectionLoss:
         labels = self.label_manager
@@ -173,10 +171,10 @@ class AutoregDetectionTrainer(TaskTrainer):
         return DetectionLoss(self.plan, loss, regions, labels.ignore_label)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """Return nnU-Net's loaders with objects: its augmentation, and our way to draw patches."""
+        """Return loaders with objects: nnU-Net's augmentation, and our way to draw patches."""
         patch = self.configuration_manager.patch_size
 
-        # Regions are made on the device: nnU-Net's transform would drop the ids.
+        # Regions are made on the device, because nnU-Net's transform would drop the ids.
         initial_patch, training = self.training_patches()
         stock_training, stock_validation = self.get_tr_and_val_datasets()
 
@@ -184,11 +182,11 @@ class AutoregDetectionTrainer(TaskTrainer):
             "training": (stock_training.identifiers, "it cannot be learned"),
             "validation": (stock_validation.identifiers, "it is left out of the scores"),
         }
-        for what, (cases, consequence) in consequences.items():
+        for part, (cases, consequence) in consequences.items():
             absent = absent_classes(self.index, cases)
             if absent:
                 self.print_to_log_file(
-                    f"WARNING: no {what} case of fold {self.fold} has an object of "
+                    f"WARNING: no {part} case of fold {self.fold} has an object of "
                     f"{', '.join(absent)}; {consequence}",
                 )
         if len(absent_classes(self.index, stock_validation.identifiers)) == len(self.plan.classes):
@@ -222,7 +220,7 @@ class AutoregDetectionTrainer(TaskTrainer):
             self.average.reset()
 
     def save_checkpoint(self, filename: str) -> None:
-        """Save the averaged network; what ``--c`` needs besides lies in the optimiser's state."""
+        """Save the averaged network; the optimiser's state holds the weights that ``--c`` needs."""
         with self.average.saved():
             super().save_checkpoint(filename)
 
@@ -240,7 +238,8 @@ class AutoregDetectionTrainer(TaskTrainer):
         losses = self.loss.losses(output, self._on_device(batch["target"]), batch["objects"])
 
         self._update(losses.total, is_decoder_first=False)
-        self.average.update(self.current_epoch * self.num_iterations_per_epoch + self.iteration)
+        step = self.current_epoch * self.num_iterations_per_epoch + self.iteration
+        self.average.update(step)
         self.iteration += 1
         numbers: dict[str, Any] = losses.numbers()
         return numbers
@@ -250,21 +249,21 @@ class AutoregDetectionTrainer(TaskTrainer):
         super().on_train_epoch_end(train_outputs)
         parts = []
         for name in ("class", "box", "seg"):
-            mean = float(np.mean([output[f"loss_{name}"] for output in train_outputs]))
-            parts.append(f"{name} {mean:.4f}")
+            values = [output[f"loss_{name}"] for output in train_outputs]
+            parts.append(f"{name} {float(np.mean(values)):.4f}")
         self.print_to_log_file("losses", ", ".join(parts))
 
     def on_validation_epoch_start(self) -> None:
         """Validate the averaged weights, with boxes."""
         super().on_validation_epoch_start()
 
-        # Closed in on_validation_epoch_end, where the own weights come back.
+        # on_validation_epoch_end closes it, so that the network has its own weights again.
         self._validating = ExitStack()
         self._validating.enter_context(self.average.applied())
         self._detector().detect = True
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return losses, numbers of right and wrong voxels, and the boxes of each patch."""
+        """Return the loss, numbers of right and wrong voxels, and the boxes of each patch."""
         with self._autocast():
             output: Output = self.network(self._on_device(batch["data"]))
         target = self._on_device(batch["target"])
@@ -273,8 +272,8 @@ class AutoregDetectionTrainer(TaskTrainer):
             output,
             self.loss.grid(output),
             batch["objects"],
-            0,
-            self.loss.uncounted(target),
+            first=0,
+            uncounted_BZYX=self.loss.uncounted(target),
         )
         return {
             "loss": losses.numbers()["loss"],
@@ -299,7 +298,8 @@ class AutoregDetectionTrainer(TaskTrainer):
         # nnU-Net chooses the best epoch by this name.
         self.logger.log("mean_fg_dice", scores[SCORES["det_map"]], epoch)
         self.logger.log("dice_per_class_or_region", mean_dice(outputs), epoch)
-        self.logger.log("val_losses", float(np.mean([o["loss"] for o in outputs])), epoch)
+        mean_loss = np.mean([output["loss"] for output in outputs])
+        self.logger.log("val_losses", float(mean_loss), epoch)
         for name, score in SCORES.items():
             self.logger.log(name, scores[score], epoch)
         self.print_to_log_file(f"patches: {_listed(scores)}")
@@ -312,7 +312,7 @@ class AutoregDetectionTrainer(TaskTrainer):
         """
         trained_axes = self.inference_allowed_mirroring_axes
         if self.device.type == "cpu":
-            # It would take eight times as long, for a segmentation that is not the aim.
+            # Mirroring would take eight times as long, for a segmentation that is not the aim.
             self.inference_allowed_mirroring_axes = None
         with self.average.applied():
             super().perform_actual_validation(save_probabilities)
@@ -321,6 +321,7 @@ class AutoregDetectionTrainer(TaskTrainer):
         self.inference_allowed_mirroring_axes = trained_axes
 
     def _validate_boxes(self) -> None:
+        """Detect in the validation cases, and write the figures of all processes."""
         summary = Path(self.output_folder) / SUMMARY
         _, cases = self.do_split()
         mine = sorted(cases)
@@ -328,11 +329,10 @@ class AutoregDetectionTrainer(TaskTrainer):
             # Every process validates its share of the cases.
             mine = mine[self.local_rank :: distributed.get_world_size()]
 
-        detector = self._detector()
-        network = detector.eval()
+        detector = self._detector().eval()
         detector.detect = True
         scan_detector = ScanDetector(
-            network,
+            detector,
             self.plan.anchors,
             as_size(self.configuration_manager.patch_size),
             self.device,
@@ -374,18 +374,22 @@ class AutoregDetectionTrainer(TaskTrainer):
 
 
 def _listed(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+    parts = []
+    for name, value in scores.items():
+        label = name.replace("_", " ")
+        parts.append(f"{label} {value:.4f}")
+    return ", ".join(parts)
 
 
 class AutoregDetectionScratchTrainer(AutoregDetectionTrainer):
     """Train the same detector from random weights.
 
-    Plan, length, augmentation and steps are the same; only the best learning rate differs.
+    Plan, length, augmentation and steps are the same; only the peak learning rate differs.
     """
 
     uses_weights = False
 
 
 def __getattr__(name: str) -> Any:
-    """Return the trainer of a name with a length, e.g. ``AutoregDetectionTrainer_20epochs``."""
+    """Return a trainer of another length, such as ``AutoregDetectionTrainer_20epochs``."""
     return trainer_of_length(sys.modules[__name__], name)

@@ -73,17 +73,16 @@ class _AutoregTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008
     ):
         with one_line_errors():
-            self.block = self._checked(plans, configuration)
+            self.block = _checked_block(type(self), plans, configuration)
 
-        # From here on, nnU-Net writes these plans into the results folder and the checkpoints.
         # Trainers of other tasks build networks that nnU-Net does not have.
-        self.segments = (
-            type(self).build_network_architecture is _AutoregTrainer.build_network_architecture
-        )
+        build = type(self).build_network_architecture
+        self.segments = build is _AutoregTrainer.build_network_architecture
         class_path = self.block.encoder.class_path
         self.is_stock_model = self.segments and runs_on_stock(class_path, plans)
         if self.is_stock_model:
             plans = stock_plans(plans)
+        # From here on, nnU-Net writes these plans into the results folder and the checkpoints.
         super().__init__(plans, configuration, fold, dataset_json, device)
 
         recipe = self.block.recipe
@@ -94,37 +93,14 @@ class _AutoregTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
 
         # With fewer than three resolutions, nnU-Net's weights of the coarser outputs are 0 / 0.
-        self.enable_deep_supervision = (
-            recipe.deep_supervision and len(self.configuration_manager.pool_op_kernel_sizes) > 2
-        )
+        num_resolutions = len(self.configuration_manager.pool_op_kernel_sizes)
+        self.enable_deep_supervision = recipe.deep_supervision and num_resolutions > 2
         self.has_bf16 = has_bf16(self.device)
         if self.has_bf16:
             # Only float16 needs scaled gradients.
             self.grad_scaler = None
         self.is_fresh_start = True
         self.iteration = 0
-
-    @classmethod
-    def _checked(cls, plans: dict[str, Any], configuration: str) -> AutoregBlock:
-        block = read_block(plans)
-        if configuration not in plans["configurations"]:
-            known = ", ".join(plans["configurations"])
-            raise PlanError(
-                f"{plans['plans_name']}.json has no configuration '{configuration}'; it has: "
-                f"{known}",
-                code="plan-no-configuration",
-            )
-        if cls.uses_weights and block.weights is None:
-            # Every trainer has a twin that begins with random weights.
-            twin = cls.__name__.replace("Pretrained", "Scratch")
-            for task in ("Detection", "Classification"):
-                twin = twin.replace(f"{task}Trainer", f"{task}ScratchTrainer")
-            raise PlanError(
-                f"{plans['plans_name']}.json was made for training from scratch "
-                f"(autoreg_weights=none); use '-tr {twin}', or plan again with weights",
-                code="plan-without-weights",
-            )
-        return block
 
     @staticmethod
     def build_network_architecture(
@@ -163,7 +139,8 @@ class _AutoregTrainer(nnUNetTrainer):
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the coarser outputs of a CNN on or off; other networks have only one output.
 
-        nnU-Net switches them on after validation, even if they were off before.
+        They stay off if this training does not use them: nnU-Net switches them on after validation,
+        even if they were off before.
         """
         if self.block.recipe.deep_supervision:
             decoder: Any = self.unwrapped().decoder
@@ -285,12 +262,14 @@ class _AutoregTrainer(nnUNetTrainer):
         is_decoder_first = self.lr_scheduler.is_decoder_first(self.current_epoch, self.iteration)
         self.iteration += 1
 
-        data, target = (self._on_device(batch[name]) for name in ("data", "target"))
+        data = self._on_device(batch["data"])
+        target = self._on_device(batch["target"])
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output = self.network(data)
 
-            # Dice sums over millions of voxels, too many for the 8 bits of bfloat16's mantissa.
+            # In float32, because Dice sums over millions of voxels, too many for the 8 bits of
+            # bfloat16's mantissa.
             if isinstance(output, list):
                 loss = self.loss([o.float() for o in output], target)
             else:
@@ -299,14 +278,19 @@ class _AutoregTrainer(nnUNetTrainer):
         return {"loss": loss.detach().cpu().numpy()}
 
     def _update(self, loss: torch.Tensor, is_decoder_first: bool) -> None:
-        """Update the parameters, or only those of the decoder."""
+        """Update the parameters, or only those of the decoder.
+
+        Args:
+            loss: scalar with gradients.
+            is_decoder_first: whether the encoder is not trained in this step.
+        """
         scaler = self.grad_scaler
         loss = loss if scaler is None else scaler.scale(loss)
         loss.backward()  # type: ignore[no-untyped-call]
 
         if is_decoder_first:
-            # The optimiser skips parameters without a gradient, momentum and weight decay included.
-            # With DDP, all gradients have been summed before.
+            # The optimiser skips parameters without a gradient, also their momentum and weight
+            # decay. With DDP, all gradients have been summed before.
             for parameter in encoder_parameters(self.unwrapped()):
                 parameter.grad = None
         if scaler is not None:
@@ -326,9 +310,40 @@ class _AutoregTrainer(nnUNetTrainer):
         return tensors.to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass: half precision on a GPU."""
         if self.device.type != "cuda":
             return dummy_context()  # type: ignore[no-any-return]
         return torch.autocast("cuda", dtype=torch.bfloat16 if self.has_bf16 else torch.float16)
+
+
+def _checked_block(
+    trainer: type[_AutoregTrainer],
+    plans: dict[str, Any],
+    configuration: str,
+) -> AutoregBlock:
+    """Return the ``"autoreg"`` block of parsed plans.
+
+    Raises:
+        PlanError: the plans have no such block or configuration, or no weights for this trainer.
+    """
+    block = read_block(plans)
+    if configuration not in plans["configurations"]:
+        known = ", ".join(plans["configurations"])
+        raise PlanError(
+            f"{plans['plans_name']}.json has no configuration '{configuration}'; it has: {known}",
+            code="plan-no-configuration",
+        )
+    if trainer.uses_weights and block.weights is None:
+        # Every trainer has a twin that begins with random weights.
+        twin = trainer.__name__.replace("Pretrained", "Scratch")
+        for task in ("Detection", "Classification"):
+            twin = twin.replace(f"{task}Trainer", f"{task}ScratchTrainer")
+        raise PlanError(
+            f"{plans['plans_name']}.json was made for training from scratch "
+            f"(autoreg_weights=none); use '-tr {twin}', or plan again with weights",
+            code="plan-without-weights",
+        )
+    return block
 
 
 class AutoregPretrainedTrainer(_AutoregTrainer):
@@ -349,9 +364,9 @@ def trainer_of_length(module: ModuleType, name: str) -> Any:
     """Return a trainer class of ``module`` for another number of epochs, made on first use.
 
     ``AutoregPretrainedTrainer_20epochs`` is a subclass of ``AutoregPretrainedTrainer`` that trains
-    for 20 epochs. It carries that name, so nnU-Net writes it into folder names and checkpoints, and
-    finds it again by it. It also becomes an attribute of the module, so pickle finds the same class
-    in this process, and makes it again in a spawned one.
+    for 20 epochs. That is also its ``__name__``, so nnU-Net writes it into folder names and
+    checkpoints, and finds the class by it again. The class becomes an attribute of the module, so
+    that pickle finds it in this process, and makes it again in a spawned one.
 
     Raises:
         AttributeError: the module has no such trainer.
@@ -372,5 +387,5 @@ def trainer_of_length(module: ModuleType, name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Return the trainer of a name with a length, e.g. ``AutoregScratchTrainer_20epochs``."""
+    """Return a trainer of another length, such as ``AutoregScratchTrainer_20epochs``."""
     return trainer_of_length(sys.modules[__name__], name)

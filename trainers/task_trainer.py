@@ -1,7 +1,7 @@
-"""What the trainers of detection and classification share.
+"""Train for detection or classification: the parts that their trainers share.
 
 A task's plan is a block of the configuration in the plans file. It is made by the first training
-and kept beside the preprocessed data, so that all folds and the prediction obey the same plan.
+and kept beside the preprocessed data, so that all folds and the prediction use the same plan.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
 
 
 class TaskTrainer(AutoregPretrainedTrainer):
-    """Train for another task than segmentation; a subclass says for which."""
+    """Train for another task than segmentation; a subclass defines the task."""
 
     transfers_decoder = False
     task: ClassVar[str]
@@ -36,7 +36,11 @@ class TaskTrainer(AutoregPretrainedTrainer):
 
     @staticmethod
     def read_task_plan(configuration: Mapping[str, Any], where: str) -> Any:
-        """Return the checked block of a configuration of parsed plans, None if it has none."""
+        """Return the checked block of a configuration of parsed plans, None if it has none.
+
+        Args:
+            where: name of the plans file in an error.
+        """
         raise NotImplementedError
 
     def initialize(self) -> None:
@@ -52,7 +56,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
                     )
                 with self._main_process_first():
                     self.prepare_task()
-                    self.plan = self._find_plan()
+                    self._find_plan()
                 # The heads of a task have one output, or supervise the inner feature maps.
                 self.enable_deep_supervision = False
                 self.num_epochs = self.length or self.plan.num_epochs
@@ -93,6 +97,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
         Args:
             network: segmentation network with the plan's encoder.
             class_path, arguments: class and arguments of that network.
+            patch: size of a patch, (z, y, x).
             plan: plan of the task.
         """
         raise NotImplementedError
@@ -106,20 +111,19 @@ class TaskTrainer(AutoregPretrainedTrainer):
         if self.is_ddp and self.local_rank == 0:
             distributed.barrier()
 
-    def _find_plan(self) -> Any:
-        """Return the plan of this configuration.
-
-        If there is none, it is made now and written into the plans file.
-        """
+    def _find_plan(self) -> None:
+        """Read the plan of this configuration, or make it and write it into the plans file."""
         where = f"{self.plans_file.name}: {self.configuration_name}"
         self.plan = type(self).read_task_plan(self.configuration_manager.configuration, where)
         if self.plan is None:
             self.plan, reason = self.make_task_plan()
 
             # Checkpoints store the plans in memory; the file is for later trainings.
-            name, block = self.configuration_name, self.task_block
+            name = self.configuration_name
+            block = self.task_block
             plans = self.plans_manager.plans
             store(plans, name, block, self.plan)
+            # nnU-Net's manager holds a copy of the configuration.
             self.configuration_manager.configuration[block] = plans["configurations"][name][block]
             if self.local_rank == 0:
                 # Other configurations in the file stay as they are.
@@ -131,18 +135,17 @@ class TaskTrainer(AutoregPretrainedTrainer):
                 f"{self.task} was planned ({reason}) and is now part of {self.plans_file}",
             )
         self.check_task_plan(where)
-        return self.plan
 
     @property
     def plans_file(self) -> Path:
-        """The plans that were preprocessed with, in which the block is kept."""
+        """The plans file of the preprocessed data, in which the block is kept."""
         base = Path(self.preprocessed_dataset_folder_base)
         return base / f"{self.plans_manager.plans_name}.json"
 
     def _library_log(self) -> AbstractContextManager[None]:
         """Send the library's log to nnU-Net's log file and to the terminal.
 
-        It names cases, as nnU-Net's own lines do; both stay in the folder of results.
+        It names cases, as nnU-Net's own lines do. The log file stays in the folder of results.
         """
         return forwarded_log(f"nnunet_autoreg.{self.task}", self.print_to_log_file)
 
@@ -155,7 +158,11 @@ class TaskTrainer(AutoregPretrainedTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Return the plan's network with heads, with random weights; prediction calls this too."""
+        """Return the plan's network with heads and random weights; prediction calls this too.
+
+        Raises:
+            SystemExit: with one line if the plans have no block of this task.
+        """
         with one_line_errors():
             block = read_block(plans_manager.plans)
             where = f"{plans_manager.plans_name}.json"
@@ -181,7 +188,7 @@ class TaskTrainer(AutoregPretrainedTrainer):
         """Do nothing: there is no deep supervision."""
 
     def described_model(self) -> dict[str, Any]:
-        """Return which model made the results of a validation, by nnU-Net's names for its parts."""
+        """Return the description of the model for the results of its validation."""
         return {
             "dataset": self.plans_manager.dataset_name,
             "trainer": self.__class__.__name__,
@@ -191,7 +198,8 @@ class TaskTrainer(AutoregPretrainedTrainer):
         }
 
     def training_patches(self) -> tuple[Any, Any]:
-        """Return the size of a patch before augmentation, and nnU-Net's augmentation."""
+        """Return the size (z, y, x) of a patch before augmentation, and nnU-Net's augmentation."""
+        # nnU-Net draws larger patches, which it rotates and then cuts.
         rotation, is_flat, initial_patch, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
