@@ -314,7 +314,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         print(f"weights: {card.name if card else 'none'} - {choice.reason}")
         if card is None:
             return
-        # Imported encoders were not pretrained here, so nothing is known about their training.
+        # An imported encoder was not pretrained here, so it has no verdict.
         if IMPORTED not in card.extra:
             verdict = card.verdict or NO_VERDICT
             print(f"verdict of {card.name}: {verdict.message}")
