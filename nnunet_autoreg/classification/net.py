@@ -152,7 +152,9 @@ class ClassificationLoss:
             labels_BT: class indices; ``UNKNOWN`` if not known.
         """
         # Every head gets a gradient, because distributed training waits for all of them.
-        total = sum((values.sum() * 0 for values in logits), start=torch.zeros(()).to(logits[0]))
+        total = torch.zeros(()).to(logits[0])
+        for values_BK in logits:
+            total = total + values_BK.sum() * 0
         for task_index, (task, values_BK) in enumerate(zip(self.plan.tasks, logits, strict=True)):
             labels_B = labels_BT[:, task_index]
             is_known_B = labels_B != UNKNOWN

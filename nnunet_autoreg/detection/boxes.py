@@ -7,6 +7,7 @@ are computed in float32 or float64, regardless of the input type.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,8 +137,7 @@ def nms(
         for i in range(len(alive)):
             if alive[i]:
                 alive[i + 1 :] &= ~overlapping[i, i + 1 :]
-        chosen = torch.from_numpy(alive.nonzero()[0]).to(block.device)[: limit - count]
-
+        chosen = torch.from_numpy(np.flatnonzero(alive)[: limit - count]).to(block.device)
         kept = torch.cat([kept, block[chosen]])
         kept_indices.append(chosen + start)
         count += len(chosen)

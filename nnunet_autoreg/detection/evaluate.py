@@ -199,41 +199,10 @@ def evaluate(
     if not scans:
         raise ObjectsError("there is no scan to evaluate", code="evaluation-no-scan")
 
-    # Number of objects of every class that count.
-    number = [0] * len(classes)
-    for scan in scans:
-        for index in range(len(classes)):
-            number[index] += int(((scan.true_classes_G == index) & ~scan.ignored_G).sum())
-
-    present = [index for index in range(len(classes)) if number[index]]
+    present = _present(scans, len(classes))
     matchings = _Matchings(scans, present, settings)
     names = [kind.name for kind in classes]
-
     num_empty = sum(scan.is_empty for scan in scans)
-    of_classes = {}
-    for index, kind in enumerate(classes):
-        num_ignored = 0
-        num_with_objects = 0
-        num_detections = 0
-        for scan in scans:
-            is_own = scan.true_classes_G == index
-            num_ignored += int((is_own & scan.ignored_G).sum())
-            num_with_objects += bool((is_own & ~scan.ignored_G).any())
-            num_detections += int((scan.classes_D == index).sum())
-
-        num_false = 0
-        for matched in matchings.matched(index, settings.hit):
-            is_false = (matched.object_of < 0) & ~matched.ignored
-            num_false += int(is_false.sum())
-        of_classes[kind.name] = {
-            "label": kind.label,
-            "objects": number[index],
-            "ignored_objects": num_ignored,
-            "scans_with_objects": num_with_objects,
-            "detections": num_detections,
-            "false_per_scan": num_false / len(scans),
-        }
-
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -244,12 +213,51 @@ def evaluate(
             "empty": num_empty,
             "names": [scan.name for scan in scans],
         },
-        "classes": of_classes,
-        "absent_classes": [name for index, name in enumerate(names) if not number[index]],
+        "classes": _numbers(matchings, classes),
+        "absent_classes": [name for index, name in enumerate(names) if index not in present],
         **_average_precisions(matchings, names),
         "froc": _froc(matchings, names),
         "sizes": _sizes(matchings, names),
     }
+
+
+def _present(scans: Sequence[ScanBoxes], num_classes: int) -> list[int]:
+    """Return the indices of the classes with objects that count."""
+    found: set[int] = set()
+    for scan in scans:
+        found.update(scan.true_classes_G[~scan.ignored_G].tolist())
+    return [index for index in range(num_classes) if index in found]
+
+
+def _numbers(matchings: _Matchings, classes: Sequence[ObjectClass]) -> dict[str, Any]:
+    """Return the numbers of objects and detections of every class."""
+    numbers = {}
+    for index, kind in enumerate(classes):
+        num_objects = 0
+        num_ignored = 0
+        num_with_objects = 0
+        num_detections = 0
+        for scan in matchings.scans:
+            is_own = scan.true_classes_G == index
+            is_counted = is_own & ~scan.ignored_G
+            num_objects += int(is_counted.sum())
+            num_ignored += int((is_own & scan.ignored_G).sum())
+            num_with_objects += bool(is_counted.any())
+            num_detections += int((scan.classes_D == index).sum())
+
+        num_false = 0
+        for matched in matchings.matched(index, matchings.settings.hit):
+            is_false = (matched.object_of < 0) & ~matched.ignored
+            num_false += int(is_false.sum())
+        numbers[kind.name] = {
+            "label": kind.label,
+            "objects": num_objects,
+            "ignored_objects": num_ignored,
+            "scans_with_objects": num_with_objects,
+            "detections": num_detections,
+            "false_per_scan": num_false / len(matchings.scans),
+        }
+    return numbers
 
 
 def _average_precisions(matchings: _Matchings, names: Sequence[str]) -> dict[str, Any]:
@@ -447,12 +455,7 @@ def quick_scores(scans: Sequence[ScanBoxes], num_classes: int) -> dict[str, floa
 
     They are means over the classes that have objects, and 0 if none has any.
     """
-    # Classes without objects would pull the mean to NaN.
-    counted: set[int] = set()
-    for scan in scans:
-        counted.update(scan.true_classes_G[~scan.ignored_G].tolist())
-    present = [index for index in range(num_classes) if index in counted]
-
+    present = _present(scans, num_classes)
     by_iou = {}
     for iou in MAP_IOUS:
         rule = HitRule("iou", iou)

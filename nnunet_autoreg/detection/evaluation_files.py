@@ -311,7 +311,8 @@ def pick_scans(scans: Sequence[ScanBoxes]) -> list[ScanBoxes]:
     most = MOST_SCANS - len(empty)
     full = [scan for scan in scans if len(scan.true_boxes_G6)]
     if len(full) > most:
-        full = [full[round(i * (len(full) - 1) / (most - 1))] for i in range(most)]
+        step = (len(full) - 1) / (most - 1)
+        full = [full[round(number * step)] for number in range(most)]
     return full + empty
 
 

@@ -373,7 +373,8 @@ def _true_files(folder: Path) -> dict[str, Path]:
             len(drawn),
             names_text(drawn),
         )
-    return {name: files[name] for name in sorted(set(files) - set(drawn), key=natural_key)}
+    left = sorted(set(files) - set(drawn), key=natural_key)
+    return {name: files[name] for name in left}
 
 
 def _read_scan(
@@ -460,7 +461,8 @@ def _mask_overlaps(
     # Regions that do not count come after the objects, and have no id.
     overlap[:, : len(true_ids)] = mask_overlaps(drawn, ids, instances.ids_ZYX, true_ids)
 
-    num_undrawn = len(set(ids) - set(np.unique(drawn[drawn != 0]).tolist()))
+    drawn_ids = np.unique(drawn[drawn != 0])
+    num_undrawn = len(set(ids) - set(drawn_ids.tolist()))
     if num_undrawn:
         log.warning(
             "%s: %d of %d boxes have no voxel in %s and hit nothing; detect with --min-score 0 to "

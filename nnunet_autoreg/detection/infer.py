@@ -182,11 +182,18 @@ def boxes_of_output(
         anchors = index // num_classes
         labels = index % num_classes
 
-        boxes = bx.clip(bx.decode(deltas_A6[anchors], grid.boxes_A6[anchors]), shape)
+        decoded = bx.decode(deltas_A6[anchors], grid.boxes_A6[anchors])
+        boxes = bx.clip(decoded, shape)
         # A box outside the patch has no extent after clipping.
-        whole = torch.nonzero((bx.sizes(boxes) > 0).all(1))[:, 0]
-        chosen = bx.nms(boxes[whole], scores[whole], nms.tile_iou, labels[whole], nms.most_per_tile)
-        kept = whole[chosen]
+        inside = torch.nonzero((bx.sizes(boxes) > 0).all(1))[:, 0]
+        chosen = bx.nms(
+            boxes[inside],
+            scores[inside],
+            nms.tile_iou,
+            labels[inside],
+            nms.most_per_tile,
+        )
+        kept = inside[chosen]
         found.append(
             Candidates(
                 boxes_N6=boxes[kept],

@@ -85,23 +85,15 @@ def anchor_losses(
             code="detection-classification-loss",
         )
 
-    with torch.no_grad():
-        targets = [_targets(of_image, grid, centre_inside) for of_image in objects]
-        state_BA = torch.stack([state for state, _, _ in targets])
-        labels_BA = torch.stack([labels for _, labels, _ in targets])
-        wanted_BA6 = torch.stack([wanted for _, _, wanted in targets])
-        if uncounted_BZYX is not None:
-            has_unknown_centre = (state_BA == 0) & _at_centres(uncounted_BZYX, grid)
-            state_BA = torch.where(has_unknown_centre, -1, state_BA)
-
-        # Background anchors have a target of zeros.
-        target_BAC = functional.one_hot(labels_BA, logits_BAC.shape[-1]).float()
-        target_BAC = target_BAC * (state_BA > 0)[..., None]
+    state_BA, labels_BA, wanted_BA6 = _targets(objects, grid, centre_inside, uncounted_BZYX)
+    is_positive = state_BA > 0
+    num_positive = int(is_positive.sum())
+    # Background anchors have a target of zeros.
+    target_BAC = functional.one_hot(labels_BA, logits_BAC.shape[-1]).float()
+    target_BAC = target_BAC * is_positive[..., None]
 
     logits = logits_BAC.float()
     deltas = deltas_BA6.float()
-    is_positive = state_BA > 0
-    num_positive = int(is_positive.sum())
     if classification == "focal":
         # The focal loss uses every anchor, because it gives easy ones a small weight.
         loss = focal(logits, target_BAC, state_BA >= 0, num_positive)
@@ -119,17 +111,6 @@ def anchor_losses(
 
     anchors = grid.boxes_A6.float()[None].expand_as(deltas)
     return AnchorLosses(loss, box_loss(deltas, anchors, wanted_BA6, is_used), num_positive)
-
-
-def _at_centres(voxels_BZYX: Tensor, grid: AnchorGrid) -> Tensor:
-    """Return the values (B, A) of the voxels that hold the anchors' centres.
-
-    For a centre beyond the patch it is the value of the nearest voxel.
-    """
-    voxel_A3 = bx.centres(grid.boxes_A6).floor().long()
-    last_3 = torch.tensor(voxels_BZYX.shape[1:], device=voxel_A3.device) - 1
-    z, y, x = torch.minimum(voxel_A3.clamp(min=0), last_3).unbind(1)
-    return voxels_BZYX[:, z, y, x]
 
 
 def box_loss(
@@ -229,29 +210,47 @@ def segmentation_loss(ignore_label: int | None = None, distributed: bool = False
     return loss
 
 
+@torch.no_grad()
 def _targets(
-    objects: PatchObjects,
+    objects: Sequence[PatchObjects],
     grid: AnchorGrid,
     centre_inside: bool,
+    uncounted_BZYX: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the training targets of the anchors of one image.
+    """Return the training targets of the anchors of a batch.
 
     Returns:
-        State (A,) as in ``sample_hard_negatives``, and the class index (A,) and the box (A, 6) of
-        the object that each anchor has to find.
+        State (B, A) as in ``sample_hard_negatives``, and the class index (B, A) and the box
+        (B, A, 6) of the object that each anchor has to find.
     """
-    device = grid.boxes_A6.device
-    matched = match(objects.boxes_G6, grid, centre_inside=centre_inside)  # (A,)
-    if not len(objects.boxes_G6):
-        none = torch.zeros_like(matched)
-        return none, none, torch.zeros_like(grid.boxes_A6)
+    states = []
+    labels = []
+    wanted = []
+    for of_image in objects:
+        matched = match(of_image.boxes_G6, grid, centre_inside=centre_inside)  # (A,)
+        if not len(of_image.boxes_G6):
+            states.append(torch.zeros_like(matched))
+            labels.append(torch.zeros_like(matched))
+            wanted.append(torch.zeros_like(grid.boxes_A6))
+            continue
 
-    object_index = matched.clamp(min=0)
-    is_ignored = objects.ignored_G.to(device)[object_index] & (matched >= 0)
-    # 1 for an object, 0 for background, -1 for an ignored object.
-    state = (matched >= 0).long() - 2 * is_ignored.long()
-    labels = objects.labels_G.to(device).long()[object_index]
-    return state, labels, objects.boxes_G6.to(grid.boxes_A6)[object_index]
+        object_index = matched.clamp(min=0)
+        has_object = matched >= 0
+        is_ignored = of_image.ignored_G.to(matched.device)[object_index] & has_object
+        # 1 for an object, 0 for background, -1 for an ignored object.
+        states.append(has_object.long() - 2 * is_ignored.long())
+        labels.append(of_image.labels_G.to(matched.device).long()[object_index])
+        wanted.append(of_image.boxes_G6.to(grid.boxes_A6)[object_index])
+
+    state_BA = torch.stack(states)
+    if uncounted_BZYX is not None:
+        # For a centre beyond the patch, the nearest voxel decides.
+        voxel_A3 = bx.centres(grid.boxes_A6).floor().long()
+        last_3 = torch.tensor(uncounted_BZYX.shape[1:], device=voxel_A3.device) - 1
+        z, y, x = torch.minimum(voxel_A3.clamp(min=0), last_3).unbind(1)
+        has_unknown_centre = uncounted_BZYX[:, z, y, x]
+        state_BA = torch.where(has_unknown_centre & (state_BA == 0), -1, state_BA)
+    return state_BA, torch.stack(labels), torch.stack(wanted)
 
 
 def _draw(indices: Tensor, number: int, generator: torch.Generator | None) -> Tensor:

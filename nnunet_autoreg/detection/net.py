@@ -226,8 +226,9 @@ class TokenPyramid(nn.Module):
     def __init__(self, width: int, doublings: Sequence[int]):
         super().__init__()
         self.doublings = tuple(doublings)
-        # Every doubling halves the number of channels.
-        widths = [max(width // 2**n, GROUP) for n in range(max(0, *doublings) + 1)]
+        # Every doubling of the map halves the number of channels.
+        most_doublings = max(0, *doublings)
+        widths = [max(width // 2**n, GROUP) for n in range(most_doublings + 1)]
         self.ups = nn.ModuleList()
         for before, after in pairwise(widths):
             up = nn.ConvTranspose3d(before, after, kernel_size=2, stride=2)

@@ -300,7 +300,8 @@ def sizes_of(
             continue
         sides_vox = []
         for axis, target_mm in zip(transpose, target_spacing_mm, strict=True):
-            side_mm = (item.box_zyx[axis + 3] - item.box_zyx[axis]) * objects.spacing_mm[axis]
+            side_vox = item.box_zyx[axis + 3] - item.box_zyx[axis]
+            side_mm = side_vox * objects.spacing_mm[axis]
             sides_vox.append(side_mm / target_mm)
         found[item.class_index].append(as_spacing(sides_vox))
     return found

@@ -254,8 +254,11 @@ class DetectionLoss:
             "fp_hard": predicted & ~true,
             "fn_hard": ~predicted & true,
         }
-        # Over the batch and all voxels.
-        return {name: mask.sum((0, 2, 3, 4)).cpu().numpy() for name, mask in masks.items()}
+        counts = {}
+        for name, mask in masks.items():
+            # Over the batch and all voxels.
+            counts[name] = mask.sum((0, 2, 3, 4)).cpu().numpy()
+        return counts
 
 
 def _as_channels(labels_B1ZYX: Tensor, regions: Sequence[Region]) -> Tensor:
@@ -378,7 +381,8 @@ def mean_dice(outputs: Sequence[Mapping[str, Any]]) -> list[float]:
     """
     sums = {}
     for name in ("tp_hard", "fp_hard", "fn_hard"):
-        sums[name] = np.sum([output[name] for output in outputs], 0).astype(np.float64)
+        of_outputs = [output[name] for output in outputs]
+        sums[name] = np.sum(of_outputs, 0).astype(np.float64)
 
     twice_true = 2 * sums["tp_hard"]
     with np.errstate(invalid="ignore"):

@@ -159,37 +159,33 @@ def validate_cases(
             nms = replace(detector.nms, member_iou=iou)
             merged = merge(candidates, detector.num_members, nms)
             found = in_original(merged, geometry, true.shape_vox, plan.classes)
-            arrays = (
-                [d.box_zyx for d in found],
-                [class_index_of[d.name] for d in found],
-                [d.score for d in found],
-            )
+            boxes = [d.box_zyx for d in found]
+            class_indices = [class_index_of[d.name] for d in found]
+            scores = [d.score for d in found]
             by_iou[iou] = scan_of_instances(
                 case,
                 true.spacing_mm,
                 true.instances,
-                arrays,
+                (boxes, class_indices, scores),
                 true.uncounted_ZYX,
             )
             if iou == DEFAULT_NMS.member_iou:
-                stored = stored_array(properties, true.shape_vox)
-                settings = {"thinning": nms.for_file(), "mirrorings": detector.num_members}
-                record = make_scan_file(
-                    case,
-                    stored.frame,
-                    as_stored(found, stored),
-                    plan.labels,
-                    model,
-                    settings,
-                )
-                write_scan_file(folder / f"{case}.json", record)
+                usual = found
 
+        stored = stored_array(properties, true.shape_vox)
+        usual_nms = replace(detector.nms, member_iou=DEFAULT_NMS.member_iou)
+        record = make_scan_file(
+            case,
+            stored.frame,
+            as_stored(usual, stored),
+            plan.labels,
+            model,
+            {"thinning": usual_nms.for_file(), "mirrorings": detector.num_members},
+        )
+        write_scan_file(folder / f"{case}.json", record)
         _write_candidates(folder / f"{case}_candidates.npz", candidates)
-        result = ValidatedCase(by_iou)
-        validated.append(result)
-        num_objects = len(true.instances.objects)
-        num_boxes = len(result.usual.boxes_D6)
-        log.info("%s: %d objects, %d boxes", case, num_objects, num_boxes)
+        validated.append(ValidatedCase(by_iou))
+        log.info("%s: %d objects, %d boxes", case, len(true.instances.objects), len(usual))
     return validated
 
 

@@ -52,18 +52,23 @@ class TiledScan:
         token_size: Size,
         counted_ZYX: Tensor | None = None,
     ):
-        shape = as_size(image_CZYX.shape[1:])
-        rounded = round_up(shape, token_size)
         self.tile_size = tile_size
         self.token_size = token_size
-        self.shape = as_size([max(a, b) for a, b in zip(rounded, tile_size, strict=True)])
-        # Where the scan begins in the padded one.
-        self.offset = as_size([(a - b) // 2 for a, b in zip(self.shape, shape, strict=True)])
-
+        shape = as_size(image_CZYX.shape[1:])
+        rounded = round_up(shape, token_size)
+        padded = []
+        offset = []
         padding: list[int] = []
-        for axis in (2, 1, 0):
-            low = self.offset[axis]
-            padding += [low, self.shape[axis] - shape[axis] - low]
+        for axis in range(3):
+            size = max(rounded[axis], tile_size[axis])
+            low = (size - shape[axis]) // 2
+            padded.append(size)
+            offset.append(low)
+            # torch wants the last axis first.
+            padding = [low, size - shape[axis] - low, *padding]
+        self.shape = as_size(padded)
+        # First voxel of the scan in the padded scan.
+        self.offset = as_size(offset)
         self.image_CZYX = functional.pad(image_CZYX, padding)
         counted = torch.ones(shape) if counted_ZYX is None else counted_ZYX
         self.inside_ZYX = functional.pad(counted, padding)
