@@ -281,7 +281,7 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
         )
 
     def _task(self, spacing: Any, median_shape: Any) -> SegmentationTask:
-        """Return what the plan has to know about the dataset, at a target spacing (z, y, x)."""
+        """Return the facts about the dataset for planning at a target spacing (z, y, x)."""
         z, y, x = (float(v) for v in median_shape)
         return SegmentationTask(
             num_cases=int(self.dataset_json["numTraining"]),

@@ -284,7 +284,7 @@ class AutoregDetectionTrainer(TaskTrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Log scores over all patches.
 
-        The mean AP from IoU 0.1 to 0.5 is used where nnU-Net looks for the best epoch.
+        By the mean AP from IoU 0.1 to 0.5, nnU-Net chooses the best epoch.
         """
         self._detector().detect = False
         self._validating.close()

@@ -3,9 +3,9 @@
 The command is ``nnUNetv2_train DATASET 3d_fullres FOLD -tr AutoregPretrainedTrainer -p
 AutoregPlans``.
 
-The ``"autoreg"`` block of the plans decides what a trainer does; a number in the trainer's name
-only changes the length. A fine-tuned CNN is written as an ordinary nnU-Net model. Validation and
-prediction are nnU-Net's own, so ``nnUNetv2_predict`` computes exactly what was validated.
+The values of a training are in the ``"autoreg"`` block of the plans; a number in the trainer's
+name only changes the length. A fine-tuned CNN is written as an ordinary nnU-Net model. Validation
+and prediction are nnU-Net's own, so ``nnUNetv2_predict`` computes exactly what was validated.
 """
 
 import os
@@ -240,7 +240,7 @@ class _AutoregTrainer(nnUNetTrainer):
         super().on_train_start()
 
     def on_train_end(self) -> None:
-        """End as nnU-Net does; say what the model needs where it predicts, and how to predict."""
+        """End as nnU-Net does; log how to predict, and which software prediction needs."""
         super().on_train_end()
         self.print_to_log_file(needs_line(self.is_stock_model))
         if self.segments:

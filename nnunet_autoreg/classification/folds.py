@@ -77,7 +77,7 @@ def make_folds(table: ClassTable, num_folds: int = NUM_FOLDS) -> list[Fold]:
 
 
 def find_folds(folder: Path, table: ClassTable) -> tuple[list[Fold], str]:
-    """Return the folds of a preprocessed dataset, and where they come from.
+    """Return the folds of a preprocessed dataset, and their source as text.
 
     ``splits_final.json`` is used if it exists and keeps every patient in one part. Otherwise our
     own file is read, or made. ``splits_final.json`` is never changed.

@@ -316,7 +316,7 @@ def class_index(
         file: the table, for messages.
         case: the case of the cell.
         value: the cell.
-        source: what defines the classes, for messages.
+        source: name of the source of the classes, for messages.
 
     Raises:
         ClassesError: there is no such class (code "classes-unknown-class").

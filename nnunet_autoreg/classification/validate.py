@@ -183,7 +183,7 @@ def write_validation(
         folder: folder of the fold.
         probabilities: case -> one array (K,) for each task.
         baselines: as ``write_baselines`` returns them; None if there are none.
-        model: what the summary says about the model.
+        model: description of the model for the summary.
     """
     cases = sorted(probabilities)
     patients = [table.patient_of[case] for case in cases]

@@ -182,7 +182,7 @@ def choose_shapes(
     best_iou = -1.0
     most = min(MOST_SHAPES, len(np.unique(scaled, axis=0)))
     for k in range(1, most + 1):
-        # One cluster has one solution; several depend on where they start.
+        # One cluster has one solution. The solution for several depends on their start.
         for restart in range(RESTARTS if k > 1 else 1):
             shapes = _k_means(scaled, k, generator(seed, "anchors", k, restart))
             mean = float(_best_iou(sizes_N3, shapes, strides_vox, offset=0.0).mean())

@@ -41,7 +41,7 @@ def volumes(boxes_N6: Tensor) -> Tensor:
 
 
 def iou(a_N6: Tensor, b_M6: Tensor) -> Tensor:
-    """Return the intersection over union of every pair, (N, M); 0 where both boxes are empty."""
+    """Return the intersection over union of every pair, (N, M); 0 if both are empty."""
     a = _at_least_float32(a_N6)
     b = _at_least_float32(b_M6)
 

@@ -26,7 +26,7 @@ from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, to_jso
 INDEX = "boxes.json"
 VERSION = 1
 CLASS_KEY = "place"
-"""What ``boxes.json`` calls the index of an object's class."""
+"""Key of the index of an object's class in ``boxes.json``."""
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class CaseBoxes:
     """Hold the objects of a preprocessed case.
 
     Attributes:
-        stamp: describes what they were made of. If it changes, they are made again.
+        stamp: description of their inputs. If it changes, they are made again.
         objects: boxes in voxel edges of the preprocessed image; ``num_voxels`` there.
         has_masks: see ``objects.CaseObjects``.
     """

@@ -55,7 +55,7 @@ LABEL_SIZE = 9
 """Of the text beside a box, in points."""
 LEAST_FP, MOST_FP = 0.05, 16.0
 IGNORED = "excused"
-"""What the table calls a detection that is neither a hit nor false."""
+"""Outcome of a detection that is neither a hit nor false."""
 
 
 @dataclass(frozen=True)
@@ -399,7 +399,7 @@ def _draw_slice(
 
 
 def _draw_box(axis: Any, box: NDArray[np.float64], z: int, style: Style) -> bool:
-    """Draw a box where it crosses slice ``z``; return whether it does."""
+    """Draw a box if it crosses slice ``z``, and return whether it does."""
     from matplotlib.patches import Rectangle
 
     z0, y0, x0, z1, y1, x1 = box

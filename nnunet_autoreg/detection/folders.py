@@ -230,7 +230,7 @@ def _describing_dataset(
     dataset_file: Path | None,
     found: Mapping[str, int],
 ) -> tuple[dict[str, Any], str]:
-    """Return the content of the dataset.json that describes the truth, and where it is from.
+    """Return the content of the dataset.json that describes the truth, and its name for messages.
 
     Folders that have only boxes have none; the detector's classes are then used.
     """

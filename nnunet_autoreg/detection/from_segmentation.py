@@ -51,7 +51,7 @@ UNREADABLE = (
     zlib.error,
     MemoryError,
 )
-"""What nnU-Net's readers and NumPy raise for a damaged file."""
+"""Errors that nnU-Net's readers and NumPy raise for a damaged file."""
 
 MOST_CHANNELS = 1024
 """Of probabilities; a segmentation has one for each label or region."""
@@ -135,7 +135,7 @@ class Segmentations:
         Args:
             name: name of the case.
             min_score: objects with a lower score are left out.
-            settings: what the file says about the options.
+            settings: the options, as the file states them.
 
         Returns:
             Its file of detections, the map (Z, Y, X) of the ids in it, and nnU-Net's properties of

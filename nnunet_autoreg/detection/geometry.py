@@ -72,7 +72,7 @@ def preprocessing_of(
     """Return how a case was preprocessed.
 
     Args:
-        properties: what nnU-Net's preprocessing wrote into the case's ``.pkl``.
+        properties: content of the case's ``.pkl`` file of nnU-Net.
         shape_vox: spatial shape of its preprocessed array.
         transpose_backward: value of the plans.
     """

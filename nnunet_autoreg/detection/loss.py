@@ -179,8 +179,8 @@ def focal(
     Args:
         counted_BA: whether an anchor counts.
 
-    Source: Lin et al. 2017 (arXiv 1708.02002); gamma 1 and alpha 0.75 are what nnDetection V002
-        uses.
+    Source: Lin et al. 2017 (arXiv 1708.02002); gamma 1 and alpha 0.75 are the values of
+        nnDetection V002.
     """
     logits = logits_BAC[counted_BA]  # (counted, C)
     target = target_BAC[counted_BA]

@@ -56,7 +56,8 @@ class CaseObjects:
     Attributes:
         instances: with their map.
         shape_vox, spacing_mm: (z, y, x) of the image.
-        has_masks: False where only boxes are known: the map holds ellipsoids then.
+        has_masks: whether the outlines of the objects are known. If only boxes are known, the map
+            holds ellipsoids.
         uncounted_ZYX: voxels with nnU-Net's ignore label; None without one.
     """
 
@@ -267,7 +268,7 @@ def in_parallel(function: Any, items: Sequence[Any], num_processes: int) -> list
     """Return ``function`` of every item, in order.
 
     A few items are computed in this process, because others would take longer to start than they
-    save. The other processes end with this one, in whatever way it ends.
+    save. The other processes end with this one, also if it is killed.
 
     Args:
         function, items: may be sent to another process.

@@ -48,7 +48,7 @@ from nnunet_autoreg.geometry import as_size
 from nnunet_autoreg.io.orientation import turned
 
 DRAWN_FROM = 0.5
-"""Score from which boxes are drawn, if neither a score nor an operating point is asked for."""
+"""Lowest score of boxes that are drawn, unless the user gives a score or an operating point."""
 DRAWING = ("filled", "instances")
 """The settings on which only the drawings depend, and no box does."""
 
@@ -119,7 +119,7 @@ class Detected:
     Attributes:
         record: its file of detections.
         labels_ZYX: its segmentation in the array that nnU-Net's reader gave; None if not wanted.
-        properties: what nnU-Net's reader and preprocessing say about the image.
+        properties: the image's properties, from nnU-Net's reader and preprocessing.
     """
 
     record: ScanFile
@@ -280,7 +280,7 @@ def write_record(
         instances_ZYX: ids of the boxes in the array that nnU-Net's reader gave; None if not wanted.
         writer: nnU-Net's writer for the images of the dataset.
         file_ending: file ending of these images.
-        properties: what nnU-Net's reader says about the image.
+        properties: the image's properties, from nnU-Net's reader.
     """
     name = record.scan
     boxes = _drawn(record, options)

@@ -38,7 +38,7 @@ AXES = (
     "size_mm: along i, j, k; "
     "corners_mm_ras: 8 points, i varying fastest"
 )
-"""What a file says about its own fields."""
+"""The description of its fields in every file."""
 
 MARKUP_SCHEMA = (
     "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/"
@@ -309,7 +309,7 @@ def draw_instances(
     labels_ZYX: NDArray[Any],
     classes: Sequence[ObjectClass],
 ) -> Ids:
-    """Draw the ids of the boxes where the segmentation inside them has their class.
+    """Draw the ids of the boxes into the voxels inside them whose segmentation has their class.
 
     Where boxes overlap, the highest score is on top.
     """

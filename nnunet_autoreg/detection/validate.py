@@ -46,7 +46,7 @@ from nnunet_autoreg.records import atomic_path, read_json, write_json
 
 SUMMARY = Path("validation_detection") / "summary_detection.json"
 IOU_KEY = "voter_iou"
-"""What files call the overlap above which a member's boxes are one (``NmsSettings.member_iou``)."""
+"""Key of ``NmsSettings.member_iou`` in files."""
 TRIED_IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)
 """Overlaps tried for the boxes of one ensemble member, as nnDetection does.
 
@@ -141,7 +141,7 @@ def validate_cases(
         source: source of the true objects.
         plan: the detector's.
         transpose_backward: value of the plans.
-        model: what the files say about the model.
+        model: description of the model for the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     class_index_of = {kind.name: index for index, kind in enumerate(plan.classes)}

@@ -232,7 +232,7 @@ def write_features(
     file beside it names the encoder.
 
     Args:
-        layer, region: what the JSON file says about the features.
+        layer, region: how the features were made, for the JSON file.
 
     Raises:
         AutoregError: ``.parquet`` needs a package that is not installed (code "embed-no-pyarrow").
@@ -291,7 +291,7 @@ def _write_parquet(
 
 
 def check_parquet() -> None:
-    """Refuse ``.parquet`` where the package that writes it is not installed.
+    """Refuse ``.parquet`` if the package that writes it is not installed.
 
     Raises:
         AutoregError: it is not (code "embed-no-pyarrow").

@@ -287,7 +287,7 @@ def _crop(plan: Plan, row: ScanRow, case: StoredCase, number: int, is_test: bool
     start = around_labels(labels_ZYX, size, rng.generator(plan.run.seed, "probe", number))
     voxels, valid = case.read_padded(start, size)
 
-    # The crop may reach beyond the case: copy what lies in both.
+    # The crop may reach beyond the case, so only the common part is copied.
     padded_ZYX = np.full(size, UNKNOWN, dtype=np.int64)
     in_crop = []
     in_case = []

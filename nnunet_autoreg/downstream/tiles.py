@@ -74,7 +74,7 @@ class TiledScan:
         self.inside_ZYX = functional.pad(counted, padding)
 
     def starts(self) -> list[Size]:
-        """Return where the tiles start, evenly spread along each axis."""
+        """Return the first voxels of the tiles, evenly spread along each axis."""
         per_axis = []
         for size, tile, token in zip(self.shape, self.tile_size, self.token_size, strict=True):
             num_tiles = math.ceil(size / tile)
