@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from numpy.typing import NDArray
-from torch import distributed, nn
+from torch import nn
 
 from nnunet_autoreg.classification.baselines import PROBE
 from nnunet_autoreg.classification.data import ClassLoader
@@ -290,10 +290,7 @@ class AutoregClassificationTrainer(TaskTrainer):
         ``validation/classes.csv`` always holds the probabilities, so ``--npz`` has no effect.
         """
         _, cases = self.parts
-        mine = sorted(cases)
-        if self.is_ddp:
-            # Every process validates its share of the cases.
-            mine = mine[self.local_rank :: distributed.get_world_size()]
+        mine = self.own_share(cases)
         network = self._classifier()
         network.eval()
         with one_line_errors():

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from torch import distributed, nn
+from torch import nn
 
 from nnunet_autoreg.detection.data import (
     IdMapMaker,
@@ -50,12 +49,6 @@ from nnunet_autoreg.downstream.training import from_all_processes
 from nnunet_autoreg.finetune.block import AutoregBlock
 from nnunet_autoreg.finetune.network import own_arguments
 from nnunet_autoreg.finetune.one_line import one_line_errors
-from nnunet_autoreg.finetune.recipe import (
-    IterationRates,
-    make_optimizer,
-    make_schedule,
-    parameter_groups,
-)
 from nnunet_autoreg.geometry import Size, as_size, as_spacing
 from nnunet_autoreg.trainers.autoreg_trainers import trainer_of_length
 from nnunet_autoreg.trainers.task_trainer import TaskTrainer
@@ -147,22 +140,9 @@ class AutoregDetectionTrainer(TaskTrainer):
             num_channels=plan.head_channels,
         )
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
-        """Return the optimiser of segmentation, without weight decay for norms and biases."""
-        network = self.unwrapped()
-        recipe = self.block.recipe
-        groups = without_decay_on_norms(parameter_groups(network, recipe), network)
-        optimizer = make_optimizer(groups, recipe, self.initial_lr)
-
-        schedule = make_schedule(
-            recipe,
-            self.initial_lr,
-            self.num_epochs,
-            self.num_iterations_per_epoch,
-            self.configuration_manager.batch_size,
-            self.uses_weights,
-        )
-        return optimizer, IterationRates(optimizer, schedule, self.num_iterations_per_epoch)
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of segmentation, without weight decay for norms and biases."""
+        return without_decay_on_norms(super().optimizer_groups(), self.unwrapped())
 
     def _build_loss(self) -> DetectionLoss:
         labels = self.label_manager
@@ -324,11 +304,7 @@ class AutoregDetectionTrainer(TaskTrainer):
         """Detect in the validation cases, and write the figures of all processes."""
         summary = Path(self.output_folder) / SUMMARY
         _, cases = self.do_split()
-        mine = sorted(cases)
-        if self.is_ddp:
-            # Every process validates its share of the cases.
-            mine = mine[self.local_rank :: distributed.get_world_size()]
-
+        mine = self.own_share(cases)
         detector = self._detector().eval()
         detector.detect = True
         scan_detector = ScanDetector(

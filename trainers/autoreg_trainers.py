@@ -149,11 +149,7 @@ class _AutoregTrainer(nnUNetTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationRates]:
         """Return the recipe's optimiser, and the learning rates of all iterations."""
         recipe = self.block.recipe
-        network = self.unwrapped()
-        has_decoder = self.uses_weights and self.transfers_decoder
-        decoder_keys = transferred_keys(network, self.block) if has_decoder else frozenset()
-        groups = parameter_groups(network, recipe, decoder_keys)
-        optimizer = make_optimizer(groups, recipe, self.initial_lr)
+        optimizer = make_optimizer(self.optimizer_groups(), recipe, self.initial_lr)
         schedule = make_schedule(
             recipe,
             self.initial_lr,
@@ -163,6 +159,13 @@ class _AutoregTrainer(nnUNetTrainer):
             self.uses_weights,
         )
         return optimizer, IterationRates(optimizer, schedule, self.num_iterations_per_epoch)
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters in groups with their learning rates and weight decays."""
+        network = self.unwrapped()
+        has_decoder = self.uses_weights and self.transfers_decoder
+        decoder_keys = transferred_keys(network, self.block) if has_decoder else frozenset()
+        return parameter_groups(network, self.block.recipe, decoder_keys)
 
     def unwrapped(self) -> nn.Module:
         """Return the network itself, without DDP and torch.compile."""

@@ -4,7 +4,7 @@ A task's plan is a block of the configuration in the plans file. It is made by t
 and kept beside the preprocessed data, so that all folds and the prediction use the same plan.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -196,6 +196,12 @@ class TaskTrainer(AutoregPretrainedTrainer):
             "configuration": self.configuration_name,
             "folds": [self.fold],
         }
+
+    def own_share(self, cases: Sequence[str]) -> list[str]:
+        """Return the cases that this process validates; without DDP these are all."""
+        if not self.is_ddp:
+            return sorted(cases)
+        return sorted(cases)[self.local_rank :: distributed.get_world_size()]
 
     def training_patches(self) -> tuple[Any, Any]:
         """Return the size (z, y, x) of a patch before augmentation, and nnU-Net's augmentation."""
