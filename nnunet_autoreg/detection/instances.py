@@ -307,16 +307,25 @@ def boxes_of_ids(ids_ZYX: NDArray[Any]) -> dict[int, tuple[Box, int]]:
     return found
 
 
+def read_objects_file(file: Path, advice: str) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ObjectsError: it cannot be read; the message ends with ``advice``.
+    """
+    try:
+        return read_json(file, advice)
+    except PlanError as error:
+        raise ObjectsError(str(error), code="objects-unreadable") from error
+
+
 def labels_of_instances(file: Path) -> dict[int, int]:
     """Return id -> label value, from ``{"instances": {"1": 2, ...}}``.
 
     Raises:
         ObjectsError: the file cannot be read or has another form.
     """
-    try:
-        data = read_json(file, MEND_YOURS)
-    except PlanError as error:
-        raise ObjectsError(str(error), code="objects-unreadable") from error
+    data = read_objects_file(file, MEND_YOURS)
     listed = data.get("instances") if isinstance(data, dict) else None
     if not isinstance(listed, dict):
         raise ObjectsError(
@@ -458,26 +467,25 @@ def read_true_boxes(
         ObjectsError: the file cannot be read, a box has no extent or lies outside, or a label is
             not a class.
     """
-    try:
-        data = read_json(file, MEND_YOURS)
-        listed = data.get("boxes") if isinstance(data, dict) else None
-        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-            raise ObjectsError(
-                f'{file}: expected {{"boxes": [{{"box_zyx": [z0, y0, x0, z1, y1, x1], "label": '
-                f"1}}, ...]}}",
-                code="objects-format",
-            )
-        boxes = []
-        for n, entry in enumerate(listed):
-            known = {key: entry[key] for key in ("box_zyx", "label", "ignore") if key in entry}
-            boxes.append(from_jsonable(TrueBox, known, f"{file}: boxes[{n}]"))
-    except PlanError as error:
-        raise ObjectsError(str(error), code="objects-unreadable") from error
+    data = read_objects_file(file, MEND_YOURS)
+    listed = data.get("boxes") if isinstance(data, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise ObjectsError(
+            f'{file}: expected {{"boxes": [{{"box_zyx": [z0, y0, x0, z1, y1, x1], "label": 1}}, '
+            "...]}",
+            code="objects-format",
+        )
 
     class_index_of = class_index_by_value(classes)
     objects = []
-    for n, box in enumerate(boxes):
+    for n, entry in enumerate(listed):
         where = f"{file}: boxes[{n}]"
+        known = {key: entry[key] for key in ("box_zyx", "label", "ignore") if key in entry}
+        try:
+            box = from_jsonable(TrueBox, known, where)
+        except PlanError as error:
+            raise ObjectsError(str(error), code="objects-unreadable") from error
+
         check_inside(box.box_zyx, shape_vox or as_size([2**31] * 3), where)
         if box.label in class_index_of:
             class_index = class_index_of[box.label]

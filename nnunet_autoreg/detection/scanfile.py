@@ -22,10 +22,10 @@ from nnunet_autoreg.detection.geometry import (
     frame_of_affine,
     to_ijk,
 )
-from nnunet_autoreg.detection.instances import Ids, ObjectClass
+from nnunet_autoreg.detection.instances import Ids, ObjectClass, read_objects_file
 from nnunet_autoreg.errors import ObjectsError, PlanError
 from nnunet_autoreg.geometry import Size, Spacing
-from nnunet_autoreg.records import atomic_path, from_jsonable, read_json, to_cell, write_json
+from nnunet_autoreg.records import atomic_path, from_jsonable, to_cell, write_json
 
 ADVICE = "correct it, or detect again"
 FORMAT, VERSION = "nnunet_autoreg.detections", 1
@@ -199,10 +199,7 @@ def is_scan_file(path: Path) -> bool:
     Raises:
         ObjectsError: it cannot be read.
     """
-    try:
-        data = read_json(path, ADVICE)
-    except PlanError as error:
-        raise ObjectsError(str(error), code="objects-unreadable") from error
+    data = read_objects_file(path, ADVICE)
     return isinstance(data, dict) and data.get("format") == FORMAT
 
 
@@ -212,20 +209,20 @@ def read_scan_file(path: Path) -> ScanFile:
     Raises:
         ObjectsError: it cannot be read, is another kind of file, or contradicts itself.
     """
+    data = read_objects_file(path, ADVICE)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ObjectsError(
+            f'{path} is not a file of detections: its "format" is not "{FORMAT}"; give the '
+            "folder that autoreg_detect wrote",
+            code="detections-format",
+        )
+    if data.get("version") != VERSION:
+        raise ObjectsError(
+            f"{path} has version {data.get('version')!r} of the format, this program reads "
+            f"{VERSION}; detect again",
+            code="detections-version",
+        )
     try:
-        data = read_json(path, ADVICE)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ObjectsError(
-                f'{path} is not a file of detections: its "format" is not "{FORMAT}"; give the '
-                "folder that autoreg_detect wrote",
-                code="detections-format",
-            )
-        if data.get("version") != VERSION:
-            raise ObjectsError(
-                f"{path} has version {data.get('version')!r} of the format, this program reads "
-                f"{VERSION}; detect again",
-                code="detections-version",
-            )
         record = from_jsonable(ScanFile, data, str(path))
     except PlanError as error:
         raise ObjectsError(str(error), code="objects-unreadable") from error
