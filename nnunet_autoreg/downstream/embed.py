@@ -99,7 +99,8 @@ class LabelRegion:
         high = high + margin
 
         # Preprocessing has cut the scan to its non-zero part, turned its axes, and resampled it.
-        first, end = np.array(box_around(image_CZYX.any(axis=0)))  # each (3,)
+        has_value = np.asarray(image_CZYX.any(axis=0), dtype=bool)
+        first, end = np.array(box_around(has_value))  # each (3,)
         axes = list(transpose_axes(spacing_mm))
         scale = np.array(prepared) / (end - first)[axes]
         start = np.floor((low - first)[axes] * scale)
