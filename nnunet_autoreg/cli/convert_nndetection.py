@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             code="convert-number-range",
         )
 
+    # nnU-Net finds a dataset by its number, so that two of one number are ambiguous.
     root = raw_folder()
     prefix = f"Dataset{request.number:03d}_"
     others = sorted(p.name for p in root.glob(f"{prefix}*"))

@@ -121,7 +121,7 @@ class Demo:
             with phase(f"running {line[0]}"), following(log):
                 code = run_guarded([program, *line[1:]], self.environment, handle)
 
-        # Somebody stopped the command itself.
+        # Somebody has stopped the command itself. This is not a failure of the command.
         if code == InterruptedRunError.exit_code:
             raise InterruptedRunError(f"{line[0]} was stopped")
 
@@ -237,6 +237,7 @@ def run_chain(demo: Demo) -> tuple[FrozenFeatures, float]:
     """Run the commands of the workflow; return what the probe found, and the mean test Dice."""
     raw = demo.folder / "nnUNet_raw" / DATASET
     predicted = demo.folder / "predicted"
+    # For fine-tuning and prediction.
     choice = ("-tr", "AutoregPretrainedTrainer", "-p", "AutoregPlans", "-device", demo.device)
     demo.run(
         "pretrain on the unlabelled scans",
@@ -267,6 +268,8 @@ def run_chain(demo: Demo) -> tuple[FrozenFeatures, float]:
         *("-f", "0", "-c", "3d_fullres", "-npp", "2", "-nps", "2"),
         *choice,
     )
+
+    # Labels of test scans are used here for the first time.
     summary = demo.folder / "dice.json"
     demo.run(
         "compare with the truth",

@@ -225,9 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     num_channels = encoder.card.num_input_channels
     scans = find(request.scans, ".nii.gz", num_channels, request.split_4d)
 
-    region = None
-    if request.labels is not None:
-        region = LabelRegion(request.labels, request.margin)
+    region = LabelRegion(request.labels, request.margin) if request.labels is not None else None
 
     # Every finished scan is kept, so that the same line continues if this call is stopped.
     settings = settings_of(encoder, request.layer, request.dense, region)

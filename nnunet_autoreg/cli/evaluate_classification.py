@@ -105,11 +105,14 @@ def main(argv: list[str] | None = None) -> int:
         request.num_resamples,
         request.seed,
     )
-    # Write the figures first, because drawing the picture may fail.
+
+    # An ending that is not ours, such as that of "run.1", belongs to the name.
     stem = request.output
     if stem.suffix in (".json", ".png"):
         stem = stem.with_suffix("")
     json_file, picture = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.png")
+
+    # Write the figures first, because drawing the picture may fail.
     write_json(json_file, results)
     for line in lines_of(results):
         print(line)

@@ -84,6 +84,7 @@ def draw_phantom(seed: int, number: int) -> tuple[NDArray[np.int16], NDArray[np.
         scan[inside] = organ.intensity_hu + g.normal(0, 8)
         truth[inside] = organ.label
 
+    # Smoothing lowers the spread, so that it is set afterwards.
     noise = gaussian_filter(g.standard_normal(SHAPE_VOX), 0.6)
     scan = np.clip(scan + NOISE_HU * noise / noise.std(), -1024, 3000)
     return scan.astype(np.int16), truth

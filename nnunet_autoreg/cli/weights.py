@@ -268,9 +268,11 @@ def _import(arguments: argparse.Namespace) -> int:
         arguments.adaptation_plan,
     )
 
+    # What was assumed, changed or left out.
     for note in imported.notes:
         print(textwrap.indent(note, "  "))
 
+    # A tensor that the file holds under two names counts once.
     num_tensors = len(imported.tensors) + len(imported.decoder)
     print(
         f"imported {num_tensors} tensors as '{card.name}': {card.encoder}, sha256 "
@@ -296,6 +298,7 @@ def _export(arguments: argparse.Namespace) -> int:
         WRITTEN_ORDERS[arguments.token_order],
     )
 
+    # The limits of the format.
     for warning in exported.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
 
@@ -320,6 +323,8 @@ def _import_options(arguments: argparse.Namespace) -> "ImportOptions":
     from nnunet_autoreg.convert.imported import ImportOptions
 
     options = options_for(ImportOptions, arguments)
+
+    # An option is a number, a list of them, or None if it was not typed.
     for name, flag in FLAGS_OF_NUMBERS.items():
         value = options[name]
         numbers = value if isinstance(value, tuple) else (value,)

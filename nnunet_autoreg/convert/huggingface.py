@@ -52,6 +52,7 @@ def import_huggingface(source: WeightsFile, options: ImportOptions) -> Imported:
     card = _card_of(source)
     verify_weights(source.file, card.sha256)
 
+    # config.json is complete, so that such an option could only contradict it.
     unused = {
         "--token-order": options.token_order,
         "--heads": options.num_heads,
@@ -64,6 +65,7 @@ def import_huggingface(source: WeightsFile, options: ImportOptions) -> Imported:
             code="weights-option-unused",
         )
 
+    # model.safetensors holds both parts together.
     encoder: dict[str, Any] = {}
     decoder: dict[str, Any] = {}
     for key, tensor in source.tensors.items():

@@ -94,6 +94,7 @@ def network_of(encoder: EncoderPlan, crop: Size, num_channels: int) -> nn.Module
         WeightsError: it cannot be built (code "weights-network").
     """
     try:
+        # Only names and shapes are compared, so that the largest networks need no memory here.
         with torch.device("meta"):
             return build_network(encoder.class_path, encoder.arguments, crop, num_channels, 2)
     except (
@@ -123,6 +124,7 @@ def names_of(network: nn.Module, prefixes: tuple[str, ...] = ()) -> dict[str, li
         prefixes: prefixes of another part of the network; empty for encoder and stem.
     """
     chosen = prefixes or encoder_prefixes(network)
+    # Without keep_vars, every name would get a separate tensor object, with another id.
     groups: dict[int, list[str]] = {}
     for key, tensor in network.state_dict(keep_vars=True).items():
         if key.startswith(chosen):
@@ -157,7 +159,8 @@ def checked_tensors(
             missing.append(key)
             continue
 
-        # A file may hold a tensor under one of its names, or under several.
+        # A file may hold a tensor under one of its names, or under several. Then they must agree,
+        # because only one of them can be loaded.
         value = tensors[given[0]]
         if any(not torch.equal(value, tensors[name]) for name in given[1:]):
             raise WeightsError(

@@ -90,6 +90,8 @@ def import_nnssl(source: WeightsFile, options: ImportOptions) -> Imported:
     tensors, notes = _encoder_tensors(source, plan, family)
     encoder = _encoder(family, plan, tensors, options)
     crop, crop_notes = _patch_size(source, encoder, tensors, options)
+
+    # Only transformers have an order of tokens.
     order_notes: list[str] = []
     if family != RESENC:
         grid = grid_of(crop, encoder.token_size_vox)
@@ -268,6 +270,7 @@ def _encoder_tensors(
             code="weights-bad-adaptation-plan",
         ) from error
 
+    # Encoder and stem are two parts of the pretraining network, and of the downstream network.
     chosen: dict[str, Tensor] = {}
     num_left_out: Counter[str] = Counter()
     for full_key, tensor in source.tensors.items():

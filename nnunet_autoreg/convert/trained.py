@@ -56,6 +56,7 @@ def import_trained(source: WeightsFile, options: ImportOptions) -> Imported:
             code="weights-unknown-network",
         )
 
+    # The network shows which tensors belong to the encoder.
     encoder = _encoder(stated, source)
     network = network_of(encoder, stated.crop_size_vox, len(channel_names))
     tensors = as_float(source.tensors, source.file)

@@ -65,6 +65,7 @@ def all_checks() -> Iterator[Check]:
     for variable, get in FOLDERS.items():
         yield check_folder(variable, get)
 
+    # From here on, the results of a new process are used.
     answer = probe()
     violations = find_violations()
     if NOT_CHECKED in answer:
@@ -146,6 +147,7 @@ def check_folder(variable: str, get: Callable[[], Path]) -> Check:
     try:
         folder = get()
     except AutoregError as error:
+        # Our messages state the problem first, and then the remedy.
         finding, _, remedy = str(error).partition("; ")
         return Check(variable, FAIL, finding, remedy)
 
@@ -249,6 +251,7 @@ def check_requirements(violations: tuple[Violation, ...]) -> list[Check]:
 
 def check_device(answer: dict[str, Any]) -> Check:
     """Return the device that training would use."""
+    # The probe gives a list: the kind of device, then facts about it.
     kind, *details = answer.get("device") or ["none"]
     if kind == "cuda":
         gpu, total, count, free = details

@@ -45,6 +45,7 @@ def write_link(folder: Path) -> str:
             code="doctor-foreign-file",
         )
 
+    # In ASCII, because Python may read such files in the encoding of the system.
     try:
         target.write_text(LINK_HEAD + bridge.PTH_LINE, encoding="ascii")
     except OSError as error:
