@@ -33,7 +33,8 @@ class Ramp:
         # The index begins at 1, so that 0 is padding.
         indices = np.arange(np.prod(self.shape_vox), dtype=np.float32)
         whole = indices.reshape(self.shape_vox) + 1
-        crop, valid_mask = np.zeros(size, np.float32), np.zeros(size, bool)
+        crop = np.zeros(size, np.float32)
+        valid_mask = np.zeros(size, bool)
         # The part of the crop that lies inside the case, in indices of the crop.
         low = [max(0, -s) for s in start]
         high = [min(n, m - s) for n, m, s in zip(size, self.shape_vox, start, strict=True)]
@@ -117,7 +118,8 @@ def semantic_material():
             places += [StoredLocation(f"patient {subject}", case, (20.0, 10.0, 30.0))] * 2
         return Structure(name, (1.0, 1.0, 1.0), tuple(places))
 
-    kidney, liver = structure("kidney", 0, range(6)), structure("liver", 5, range(5))
+    kidney = structure("kidney", 0, range(6))
+    liver = structure("liver", 5, range(5))
     return SamplingPool((), (), (kidney, liver))
 
 

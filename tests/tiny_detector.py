@@ -19,7 +19,8 @@ from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.plan import EncoderPlan
 from nnunet_autoreg.records import to_jsonable
 
-PATCH, SHAPE = (16, 16, 16), (16, 20, 24)
+PATCH = (16, 16, 16)
+SHAPE = (16, 20, 24)
 NAME = "AutoregDetectionTrainer__AutoregPlans__3d_fullres"
 CLASSES = (ObjectClass("solid", 1, (1,)), ObjectClass("holed", 2, (2,)))
 # Three stages of one block: the smallest network that has a level of stride 4.

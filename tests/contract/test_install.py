@@ -169,8 +169,10 @@ def test_the_wheel_holds_the_pth_line_both_mapped_folders_and_no_tests(wheel: Pa
         description = archive.read(metadata).decode()
 
     # Relative addresses of pictures and links lead nowhere outside the repository.
-    assert "## Run it" in description and "![" not in description
-    assert "The tutorial shows" in " ".join(description.split()) and "](" not in description
+    assert "## Run it" in description
+    assert "![" not in description
+    assert "The tutorial shows" in " ".join(description.split())
+    assert "](" not in description
     # Both folders lie at the top of the repository and inside the package in the wheel, and the
     # page of
     # the report is not a Python file.

@@ -122,7 +122,8 @@ def test_checkpoints_are_loaded_by_position() -> None:
             calls.append(node)
 
     assert theirs in (["self", "filename_or_checkpoint"], ["self", "checkpoint"])
-    assert calls and all(len(call.args) == 1 and not call.keywords for call in calls)
+    assert calls
+    assert all(len(call.args) == 1 and not call.keywords for call in calls)
 
     for module, name in (
         ("autoreg_trainers", "AutoregPretrainedTrainer"),

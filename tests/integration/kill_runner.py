@@ -16,7 +16,8 @@ from fork_server import kill, serve, take_over
 
 def at_call(number, owner, name, act):
     """Have call ``number`` of a function go to ``act(original, *arguments)``."""
-    original, calls = getattr(owner, name), []
+    original = getattr(owner, name)
+    calls = []
 
     def replaced(*arguments, **named):
         calls.append(1)
@@ -61,7 +62,8 @@ def half_a_line(original, metrics, step, name, value, unit):
 
 def on_replace(target, act):
     """At the second renaming of a file onto one named ``target``."""
-    original, calls = Path.replace, []
+    original = Path.replace
+    calls = []
 
     def replaced(path, onto):
         if Path(onto).name == target:

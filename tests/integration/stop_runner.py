@@ -44,7 +44,8 @@ def wait_in_c(*arguments, **named):
     """A call of compiled code that no signal interrupts: a lock that is taken twice."""
     mark()
     # 128 bytes are more than any system's pthread_mutex_t, and zeros are an unlocked one.
-    lock, library = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+    lock = ctypes.create_string_buffer(128)
+    library = ctypes.CDLL(None)
     library.pthread_mutex_lock(lock)
     library.pthread_mutex_lock(lock)
 

@@ -80,11 +80,13 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
 
     lines = [json.loads(text) for text in (out / "runs.jsonl").read_text().splitlines()]
     by_arm = {line["arm"]: line for line in lines}
-    assert list(by_arm) == ["pretrained", "masked", "scratch", "stock"] and len(lines) == 4
+    assert list(by_arm) == ["pretrained", "masked", "scratch", "stock"]
+    assert len(lines) == 4
 
     record = json.loads((out / "benchmark.json").read_text())["division"]
     for line in lines:
-        assert sorted(line["dice_per_case"]) == record["test"] and line["num_labelled"] == 2
+        assert sorted(line["dice_per_case"]) == record["test"]
+        assert line["num_labelled"] == 2
         assert (line["steps"], line["batch"]) == (2, 2)
     assert by_arm["pretrained"]["patch"] == by_arm["masked"]["patch"] == by_arm["scratch"]["patch"]
     assert by_arm["pretrained"]["pretraining"]["objective"].startswith("autoregressive")
@@ -97,9 +99,8 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
     ]
     # The twin sees the pool only: no patient that is scored.
     assert len(seen) == len(record["pool"])
-    assert (out / "benchmark.png").stat().st_size > 10_000 and "minus scratch" in (
-        out / "table.md"
-    ).read_text()
+    assert (out / "benchmark.png").stat().st_size > 10_000
+    assert "minus scratch" in (out / "table.md").read_text()
 
     # Cases and dataset are called by names in the private files and only in nnU-Net's own.
     for folder in (out, root / "nnUNet_preprocessed" / "autoreg_store"):
@@ -113,11 +114,10 @@ def test_all_arms_run_and_the_same_line_again_only_shows_the_table(root: Path) -
     # Nothing is trained again: no pretraining is announced, and no run is left.
     again = typed(root, *LINE, "-o", str(out))
     assert "pretraining" not in again.stdout
-    assert again.returncode == 0 and re.search(r"\b4 of 4 runs\b.*\b0\b", again.stderr)
-    assert (
-        again.stdout.splitlines()[-1].startswith("next: ")
-        and len((out / "runs.jsonl").read_text().splitlines()) == 4
-    )
+    assert again.returncode == 0
+    assert re.search(r"\b4 of 4 runs\b.*\b0\b", again.stderr)
+    assert again.stdout.splitlines()[-1].startswith("next: ")
+    assert len((out / "runs.jsonl").read_text().splitlines()) == 4
 
 
 def test_weights_that_saw_the_test_patients_end_in_one_line(root: Path) -> None:

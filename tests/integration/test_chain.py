@@ -114,8 +114,10 @@ def test_the_chain_from_unlabelled_scans_to_an_exported_model(home):
     model = home / "elsewhere" / NAME / MODEL
     typed(home, line, "-m", model, "-i", scans, "-o", home / "again", results="elsewhere")
 
-    before, after = probabilities_of(home / "predicted"), probabilities_of(home / "again")
-    assert before.keys() == after.keys() and len(before) == 2
+    before = probabilities_of(home / "predicted")
+    after = probabilities_of(home / "again")
+    assert before.keys() == after.keys()
+    assert len(before) == 2
     for name, predicted in before.items():
         # A constant map would be equal to another constant one.
         assert predicted.std() > 0

@@ -130,7 +130,8 @@ def test_training_writes_scores_beside_the_baselines(project: Path, finished: An
     block = plans["configurations"]["3d_fullres"]["autoreg_classification"]
 
     assert [task["name"] for task in block["tasks"]] == ["larger", "grade"]
-    assert block["balance"] == "none" and block["reasons"]["balance"]
+    assert block["balance"] == "none"
+    assert block["reasons"]["balance"]
     assert set(summary["baselines"]) == {"majority", "size", "linear_probe"}
     assert summary["baselines"]["majority"]["larger"]["auc"]["value"] == 0.5
     # Fold 0 of 14 cases has three for validation.

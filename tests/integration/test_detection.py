@@ -98,7 +98,8 @@ def test_the_planner_writes_the_detection_block_that_dataset_json_asks_for(proje
     block = configuration["autoreg_detection"]
 
     assert [c["name"] for c in block["classes"]] == ["solid", "holed"]
-    assert block["has_masks"] and block["anchors"]["mean_iou"] >= 0.7
+    assert block["has_masks"]
+    assert block["anchors"]["mean_iou"] >= 0.7
     # The size of the heads for an encoder of the size tiny.
     assert block["head_channels"] == 64
 
@@ -111,7 +112,9 @@ def test_training_writes_boxes_and_scores_and_val_reproduces_them(
     summary = json.loads((folder / "validation_detection" / "summary_detection.json").read_text())
 
     # Fold 0 of ten cases has two for validation.
-    assert summary["scans"]["number"] == 2 and "0.1" in summary["ap"] and summary["sweep"]["tried"]
+    assert summary["scans"]["number"] == 2
+    assert "0.1" in summary["ap"]
+    assert summary["sweep"]["tried"]
     for case in summary["scans"]["names"]:
         found = json.loads((folder / "validation_detection" / f"{case}.json").read_text())
         assert found["shape_zyx"] == [SIDE] * 3
@@ -236,7 +239,8 @@ def test_a_folder_of_scans_becomes_files_of_boxes_and_runs_continue(
     assert (tmp_path / "out" / "detections.csv").is_file()
 
     # The same line finds both results; another limit of the score needs others.
-    assert main(line) == 0 and "2 of 2" in capsys.readouterr().out
+    assert main(line) == 0
+    assert "2 of 2" in capsys.readouterr().out
     with refused(UsageError, "results-of-another-run", "toy_00.json", "settings.min_score: "):
         main.__wrapped__([*line, "--min-score", "0.9"])
     assert main([*line, "--fppi", "1", "--overwrite"]) == 0

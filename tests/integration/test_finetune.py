@@ -105,7 +105,8 @@ def ends_in_one_line(*values: str) -> Iterator[None]:
         yield
 
     line = str(stopped.value)
-    assert line.startswith("error: ") and "\n" not in line
+    assert line.startswith("error: ")
+    assert "\n" not in line
     missing = [value for value in values if value not in line]
     assert not missing, f"{missing} are not named in: {line}"
 
@@ -175,7 +176,8 @@ def test_a_reader_that_nnunet_does_not_have_is_named(
     # The output of nnU-Net's planner, which is logged for debugging, names the reader too.
     warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     warned = [message for message in warnings if "MyReader" in message]
-    assert len(warned) == 1 and "SimpleITKIO" in warned[0]
+    assert len(warned) == 1
+    assert "SimpleITKIO" in warned[0]
 
 
 def test_planning_without_suitable_weights_ends_in_one_line(

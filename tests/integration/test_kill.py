@@ -115,7 +115,8 @@ NEED_AN_EMPTY_STORE = ("preprocessing", "in a worker")
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_run_killed_at_this_point_and_typed_again_leaves_the_same_bytes(place, whole, point):
-    name, store = point.replace(" ", "_").replace(",", ""), "nnUNet_preprocessed"
+    name = point.replace(" ", "_").replace(",", "")
+    store = "nnUNet_preprocessed"
     if point in NEED_AN_EMPTY_STORE:
         store = f"store {point}"
 
@@ -190,7 +191,8 @@ def test_a_loader_process_ends_with_the_main_process(tmp_path):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
-    worker, deadline = Path(f"/proc/{int(done.stdout)}"), time.monotonic() + 10
+    worker = Path(f"/proc/{int(done.stdout)}")
+    deadline = time.monotonic() + 10
 
     def has_ended():
         """Return whether the process is gone or a zombie, which nobody has waited for."""
@@ -245,7 +247,8 @@ def test_a_killed_joint_run_on_volumes_and_pictures_leaves_the_same_bytes(place)
 
     assert place.run("joint", options=options) == 0, place.output("joint")[-2000:]
 
-    whole, folder = place.folder("whole_joint"), place.folder("joint")
+    whole = place.folder("whole_joint")
+    folder = place.folder("joint")
     assert weights_of(folder) == weights_of(whole)
     assert reproduced(folder) == reproduced(whole)
     assert set(OF_JOINT) <= {metric for _, metric, _ in reproduced(folder)}
@@ -257,4 +260,5 @@ def test_a_killed_joint_run_on_volumes_and_pictures_leaves_the_same_bytes(place)
     found, expected = (load_checkpoint(f / LATEST_NAME)["extra"] for f in (folder, whole))
     assert found.keys() == expected.keys()
     assert all(found[key].equal(expected[key]) for key in found)
-    assert found["volume_known"].any() and found["slab_known"].any()
+    assert found["volume_known"].any()
+    assert found["slab_known"].any()

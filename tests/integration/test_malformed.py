@@ -35,13 +35,15 @@ def seen(folder: Path) -> list[tuple[str, str]]:
     rows = []
     for one in find_scans([], [folder]):
         # A candidate without a status may still turn out to be bad when it is read.
-        status, reason = one.status, one.reason
+        status = one.status
+        reason = one.reason
         if not status:
             try:
                 load_scan(one.path, one.part)
                 continue
             except ScanError as error:
-                status, reason = error.status, str(error)
+                status = error.status
+                reason = str(error)
         rows.append((status, reason))
     return rows
 

@@ -213,7 +213,8 @@ def test_existing_weights_start_a_run(workplace):
     assert second.returncode == 0, second.stderr
     assert "100.0 % of the encoder's parameters come from the file" in second.stderr
 
-    a, b = load_file(weights), load_file(folder_of(workplace, "second") / "encoder.safetensors")
+    a = load_file(weights)
+    b = load_file(folder_of(workplace, "second") / "encoder.safetensors")
     assert all(np.allclose(a[key], b[key], atol=1e-9) for key in a)
 
     # The default encoder is larger than the one of the file.

@@ -49,7 +49,8 @@ def line(tmp_path, shared_data, monkeypatch):
 
 
 def test_a_step_that_does_not_fit_is_made_in_more_parts(line, tmp_path, monkeypatch, capsys):
-    loss, seen = Autoregressive.loss, []
+    loss = Autoregressive.loss
+    seen = []
 
     def on_a_small_device(self, batch, references=False):
         # Only training on real crops: validation and the estimate of memory (meta) do not count.
@@ -66,7 +67,8 @@ def test_a_step_that_does_not_fit_is_made_in_more_parts(line, tmp_path, monkeypa
     file = tmp_path / "nnUNet_results/autoreg_pretraining/small/plan.json"
     plan = json.loads(file.read_text())
     assert (plan["optim"]["batch_size"], plan["optim"]["micro_batch_size"]) == (4, 1)
-    assert plan["run"]["dry_step_seconds"] > 0 and plan["run"]["loader_seconds_per_crop"] > 0
+    assert plan["run"]["dry_step_seconds"] > 0
+    assert plan["run"]["loader_seconds_per_crop"] > 0
     assert plan["run"]["peak_memory_gib"] > 0
     assert "out of memory with 2 crops at once" in plan["reasons"]["optim.micro_batch_size"]
     shown = capsys.readouterr().err
@@ -88,7 +90,8 @@ def test_a_step_that_does_not_fit_is_made_in_more_parts(line, tmp_path, monkeypa
 
 
 def test_running_out_of_memory_later_is_reported_in_one_line(line, monkeypatch, capsys):
-    loss, num = Autoregressive.loss, []
+    loss = Autoregressive.loss
+    num = []
 
     def on_a_device_that_others_use(self, batch, references=False):
         num.append(self.module.training and not batch.voxels.is_meta)

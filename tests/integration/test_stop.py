@@ -108,7 +108,8 @@ def test_sigterm_ends_every_phase_with_one_line_and_no_child(place, point, way):
     before = place.output(name)
 
     os.kill(place.pid, signal.SIGTERM)
-    status, left = place.status(), place.last_of_all()
+    status = place.status()
+    left = place.last_of_all()
 
     # Only what was printed after the signal.
     last = place.output(name)[len(before) :].strip().splitlines()
@@ -130,7 +131,8 @@ def test_ctrl_c_that_reaches_all_processes_ends_them_with_one_line(place, point,
 
     # As a terminal does: Ctrl-C reaches the whole group at once.
     os.killpg(place.pid, signal.SIGINT)
-    status, left = place.status(), place.last_of_all()
+    status = place.status()
+    left = place.last_of_all()
 
     last = place.output(name)[len(before) :].strip().splitlines()
     assert status == 130, last

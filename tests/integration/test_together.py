@@ -212,7 +212,8 @@ def test_sigterm_saves_once_ends_all_and_the_run_resumes_exactly(place, whole):
     main, worker = processes_of(process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
-    assert gone(main) and gone(worker)
+    assert gone(main)
+    assert gone(worker)
 
     said = place.log("stopped").read_text()
     assert "the state is saved: type the same line again to continue" in said.splitlines()[-1]
@@ -229,7 +230,8 @@ def test_a_killed_launcher_or_main_process_ends_all_and_leaves_no_lock(place, wh
     main, worker = processes_of(process)
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
-    assert gone(main) and gone(worker)
+    assert gone(main)
+    assert gone(worker)
 
     process = place.start("headless", "--num-gpus", "2")
     place.wait_for_step("headless", process, 12)
@@ -276,7 +278,8 @@ def test_hours_are_turned_into_steps_once_by_two_processes(
     place.wait_for_step("timed", process, 1)
     plan = json.loads((place.folder("timed") / "plan.json").read_text())
     # 0.001 h are 3.6 s, of which 5 % are left for validation and checkpoints.
-    steps, seconds = plan["optim"]["num_steps"], plan["run"]["seconds_per_step"]
+    steps = plan["optim"]["num_steps"]
+    seconds = plan["run"]["seconds_per_step"]
     assert steps == int(0.95 * 3.6 / seconds)
     assert "95 % of 0.001 h at " in plan["reasons"]["optim.num_steps"]
 

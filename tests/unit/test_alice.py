@@ -151,7 +151,8 @@ def test_t1_the_teacher_gets_no_gradient_and_is_a_running_mean(encoder: str) -> 
         momentum = 1 - (1 - 0.996) * rest
         expected = momentum * expected + (1 - momentum) * history[number + 1]
     taught = dict(objective.state.teacher.named_parameters())[name]
-    assert torch.allclose(taught, expected, atol=1e-7) and not torch.equal(taught, history[0])
+    assert torch.allclose(taught, expected, atol=1e-7)
+    assert not torch.equal(taught, history[0])
     assert all(p.grad is None for p in objective.state.teacher.parameters())
 
     groups = parameter_groups(objective.module, 0.1)
@@ -182,7 +183,8 @@ def test_student_and_teacher_start_from_given_weights(tmp_path: Path, write_run:
     load_initial_weights(objective.network, plan, tmp_path)
     objective.begin()
 
-    state, expected = objective.transferable_state(), load_file(weights)
+    state = objective.transferable_state()
+    expected = load_file(weights)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], value) for key, value in expected.items())
     teacher = objective.state.teacher.state_dict()
@@ -311,9 +313,11 @@ def test_t4_hidden_voxels_never_reach_the_student(encoder: str) -> None:
 def test_t5_casa_ignores_the_order_of_keys_and_follows_that_of_queries() -> None:
     torch.manual_seed(0)
     casa = Casa(16, 24).eval()
-    query, key = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    query = torch.randn(2, 5, 16)
+    key = torch.randn(2, 7, 16)
     valid = torch.ones(2, 7, dtype=torch.bool)
-    keys, queries = torch.randperm(7), torch.randperm(5)
+    keys = torch.randperm(7)
+    queries = torch.randperm(5)
 
     out = casa(query, key, valid)
 
@@ -429,10 +433,12 @@ def test_t8_pairs_of_affine_copies_show_the_same_place() -> None:
     anatomy = ndimage.gaussian_filter(rng.normal(size=(40, 40, 40)), 3)
     # 24 patients that differ in size by up to 5 % and in position by up to 2 voxels around the
     # centre.
-    zooms, shifts = rng.uniform(0.95, 1.05, (24, 3)), rng.uniform(3, 7, (24, 3))
+    zooms = rng.uniform(0.95, 1.05, (24, 3))
+    shifts = rng.uniform(3, 7, (24, 3))
     rows, cases = [], {}
     for number in range(24):
-        zoom, shift = zooms[number], shifts[number]
+        zoom = zooms[number]
+        shift = shifts[number]
         voxels = ndimage.affine_transform(
             anatomy / anatomy.std(),
             zoom,
@@ -440,7 +446,8 @@ def test_t8_pairs_of_affine_copies_show_the_same_place() -> None:
             output_shape=(30, 30, 30),
             order=1,
         )
-        name, shape = str(number), (30, 30, 30)
+        name = str(number)
+        shape = (30, 30, 30)
         cases[name] = Copy(voxels.astype(np.float32))
         row = ScanRow(name, "d", name, "", "MR", "", shape, (4.0,) * 3, shape, name, "ok", "")
         rows.append(replace(row, subject=name))
@@ -455,7 +462,8 @@ def test_t8_pairs_of_affine_copies_show_the_same_place() -> None:
 
     errors, random = [], []
     for one, two in zip(found[::2], found[1::2], strict=True):
-        assert one.structure == two.structure and one.subject != two.subject
+        assert one.structure == two.structure
+        assert one.subject != two.subject
 
         here = in_anatomy(one.scan, np.array(one.centre))
         there = in_anatomy(two.scan, np.array(two.centre))
@@ -589,7 +597,8 @@ def test_t12_validation_measures_health_and_training_goes_on(encoder: str) -> No
     assert {"teacher_entropy_classes", "centre_norm_patches", "inlier_rate"} <= set(health.own)
 
     step(0, batch_of(plan))
-    assert objective.module.training and not objective.state.teacher.training
+    assert objective.module.training
+    assert not objective.state.teacher.training
 
 
 def test_a_teacher_that_gives_one_answer_is_collapsed() -> None:
@@ -609,10 +618,14 @@ def test_a_teacher_that_gives_one_answer_is_collapsed() -> None:
         objective.state.temperature.fill_(1e6)
     all_alike = validation.measure()
 
-    assert well is not None and one is not None and all_alike is not None
+    assert well is not None
+    assert one is not None
+    assert all_alike is not None
     assert not well.own_signs
-    assert len(one.own_signs) == 1 and "same prototype" in one.own_signs[0]
-    assert len(all_alike.own_signs) == 1 and "alike" in all_alike.own_signs[0]
+    assert len(one.own_signs) == 1
+    assert "same prototype" in one.own_signs[0]
+    assert len(all_alike.own_signs) == 1
+    assert "alike" in all_alike.own_signs[0]
 
 
 # Learning, accumulation, memory, transfer.
@@ -620,7 +633,8 @@ def test_a_teacher_that_gives_one_answer_is_collapsed() -> None:
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_parts_of_a_batch_give_the_same_loss_and_gradient(encoder: str) -> None:
-    whole, parts = planned(encoder), planned(encoder, "optim.micro_batch_size=1")
+    whole = planned(encoder)
+    parts = planned(encoder, "optim.micro_batch_size=1")
     batch = batch_of(whole)
 
     # Padding makes the numbers of voxels and tokens differ between the samples.
@@ -700,19 +714,22 @@ def test_the_exported_weights_have_the_downstream_keys(encoder: str, export: str
 
     is_transformer = encoder == "primus_tiny"
     prefixes = ("down_projection.", "eva.") if is_transformer else ("encoder.", "decoder.")
-    assert state and all(key.startswith(prefixes) for key in state)
+    assert state
+    assert all(key.startswith(prefixes) for key in state)
     all_zero = all(not value.any() for value in state.values())
     assert all_zero == (export == "teacher")
 
 
 def test_the_images_of_a_pair_are_shown_side_by_side() -> None:
     objective = built(planned())
-    pair, single = batch_of(objective.plan, 1), batch_of(objective.plan, 1, num_members=1)
+    pair = batch_of(objective.plan, 1)
+    single = batch_of(objective.plan, 1, num_members=1)
 
     spacing = objective.plan.data.spacing_mm
     of_pair, of_one = validation_pictures(objective, [pair, single], CPU, spacing)
 
-    assert len(of_pair.images) == 2 and of_one.images == ()
+    assert len(of_pair.images) == 2
+    assert of_one.images == ()
     for member, planes in enumerate(of_pair.images):
         # Shown as radiologists view scans, from the opposite ends.
         volume_ZYX = pair.voxels[0, member, 0].flip(0, 1, 2)
@@ -728,7 +745,8 @@ def test_describe_and_pictures_have_the_shapes_of_the_batch() -> None:
         objective.module.eval()
         batch = batch_of(plan)
         with torch.no_grad():
-            features, made = objective.describe(batch), objective.reconstruct(batch)
+            features = objective.describe(batch)
+            made = objective.reconstruct(batch)
 
         assert features.features.shape[:2] == features.valid.shape == batch.order_index.shape
         assert made.predicted.shape == made.given.shape == batch.valid_mask.shape

@@ -136,7 +136,8 @@ def room_of(module: str) -> str:
 
 def may_import(importer: str, imported: str) -> bool:
     """Whether the table of levels lets one of our files import another."""
-    here, there = room_of(importer), room_of(imported)
+    here = room_of(importer)
+    there = room_of(imported)
     if LEVEL_OF[there] < LEVEL_OF[here] or here == there or (here, there) in SIDEWAYS:
         return True
     level = LEVEL_OF[here]
@@ -150,14 +151,18 @@ def may_import(importer: str, imported: str) -> bool:
 
 def test_the_rule_itself_distinguishes_up_from_down() -> None:
     # Two files of one ordered level, a file of a higher level, and a folder of a higher level.
-    assert may_import("records", "errors") and not may_import("errors", "records")
-    assert may_import("model.card", "plan") and not may_import("plan", "model.card")
+    assert may_import("records", "errors")
+    assert not may_import("errors", "records")
+    assert may_import("model.card", "plan")
+    assert not may_import("plan", "model.card")
     assert may_import("pretrain.trainer", "report.metrics")
     assert not may_import("report.metrics", "pretrain.trainer")
     # Two folders of the same level may not import each other, except for the one way of SIDEWAYS.
     assert not may_import("pretrain.trainer", "detection.boxes")
-    assert may_import("objectives.x", "sampling.y") and not may_import("sampling.y", "objectives.x")
-    assert not may_import("planning", "store.case") and may_import("trainers.x", "finetune.y")
+    assert may_import("objectives.x", "sampling.y")
+    assert not may_import("sampling.y", "objectives.x")
+    assert not may_import("planning", "store.case")
+    assert may_import("trainers.x", "finetune.y")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -195,7 +200,8 @@ def test_init_files_hold_nothing_but_a_docstring_and_the_version() -> None:
             version, lazy = rest
             assert ast.unparse(version).startswith("__version__ = ")
             # It imports load_encoder when that is first used, and never when the package is.
-            assert isinstance(lazy, ast.FunctionDef) and lazy.name == "__getattr__"
+            assert isinstance(lazy, ast.FunctionDef)
+            assert lazy.name == "__getattr__"
         else:
             assert rest == [], f"{path} must stay empty"
 

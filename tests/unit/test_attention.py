@@ -38,7 +38,8 @@ def cases():
     holes = torch.rand(2, 300, generator=generator) > 0.3
     # Padding that ends inside the second tile, that fills it, and that leaves a sample without
     # tokens.
-    first_missing, tile_missing = valid_mask.clone(), valid_mask.clone()
+    first_missing = valid_mask.clone()
+    tile_missing = valid_mask.clone()
     first_missing[:, :150] = False
     tile_missing[1, 128:256] = False
     none_left = valid_mask.clone()
@@ -71,7 +72,8 @@ def by_hand(kind, order_index, prefix, valid):
     B, T = order_index.shape
     allow = torch.zeros(B, T, T, dtype=torch.bool)
     for b in range(B):
-        order, is_valid = order_index[b].tolist(), valid[b].tolist()
+        order = order_index[b].tolist()
+        is_valid = valid[b].tolist()
         last_of_prefix = int(prefix[b]) - 1
         for q in range(T):
             if kind == "encoder":
@@ -126,7 +128,8 @@ def test_tiles_are_those_that_torch_finds_by_trying_every_pair(kind, name):
     if (kind, name) == ("decoder", "one rank"):
         # These tiles are full only because queries that see nothing are given the first block.
         # The list treats them as partly visible, which costs time but changes no result.
-        assert not full.any() and expected_full.any()
+        assert not full.any()
+        assert expected_full.any()
     else:
         assert torch.equal(full, expected_full)
 
@@ -215,7 +218,8 @@ def visible(rule):
     """(B, N, N) bool twice, by tiles of the dense mask: whether any pair is allowed, whether all
     are.
     """
-    dense, T = rule.dense()[:, 0], rule.order_index.shape[1]
+    dense = rule.dense()[:, 0]
+    T = rule.order_index.shape[1]
     N = -(-T // TILE)  # rounded up
     some = torch.zeros(len(dense), N, N, dtype=torch.bool)
     every = some.clone()
@@ -251,7 +255,8 @@ def test_kernels_read_every_samples_own_tiles(kind, num_heads, where):
                     partly = tiles(lists[f"{side}_num_blocks"], lists[f"{side}_indices"])
                     full = tiles(lists[f"full_{side}_num_blocks"], lists[f"full_{side}_indices"])
                     # The lists of "q" are indexed by key: the transpose of those of "kv".
-                    seen, all_seen = (partly | full), full
+                    seen = partly | full
+                    all_seen = full
                     if side == "q":
                         seen, all_seen = seen.transpose(-1, -2), all_seen.transpose(-1, -2)
                     for head in range(num_heads):
@@ -288,7 +293,8 @@ BLOCKS = {
 @pytest.mark.parametrize("arguments", BLOCKS.values(), ids=BLOCKS.keys())
 def test_a_block_gives_what_it_gives_by_itself_bit_for_bit(arguments):
     order_index, prefix, valid = CASES["one tile"]
-    made, mask = block(**arguments), block_causal(order_index, prefix, valid).dense()
+    made = block(**arguments)
+    mask = block_causal(order_index, prefix, valid).dense()
     x = torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(2))
     # Registers come before the 24 tokens and have no position.
     rope = torch.randn(
@@ -308,9 +314,11 @@ def test_blocks_of_our_own_get_the_mask_and_the_positions():
 
     # Three tokens in raster order, of which two are given. Tokens 0 and 1 see two tokens, 2 sees
     # three. A block adds 1 (the position) and that number: 3, 3 and 4, twice.
-    order_index, prefix = torch.tensor([[0, 1, 2]]), torch.tensor([2])
+    order_index = torch.tensor([[0, 1, 2]])
+    prefix = torch.tensor([2])
     rule = block_causal(order_index, prefix, torch.ones(1, 3, dtype=torch.bool))
-    tokens, rope = torch.zeros(1, 3, 1), torch.ones(3, 1)
+    tokens = torch.zeros(1, 3, 1)
+    rope = torch.ones(3, 1)
 
     out = run_blocks([Own(), Own()], tokens, rope, rule)
 

@@ -161,7 +161,8 @@ def test_changing_a_block_changes_the_prediction_of_the_next(objective):
 
 def test_only_given_blocks_react_to_later_blocks(objective):
     prefix = objective.module.num_blocks // 2
-    encoder, plan = objective.module.encoder.eval(), objective.plan
+    encoder = objective.module.encoder.eval()
+    plan = objective.plan
 
     def features(batch):
         with torch.no_grad():
@@ -243,7 +244,10 @@ def test_the_loss_over_blocks_of_several_tokens_equals_a_hand_computation(encode
     batch = make_batch(plan, 2)
     predicted = predict(objective, batch).numpy().astype(np.float64)
     crop = batch.voxels[0, 0, 0].numpy().astype(np.float64)
-    depth, total, count, t = plan.encoder.token_size_vox[0], 0.0, 0, 0
+    depth = plan.encoder.token_size_vox[0]
+    total = 0.0
+    count = 0
+    t = 0
     for z in range(0, 16, depth):
         for y in range(0, 32, 8):
             for x in range(0, 32, 8):
@@ -396,9 +400,11 @@ def several_members(plan, kind, prefix, seed=0):
     the grid that is not its corner.
     """
     generator = torch.Generator().manual_seed(seed)
-    size, token = member_crop(plan, kind), plan.encoder.token_size_vox
+    size = member_crop(plan, kind)
+    token = plan.encoder.token_size_vox
     codes = list(member_codes(plan)[kind])
-    grid, whole = grid_of(size, token), grid_of(plan.sequence.crop_size_vox, token)
+    grid = grid_of(size, token)
+    whole = grid_of(plan.sequence.crop_size_vox, token)
     ids = sequence_ids(grid, plan.sequence.block_tokens, len(codes), plan.sequence.order)
     order_index = draw_order_index(ids, plan.sequence.order, np.random.default_rng(seed))
     # Not the corner of the grid but its far end, so that an ignored window would be noticed.
@@ -474,7 +480,8 @@ def test_with_several_images_nothing_leaks_from_later_blocks(kind, way):
 def change_members(batch, plan, position_in_order):
     """The same batch with other voxels in the block at this position in the order."""
     token = plan.encoder.token_size_vox
-    members, size = batch.voxels.shape[1], batch.voxels.shape[3:]
+    members = batch.voxels.shape[1]
+    size = batch.voxels.shape[3:]
     tokens = to_blocks(batch.voxels[0], token).clone()
     assert tokens.shape[0] == members
 
@@ -498,7 +505,8 @@ def test_members_differ_by_code_and_code_0_is_what_fine_tuning_sees():
 
     torch.nn.init.normal_(objective.model.member.table)
     num_tokens = len(batch.order_index[0]) // 3
-    with_codes, one = predict(objective, batch), predict(objective, as_one)
+    with_codes = predict(objective, batch)
+    one = predict(objective, as_one)
 
     # The first member has code 0 in both; the members after it differ.
     assert torch.equal(with_codes[0, :num_tokens], one[0, :num_tokens])
@@ -538,4 +546,5 @@ def test_a_plan_with_one_kind_has_no_member_embedding():
     assert not [name for name in names if "member" in name]
 
     query = Autoregressive(make_plan(predictor="query")).module
-    assert query.head.member.shape == (1, 1, 1, 48) and query.member is None
+    assert query.head.member.shape == (1, 1, 1, 48)
+    assert query.member is None

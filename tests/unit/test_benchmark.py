@@ -88,8 +88,10 @@ def test_runs_go_seed_by_seed_and_stock_has_no_encoder_and_no_recipe() -> None:
         (0, "stock", "-", ""),
     ]
     # Three runs for each of the two seeds.
-    assert len(keys) == 6 and len({key.folder for key in keys}) == 6
-    assert weights_of(keys[0]) == "benchmark_a_masked" and weights_of(keys[2]) is None
+    assert len(keys) == 6
+    assert len({key.folder for key in keys}) == 6
+    assert weights_of(keys[0]) == "benchmark_a_masked"
+    assert weights_of(keys[2]) is None
     # nnU-Net uses the name of the plans in folder names, so "=" and "-" become "_".
     assert plans_name(keys[0]) == "AutoregPlans_benchmark_a_masked_scratch_rate_1e_2"
     assert plans_name(keys[2]) == "nnUNetPlans"
@@ -421,7 +423,8 @@ def test_results_call_cases_and_patients_by_ids(bench: Bench, tmp_path: Path) ->
     assert sorted(line["dice_per_case"]) == sorted(line["subjects"])
     # One patient is in the test set: 20 % of four, rounded up.
     assert len(set(line["subjects"].values())) == 1
-    assert set(ids.cases) == set(cases) and set(ids.patients) == {case[:3] for case in cases}
+    assert set(ids.cases) == set(cases)
+    assert set(ids.patients) == {case[:3] for case in cases}
 
     # Another scan of a known patient is the first of its ids that is new.
     more = assign_ids(root, {**record.subjects, "doe_M1": "doe"})
@@ -480,9 +483,11 @@ def test_a_budget_shows_the_total_time_before_anything_runs() -> None:
 
     # 2 seeds, 2 numbers of labels, 5 folds, 2 arms: 40 trainings of each length, 2 at a time.
     # 20 rounds of 10 + 30 minutes are 13.3 hours.
-    assert "80 trainings, 2 at a time" in budget and "13 h" in budget
+    assert "80 trainings, 2 at a time" in budget
+    assert "13 h" in budget
     # 2 seeds, 2 arms and 2 lengths.
-    assert "8 trainings" in steps and "50 or 200 steps" in steps
+    assert "8 trainings" in steps
+    assert "50 or 200 steps" in steps
 
 
 def test_a_dry_run_with_weights_does_not_advise_to_pretrain(tmp_path):
@@ -725,7 +730,8 @@ def test_the_time_of_a_step_leaves_out_pauses_between_epochs() -> None:
 
     trainer = Trainer()
     watch = StepTimer(trainer)
-    assert trainer.train_step({"x": 1}) == {"x": 1} and len(watch.times) == 1
+    assert trainer.train_step({"x": 1}) == {"x": 1}
+    assert len(watch.times) == 1
 
     # Ends of steps in seconds, four steps per epoch: 30 is the first of the second epoch, so the
     # 10 s before it hold a pause. The first two steps of a run (9 s each) warm up. Left are

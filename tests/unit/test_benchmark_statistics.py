@@ -72,7 +72,8 @@ def test_both_phases_of_a_patient_always_go_together() -> None:
     # Counted in cases: five cases are rounded up to three whole patients.
     five = labelled(division, subjects, 5, seed=0, unit="cases")
     both_phases = {case[:-3] + phase for case in five for phase in ("_ED", "_ES")}
-    assert len(five) == 6 and set(five) == both_phases
+    assert len(five) == 6
+    assert set(five) == both_phases
 
 
 def test_the_division_never_changes_and_labels_of_a_seed_are_nested() -> None:
@@ -161,7 +162,8 @@ def test_pairs_are_of_one_seed_and_case() -> None:
 
     found = paired(ours, theirs)
 
-    assert found is not None and found.mean == pytest.approx((0.1 + 0.0 + 0.3 + 0.1) / 4)
+    assert found is not None
+    assert found.mean == pytest.approx((0.1 + 0.0 + 0.3 + 0.1) / 4)
     assert (found.num_seeds, found.num_cases, found.num_left_out) == (2, 2, 1)
     assert paired({0: line()}, {1: line()}) is None
 
@@ -178,7 +180,8 @@ def test_two_patients_and_one_seed_give_the_exact_bootstrap() -> None:
     # Draws of two from {0, 1}: mean 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4, so 2.5 % and
     # 97.5 % lie at 0 and 1.
     found = interval(np.array([[0.0, 1.0]]), ["a", "b"])
-    assert found.over_cases == (0.0, 1.0) and found.mean == 0.5
+    assert found.over_cases == (0.0, 1.0)
+    assert found.mean == 0.5
 
     # Both scans of one patient come and go together: without that, a mean of 0 (all four draws from
     # the first patient's) would be rarer than 1 in 16.
@@ -248,12 +251,14 @@ def test_the_table_pairs_each_arm_with_its_twin_and_with_stock() -> None:
     assert ours.to_stock is not None
     assert ours.to_stock.mean == pytest.approx(-0.25)
     assert ours.to_stock.num_seeds == 1
-    assert rows["scratch"].to_scratch is None and rows["stock"].to_stock is None
+    assert rows["scratch"].to_scratch is None
+    assert rows["stock"].to_stock is None
 
     text = markdown(lines)
     # Seeds have 0.5 and 0.55: mean 0.525, standard deviation 0.05 / sqrt(2) = 0.035.
     assert "| test | 50 x 2 | 2 | brain | pretrained | 2 | 0.525 (0.035) | +0.125 [" in text
-    assert ", 1 seed |" in text and "another pretraining" in " ".join(text.split())
+    assert ", 1 seed |" in text
+    assert "another pretraining" in " ".join(text.split())
 
 
 def test_the_summary_says_in_words_what_is_shown_and_fits_a_terminal() -> None:
@@ -324,8 +329,10 @@ def test_the_folds_of_a_seed_are_one_run_with_all_patients() -> None:
     ours = rows["pretrained"]
     assert ours.key.split == "2-fold cross-validation"
     # Pretrained: (0.5 + 0.7 + 0.9) / 3. Scratch: (0.1 + 0.2 + 0.6) / 3.
-    assert ours.dice == [pytest.approx(0.7)] and rows["scratch"].dice == [pytest.approx(0.3)]
-    assert ours.to_scratch is not None and ours.to_scratch.mean == pytest.approx(0.4)
+    assert ours.dice == [pytest.approx(0.7)]
+    assert rows["scratch"].dice == [pytest.approx(0.3)]
+    assert ours.to_scratch is not None
+    assert ours.to_scratch.mean == pytest.approx(0.4)
     assert (ours.to_scratch.num_cases, ours.to_scratch.num_left_out) == (3, 0)
     # Two folds of 60 s; the larger number of labelled cases is shown.
     assert (ours.lines[0]["train_s"], ours.lines[0]["num_labelled"]) == (120.0, 4)
@@ -339,7 +346,8 @@ def test_folds_count_once_all_of_them_are_finished() -> None:
     assert unfinished_folds(lines).startswith("1 run ")
     assert unfinished_folds(lines[:2]) == ""
     note = unfinished_folds(lines)
-    assert note in markdown(lines) and note in summary(lines)
+    assert note in markdown(lines)
+    assert note in summary(lines)
 
     # A fold that was repeated counts once, with its last line.
     again = [*lines[:2], of_fold(2, {"b": [0.9]})]
@@ -362,7 +370,8 @@ def test_runs_of_another_recipe_or_length_are_never_paired() -> None:
     ]
     ours = next(row for row in rows_of(lines) if row.key.arm == "pretrained")
 
-    assert ours.to_scratch is None and ours.to_stock is None
+    assert ours.to_scratch is None
+    assert ours.to_stock is None
 
 
 def test_the_summary_of_nnunet_gives_dice_by_case_and_none_for_no_object(
@@ -411,7 +420,8 @@ def test_the_learning_curve_shows_every_length_with_intervals(
     panels = figures[0].axes
     assert [axis.get_title() for axis in panels] == ["50 steps", "200 steps"]
     title = figures[0].get_suptitle()
-    assert "n = 2 patients" in title and "2 seeds" in title
+    assert "n = 2 patients" in title
+    assert "2 seeds" in title
     for axis in panels:
         low, high = axis.get_ylim()
         assert high - low == pytest.approx(0.1)
@@ -448,8 +458,10 @@ def test_the_interval_of_a_mean_is_that_of_its_patients_and_seeds() -> None:
 
     found = mean_interval(runs)
 
-    assert found is not None and found.mean == 0.5
-    assert found.over_both == (0.0, 1.0) and found.num_seeds == 2
+    assert found is not None
+    assert found.mean == 0.5
+    assert found.over_both == (0.0, 1.0)
+    assert found.num_seeds == 2
     assert mean_interval({0: line(dice={"a": [None]})}) is None
 
 

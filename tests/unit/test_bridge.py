@@ -197,7 +197,8 @@ def test_the_hooked_module_keeps_its_import_metadata(nnunet: Path) -> None:
 
     spec = module.__spec__
 
-    assert plain is not None and spec is not None
+    assert plain is not None
+    assert spec is not None
     found = (spec.name, spec.origin, type(spec.loader))
     assert found == (plain.name, plain.origin, type(plain.loader))
     # The hook was put on this one loader and is taken off after the import.
@@ -407,12 +408,14 @@ def test_the_pth_line_is_silent_when_the_package_is_broken(tmp_path: Path, broke
 
     done = run_pth_line(tmp_path)
 
-    assert done.stdout.endswith("False\n") and done.stderr == ""
+    assert done.stdout.endswith("False\n")
+    assert done.stderr == ""
 
 
 def test_the_pth_line_is_silent_when_the_package_is_gone(tmp_path: Path) -> None:
     done = run_pth_line(tmp_path)
-    assert done.stdout == "[] False\n" and done.stderr == ""
+    assert done.stdout == "[] False\n"
+    assert done.stderr == ""
 
 
 def test_the_pth_line_is_one_line_that_site_executes() -> None:

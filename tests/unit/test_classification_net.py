@@ -149,7 +149,8 @@ def test_features_of_a_single_case_are_not_scaled() -> None:
 
 
 def test_classifiers_of_earlier_releases_give_the_same_logits() -> None:
-    network, volume = classifier(), torch.randn(2, 1, *PATCH)
+    network = classifier()
+    volume = torch.randn(2, 1, *PATCH)
     before = network(volume)
     state = network.state_dict()
     # Earlier checkpoints have no buffers feature_mean and feature_scale; scaling by 1 is their
@@ -173,8 +174,10 @@ def test_classes_that_are_not_known_carry_no_loss() -> None:
 
     expected = functional.cross_entropy(logits[0][:2], torch.tensor([0, 1]))
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert logits[1].grad is not None and not logits[1].grad.any()
-    assert logits[0].grad is not None and not logits[0].grad[2].any()
+    assert logits[1].grad is not None
+    assert not logits[1].grad.any()
+    assert logits[0].grad is not None
+    assert not logits[0].grad[2].any()
 
 
 def test_with_weights_every_class_has_the_same_share_of_the_loss() -> None:
@@ -244,12 +247,14 @@ def test_the_recipe_is_adamw_with_layer_decay_for_transformers() -> None:
     assert (recipe.optimizer, recipe.pretrained_rate, recipe.weight_decay) == (ADAMW, 1e-4, 1e-2)
     assert (recipe.warmup_fraction, recipe.warmup_max_fraction) == (0.1, 0.1)
     # There is no decoder to supervise or to train first.
-    assert not recipe.deep_supervision and not recipe.decoder_first_fraction
+    assert not recipe.deep_supervision
+    assert not recipe.decoder_first_fraction
 
     groups = parameter_groups(classifier("primus_tiny"), recipe)
     rates = sorted({group["rate_factor"] for group in groups})
     # The heads have the full rate, the last block 0.75 of it, and so on towards the input.
-    assert rates[-1] == 1 and rates[-2] == pytest.approx(0.75)
+    assert rates[-1] == 1
+    assert rates[-2] == pytest.approx(0.75)
 
 
 def test_a_plan_is_read_as_it_was_written() -> None:

@@ -136,12 +136,14 @@ def test_resamples_draw_patients_and_not_scans() -> None:
 
     found = mt.judge(TWO, truth, probabilities, patients, 50)
 
-    assert found is not None and found.num_patients == 20
+    assert found is not None
+    assert found.num_patients == 20
     assert np.array_equal(found.weights_BS[:, ::2], found.weights_BS[:, 1::2])
 
     # With one patient there is nothing to draw: only the row of the scores themselves.
     of_one_patient = mt.judge(TWO, truth, probabilities, ["p"] * 40, 50)
-    assert of_one_patient is not None and of_one_patient.weights_BS.shape == (1, 40)
+    assert of_one_patient is not None
+    assert of_one_patient.weights_BS.shape == (1, 40)
 
 
 def test_scores_of_different_models_are_not_compared_with_each_other() -> None:
@@ -297,7 +299,8 @@ def test_the_command_writes_scores_and_a_picture(
     assert found["tasks"]["grade"]["classes"] == ["1", "2", "3"]
     picture = matplotlib.image.imread(predictions / "metrics.png")
     # Large enough to read, and not an empty page.
-    assert picture.shape[1] > 1000 and picture.std() > 0.05
+    assert picture.shape[1] > 1000
+    assert picture.std() > 0.05
     assert "39 scans, 20 patients" in capsys.readouterr().out
 
 

@@ -193,7 +193,8 @@ def test_a_foreign_file_of_folds_is_used_or_left_unchanged(tmp_path: Path) -> No
 
     stock.write_text(json.dumps(torn))
     folds, source = find_folds(tmp_path, table)
-    assert len(folds) == 5 and "x0" in source
+    assert len(folds) == 5
+    assert "x0" in source
     assert json.loads(stock.read_text()) == torn
     # The second time our own file is read.
     assert find_folds(tmp_path, table)[0] == folds
@@ -226,7 +227,8 @@ def test_a_fold_that_cannot_be_trained_is_refused() -> None:
     # Class x is not validated, which is allowed with a warning.
     warnings = check_fold({"train": ["x000_0", "y000_0"], "val": ["y001_0"]}, table, "0")
 
-    assert len(warnings) == 1 and "'x'" in warnings[0]
+    assert len(warnings) == 1
+    assert "'x'" in warnings[0]
 
 
 def test_label_maps_are_written_only_for_cases_without_one(
@@ -245,7 +247,8 @@ def test_label_maps_are_written_only_for_cases_without_one(
     assert main(["-d", "960"]) == 0
 
     printed = capsys.readouterr().out
-    assert "wrote 4 label maps" in printed and "diagnosis (categorical): 3 x, 2 y" in printed
+    assert "wrote 4 label maps" in printed
+    assert "diagnosis (categorical): 3 x, 2 y" in printed
     assert (dataset / "labelsTr" / "a1.nii.gz").read_bytes() == b"mine"
     written = SimpleITK.ReadImage(str(dataset / "labelsTr" / "b1.nii.gz"))
     # The body in the scans of write_dataset is a cube of 8 voxels.

@@ -100,7 +100,8 @@ def test_flexattention_gives_the_loss_and_gradient_of_plain_attention(
     predictor: str,
     recompute: bool,
 ) -> None:
-    plan, batch = make_plan(recompute, order=order, predictor=predictor), make_batch(order)
+    plan = make_plan(recompute, order=order, predictor=predictor)
+    batch = make_batch(order)
     torch.manual_seed(0)
     objective = Autoregressive(plan)
     plain, gradient = value_and_gradient(objective.loss, objective.module, batch)
@@ -176,7 +177,8 @@ def test_a_cpu_compiles_layers_when_the_environment_asks(monkeypatch: pytest.Mon
     torch._dynamo.reset()
     path = fast_path(plan, CPU)
 
-    assert path is not None and not path.flex
+    assert path is not None
+    assert not path.flex
     assert losses(plan) == pytest.approx(plain, rel=1e-5)
 
 
@@ -230,12 +232,14 @@ def test_compiling_leaves_the_state_and_its_keys_as_they_are() -> None:
 
 
 def test_nothing_is_compiled_on_a_cpu_by_request_or_if_sharded() -> None:
-    plan, cuda = make_plan(), torch.device("cuda")
+    plan = make_plan()
+    cuda = torch.device("cuda")
 
     objective = Autoregressive(plan)
 
     assert run_by(fast_path(plan, CPU), objective.loss) == objective.loss
-    assert is_compiled(plan, cuda, sharded=False) and not is_compiled(plan, cuda, sharded=True)
+    assert is_compiled(plan, cuda, sharded=False)
+    assert not is_compiled(plan, cuda, sharded=True)
     eager = Plan(**{**vars(plan), "run": RunPlan(0, 2, 2, compile=False)})
     assert not is_compiled(eager, cuda, sharded=False)
 

@@ -91,13 +91,15 @@ def test_an_error_is_one_line_and_an_exit_code(task, capsys):
 
     lines = capsys.readouterr().err.strip().splitlines()
 
-    assert len(lines) == 1 and lines[0].startswith("autoreg_convert_nndetection: ")
+    assert len(lines) == 1
+    assert lines[0].startswith("autoreg_convert_nndetection: ")
     assert "-d 0" in lines[0]
 
 
 def test_a_task_that_cannot_be_converted_leaves_nothing_behind(task, tmp_path):
     line = ["-i", str(task), "-d", "16"]
-    raw, labels = tmp_path / "raw", task / "raw_splitted" / "labelsTr"
+    raw = tmp_path / "raw"
+    labels = task / "raw_splitted" / "labelsTr"
     images = task / "raw_splitted"
 
     fails(UsageError, "convert-number-range", ["-d 0", 999], "-i", str(task), "-d", "0")

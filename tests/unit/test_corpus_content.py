@@ -118,7 +118,8 @@ def test_usual_voxel_sizes_are_not_at_a_border_of_rounding(mm: float) -> None:
 def test_a_copy_that_was_rounded_scaled_or_normalised_is_a_duplicate(change: Any) -> None:
     array = fractions()
     copy = change(array).astype(np.float32)
-    original, changed = row("a", array), row("b", copy, (2.0000004, 1.0, 1.0))
+    original = row("a", array)
+    changed = row("b", copy, (2.0000004, 1.0, 1.0))
 
     first, second = settled((original, array), (changed, copy))
 
@@ -149,8 +150,10 @@ def test_the_same_voxels_with_another_voxel_size_are_another_scan() -> None:
 
 
 def test_a_rounded_copy_of_an_excluded_scan_is_excluded_in_any_order() -> None:
-    array, copy = fractions(), jittered(fractions())
-    excluded, copied = ("test", array, "excluded"), ("b", copy, "ok")
+    array = fractions()
+    copy = jittered(fractions())
+    excluded = ("test", array, "excluded")
+    copied = ("b", copy, "ok")
     for scans in ([excluded, copied], [copied, excluded]):
         rows = settled(*((row(name, a, status=status), a) for name, a, status in scans))
         found = next(r for r in rows if r.id == "b")
@@ -240,9 +243,11 @@ def test_indexes_of_earlier_versions_are_still_recognised() -> None:
     # The earlier hash rounded small values to 0; it was the same for usual ones.
     small = np.random.default_rng(0).uniform(0, 1e-9, (1, 8, 9, 10)).astype(np.float32)
     large = np.random.default_rng(1).uniform(0, 5, (1, 8, 9, 10)).astype(np.float32)
-    tiny, other = RawScan(small, ONE), RawScan(large, ONE)
+    tiny = RawScan(small, ONE)
+    other = RawScan(large, ONE)
 
     assert content_hash(usual) == earlier_hash(usual)
     assert content_hash(tiny) != earlier_hash(tiny)
-    assert has_content(tiny, earlier_hash(tiny)) and has_content(tiny, content_hash(tiny))
+    assert has_content(tiny, earlier_hash(tiny))
+    assert has_content(tiny, content_hash(tiny))
     assert not has_content(other, earlier_hash(tiny))

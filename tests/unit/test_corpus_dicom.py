@@ -154,7 +154,8 @@ def test_a_series_spread_over_folders_is_one_scan(tmp_path: Path) -> None:
 
     one = only(tmp_path / "pool")
 
-    assert one.path == tmp_path / "pool" / "A" and one.part == "series=1.2.3;below=yes"
+    assert one.path == tmp_path / "pool" / "A"
+    assert one.part == "series=1.2.3;below=yes"
     # Candidates are compared later by their voxels; here both are only found.
     np.testing.assert_array_equal(array_of(one), ras(d.volume()))
 
@@ -174,7 +175,8 @@ def test_a_file_that_lies_there_twice_is_read_once_and_counted(tmp_path: Path) -
     scan, copies = found(tmp_path / "pool")
 
     np.testing.assert_array_equal(array_of(scan), ras(d.volume()))
-    assert copies.status == "duplicate" and copies.reason.startswith("1 of 9 files")
+    assert copies.status == "duplicate"
+    assert copies.reason.startswith("1 of 9 files")
 
 
 def test_ids_hold_a_salted_hash_and_are_stable(tmp_path: Path) -> None:
@@ -182,7 +184,8 @@ def test_ids_hold_a_salted_hash_and_are_stable(tmp_path: Path) -> None:
     ids = [found(tmp_path / "pool", salt=salt)[0].id for salt in ("a", "a", "b")]
 
     assert ids[0] == ids[1] != ids[2]
-    assert ids[0].startswith("pool/CT-") and "1.2.3" not in ids[0]
+    assert ids[0].startswith("pool/CT-")
+    assert "1.2.3" not in ids[0]
 
 
 def time_series(folder: Path, **tag_of_time: Any) -> Any:
@@ -323,10 +326,12 @@ def test_zipped_dicom_and_nifti_are_read_in_place(tmp_path: Path) -> None:
 
     assert len(rows) == 3
     by_part = {row.part: row for row in rows}
-    nifti, dicom = by_part["member=scan one.nii.gz"], by_part["series=1.2.3"]
+    nifti = by_part["member=scan one.nii.gz"]
+    dicom = by_part["series=1.2.3"]
     assert [row.status for row in rows if row not in (nifti, dicom)] == ["ignored"]
     # The patient's name is in the name of a folder inside the archive.
-    assert "DOE" not in repr(dicom) and dicom.path.name == "export.zip"
+    assert "DOE" not in repr(dicom)
+    assert dicom.path.name == "export.zip"
     np.testing.assert_array_equal(array_of(nifti), ras(d.volume(seed=1)))
     np.testing.assert_array_equal(array_of(dicom), ras(d.volume()))
     # Nothing was unpacked beside the archive.
@@ -394,7 +399,8 @@ def test_real_series_equal_their_nifti_copies(shared_data: Path, tmp_path: Path)
 
     for number, one in enumerate(scans):
         copy = as_nifti(one, tmp_path / f"{number}.nii.gz", (1, 2, 0), (True, False, False))
-        scan, other = load_scan(one.path, one.part), load_scan(copy)
+        scan = load_scan(one.path, one.part)
+        other = load_scan(copy)
         np.testing.assert_allclose(scan.array_CZYX, other.array_CZYX, rtol=1e-5, atol=1e-3)
         np.testing.assert_allclose(scan.spacing_mm, other.spacing_mm, atol=1e-4)
 
@@ -405,7 +411,8 @@ def test_every_real_file_is_accounted_for(shared_data: Path) -> None:
     files = [p for p in (shared_data / "dicom").rglob("*") if p.is_file() and p.suffix == ".dcm"]
 
     # A file is covered if its folder has a row, be it a scan or a reason.
-    assert files and all(p.parent in covered for p in files)
+    assert files
+    assert all(p.parent in covered for p in files)
     assert sorted(c.status for c in rows if c.status) == [
         "derived",
         "ignored",
@@ -448,7 +455,8 @@ def test_turning_agrees_with_simpleitk() -> None:
 def test_at_45_degrees_the_last_digits_do_not_turn_a_scan() -> None:
     # x and y have equal shares in both axes, so the last digits could decide either way.
     for noise in (-1e-6, 0.0, 1e-6):
-        c, s = np.cos(np.pi / 4 + noise), np.sin(np.pi / 4 + noise)
+        c = np.cos(np.pi / 4 + noise)
+        s = np.sin(np.pi / 4 + noise)
         direction = np.array([[-c, s, 0], [-s, -c, 0], [0, 0, 1]])
 
         order, _ = turn_of(direction)
@@ -533,10 +541,12 @@ def test_label_maps_of_bids_and_nnunet_are_counted_by_folder(tmp_path: Path) -> 
 
 
 def test_label_names_are_those_of_bids_and_nnunet_only() -> None:
-    assert is_label_name("a/sub-1_dseg") and is_label_name("pool/labelsTr/x")
+    assert is_label_name("a/sub-1_dseg")
+    assert is_label_name("pool/labelsTr/x")
     # "mask" or "seg" somewhere in another name may be a scan ("masked" against recognition).
     assert not is_label_name("pool/masked/x_T1w")
-    assert not is_label_name("mask") and not is_label_name("pool/scan_seg")
+    assert not is_label_name("mask")
+    assert not is_label_name("pool/scan_seg")
 
 
 def test_subject_and_session_do_not_show_when_a_candidate_is_printed(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_link_loops_end_and_are_reported(tmp_path: Path) -> None:
 
     found = find_scans([], [tmp_path / "pool"])
 
-    assert scans(found) == ["pool/sub/x"] and left_out(found) == {"pool/sub/up": "link"}
+    assert scans(found) == ["pool/sub/x"]
+    assert left_out(found) == {"pool/sub/up": "link"}
 
 
 def test_broken_dicom_gets_one_row_per_folder_without_any_file_name(
@@ -214,7 +215,8 @@ def test_a_name_that_is_not_utf8_is_reported_and_can_be_printed(
         "utf-8",
     )  # raises an error if it cannot
     # Another encoding of the shell would not help.
-    assert "rename" in found[0].reason and "PYTHONUTF8" not in found[0].reason
+    assert "rename" in found[0].reason
+    assert "PYTHONUTF8" not in found[0].reason
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
@@ -231,7 +233,8 @@ def test_a_shell_of_another_encoding_is_named_with_its_remedy(
     found = {one.path.name: one for one in find_scans([], [tmp_path])}
 
     reason = found.pop("schädel.nii.gz").reason
-    assert encoding in reason and "export PYTHONUTF8=1" in reason
+    assert encoding in reason
+    assert "export PYTHONUTF8=1" in reason
     assert [one.status for one in found.values()] == [""]
 
 

@@ -91,7 +91,8 @@ def test_shapes_are_those_at_the_asked_spacing() -> None:
     found = fingerprint(make_index(row("a", (10, 20, 30), (4.0, 1.0, 1.0))), (2.0, 2.0, 2.0))
 
     # 10 x 4 / 2 = 20, 20 / 2 = 10, 30 / 2 = 15.
-    assert found.median_shape_vox == (20, 10, 15) and found.total_vox == 3000
+    assert found.median_shape_vox == (20, 10, 15)
+    assert found.total_vox == 3000
     assert found.spacing_mm == (2.0, 2.0, 2.0)
     assert found.modalities["MR"].spacing_mm.median == (4.0, 1.0, 1.0)
 
@@ -107,9 +108,11 @@ def test_one_odd_scan_does_not_move_the_medians() -> None:
 
     found = fingerprint(index)
 
-    assert found.median_shape_vox == (40, 50, 60) and found.spacing_mm == (1.0, 1.0, 1.0)
+    assert found.median_shape_vox == (40, 50, 60)
+    assert found.spacing_mm == (1.0, 1.0, 1.0)
     assert found.modalities["MR"].intensity.percentiles["50.0"].median == (3.0,)
-    finest, isotropic = fingerprint(index, "finest"), fingerprint(index, "isotropic")
+    finest = fingerprint(index, "finest")
+    isotropic = fingerprint(index, "isotropic")
     assert finest.spacing_mm == isotropic.spacing_mm
 
 
@@ -150,7 +153,8 @@ def test_a_pool_without_usable_scans_says_what_was_met() -> None:
 
 
 # A brain MRI and a cine MRI of the heart, (z, y, x) in mm.
-BRAIN, CINE = (1.0, 1.0, 1.0), (10.0, 1.5, 1.5)
+BRAIN = (1.0, 1.0, 1.0)
+CINE = (10.0, 1.5, 1.5)
 
 
 def scans(
@@ -226,11 +230,13 @@ def test_policies_choose_a_percentile_the_finest_axis_or_the_users_values() -> N
 
     [everyone] = group_scans([*found, *scans((5, CINE))], parse_policy("3,2,1"))
 
-    assert everyone.spacing_mm == (3.0, 2.0, 1.0) and len(everyone.members) == 16
+    assert everyone.spacing_mm == (3.0, 2.0, 1.0)
+    assert len(everyone.members) == 16
 
 
 def test_small_images_are_not_made_coarser_than_they_are() -> None:
-    large, small = scans((7, (1.5, 1.5, 1.5)), side=150), scans((3, (1.0, 1.0, 1.0)), side=40)
+    large = scans((7, (1.5, 1.5, 1.5)), side=150)
+    small = scans((3, (1.0, 1.0, 1.0)), side=40)
 
     (group,) = group_scans(large + small, "median")
 
@@ -240,7 +246,8 @@ def test_small_images_are_not_made_coarser_than_they_are() -> None:
     # Two small images are too few to decide for all.
     assert targets(large + small[:2]) == [(9, (1.5, 1.5, 1.5))]
     # Small images that are coarser than the median lose nothing.
-    fine, coarse = scans((7, (1.0, 1.0, 1.0)), side=150), scans((3, (1.5, 1.5, 1.5)), side=40)
+    fine = scans((7, (1.0, 1.0, 1.0)), side=150)
+    coarse = scans((3, (1.5, 1.5, 1.5)), side=40)
     assert targets(fine + coarse) == [(10, (1.0, 1.0, 1.0))]
 
 
@@ -290,7 +297,9 @@ def test_air_and_padding_do_not_count_as_intensities() -> None:
 
     for image in (scan, noisy):
         low, _, middle, _, high = body_percentiles(image, "MR")
-        assert low > 100 and middle == pytest.approx(150, abs=8) and high < 200
+        assert low > 100
+        assert middle == pytest.approx(150, abs=8)
+        assert high < 200
 
     ct = np.where(scan > 0, scan, -1000).astype(np.float32)
     ct[8:10, 8:10, 8:10] = -900  # air inside the body counts

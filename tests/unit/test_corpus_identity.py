@@ -37,7 +37,8 @@ def test_names_that_are_not_utf8_are_hashed_too() -> None:
 def test_the_salt_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     salt = load_salt(tmp_path / "store")
 
-    assert load_salt(tmp_path / "store") == salt and len(salt) == 64
+    assert load_salt(tmp_path / "store") == salt
+    assert len(salt) == 64
     assert stat.S_IMODE((tmp_path / "store" / SALT_NAME).stat().st_mode) == 0o600
     assert load_salt(tmp_path / "other") != salt
     # No temporary file is left behind.

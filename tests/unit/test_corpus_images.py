@@ -87,7 +87,8 @@ def test_2d_images_are_left_out_with_the_reason_for_other_objectives(pool: Path)
     assert [Path(row.source).name for row in index.usable] == ["volume.nii.gz"]
     flat = [row.reason for row in index.rows if row.status == "not3d"]
     # The flat NIfTI file, the slice and the row that counts the pictures.
-    assert len(flat) == 3 and all("--objective joint" in reason for reason in flat)
+    assert len(flat) == 3
+    assert all("--objective joint" in reason for reason in flat)
     assert any("1 .jpeg" in reason and "1 .png" in reason for reason in flat)
 
     with refused(ScanError, "scan-not3d", "50 x 40 x 1"):
@@ -101,8 +102,10 @@ def test_grey_values_are_kept_exactly_and_colours_become_luminance(tmp_path: Pat
     read = load_scan_or_image(tmp_path / "grey.png")
     mixed = load_scan_or_image(tmp_path / "colour.png")
 
-    assert read.array_CZYX.shape == (1, 1, 40, 50) and read.array_CZYX.dtype == np.float32
-    assert np.array_equal(read.array_CZYX[0, 0], grey) and read.spacing_mm == (1.0, 1.0, 1.0)
+    assert read.array_CZYX.shape == (1, 1, 40, 50)
+    assert read.array_CZYX.dtype == np.float32
+    assert np.array_equal(read.array_CZYX[0, 0], grey)
+    assert read.spacing_mm == (1.0, 1.0, 1.0)
     # The weights of ITU-R BT.601 for red, green and blue.
     expected = colour @ np.array([0.299, 0.587, 0.114])
     assert np.allclose(mixed.array_CZYX[0, 0], expected, atol=1e-3)
@@ -221,13 +224,15 @@ def test_images_are_stored_as_one_slice_and_pictures_in_archives_are_read(pool: 
 
     keys = store.ensure(rows, spacing_of, None, 1)
 
-    assert len(keys) == len(rows) == 5 and not store.failures
+    assert len(keys) == len(rows) == 5
+    assert not store.failures
     for row in rows:
         case = store.open(keys[row.id])
         assert case.shape_vox == row.shape_vox
         # Stored normalised; the padding of half-precision numbers needs some tolerance.
         voxels = case.read((0, 0, 0), case.shape_vox)
-        assert abs(float(voxels.mean())) < 0.05 and 0.9 < float(voxels.std()) < 1.1
+        assert abs(float(voxels.mean())) < 0.05
+        assert 0.9 < float(voxels.std()) < 1.1
 
 
 def radiograph(path: Path, pixels: np.ndarray, **how: Any) -> Path:

@@ -78,7 +78,8 @@ def test_a_row_holds_what_the_scan_is(tmp_path: Path) -> None:
     assert (row.id, row.status, row.reason, row.modality) == ("pool/a", "ok", "", "MR")
     assert (row.shape_vox, row.cropped_shape_vox) == ((16, 18, 20), (12, 18, 20))
     assert row.spacing_mm == (2.0, 1.0, 1.0)
-    assert row.source == str(tmp_path / "pool" / "a.nii.gz") and len(row.content_hash) == 64
+    assert row.source == str(tmp_path / "pool" / "a.nii.gz")
+    assert len(row.content_hash) == 64
 
 
 def test_a_scan_in_another_format_and_type_is_a_duplicate_of_the_first(
@@ -141,7 +142,8 @@ def test_a_copy_of_an_excluded_scan_is_excluded_too(
     index = make_index(tmp_path / "pool", {"zz_test", str(outside)})
 
     assert statuses(index) == {"a": "excluded", "b": "excluded", "c": "ok", "zz_test": "excluded"}
-    assert "zz_test" in index.rows[0].reason and str(outside) in index.rows[1].reason
+    assert "zz_test" in index.rows[0].reason
+    assert str(outside) in index.rows[1].reason
 
 
 def test_an_exclusion_that_matches_nothing_is_reported(
@@ -174,7 +176,8 @@ def test_a_file_that_vanishes_between_finding_and_reading_is_a_row(tmp_path: Pat
 
     row = index_scans(candidates, set(), 1).rows[0]
 
-    assert row.status == "unreadable" and "vanished" in row.reason
+    assert row.status == "unreadable"
+    assert "vanished" in row.reason
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
@@ -255,7 +258,8 @@ def test_the_body_holds_its_lung_and_not_the_air_around_it() -> None:
 
     # 12 slices of 24 x 24 voxels; the lung of 8 x 8 is inside.
     assert int(body.sum()) == 12 * 24 * 24
-    assert body[0, 12, 12] and not body[0, 0, 0]
+    assert body[0, 12, 12]
+    assert not body[0, 0, 0]
 
 
 def test_the_window_comes_only_from_inside_the_body(tmp_path: Path) -> None:
@@ -272,7 +276,8 @@ def test_the_window_comes_only_from_inside_the_body(tmp_path: Path) -> None:
 
     assert window is not None
     # Soft tissue at 40 HU is 8/9 of the body, the lung at -800 HU the rest.
-    assert abs(window.median - 40) < 2 and -840 < window.percentile_00_5 < -780
+    assert abs(window.median - 40) < 2
+    assert -840 < window.percentile_00_5 < -780
     assert intensity.window_of(np.zeros(0, np.float32)) is None
 
 
@@ -299,7 +304,9 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_exclusions_are_read_from_text_lists_and_splits(tmp_path: Path) -> None:
-    text, ids, splits = tmp_path / "a.txt", tmp_path / "b.json", tmp_path / "splits_final.json"
+    text = tmp_path / "a.txt"
+    ids = tmp_path / "b.json"
+    splits = tmp_path / "splits_final.json"
     # Comments begin with "#" after a space: "x#2" is an id.
     text.write_text("# test scans\ncase 1  # the first\n\n/data/ä.nii.gz\nx#2\n", encoding="utf-8")
     assert read_exclude(text) == {"case 1", "/data/ä.nii.gz", "x#2"}
@@ -369,7 +376,8 @@ def test_no_identifier_reaches_the_index_or_the_journal(
     assert (row.status, row.reason) == ("excluded", "excluded by the user (by its patient)")
     files = (tmp_path / "scans.csv").read_text() + (tmp_path / "journal").read_text()
     written = files + caplog.text + repr(candidates)
-    assert "DOE" not in written and "1.2.3.4" not in written
+    assert "DOE" not in written
+    assert "1.2.3.4" not in written
 
 
 @pytest.mark.parametrize(
@@ -408,9 +416,11 @@ def test_a_row_holds_intensity_percentiles_of_the_body(tmp_path: Path) -> None:
 
     row = make_index(tmp_path / "pool").rows[0]
 
-    assert len(row.percentiles) == 5 and list(row.percentiles) == sorted(row.percentiles)
+    assert len(row.percentiles) == 5
+    assert list(row.percentiles) == sorted(row.percentiles)
     # The middle one is soft tissue; the air around the body at -1000 HU does not count.
-    assert abs(row.percentiles[2] - 40) < 3 and row.percentiles[0] > -900
+    assert abs(row.percentiles[2] - 40) < 3
+    assert row.percentiles[0] > -900
 
 
 def interrupted_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
@@ -505,7 +515,8 @@ def test_a_torn_journal_loses_its_last_line_only(
     journal.write_bytes(lines + torn)
 
     assert interrupted_index(pool_of_4, monkeypatch, 4) == ["c.nii.gz", "d.nii.gz"]
-    assert journal.read_bytes().startswith(lines) and torn not in journal.read_bytes()
+    assert journal.read_bytes().startswith(lines)
+    assert torn not in journal.read_bytes()
 
 
 def test_unreadable_files_are_tried_again_every_time(

@@ -89,7 +89,8 @@ def test_paths_that_do_not_exist_or_hold_no_scan_are_counted_and_shown(
     assert logged(caplog, "--manifest", "1 paths", "'gone.nii.gz'")
     assert logged(caplog, "--manifest", "1 paths", f"'{tmp_path / 'manifest.csv'}'")
     # Files and redirected output name no file.
-    assert "gone" not in caplog.text and str(tmp_path) not in caplog.text
+    assert "gone" not in caplog.text
+    assert str(tmp_path) not in caplog.text
 
 
 @pytest.mark.parametrize(

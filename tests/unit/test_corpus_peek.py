@@ -77,5 +77,6 @@ def test_real_scans_are_seen_as_simpleitk_sees_them(shared_data: Path) -> None:
 
         found = peek(path)
 
-        assert found is not None and found.shape_vox == reader.GetSize()[::-1]
+        assert found is not None
+        assert found.shape_vox == reader.GetSize()[::-1]
         np.testing.assert_allclose(found.spacing_mm, reader.GetSpacing()[::-1], rtol=1e-6)

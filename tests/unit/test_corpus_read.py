@@ -76,7 +76,8 @@ def test_a_truncated_gzip_is_noticed_though_itk_fills_it_with_zeros(tmp_path: Pa
 
     status, reason = status_of(path)
 
-    assert status == "unreadable" and "truncated" in reason
+    assert status == "unreadable"
+    assert "truncated" in reason
 
 
 def test_a_gzip_of_a_truncated_file_is_noticed(tmp_path: Path) -> None:
@@ -87,7 +88,8 @@ def test_a_gzip_of_a_truncated_file_is_noticed(tmp_path: Path) -> None:
     status, reason = status_of(path)
 
     # A header of 352 bytes and 16 x 18 x 20 voxels of 2 bytes.
-    assert status == "unreadable" and "11772 of 11872 bytes" in reason
+    assert status == "unreadable"
+    assert "11772 of 11872 bytes" in reason
 
 
 def test_flipped_bytes_in_a_gzip_are_noticed(tmp_path: Path) -> None:
@@ -108,7 +110,8 @@ def test_truncated_files_of_other_formats_are_noticed(tmp_path: Path, ending: st
 
     status, reason = status_of(path)
 
-    assert status == "unreadable" and "truncated" in reason
+    assert status == "unreadable"
+    assert "truncated" in reason
 
 
 def test_an_empty_file_is_unreadable(tmp_path: Path) -> None:
@@ -144,7 +147,8 @@ def test_a_forbidden_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "open", refuse)
 
     status, reason = status_of(path)
-    assert status == "unreadable" and "permission denied" in reason
+    assert status == "unreadable"
+    assert "permission denied" in reason
 
 
 def test_the_data_file_of_a_header_must_be_there(tmp_path: Path) -> None:
@@ -165,12 +169,14 @@ def test_a_series_is_4d_but_one_volume_with_a_fourth_axis_is_a_scan(tmp_path: Pa
 
     status, reason = status_of(save(tmp_path / "a.nii.gz", series))
 
-    assert status == "4d" and "3 volumes" in reason
+    assert status == "4d"
+    assert "3 volumes" in reason
 
     one_volume = noise((1, 16, 18, 20)).astype(np.float32)
     for name in ("b.nii.gz", "b.mha"):
         scan = read.load_scan(save(tmp_path / name, one_volume, (1.0, 1.0, 2.0, 1.0)))
-        assert scan.array_CZYX.shape == (1, 16, 18, 20) and scan.spacing_mm == (2.0, 1.0, 1.0)
+        assert scan.array_CZYX.shape == (1, 16, 18, 20)
+        assert scan.spacing_mm == (2.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
@@ -196,7 +202,8 @@ def test_nan_and_inf_are_counted(tmp_path: Path) -> None:
     for name in ("a.nii.gz", "b.nii", "c.mha"):
         status, reason = status_of(save(tmp_path / name, array))
         # Three NaN and one infinite value of 16 x 18 x 20.
-        assert status == "nonfinite" and reason.startswith("4 of 5760 voxels")
+        assert status == "nonfinite"
+        assert reason.startswith("4 of 5760 voxels")
 
 
 def test_a_constant_scan_is_refused_with_its_value(tmp_path: Path) -> None:
@@ -265,7 +272,8 @@ def test_qform_and_sform_must_agree_unless_the_sform_is_a_registration(
 
     status, reason = status_of(contradicting)
 
-    assert status == "direction" and "1, 1, 2 mm against 3, 3, 3 mm" in reason
+    assert status == "direction"
+    assert "1, 1, 2 mm against 3, 3, 3 mm" in reason
 
     # Code 4 is MNI space: such an sform describes the place in an atlas, not the scan.
     registered = patch(save(tmp_path / "b.nii", noise()), (252, "2h", (1, 4)), *rows)
@@ -323,7 +331,8 @@ def test_an_8_bit_scan_is_not_a_label_map_for_any_name(tmp_path: Path) -> None:
 
 
 def test_label_names_are_words_not_parts_of_words() -> None:
-    assert read.LABEL_NAME.search("case_seg.nii.gz") and read.LABEL_NAME.search("mask.nii")
+    assert read.LABEL_NAME.search("case_seg.nii.gz")
+    assert read.LABEL_NAME.search("mask.nii")
     assert not read.LABEL_NAME.search("damasked_segovia.nii.gz")
 
 
@@ -341,7 +350,8 @@ def test_output_of_libraries_is_caught_and_both_streams_come_back(
         # Written to the file descriptors, past Python's own sys.stdout and sys.stderr.
         os.write(2, b"noise from C++\n")
         os.write(1, b"noise from libjpeg\n")
-        assert "noise from C++" in caught() and "libjpeg" in caught()
+        assert "noise from C++" in caught()
+        assert "libjpeg" in caught()
     os.write(2, b"after\n")
     os.write(1, b"result\n")
 
@@ -410,7 +420,8 @@ def test_a_truncated_image_with_a_rest_is_still_truncated(tmp_path: Path) -> Non
 
 def test_a_pair_is_checked_in_both_of_its_files(tmp_path: Path) -> None:
     header = save(tmp_path / "a.hdr", noise().astype(np.float32))
-    voxels, data = tmp_path / "a.img", (tmp_path / "a.img").read_bytes()
+    voxels = tmp_path / "a.img"
+    data = (tmp_path / "a.img").read_bytes()
     expected = read.load_scan(header).array_CZYX
 
     # Names may be in capitals.
@@ -449,4 +460,5 @@ def test_values_beyond_32_bits_are_called_so(tmp_path: Path) -> None:
     # 1e40 becomes infinite in float32, whose largest number is 3.4e38.
     status, reason = status_of(save(tmp_path / "a.nii.gz", noise().astype(np.float64) * 1e40))
 
-    assert status == "nonfinite" and "too large" in reason
+    assert status == "nonfinite"
+    assert "too large" in reason

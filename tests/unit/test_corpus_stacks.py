@@ -184,7 +184,8 @@ def test_a_missing_slice_is_not_hidden_by_cutting_the_series(tmp_path: Path) -> 
 
     (found,) = find_scans([], [tmp_path / "pool"])
 
-    assert found.status == "slices" and "missing" in found.reason
+    assert found.status == "slices"
+    assert "missing" in found.reason
 
 
 def test_the_second_pass_may_run_backwards(tmp_path: Path) -> None:
@@ -231,7 +232,8 @@ def test_volumes_at_the_same_places_are_split_by_what_separates_them(
     (refused,) = find_scans([], [tmp_path / "pool"])
     found = usable(tmp_path / "pool", split_4d=True)
 
-    assert refused.status == "4d" and mark in refused.reason
+    assert refused.status == "4d"
+    assert mark in refused.reason
     assert [is_one_of(voxels(one), arrays) for one in found] == [True, True]
 
 
@@ -271,8 +273,10 @@ def test_diffusion_directions_of_several_b_values_are_split(tmp_path: Path) -> N
     (refused,) = find_scans([], [tmp_path / "pool"])
     found = usable(tmp_path / "pool", split_4d=True)
 
-    assert refused.status == "4d" and f"{len(marks)} volumes" in refused.reason
-    assert len(found) == len(marks) and all(is_one_of(voxels(one), arrays) for one in found)
+    assert refused.status == "4d"
+    assert f"{len(marks)} volumes" in refused.reason
+    assert len(found) == len(marks)
+    assert all(is_one_of(voxels(one), arrays) for one in found)
 
 
 def test_one_sop_instance_for_all_files_does_not_make_them_copies(tmp_path: Path) -> None:
@@ -286,7 +290,8 @@ def test_one_sop_instance_for_all_files_does_not_make_them_copies(tmp_path: Path
     found = usable(tmp_path / "pool", split_4d=True)
 
     assert refused.status == "4d"
-    assert len(found) == 2 and all(is_one_of(voxels(one), arrays) for one in found)
+    assert len(found) == 2
+    assert all(is_one_of(voxels(one), arrays) for one in found)
 
 
 # Positions are written with one decimal or none, so the distances of slices alternate.
@@ -345,7 +350,8 @@ def test_secondary_images_are_used_if_nothing_better_is_there(tmp_path: Path) ->
 
     (found,) = find_scans([], [tmp_path / "pool"])
 
-    assert found.status == "" and voxels(found).shape == (8, 18, 20)
+    assert found.status == ""
+    assert voxels(found).shape == (8, 18, 20)
 
 
 def test_secondary_images_give_way_to_originals_of_their_study_only(tmp_path: Path) -> None:
@@ -395,7 +401,8 @@ def test_a_mosaic_is_named_with_the_tool_that_converts_it(tmp_path: Path) -> Non
 
     assert found.status == "mosaic"
     # Splitting by time would not help.
-    assert "dcm2niix" in found.reason and "--split-4d" not in found.reason
+    assert "dcm2niix" in found.reason
+    assert "--split-4d" not in found.reason
 
 
 @pytest.mark.parametrize(("same_patient", "warned"), [(True, True), (False, False)])

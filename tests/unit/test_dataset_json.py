@@ -164,7 +164,8 @@ def test_a_listed_file_that_is_missing_is_reported(tmp_path: Path) -> None:
 
     (found,) = find_scans([], [folder])
 
-    assert found.status == "unreadable" and "dataset.json lists it" in found.reason
+    assert found.status == "unreadable"
+    assert "dataset.json lists it" in found.reason
 
 
 def test_case_ids_with_dots_keep_their_label_maps_and_boxes(tmp_path: Path) -> None:
@@ -256,7 +257,8 @@ def test_the_probe_works_for_regions_and_for_case_ids_with_dots(tmp_path: Path) 
 
     crops = crops_of(folder)
 
-    assert len(crops) == 4 and Probe(crops).works
+    assert len(crops) == 4
+    assert Probe(crops).works
 
 
 def test_a_probe_that_could_never_give_a_result_is_left_out_with_one_line(

@@ -50,7 +50,8 @@ def intensities(image: np.ndarray) -> list[torch.Tensor]:
 
 
 def test_features_that_show_the_structures_score_nearly_one() -> None:
-    pool, scored = [scan(n) for n in range(4)], [scan(n) for n in (7, 8)]
+    pool = [scan(n) for n in range(4)]
+    scored = [scan(n) for n in (7, 8)]
 
     results = dense_probe(intensities, pool, scored, 3, SETTINGS)
 
@@ -62,7 +63,8 @@ def test_features_that_show_the_structures_score_nearly_one() -> None:
 
 
 def test_features_of_noise_score_far_less() -> None:
-    pool, scored = [scan(n) for n in range(4)], [scan(7)]
+    pool = [scan(n) for n in range(4)]
+    scored = [scan(7)]
 
     def noise(image: np.ndarray) -> list[torch.Tensor]:
         # Noise that differs between scans and is the same for one scan.
@@ -73,7 +75,8 @@ def test_features_of_noise_score_far_less() -> None:
 
 
 def test_the_same_call_gives_the_same_figures() -> None:
-    pool, scored = [scan(n) for n in range(4)], [scan(7)]
+    pool = [scan(n) for n in range(4)]
+    scored = [scan(7)]
 
     first, again = (dense_probe(intensities, pool, scored, 3, SETTINGS) for _ in range(2))
 
@@ -81,7 +84,8 @@ def test_the_same_call_gives_the_same_figures() -> None:
 
 
 def test_each_scan_passes_through_the_network_once() -> None:
-    pool, scored = [scan(n) for n in range(3)], [scan(7)]
+    pool = [scan(n) for n in range(3)]
+    scored = [scan(7)]
     seen = []
 
     def counted(image: np.ndarray) -> list[torch.Tensor]:
@@ -122,7 +126,8 @@ def test_logits_made_before_upsampling_are_those_made_after() -> None:
 
 
 def test_a_network_that_wants_larger_shapes_gets_them() -> None:
-    pool, scored = [scan(n) for n in range(3)], [scan(7)]
+    pool = [scan(n) for n in range(3)]
+    scored = [scan(7)]
     shapes = set()
 
     def noted(image: np.ndarray) -> list[torch.Tensor]:
@@ -140,7 +145,8 @@ def test_a_network_that_wants_larger_shapes_gets_them() -> None:
 
 
 def test_sets_of_levels_are_scored_separately() -> None:
-    pool, scored = [scan(n) for n in range(3)], [scan(7)]
+    pool = [scan(n) for n in range(3)]
+    scored = [scan(7)]
 
     # The first level knows nothing, the second everything.
     def two_levels(image: np.ndarray) -> list[torch.Tensor]:
@@ -188,7 +194,8 @@ def test_labelled_sets_hold_whole_patients_and_are_nested() -> None:
 
     # One and three patients with two scans each.
     for draw in range(4):
-        assert len(sets[1, draw]) == 2 and len(sets[3, draw]) == 6
+        assert len(sets[1, draw]) == 2
+        assert len(sets[3, draw]) == 6
 
     large_sets = set()
     for draw in range(4):

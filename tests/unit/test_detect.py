@@ -116,8 +116,11 @@ def test_the_same_line_continues_and_every_file_is_there(
 
     printed = capsys.readouterr().out
 
-    assert "1 of 2" in printed and "b: " in printed and "a: " not in printed
-    assert (out / "a.json").stat().st_mtime_ns == before and (out / "a_boxes.pkl").is_file()
+    assert "1 of 2" in printed
+    assert "b: " in printed
+    assert "a: " not in printed
+    assert (out / "a.json").stat().st_mtime_ns == before
+    assert (out / "a_boxes.pkl").is_file()
 
     with (out / "detections.csv").open(newline="") as handle:
         assert {row["seriesuid"] for row in csv.DictReader(handle)} == {"a", "b"}
@@ -133,7 +136,8 @@ def test_results_of_another_model_are_not_continued(
 
     model = found(tmp_path / "out")["model"]
 
-    assert model["checkpoint"] == "checkpoint_final.pth" and list(model["sha256"]) == ["0"]
+    assert model["checkpoint"] == "checkpoint_final.pth"
+    assert list(model["sha256"]) == ["0"]
 
     # The same weights under another name are another model too.
     fold = results / "fold_0"
@@ -175,7 +179,8 @@ def test_results_of_another_input_of_the_same_name_are_not_continued(
     (tmp_path / "out" / "b.json").unlink()
     capsys.readouterr()
 
-    assert run() == 0 and "1 of 2" in capsys.readouterr().out
+    assert run() == 0
+    assert "1 of 2" in capsys.readouterr().out
 
 
 def test_results_drawn_in_another_way_are_made_again(
@@ -187,7 +192,8 @@ def test_results_drawn_in_another_way_are_made_again(
 
     assert run("--no-instances", "--max-boxes", "3") == 0
 
-    frames, boxes = drawn(out / "a_boxes.nii.gz"), found(out)["boxes"]
+    frames = drawn(out / "a_boxes.nii.gz")
+    boxes = found(out)["boxes"]
 
     assert not (out / "a_instances.nii.gz").exists()
     assert run("--max-boxes", "3") == 0
@@ -203,7 +209,8 @@ def test_results_drawn_in_another_way_are_made_again(
     best = boxes[0]["box_zyx"]
     middle = tuple(int((low + high) / 2) for low, high in zip(best[:3], best[3:], strict=True))
 
-    assert filled[middle] == 1 and frames[middle] != 1
+    assert filled[middle] == 1
+    assert frames[middle] != 1
 
     capsys.readouterr()
 
@@ -258,7 +265,9 @@ def test_folds_and_mirrorings_are_members_of_the_ensemble(run: Run, tmp_path: Pa
         assert len(record["boxes"]) == len(votes[name]) > 10
 
     # Boxes of one member overlap by an IoU of at most 0.1, so that hardly two of them are merged.
-    assert set(votes["one"]) == {1} and 2 in votes["two"] and max(votes["tta"]) >= 4
+    assert set(votes["one"]) == {1}
+    assert 2 in votes["two"]
+    assert max(votes["tta"]) >= 4
 
 
 def test_two_folds_of_the_same_weights_find_what_one_of_them_finds(
@@ -329,7 +338,8 @@ def test_false_positives_per_scan_become_scores(
     folder.mkdir()
     (folder / "summary_detection.json").write_text(json.dumps(summary))
 
-    assert run("--fppi", "1") == 0 and not caplog.text
+    assert run("--fppi", "1") == 0
+    assert not caplog.text
 
     record = found(tmp_path / "out")
 
@@ -399,7 +409,8 @@ def test_a_scan_with_nan_or_infinite_voxels_is_left_out(
     number = np.prod(SHAPE)
 
     assert logged(caplog, "b is", "(nonfinite)", f"1 of {number}", f" {number} of")
-    assert not (tmp_path / "out" / "b.json").exists() and found(tmp_path / "out")["boxes"]
+    assert not (tmp_path / "out" / "b.json").exists()
+    assert found(tmp_path / "out")["boxes"]
 
 
 def test_a_network_with_nan_scores_stops_the_run(
@@ -421,7 +432,8 @@ class Diverged(torch.nn.Module):
     """Finite scores, and infinite boxes."""
 
     def forward(self, image: torch.Tensor) -> Output:
-        segmentation, scores = torch.cat([image, image], 1), torch.zeros(1, 8, 1)
+        segmentation = torch.cat([image, image], 1)
+        scores = torch.zeros(1, 8, 1)
         return Output(segmentation, scores, torch.full((1, 8, 6), torch.inf), ((2, 2, 2),))
 
 
@@ -481,7 +493,8 @@ def test_no_line_about_a_scan_names_its_folder(
     assert main([*line, "--device", "cpu"]) == 1
 
     assert logged(caplog, "b is", "b_0000.nrrd")
-    assert "Doe" not in caplog.text and "Doe" not in (tmp_path / "out" / "a.json").read_text()
+    assert "Doe" not in caplog.text
+    assert "Doe" not in (tmp_path / "out" / "a.json").read_text()
 
 
 def test_channels_that_do_not_fit_each_other_are_left_out(
@@ -577,4 +590,5 @@ def test_continuing_and_the_table_hold_one_scan_at_a_time(tmp_path: Path) -> Non
     # The last table is that of three scans with 50 boxes each.
     assert (tmp_path / "detections.csv").read_text().count("solid") == 3 * 50
     # 57 more scans take less than four of them would if they were held.
-    assert bytes_of_a_scan > 10_000 and growth < 4 * bytes_of_a_scan
+    assert bytes_of_a_scan > 10_000
+    assert growth < 4 * bytes_of_a_scan

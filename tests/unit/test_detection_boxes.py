@@ -53,19 +53,22 @@ def test_half_precision_boxes_are_measured_in_float32():
     # 300^3 = 27 000 000 is far beyond the largest number of float16, 65 504.
     large = torch.tensor([[0.0, 0, 0, 300, 300, 300]]).half()
 
-    assert bx.volumes(large).item() == 300**3 and bx.iou(large, large).item() == 1
+    assert bx.volumes(large).item() == 300**3
+    assert bx.iou(large, large).item() == 1
 
 
 def test_iou_and_giou_equal_monais():
     oracle = pytest.importorskip("monai.data.box_utils", reason=WHY_MONAI)
-    a, b = some_boxes(80, 1), some_boxes(80, 2)
+    a = some_boxes(80, 1)
+    b = some_boxes(80, 2)
 
     assert (bx.iou(a, b) - oracle.box_iou(a, b)).abs().max() < 1e-6
     assert (bx.pair_giou(a, b) - oracle.box_pair_giou(a, b)).abs().max() < 1e-6
 
 
 def test_deltas_decode_to_the_boxes_they_were_made_of():
-    boxes, anchors = some_boxes(50, 3), some_boxes(50, 4)
+    boxes = some_boxes(50, 3)
+    anchors = some_boxes(50, 4)
     # Sides of 3 and more, so that no ratio of sides amplifies the rounding of float32.
     anchors[:, 3:] += 2
     boxes[:, 3:] += 2
@@ -84,7 +87,8 @@ def test_deltas_decode_to_the_boxes_they_were_made_of():
 
 def plain_nms(boxes, scores, threshold):
     """Suppress by the definition: the best first, and each that overlaps no better one too much."""
-    kept, overlap = [], bx.iou(boxes, boxes).tolist()
+    kept = []
+    overlap = bx.iou(boxes, boxes).tolist()
     for i in sorted(range(len(boxes)), key=lambda i: -float(scores[i])):
         if all(overlap[i][j] <= threshold for j in kept):
             kept.append(i)
@@ -102,7 +106,8 @@ def test_nms_keeps_what_the_definition_keeps_over_several_blocks():
 
 def test_labels_keep_boxes_from_suppressing_each_other():
     # Three equal boxes of two labels: one box of each label stays, the better one first.
-    boxes, labels = CUBE.repeat(3, 1), torch.tensor([0, 1, 0])
+    boxes = CUBE.repeat(3, 1)
+    labels = torch.tensor([0, 1, 0])
     scores = torch.tensor([0.1, 0.9, 0.5])
 
     assert bx.nms(boxes, scores, 0.5, labels).tolist() == [1, 2]
@@ -111,7 +116,8 @@ def test_labels_keep_boxes_from_suppressing_each_other():
 def test_nms_of_5000_boxes_compares_each_pair_once_in_a_few_large_steps(monkeypatch):
     boxes = some_boxes(5000, 6, extent=300)
     scores = torch.rand(5000, generator=torch.Generator().manual_seed(1))
-    plain, pairs = bx.iou, []
+    plain = bx.iou
+    pairs = []
 
     def counted(a, b):
         pairs.append(len(a) * len(b))
@@ -123,7 +129,8 @@ def test_nms_of_5000_boxes_compares_each_pair_once_in_a_few_large_steps(monkeypa
     # A block is compared with itself and once with all that follow: a little more than half of all
     # pairs in two calls per block.
     num_blocks = math.ceil(5000 / bx.BLOCK)
-    assert len(pairs) == 2 * num_blocks and sum(pairs) < 0.55 * 5000**2
+    assert len(pairs) == 2 * num_blocks
+    assert sum(pairs) < 0.55 * 5000**2
 
 
 def test_clusters_weigh_boxes_by_votes_and_punish_missing_ones():
@@ -136,7 +143,8 @@ def test_clusters_weigh_boxes_by_votes_and_punish_missing_ones():
 
     # First cluster: weights 1 and IoU 1/2, votes .8 and .2; one of three is missing: 1.0 / (1.5 +
     # 0.75).
-    assert votes.tolist() == [2, 1] and labels.tolist() == [0, 0]
+    assert votes.tolist() == [2, 1]
+    assert labels.tolist() == [0, 0]
     assert score.tolist() == pytest.approx([1.0 / 2.25, 0.6 / 3])
     assert merged[0].tolist() == pytest.approx([0, 0, 0, 4, 4, 0.8 * 4 + 0.2 * 2])
 
@@ -146,7 +154,8 @@ def test_clusters_do_not_mix_labels_and_may_be_empty():
 
     _, score, labels, votes = bx.cluster(boxes, torch.tensor([0.2, 0.7]), torch.tensor([3, 1]), 0.1)
 
-    assert labels.tolist() == [1, 3] and votes.tolist() == [1, 1]
+    assert labels.tolist() == [1, 3]
+    assert votes.tolist() == [1, 1]
     assert score.tolist() == pytest.approx([0.7, 0.2])
 
     no_labels = torch.zeros(0, dtype=torch.long)
@@ -161,7 +170,9 @@ def test_levels_start_at_stride_4_and_at_2_for_small_objects_only():
     def levels(side):
         return choose_levels(np.full((10, 3), side), STRIDES)
 
-    assert levels(16.0) == [2, 3] and levels(3.0) == [1, 2] and levels(64.0) == [2, 3, 4]
+    assert levels(16.0) == [2, 3]
+    assert levels(3.0) == [1, 2]
+    assert levels(64.0) == [2, 3, 4]
     # Coarse slices: z is not shrunk at first, so the stage with stride 4 in the plane counts.
     coarse = [(1, 1, 1), (1, 2, 2), (1, 4, 4), (2, 8, 8)]
     assert choose_levels(np.full((10, 3), 9.0), coarse) == [2, 3]
@@ -183,7 +194,9 @@ def test_shapes_are_as_few_as_reach_the_mean_iou_and_the_same_every_time():
 
     plan, again = (plan_anchors({"x": sizes.tolist()}, STRIDES) for _ in range(2))
 
-    assert plan == again and plan.mean_iou >= 0.7 and 1 < plan.num_shapes <= 12
+    assert plan == again
+    assert plan.mean_iou >= 0.7
+    assert 1 < plan.num_shapes <= 12
 
     # One shape for all of them, their geometric mean, is not enough.
     middle = np.exp(np.log(sizes).mean(0))
@@ -197,7 +210,8 @@ def test_objects_out_of_reach_are_warned_about_with_their_share(caplog):
     plan = plan_anchors({"big": [(12, 12, 12)] * 30, "speck": [(1, 1, 1)] * 2}, STRIDES[2:])
 
     assert plan.unreachable == {"big": 0.0, "speck": 1.0}
-    assert logged(caplog, "100.0 %", "'speck'") and not logged(caplog, "'big'")
+    assert logged(caplog, "100.0 %", "'speck'")
+    assert not logged(caplog, "'big'")
 
 
 def test_impossible_anchor_plans_are_refused():
@@ -255,7 +269,9 @@ def test_an_anchor_wanted_twice_goes_to_the_object_it_overlaps_most():
 
     matched = match(objects, grid)
 
-    assert matched[21] == 1 and matched[20] == 0 and (matched >= 0).sum() == 2
+    assert matched[21] == 1
+    assert matched[20] == 0
+    assert (matched >= 0).sum() == 2
 
 
 @pytest.mark.parametrize("centre_inside", [False, True])
@@ -278,7 +294,8 @@ def test_atss_positives_contain_monais(centre_inside):
         common += int(((theirs >= 0) & (ours == theirs)).sum())
 
     # Ours has positives of its own: every object gets an anchor. Ties may be decided differently.
-    assert theirs_all > 100 and common >= 0.999 * theirs_all
+    assert theirs_all > 100
+    assert common >= 0.999 * theirs_all
 
 
 def batch(objects, grid, classes=2):
@@ -309,12 +326,16 @@ def test_a_batch_without_objects_has_a_loss_and_all_gradients(classification):
 
     (loss.classification + loss.regression).backward()
 
-    assert loss.num_positive == 0 and loss.regression.item() == 0 and loss.classification.item() > 0
-    assert deltas.grad.abs().max() == 0 and logits.grad.abs().max() > 0
+    assert loss.num_positive == 0
+    assert loss.regression.item() == 0
+    assert loss.classification.item() > 0
+    assert deltas.grad.abs().max() == 0
+    assert logits.grad.abs().max() > 0
 
 
 def test_a_perfect_detector_has_no_loss_and_a_wrong_class_costs():
-    logits, deltas = torch.full((1, 64, 2), -30.0), torch.zeros(1, 64, 6)
+    logits = torch.full((1, 64, 2), -30.0)
+    deltas = torch.zeros(1, 64, 6)
 
     logits[0, 21, 1] = 30.0
 
@@ -357,9 +378,11 @@ def test_negatives_are_the_hardest_and_shared_by_the_whole_batch():
 
     chosen = sample_hard_negatives(state, hardness, torch.Generator().manual_seed(0))
 
-    assert chosen[0, :3].all() and chosen.sum() == 3 + 6
+    assert chosen[0, :3].all()
+    assert chosen.sum() == 3 + 6
     # The pool of 6 x 20 hardest lies in the second image; its left-out anchor is never drawn.
-    assert chosen[1, :130].sum() == 6 and not chosen[1, 5]
+    assert chosen[1, :130].sum() == 6
+    assert not chosen[1, 5]
 
     many = torch.ones(2, 100, dtype=torch.long)
 
@@ -372,7 +395,8 @@ def test_negatives_are_the_hardest_and_shared_by_the_whole_batch():
 
 
 def test_focal_loss_and_box_loss_by_hand():
-    logits, target = torch.zeros(1, 2, 1), torch.tensor([[[1.0], [0.0]]])
+    logits = torch.zeros(1, 2, 1)
+    target = torch.tensor([[[1.0], [0.0]]])
 
     # ln 2 x 0.5 x (0.75 + 0.25), over one positive.
     found = focal(logits, target, torch.ones(1, 2, dtype=torch.bool), 1)
@@ -380,7 +404,8 @@ def test_focal_loss_and_box_loss_by_hand():
 
     # The box moved by half its side: IoU 4 / 12, and the hull has no other voxels, so the loss is
     # 1 - 1/3.
-    anchors, wanted = CUBE[None], torch.tensor([[[1.0, 0, 0, 3, 2, 2]]])
+    anchors = CUBE[None]
+    wanted = torch.tensor([[[1.0, 0, 0, 3, 2, 2]]])
     is_positive = torch.ones(1, 1, dtype=torch.bool)
     found = box_loss(torch.zeros(1, 1, 6), anchors, wanted, is_positive)
     assert found.item() == pytest.approx(2 / 3)
@@ -410,7 +435,8 @@ def test_the_segmentation_loss_is_half_cross_entropy_and_half_dice():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_matches_and_scores_as_the_cpu_does():
-    boxes, scores = some_boxes(500, 7), torch.rand(500, generator=torch.Generator().manual_seed(2))
+    boxes = some_boxes(500, 7)
+    scores = torch.rand(500, generator=torch.Generator().manual_seed(2))
 
     assert bx.nms(boxes.cuda(), scores.cuda(), 0.3).tolist() == bx.nms(boxes, scores, 0.3).tolist()
 

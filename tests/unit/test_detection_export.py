@@ -42,7 +42,9 @@ def test_frames_are_one_voxel_thick_and_the_higher_score_is_on_top() -> None:
     drawn = draw_boxes(record().boxes, (8, 8, 8))
 
     # Inside the higher box, on two sides of its frame, and on the frame of the lower box.
-    assert drawn[4, 3, 4] == 0 and drawn[2, 3, 4] == 1 and drawn[5, 3, 4] == 1
+    assert drawn[4, 3, 4] == 0
+    assert drawn[2, 3, 4] == 1
+    assert drawn[5, 3, 4] == 1
     assert drawn[0, 1, 1] == 2
     # z 2-6, y 2-5, x 2-8: 4 x 3 x 6 voxels around 2 x 1 x 4.
     assert (drawn == 1).sum() == 4 * 3 * 6 - 2 * 1 * 4
@@ -50,7 +52,8 @@ def test_frames_are_one_voxel_thick_and_the_higher_score_is_on_top() -> None:
     filled = draw_boxes(record().boxes, (8, 8, 8), filled=True)
 
     # The higher box is whole; the lower one lacks the 2 x 2 x 2 voxels that both have.
-    assert (filled == 1).sum() == 72 and (filled == 2).sum() == 64 - 2 * 2 * 2
+    assert (filled == 1).sum() == 72
+    assert (filled == 2).sum() == 64 - 2 * 2 * 2
 
 
 def test_instances_are_the_segmentation_inside_the_boxes() -> None:
@@ -64,7 +67,8 @@ def test_instances_are_the_segmentation_inside_the_boxes() -> None:
 
     # All of label 2 except for the voxel outside of the box; one voxel of label 1 was overwritten.
     assert (drawn == 1).sum() == 3 * 2 * 5
-    assert (drawn == 2).sum() == 64 - 1 and drawn[7, 7, 7] == 0
+    assert (drawn == 2).sum() == 64 - 1
+    assert drawn[7, 7, 7] == 0
 
 
 def test_slicers_markup_has_the_box_in_lps_mm_with_its_own_axes(tmp_path: Path) -> None:
@@ -94,7 +98,8 @@ def test_the_table_begins_with_luna16s_columns(tmp_path: Path) -> None:
     columns = ["coordX", "coordY", "coordZ", "probability"]
     assert list(row)[:5] == ["seriesuid", *columns]
     assert [float(row[column]) for column in columns] == [-1.0, -30.5, 33.0, 0.9]
-    assert row["class"] == "holed" and row["votes"] == "3"
+    assert row["class"] == "holed"
+    assert row["votes"] == "3"
 
 
 @pytest.mark.parametrize("mark", ["=", "+", "-", "@"])
@@ -109,7 +114,8 @@ def test_no_spreadsheet_takes_a_name_in_the_table_for_a_formula(tmp_path: Path, 
 
     assert row["seriesuid"] == row["class"] == f"'{name}"
     # A negative coordinate stays a number: the index of the middle is 1.5, so x is -(10 - 3) mm.
-    assert row["coordX"] == "-7.0" and row["probability"] == "0.9"
+    assert row["coordX"] == "-7.0"
+    assert row["probability"] == "0.9"
 
 
 def write_image(file: Path, array: Any) -> None:
@@ -246,7 +252,8 @@ def test_inputs_name_no_path(tmp_path: Path) -> None:
     (facts,), (other,) = facts_of([folder]), facts_of([tmp_path])
 
     assert "Doe" not in str(facts)
-    assert facts != other and list(facts) == ["folder_sha256"]
+    assert facts != other
+    assert list(facts) == ["folder_sha256"]
 
 
 def test_a_dicom_series_keeps_its_place_in_the_world(shared_data: Path) -> None:
@@ -302,15 +309,19 @@ def test_boxes_become_ellipsoids_of_their_label_in_the_image(boxed: Path) -> Non
 
     (boxed / "boxesTr" / "b.json").write_text('{"boxes": []}')
 
-    assert write_box_labels(boxed) == ["a", "b"] and not has_only_boxes(boxed)
+    assert write_box_labels(boxed) == ["a", "b"]
+    assert not has_only_boxes(boxed)
 
     image = SimpleITK.ReadImage(str(boxed / "labelsTr" / "a.nii.gz"))
     array = SimpleITK.GetArrayFromImage(image)
 
-    assert image.GetSpacing() == (1.0, 2.0, 3.0) and array[2, 2, 2] == 2 and array[0].max() == 0
+    assert image.GetSpacing() == (1.0, 2.0, 3.0)
+    assert array[2, 2, 2] == 2
+    assert array[0].max() == 0
     # The ellipsoid touches all sides of the box from 1 to 4 (half-open, so up to index 3).
     inside = np.argwhere(array == 2)
-    assert inside.min(0).tolist() == [1, 1, 1] and inside.max(0).tolist() == [3, 3, 3]
+    assert inside.min(0).tolist() == [1, 1, 1]
+    assert inside.max(0).tolist() == [3, 3, 3]
     # Nothing is left to do.
     assert write_box_labels(boxed) == []
 
@@ -337,7 +348,9 @@ def test_boxes_that_training_leaves_out_are_not_drawn(boxed: Path) -> None:
     a, b = arrays
     assert a.max() == 0
     # An ellipsoid in a box of 2^3 voxels fills it.
-    assert b[0, 0, 0] == 0 and b[2:4, 2:4, 2:4].min() == 1 and b.sum() == 8
+    assert b[0, 0, 0] == 0
+    assert b[2:4, 2:4, 2:4].min() == 1
+    assert b.sum() == 8
 
 
 def test_a_label_map_that_is_not_whole_yet_is_not_counted(
@@ -362,7 +375,8 @@ def test_a_label_map_that_is_not_whole_yet_is_not_counted(
 
     left = boxed / "labelsTr" / (boxed / "left").read_text()
 
-    assert left.name.startswith(".a.nii.gz.") and not left.name.endswith(".nii.gz")
+    assert left.name.startswith(".a.nii.gz.")
+    assert not left.name.endswith(".nii.gz")
 
     # A kill by the system cannot be handled, so the file stays; "._b" is one of macOS.
 
@@ -373,7 +387,8 @@ def test_a_label_map_that_is_not_whole_yet_is_not_counted(
 
     monkeypatch.setattr(shutil, "copyfile", copied)
 
-    assert write_box_labels(boxed) == ["a", "b"] and not left.exists()
+    assert write_box_labels(boxed) == ["a", "b"]
+    assert not left.exists()
     assert labelled_cases(boxed / "labelsTr", ".nii.gz") == ["a", "b"]
 
 

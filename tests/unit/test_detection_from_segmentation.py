@@ -35,7 +35,8 @@ def predicted(tmp_path: Path) -> Path:
 
     folder = tmp_path / "predicted"
     folder.mkdir()
-    labels, probabilities = np.zeros(SHAPE, np.uint8), np.zeros((3, *SHAPE), np.float16)
+    labels = np.zeros(SHAPE, np.uint8)
+    probabilities = np.zeros((3, *SHAPE), np.float16)
     objects = ((ONE, 1, 0.5), (TWO, 1, 0.75), (SPECK, 1, 1.0), (CYST, 2, 0.625))
     for region, value, score in objects:
         labels[region], probabilities[(value, *region)] = value, score
@@ -77,7 +78,8 @@ def test_components_are_scored_by_their_highest_probability(
     found = json.loads(text)
 
     # The folder is named by a hash, because paths may hold names of patients.
-    assert str(predicted) not in text and len(found["model"]["from_seg"]) == 16
+    assert str(predicted) not in text
+    assert len(found["model"]["from_seg"]) == 16
     # Sorted by score; the speck is smaller than the smallest object that counts.
     assert [(b["id"], b["name"], b["score"], b["box_zyx"]) for b in found["boxes"]] == [
         (1, "lesion", 0.875, [3, 4, 6, 5, 8, 9]),
@@ -101,7 +103,8 @@ def test_components_are_scored_by_their_highest_probability(
     # A file that is missing is made again; another lowest score leaves the two best boxes.
     (out / "case_1_boxes.pkl").unlink()
 
-    assert main(line) == 0 and (out / "case_1_boxes.pkl").is_file()
+    assert main(line) == 0
+    assert (out / "case_1_boxes.pkl").is_file()
     assert main([*line[:-1], "--overwrite", "--min-score", "0.6"]) == 0
     boxes = json.loads((out / "case_1.json").read_text())["boxes"]
     assert [b["id"] for b in boxes] == [1, 2]
@@ -127,7 +130,8 @@ def test_a_segmentation_scored_against_itself_has_hits_in_voxels(
 
     scores = json.loads((tmp_path / "scores.json").read_text())
 
-    assert scores["froc"]["cpm"]["mean"] == 1.0 and scores["ap"]["0.5"]["mean"] == 1.0
+    assert scores["froc"]["cpm"]["mean"] == 1.0
+    assert scores["ap"]["0.5"]["mean"] == 1.0
 
 
 def test_missing_inputs_for_a_segmentation_are_refused(predicted: Path, tmp_path: Path) -> None:
@@ -341,8 +345,10 @@ def test_nndetections_pickle_has_its_keys_order_and_voxel_more(tmp_path: Path) -
     # Classes of nnDetection count from 0 in the order of the labels: 2 is class 0, 5 is class 1.
     assert data["pred_labels"].tolist() == [1, 0]
     assert data["pred_scores"].tolist() == [np.float32(0.9), 0.5]
-    assert data["restore"] is True and data["original_size_of_raw_data"].tolist() == [8, 8, 8]
-    assert data["itk_spacing"] == (2.0, 1.0, 3.0) and data["itk_origin"] == (-10.0, -20.0, 30.0)
+    assert data["restore"] is True
+    assert data["original_size_of_raw_data"].tolist() == [8, 8, 8]
+    assert data["itk_spacing"] == (2.0, 1.0, 3.0)
+    assert data["itk_origin"] == (-10.0, -20.0, 30.0)
     # Column by column, i towards left, j towards superior, k towards anterior, in LPS.
     axes = np.array(data["itk_direction"]).reshape(3, 3).T
     assert axes.tolist() == [[1, 0, 0], [0, 0, 1], [0, -1, 0]]

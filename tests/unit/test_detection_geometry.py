@@ -68,7 +68,8 @@ def test_an_ellipsoid_resampled_by_nnunet_comes_back_to_its_location(transpose):
     )
 
     # Slices of 5 mm are resampled to 1 mm, which is the hard direction.
-    spacing, target = np.array([5.0, 0.8, 0.8]), np.array([1.0, 1.0, 1.0])
+    spacing = np.array([5.0, 0.8, 0.8])
+    target = np.array([1.0, 1.0, 1.0])
     overlaps, away_mm = [], []
     for seed in range(4):
         random = np.random.default_rng(seed)
@@ -93,7 +94,8 @@ def test_an_ellipsoid_resampled_by_nnunet_comes_back_to_its_location(transpose):
             "shape_after_cropping_and_before_resampling": data.shape[1:],
         }
         way = preprocessing_of(properties, new, np.argsort(transpose).tolist())
-        found, true = way.to_original(box_around(resampled).tolist()), box_around(labels[0])
+        found = way.to_original(box_around(resampled).tolist())
+        true = box_around(labels[0])
 
         sides = np.minimum(found[3:], true[3:]) - np.maximum(found[:3], true[:3])
         common = np.prod(np.clip(sides, 0, None))
@@ -103,18 +105,21 @@ def test_an_ellipsoid_resampled_by_nnunet_comes_back_to_its_location(transpose):
         away_mm.append(np.linalg.norm(away * spacing))
 
     # A border of the resampled box is off by up to half a voxel (0.5 mm) on either side.
-    assert np.mean(overlaps) >= 0.90 and np.mean(away_mm) <= 0.35
+    assert np.mean(overlaps) >= 0.90
+    assert np.mean(away_mm) <= 0.35
 
 
 def turn():
     """A rotation of 20 and 35 degrees with one axis flipped: oblique and left-handed."""
-    a, b = np.radians(20), np.radians(35)
+    a = np.radians(20)
+    b = np.radians(35)
     z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
     return z @ x @ np.diag([1.0, -1.0, 1.0])
 
 
-SPACING_XYZ, ORIGIN_XYZ = (0.7, 0.9, 3.3), (-80.5, 33.25, 410.0)
+SPACING_XYZ = (0.7, 0.9, 3.3)
+ORIGIN_XYZ = (-80.5, 33.25, 410.0)
 
 
 def test_world_coordinates_are_simpleitks_on_an_oblique_flipped_image():
@@ -213,7 +218,8 @@ def test_a_scan_file_comes_back_as_it_was_and_its_numbers_agree(tmp_path):
     write_scan_file(tmp_path / "case_1.json", made)
     read = read_scan_file(tmp_path / "case_1.json")
 
-    assert read == made and read.frame == FRAME
+    assert read == made
+    assert read.frame == FRAME
     # Sorted by score; ids follow the order.
     assert [(b.id, b.score, b.votes) for b in read.boxes] == [(1, 0.9, 1), (2, 0.4, 2)]
 

@@ -164,7 +164,8 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
     import SimpleITK
 
     shifted_grid(monkeypatch)
-    made, options = model(reader), DetectionOptions(mirror=mirror, min_score=0.9)
+    made = model(reader)
+    options = DetectionOptions(mirror=mirror, min_score=0.9)
     (scan,) = find(image_file.parent, ".nii.gz", 1)
 
     found = detect(made, scan, options)
@@ -237,10 +238,12 @@ def test_ids_are_resampled_as_nnunet_resamples_the_labels(image_file: Path, tmp_
 
     ids = blosc2.open(str(instances_folder(folder) / "a.b2nd"))[:]
 
-    assert np.array_equal(ids > 0, seg[0] > 0) and ids.max() == 1
+    assert np.array_equal(ids > 0, seg[0] > 0)
+    assert ids.max() == 1
 
     (item,) = found.objects
-    low, high = np.argwhere(ids == 1).min(0), np.argwhere(ids == 1).max(0) + 1
+    low = np.argwhere(ids == 1).min(0)
+    high = np.argwhere(ids == 1).max(0) + 1
 
     # Boxes are kept in numbers of the original grid, so they differ by up to half a voxel.
     assert item.box_zyx == pytest.approx([*low, *high], abs=0.51)

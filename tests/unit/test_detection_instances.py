@@ -24,7 +24,8 @@ from nnunet_autoreg.detection.instances import (
 from nnunet_autoreg.errors import ObjectsError, PlanError
 from nnunet_autoreg.records import MEND_YOURS
 
-LESION, CYST = ObjectClass("lesion", 1, (1,)), ObjectClass("cyst", 2, (2,))
+LESION = ObjectClass("lesion", 1, (1,))
+CYST = ObjectClass("cyst", 2, (2,))
 
 
 def labels():
@@ -69,7 +70,8 @@ def test_a_merged_class_is_one_object_across_its_labels():
 def test_a_scan_without_objects_is_fine():
     found = find_instances(np.zeros((4, 4, 4)), [LESION], Rules())
 
-    assert found.objects == () and not found.ids_ZYX.any()
+    assert found.objects == ()
+    assert not found.ids_ZYX.any()
 
 
 def test_boxes_of_any_ids():
@@ -95,7 +97,8 @@ def test_every_label_is_a_class_unless_the_dataset_says_otherwise():
     assert names(merge={"tumour": ["core", "edema"]}) == [("tumour", 1, (1, 2)), ("cyst", 3, (3,))]
     only_tumour = names(merge={"tumour": ["core", "edema"]}, detect_labels=["tumour"])
     assert only_tumour == [("tumour", 1, (1, 2))]
-    assert ignore_value(DATASET) == 4 and ignore_value({"labels": {"background": 0}}) is None
+    assert ignore_value(DATASET) == 4
+    assert ignore_value({"labels": {"background": 0}}) is None
 
 
 @pytest.mark.parametrize(
@@ -260,9 +263,11 @@ def test_ellipsoids_have_the_boxes_they_were_made_of():
     found = boxes_of_ids(drawn.ids_ZYX)
 
     assert {i: box for i, (box, _) in found.items()} == {b.id: b.box_zyx for b in boxes}
-    assert found[2][1] == 8 and drawn.objects[1].num_voxels == 8
+    assert found[2][1] == 8
+    assert drawn.objects[1].num_voxels == 8
     # The corners of the large box are free: it is an ellipsoid.
-    assert drawn.ids_ZYX[0, 0, 0] == 0 and found[1][1] < 8 * 2 * 16 - 8
+    assert drawn.ids_ZYX[0, 0, 0] == 0
+    assert found[1][1] < 8 * 2 * 16 - 8
 
 
 def test_a_box_hidden_by_smaller_ones_keeps_its_place_for_any_number():

@@ -24,7 +24,9 @@ from nnunet_autoreg.detection.matching import (
 from nnunet_autoreg.downstream.bootstrap import interval
 from nnunet_autoreg.errors import ObjectsError, UsageError
 
-A, B, C = ObjectClass("a", 1, (1,)), ObjectClass("b", 2, (2,)), ObjectClass("c", 3, (3,))
+A = ObjectClass("a", 1, (1,))
+B = ObjectClass("b", 2, (2,))
+C = ObjectClass("c", 3, (3,))
 WHY_MONAI = "MONAI is the oracle of this test; pip install 'nnunet-autoreg[test]'"
 
 
@@ -76,8 +78,10 @@ def test_the_highest_score_takes_the_best_object_and_a_second_one_is_false():
     matched = match_scan(one, 0, rule)
 
     # The middle one overlaps both alike and gets what is left; then nothing is left.
-    assert matched.detections.tolist() == [1, 0, 2] and matched.object_of.tolist() == [0, 1, -1]
-    assert not matched.ignored.any() and matched.objects.tolist() == [0, 1]
+    assert matched.detections.tolist() == [1, 0, 2]
+    assert matched.object_of.tolist() == [0, 1, -1]
+    assert not matched.ignored.any()
+    assert matched.objects.tolist() == [0, 1]
     without_duplicates = match_scan(one, 0, rule, duplicates="ignored")
     assert without_duplicates.ignored.tolist() == [False, False, True]
     assert match_scan(one, 0, rule, max_detections=1).detections.tolist() == [1]
@@ -97,7 +101,8 @@ def test_ignored_objects_and_regions_take_any_number_of_detections():
 
     matched = match_scan(one, 0, HitRule("iou", 0.5))
 
-    assert matched.ignored.tolist() == [True, True, True, False] and len(matched.objects) == 0
+    assert matched.ignored.tolist() == [True, True, True, False]
+    assert len(matched.objects) == 0
     assert one.is_empty
 
 
@@ -132,8 +137,12 @@ def test_hit_rules_by_hand():
     # In z 2.5 of 5.5 voxels are common; y and x are equal.
     overlap = 2.5 / 5.5
 
-    assert is_hit(f"iou:{overlap - 0.01}") and not is_hit(f"iou:{overlap + 0.01}")
-    assert is_hit("centre") and is_hit("radius") and is_hit("radius:3") and not is_hit("radius:2.9")
+    assert is_hit(f"iou:{overlap - 0.01}")
+    assert not is_hit(f"iou:{overlap + 0.01}")
+    assert is_hit("centre")
+    assert is_hit("radius")
+    assert is_hit("radius:3")
+    assert not is_hit("radius:2.9")
 
     # The centre at z 4.5 is outside of the object, and 5 mm are more than half of its 8 mm.
     far = scan(true, [((2.5, 0, 0, 6.5, 4, 4), 0, 0.9)], spacing=(2.0, 1.0, 1.0))
@@ -144,7 +153,8 @@ def test_hit_rules_by_hand():
 def test_masks_overlap_by_their_voxels_which_boxes_do_not_have():
     # Ids 1 and 2 were found, 3 and 7 are there: 1 shares 2 of 2 + 4 - 2 voxels with 3, 2 has none,
     # 7 is not met.
-    found, true = np.array([[[1, 1, 0, 0, 0, 2]]]), np.array([[[3, 3, 3, 3, 7, 0]]])
+    found = np.array([[[1, 1, 0, 0, 0, 2]]])
+    true = np.array([[[3, 3, 3, 3, 7, 0]]])
     overlap = mask_overlaps(found, [2, 1, 9], true, [3, 7])
 
     assert overlap.tolist() == [[0, 0], [0.5, 0], [0, 0]]
@@ -173,7 +183,8 @@ def test_masks_of_few_voxels_are_counted_without_copies_of_the_whole_image():
     most = peak_bytes(lambda: mask_overlaps(found, [500], true, [9]))
 
     # A mask takes 2 MB, a copy of 64-bit numbers 16.
-    assert mask_overlaps(found, [500], true, [9]).tolist() == [[0.5]] and most < 8e6
+    assert mask_overlaps(found, [500], true, [9]).tolist() == [[0.5]]
+    assert most < 8e6
 
 
 def test_the_threshold_of_several_curves_is_that_of_their_scans_together():
@@ -330,7 +341,8 @@ def test_perfect_detections_score_1_and_no_detections_score_0():
     best = evaluate(perfect(scans), [A, B, C], settings)
     worst = evaluate(blind, [A, B, C], settings)
 
-    assert best["absent_classes"] == ["c"] and set(best["ap"]["0.1"]["per_class"]) == {"a", "b"}
+    assert best["absent_classes"] == ["c"]
+    assert set(best["ap"]["0.1"]["per_class"]) == {"a", "b"}
     averages = [best["ap"]["0.1"], best["ap"]["0.5"], best["map"]["0.1:0.5:0.05"]]
     for figure in (*averages, best["froc"]["cpm"]):
         # Every resample is perfect too, so the interval has no width.
@@ -338,7 +350,8 @@ def test_perfect_detections_score_1_and_no_detections_score_0():
         assert figure["ci95"] == [1, 1]
         assert set(figure["per_class"].values()) == {1}
     for figure in (worst["ap"]["0.1"], worst["map"]["0.1:0.5:0.05"], worst["froc"]["cpm"]):
-        assert figure["mean"] == 0 and figure["ci95"] == [0, 0]
+        assert figure["mean"] == 0
+        assert figure["ci95"] == [0, 0]
 
     assert worst["froc"]["sensitivity"]["mean"] == [0] * 7
     assert (worst["scans"]["positive"], worst["scans"]["empty"]) == (6, 1)
@@ -352,7 +365,8 @@ def test_scans_without_any_object_give_no_figure_and_no_nan():
     assert results["absent_classes"] == ["a"]
     assert results["classes"]["a"]["false_per_scan"] == 1
     # JSON knows neither of these words, though Python writes them.
-    assert "NaN" not in json.dumps(results) and "Infinity" not in json.dumps(results)
+    assert "NaN" not in json.dumps(results)
+    assert "Infinity" not in json.dumps(results)
     with refused(ObjectsError, "evaluation-no-scan"):
         evaluate([], [A], EvaluationSettings())
 
@@ -382,7 +396,8 @@ def test_false_positives_are_split_into_scans_with_and_without_objects():
 
 def test_sizes_ignore_objects_and_false_positives_of_other_sizes():
     # Sides of 2 and 10 mm; the small one is found, and a false box has 12 mm.
-    small, large = cube(0, 2), cube(20, 10)
+    small = cube(0, 2)
+    large = cube(20, 10)
     found = [(small, 0, 0.9), (cube(50, 12), 0, 0.8)]
     scans = [scan([(small, 0), (large, 0)], found, spacing=(1.0, 1.0, 1.0))]
 

@@ -62,13 +62,15 @@ def test_in_evaluation_heads_change_neither_segmentation_nor_keys(
     image = torch.randn(1, 1, *PATCH, generator=torch.Generator().manual_seed(1))
 
     with torch.no_grad():
-        expected, found = network.eval()(image), detector.eval()(image)
+        expected = network.eval()(image)
+        found = detector.eval()(image)
 
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     # nnU-Net's own commands load the checkpoint, so all keys of the segmentation are the same.
     assert set(network.state_dict()) <= set(detector.state_dict())
     new = set(detector.state_dict()) - set(network.state_dict())
-    assert new and all(key.startswith("detection.") for key in new)
+    assert new
+    assert all(key.startswith("detection.") for key in new)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -82,7 +84,8 @@ def test_heads_score_every_anchor_and_every_parameter_gets_a_gradient(
     output = detector.train()(torch.randn(2, 1, *PATCH))
 
     # Strides 4 and 8 in a patch of 32; three anchors in every cell.
-    assert isinstance(output, Output) and output.cells == ((8, 8, 8), (4, 4, 4))
+    assert isinstance(output, Output)
+    assert output.cells == ((8, 8, 8), (4, 4, 4))
     num_anchors = (8**3 + 4**3) * 3
     assert output.scores_BAK.shape == (2, num_anchors, 2)
     assert output.deltas_BA6.shape == (2, num_anchors, 6)
@@ -130,7 +133,8 @@ def test_anchors_come_level_by_level_then_cell_by_cell_then_shape_by_shape() -> 
 
 # Coarse slices: the first step halves only y and x.
 def test_strides_of_stages_follow_the_network_and_no_cell_is_cut() -> None:
-    resenc, primus = ENCODERS["resenc_tiny"], ENCODERS["primus_tiny"]
+    resenc = ENCODERS["resenc_tiny"]
+    primus = ENCODERS["primus_tiny"]
     flat = {**resenc.arguments, "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]}
 
     of_flat = stage_strides(resenc.class_path, flat, PATCH)

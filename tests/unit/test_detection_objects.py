@@ -67,7 +67,8 @@ def test_objects_come_from_the_instance_map_else_boxes_else_the_labels(
         return [o.box_zyx for o in found.instances.objects], found
 
     boxes, found = boxes_found()
-    assert boxes == [(2, 3, 5, 4, 7, 9)] and found.has_masks
+    assert boxes == [(2, 3, 5, 4, 7, 9)]
+    assert found.has_masks
 
     # Boxes overrule the labels. An ellipsoid is drawn for each.
     (tmp_path / "boxesTr").mkdir()
@@ -75,14 +76,17 @@ def test_objects_come_from_the_instance_map_else_boxes_else_the_labels(
         '{"boxes": [{"box_zyx": [0, 0, 0, 4, 4, 4], "label": 1}]}',
     )
     boxes, found = boxes_found()
-    assert boxes == [(0, 0, 0, 4, 4, 4)] and not found.has_masks
-    assert found.instances.ids_ZYX is not None and found.instances.ids_ZYX[1, 1, 1] == 1
+    assert boxes == [(0, 0, 0, 4, 4, 4)]
+    assert not found.has_masks
+    assert found.instances.ids_ZYX is not None
+    assert found.instances.ids_ZYX[1, 1, 1] == 1
 
     # An instance map overrules both.
     write(tmp_path / "instancesTr" / "a.nii.gz", cube_in_halves())
     (tmp_path / "instancesTr" / "a.json").write_text('{"instances": {"1": 1, "2": 1}}')
     boxes, found = boxes_found()
-    assert boxes == [(2, 3, 5, 4, 7, 7), (2, 3, 7, 4, 7, 9)] and found.has_masks
+    assert boxes == [(2, 3, 5, 4, 7, 7), (2, 3, 7, 4, 7, 9)]
+    assert found.has_masks
 
 
 def test_without_the_raw_dataset_the_copied_objects_are_used(
@@ -113,7 +117,8 @@ def test_without_the_raw_dataset_the_copied_objects_are_used(
     # Copies keep size and time, so that an index made with the raw dataset is valid without it.
     # Three
     # files: the labels, the map and its JSON file.
-    assert facts[0] == facts[1] and len(facts[0]) == 3
+    assert facts[0] == facts[1]
+    assert len(facts[0]) == 3
 
     # What is gone from the raw dataset goes here too.
     (raw / "instancesTr" / "a.nii.gz").unlink()
@@ -189,7 +194,8 @@ def maker(tmp_path: Path) -> IdMapMaker:
     }
     shape = (9, 4, 12)
     options = {"chunks": (1, *shape), "blocks": (1, *shape)}
-    image, labels = np.zeros((1, *shape), np.float32), np.zeros((1, *shape), np.int8)
+    image = np.zeros((1, *shape), np.float32)
+    labels = np.zeros((1, *shape), np.int8)
     nnUNetDatasetBlosc2.save_case(image, labels, properties, str(folder / "a"), **options)
     raw = source(tmp_path / "raw")
     return IdMapMaker(folder, raw, (1, 0, 2), (1.0, 4.0, 1.0), (8, 8, 8), halved)
@@ -202,12 +208,14 @@ def test_id_maps_are_transposed_cropped_and_resampled_once(maker: IdMapMaker) ->
     (item,) = index.cases["a"].objects
 
     # z 2-4, y 3-7, x 5-9 of the original: y less one, z halved.
-    assert item.box_zyx == (2.0, 1.0, 5.0, 6.0, 2.0, 9.0) and item.num_voxels == 4 * 1 * 4
+    assert item.box_zyx == (2.0, 1.0, 5.0, 6.0, 2.0, 9.0)
+    assert item.num_voxels == 4 * 1 * 4
 
     folder = instances_folder(maker.preprocessed)
     ids = blosc2.open(str(folder / "a.b2nd"))[:]
 
-    assert ids.shape == (9, 4, 12) and np.argwhere(ids == 1).min(0).tolist() == [2, 1, 5]
+    assert ids.shape == (9, 4, 12)
+    assert np.argwhere(ids == 1).min(0).tolist() == [2, 1, 5]
     assert not list(maker.preprocessed.glob("*instances*"))
 
     # Nothing has changed, so the file is not written again.

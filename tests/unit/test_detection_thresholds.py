@@ -14,9 +14,11 @@ from nnunet_autoreg.detection.matching import ScanBoxes, scan_boxes
 from nnunet_autoreg.detection.validate import score_thresholds
 from nnunet_autoreg.errors import UsageError
 
-A, B = ObjectClass("a", 1, (1,)), ObjectClass("b", 2, (2,))
+A = ObjectClass("a", 1, (1,))
+B = ObjectClass("b", 2, (2,))
 SETTINGS = EvaluationSettings(num_resamples=0)
-BOX, AWAY = (0, 0, 0, 4, 4, 4), (20, 20, 20, 24, 24, 24)
+BOX = (0, 0, 0, 4, 4, 4)
+AWAY = (20, 20, 20, 24, 24, 24)
 
 
 def scan(
@@ -116,7 +118,8 @@ def test_a_class_without_objects_has_a_threshold_by_its_false_positives(
     summary(tmp_path, 0, [scan([0], [(1, 0.8)], [(0, 0.9)])])
     summary(tmp_path, 1, [scan([0], [(1, 0.7)], [(0, 0.9)])])
 
-    assert found_thresholds(tmp_path, 0.5)["b"] == 0.8 and not caplog.text
+    assert found_thresholds(tmp_path, 0.5)["b"] == 0.8
+    assert not caplog.text
     # Fewer than the one box at 0.8 gives: no score is high enough.
     assert found_thresholds(tmp_path, 0.1)["b"] == 1.0
 
@@ -141,7 +144,8 @@ def test_summaries_of_earlier_versions_are_used_as_far_as_they_go(
     summary(tmp_path, 1, [scan([0], [], [(0, 0.9)])], is_old=True)
 
     # Nothing was found of b in fold 1: half a false box per scan at 0.3.
-    assert found_thresholds(tmp_path, 0.5)["b"] == 0.3 and not caplog.text
+    assert found_thresholds(tmp_path, 0.5)["b"] == 0.3
+    assert not caplog.text
 
     # Fold 2 has a false box of class b whose score its older summary does not say.
     summary(tmp_path, 2, [scan([0], [(1, 0.8)], [(0, 0.9)])], is_old=True)

@@ -28,10 +28,12 @@ def test_cubes_have_the_promised_sizes_numbers_and_distances(
         sides = [s.stop - s.start for box in boxes for s in box]
 
         # Cubes that touched would be one component.
-        assert len(boxes) == case.num_cubes and all(8 <= side <= 16 for side in sides)
+        assert len(boxes) == case.num_cubes
+        assert all(8 <= side <= 16 for side in sides)
         # Every eighth scan is empty.
         assert (number % 8 != 7) or case.num_cubes == 0
-        bright, dark = case.image[case.labels > 0], case.image[case.labels == 0]
+        bright = case.image[case.labels > 0]
+        dark = case.image[case.labels == 0]
         assert not bright.size or bright.mean() - dark.mean() == pytest.approx(2, abs=0.1)
 
     first, again = (toy["draw_case"](3, side=48).image for _ in range(2))
@@ -60,6 +62,7 @@ def test_the_raw_dataset_asks_for_detection(toy: dict[str, Any], tmp_path: Path)
 
     described = json.loads((tmp_path / "dataset.json").read_text())
 
-    assert described["autoreg_detection"] == {} and described["numTraining"] == 2
+    assert described["autoreg_detection"] == {}
+    assert described["numTraining"] == 2
     images = sorted(p.name for p in (tmp_path / "imagesTr").iterdir())
     assert images == ["toy_00_0000.nii.gz", "toy_01_0000.nii.gz"]

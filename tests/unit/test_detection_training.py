@@ -85,7 +85,8 @@ def test_a_plan_of_another_format_is_refused(key: str, value: int, named: str) -
     with pytest.raises(PlanError) as caught:
         read_plan({"autoreg_detection": {**block, key: value}}, "p")
 
-    assert "p: autoreg_detection" in str(caught.value) and named in str(caught.value)
+    assert "p: autoreg_detection" in str(caught.value)
+    assert named in str(caught.value)
 
 
 def test_a_plan_made_for_other_classes_than_the_dataset_has_now_is_refused() -> None:
@@ -106,8 +107,11 @@ def test_planning_takes_stride_4_and_says_how_well_the_anchors_fit(
 
     plan = make_plan(DATASET, sizes, strides, (64, 64, 64), is_tiny=True, has_masks=False)
 
-    assert plan.anchors.stages == (1, 2) and plan.head_channels == 64 and not plan.has_masks
-    assert "4 objects" in plan.reasons["anchors"] and "boxesTr" in plan.reasons["has_masks"]
+    assert plan.anchors.stages == (1, 2)
+    assert plan.head_channels == 64
+    assert not plan.has_masks
+    assert "4 objects" in plan.reasons["anchors"]
+    assert "boxesTr" in plan.reasons["has_masks"]
     assert logged(caplog, "1 of 4", "64 x 64 x 64")
 
 
@@ -125,7 +129,9 @@ def test_the_object_is_whole_in_what_augmentation_leaves_of_a_patch() -> None:
         for axis in range(3):
             # A patch of 24 is loaded, of which augmentation keeps the 16 in the middle, from 4 on.
             start = starts[axis] + 4
-            assert 0 <= start <= 24 and start <= box[axis] and start + 16 >= box[axis + 3]
+            assert 0 <= start <= 24
+            assert start <= box[axis]
+            assert start + 16 >= box[axis + 3]
 
 
 def test_a_large_object_fills_the_patch_and_a_small_scan_is_centred() -> None:
@@ -136,7 +142,8 @@ def test_a_large_object_fills_the_patch_and_a_small_scan_is_centred() -> None:
 
     in_z = [start[0] for start in starts]
     # From 5 to 35 - 16: the patch lies inside the object, at places that differ.
-    assert min(in_z) >= 5 and max(in_z) <= 19
+    assert min(in_z) >= 5
+    assert max(in_z) <= 19
     assert len(set(in_z)) > 5
     # (10 - 16) / 2: three voxels of padding on either side.
     assert {start[1] for start in starts} == {-3}
@@ -153,7 +160,8 @@ def test_boxes_of_a_patch_fit_the_voxels_left_and_remains_are_ignored() -> None:
     found = objects_of_patch(ids, known, min_voxels=3)
 
     assert found["boxes"].tolist() == [[1, 0, 0, 3, 2, 2], [5, 5, 4, 6, 6, 6]]
-    assert found["labels"].tolist() == [1, 0] and found["ignored"].tolist() == [False, True]
+    assert found["labels"].tolist() == [1, 0]
+    assert found["ignored"].tolist() == [False, True]
 
 
 def output_of(logit: float, anchor: int, deltas: Any = None) -> tuple[Output, Any]:
@@ -200,14 +208,16 @@ def test_tile_weights_fall_to_the_border_and_mirroring_twice_is_neutral() -> Non
 
 def test_boxes_of_one_member_are_suppressed_and_of_two_members_merged() -> None:
     boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 0, 1, 4, 4, 5], [20, 20, 20, 24, 24, 24]])
-    scores, labels = torch.tensor([0.8, 0.9, 0.5]), torch.zeros(3, dtype=torch.long)
+    scores = torch.tensor([0.8, 0.9, 0.5])
+    labels = torch.zeros(3, dtype=torch.long)
     one_member = torch.zeros(3, dtype=torch.long)
     # The first has the lower score, but the second was cut by its tile.
     tiles = torch.tensor([1.0, 0.5, 1.0])
 
     one = merge(Candidates(boxes, scores, labels, tiles, one_member), num_members=1)
 
-    assert one.boxes_N6.tolist() == boxes[[0, 2]].tolist() and one.votes_N.tolist() == [1, 1]
+    assert one.boxes_N6.tolist() == boxes[[0, 2]].tolist()
+    assert one.votes_N.tolist() == [1, 1]
 
     two_members = torch.tensor([0, 1, 0])
     two = merge(Candidates(boxes, scores, labels, torch.ones(3), two_members), num_members=2)
@@ -224,7 +234,8 @@ class BrightIsObject(torch.nn.Module):
         bright = torch.nn.functional.avg_pool3d(image, 4)
         scores = (bright * 20 - 10).flatten()[None, :, None]
         cells = (bright.shape[2], bright.shape[3], bright.shape[4])
-        segmentation, deltas = torch.cat([-image, image], 1), torch.zeros(1, scores.shape[1], 6)
+        segmentation = torch.cat([-image, image], 1)
+        deltas = torch.zeros(1, scores.shape[1], 6)
         return Output(segmentation, scores, deltas, (cells,))
 
 
@@ -248,7 +259,8 @@ def test_tiles_and_mirrorings_find_an_object_and_average_the_logits(
     assert (z_low, x_low, z_high, x_high) == (4.0, 8.0, 8.0, 12.0)
     # 20 x 0.75 - 10 = 5.
     assert found.scores_N[0].item() == pytest.approx(1 / (1 + np.exp(-5.0)), abs=1e-4)
-    assert logits is not None and logits.shape == (2, 12, 6, 16)
+    assert logits is not None
+    assert logits.shape == (2, 12, 6, 16)
     torch.testing.assert_close(logits[1], image[0], atol=1e-5, rtol=1e-5)
 
 
@@ -307,7 +319,8 @@ def objects(*boxes: Any) -> dict[str, Any]:
 def test_losses_have_all_gradients_with_and_without_objects_and_masks(
     has_masks: bool,
 ) -> None:
-    plan, of_labels = replace(PLAN, has_masks=has_masks), make_segmentation_loss(False, None, False)
+    plan = replace(PLAN, has_masks=has_masks)
+    of_labels = make_segmentation_loss(False, None, False)
     detection_loss = DetectionLoss(plan, of_labels, None, None)
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
     labels[..., :4, :4, :4] = 1
@@ -350,7 +363,8 @@ def test_regions_and_the_ignore_label_become_channels_on_the_device() -> None:
 
 
 def test_anchors_and_boxes_in_voxels_of_the_ignore_label_do_not_count() -> None:
-    plan, of_labels = replace(PLAN, classification="focal"), make_segmentation_loss(False, 2, False)
+    plan = replace(PLAN, classification="focal")
+    of_labels = make_segmentation_loss(False, 2, False)
     detection_loss = DetectionLoss(plan, of_labels, None, 2)
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)
     there = [objects([0, 0, 0, 4, 4, 4])]
@@ -365,13 +379,17 @@ def test_anchors_and_boxes_in_voxels_of_the_ignore_label_do_not_count() -> None:
 
     # Focal loss by hand: one positive that is missed, six negatives that are not, and the one that
     # is wrong.
-    score, large, small = 1 / (1 + math.exp(4)), math.log1p(math.exp(4)), math.log1p(math.exp(-4))
-    missed, right = 0.75 * (1 - score) * large, 6 * 0.25 * score * small
+    score = 1 / (1 + math.exp(4))
+    large = math.log1p(math.exp(4))
+    small = math.log1p(math.exp(-4))
+    missed = 0.75 * (1 - score) * large
+    right = 6 * 0.25 * score * small
     assert uncounted == pytest.approx(missed + right, rel=1e-5)
     assert wrong - uncounted == pytest.approx(0.25 * (1 - score) * large, rel=1e-5)
 
     # The score of an epoch leaves out the same box.
-    grid, region = detection_loss.grid(output), detection_loss.uncounted(labels)
+    grid = detection_loss.grid(output)
+    region = detection_loss.uncounted(labels)
     (scan,) = patches_scored(output, grid, there, 0, region)
     assert match_scan(scan, 0, HitRule()).ignored.tolist()[:1] == [True]
 

@@ -56,13 +56,15 @@ def test_a_fold_whose_summary_cannot_be_used_is_named(
     summary_of(tmp_path, 3, {0.2: 0.5})
 
     assert by_other_folds(summary_of(tmp_path, 0, None), {0.1: {MEASURE: 0.5}}) is None
-    assert logged(caplog, "fold_1") and logged(caplog, "fold_3")
+    assert logged(caplog, "fold_1")
+    assert logged(caplog, "fold_3")
 
 
 def test_a_box_cut_at_the_end_of_the_image_is_a_box_or_nothing() -> None:
     # Edges are written with four decimals: a side below that would be none.
     boxes = torch.tensor([[-5, 2, 2, 1e-6, 8, 8], [2, 2, 2, 6, 8, 8], [9, 2, 2, 12, 8, 8]])
-    labels, votes = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long)
+    labels = torch.zeros(3, dtype=torch.long)
+    votes = torch.ones(3, dtype=torch.long)
     found = MergedBoxes(boxes, torch.tensor([0.9, 0.8, 0.7]), labels, votes)
     unchanged = Preprocessing((10, 10, 10), (10, 10, 10), (0, 0, 0))
 

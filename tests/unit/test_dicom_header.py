@@ -171,7 +171,8 @@ def test_private_sequences_and_icons_are_passed_over(tmp_path: Path) -> None:
     header = header_of(content_of(tmp_path, changes))
 
     assert header.number("Rows", 0) == 18
-    assert header.pixels is not None and header.pixels.length == 18 * 20 * 2
+    assert header.pixels is not None
+    assert header.pixels.length == 18 * 20 * 2
 
 
 def test_a_header_cut_short_anywhere_is_refused_or_lacks_pixels(tmp_path: Path) -> None:
@@ -240,7 +241,8 @@ def test_a_kind_stated_only_in_front_of_the_data_is_known(tmp_path: Path) -> Non
 
     assert header_of(whole).text("SOPClassUID") == d.CT
     kinds = [one.reason for one in rows.values() if one.status == "notimage"]
-    assert len(kinds) == 1 and "another kind" in kinds[0]
+    assert len(kinds) == 1
+    assert "another kind" in kinds[0]
 
 
 @pytest.mark.parametrize("num_bytes", [2, 4000])

@@ -271,7 +271,8 @@ def state_of(trainer: Trainer, step: int = STEPS) -> dict[str, Any]:
 
 def finished(trainer: Trainer, world: World) -> dict[str, Any]:
     """Train, and return what is compared with a run in one process."""
-    losses, state = trained(trainer), state_of(trainer)
+    losses = trained(trainer)
+    state = state_of(trainer)
     weights = [state["network_weights"][key] for key, _ in trainer.module.named_parameters()]
     moments = []
     for moment in state["optimizer"]["state"].values():
@@ -418,7 +419,8 @@ def test_two_processes_have_the_losses_and_weights_of_one(
     way: str,
 ) -> None:
     batch_size = WAYS[way][2]
-    one, both = alone[batch_size], two[way]
+    one = alone[batch_size]
+    both = two[way]
     # An odd batch is shared as evenly as possible.
     numbers = [[0, 1], [2, 3, 4]] if batch_size == 5 else [[0, 1, 2], [3, 4, 5]]
     assert both["numbers"] == numbers
@@ -465,7 +467,8 @@ def test_a_step_that_is_bad_on_one_process_is_skipped_on_all(
     two: dict[str, Any],
     way: str,
 ) -> None:
-    one, both = alone[5], two[way]
+    one = alone[5]
+    both = two[way]
     assert not np.isfinite(both["losses"][SPOILED])
     assert not np.isfinite(one["losses"][SPOILED])
     assert (both["statistics"].nonfinite, both["statistics"].in_row) == (1, 0)
@@ -530,7 +533,8 @@ def assert_same(found: Any, expected: Any) -> None:
         for key, value in expected.items():
             assert_same(found[key], value)
     else:
-        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
 
 
 def test_shareable_content_is_sent_without_its_weights(
@@ -637,7 +641,8 @@ def test_joint_clusters_have_one_bank_in_all_processes_and_that_of_one(
 
     first, second = found["extra"]
     assert first.keys() == second.keys() == expected.keys()
-    assert bool(expected["slab_known"].any()) and bool(expected["volume_known"].any())
+    assert bool(expected["slab_known"].any())
+    assert bool(expected["volume_known"].any())
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name].float(), value.float(), atol=1e-3), name

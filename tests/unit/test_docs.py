@@ -55,7 +55,8 @@ def headings(document: Path) -> set[str]:
 def script(path: Path) -> ModuleType:
     """Return a script of the documentation as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

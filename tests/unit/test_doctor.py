@@ -136,7 +136,9 @@ def test_a_folder_that_is_missing_or_a_file_fails_by_name(folders: Path) -> None
 
     gone = checks.check_folder("nnUNet_raw", checks.FOLDERS["nnUNet_raw"])
 
-    assert gone.status == "fail" and "does not exist" in gone.finding and "mkdir -p" in gone.remedy
+    assert gone.status == "fail"
+    assert "does not exist" in gone.finding
+    assert "mkdir -p" in gone.remedy
 
     # A file under the name of the folder.
     (folders / "nnUNet_raw").touch()
@@ -158,7 +160,8 @@ def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
 
     check = checks.check_folder(variable, checks.FOLDERS[variable])
 
-    assert check.status == status and "cannot be written" in check.finding
+    assert check.status == status
+    assert "cannot be written" in check.finding
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,8 @@ def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
 
     check = checks.check_nnunet()
 
-    assert check.status == status and version in check.finding
+    assert check.status == status
+    assert version in check.finding
 
 
 def test_a_missing_nnunet_fails_with_the_line_that_installs_it(
@@ -185,7 +189,8 @@ def test_a_missing_nnunet_fails_with_the_line_that_installs_it(
 
     check = checks.check_nnunet()
 
-    assert check.status == "fail" and check.remedy == "pip install 'nnunetv2>=2.8.1,<3'"
+    assert check.status == "fail"
+    assert check.remedy == "pip install 'nnunetv2>=2.8.1,<3'"
 
 
 def test_a_bridge_that_is_off_not_read_or_broken_has_its_own_remedy() -> None:
@@ -218,7 +223,8 @@ def test_a_cpu_is_a_warning_that_names_the_build_of_torch() -> None:
 
     check = checks.check_device({"device": ["cpu", "13.2"]})
 
-    assert check.status == "warn" and "driver" in check.remedy
+    assert check.status == "warn"
+    assert "driver" in check.remedy
     assert checks.check_device({"device": ["mps"]}).status == "ok"
     assert checks.check_device({"device_error": "OSError: libcudart"}).status == "fail"
 
@@ -273,7 +279,8 @@ def test_link_writes_the_guarded_line_and_unlink_removes_it(
     link = site_packages / "nnunet_autoreg_link.pth"
     head, line = link.read_text().splitlines()
 
-    assert head.startswith("#") and line + "\n" == bridge.PTH_LINE
+    assert head.startswith("#")
+    assert line + "\n" == bridge.PTH_LINE
     assert doctor.main(["--link"]) == 0
     assert f"wrote {link}" in capsys.readouterr().out
     assert doctor.main(["--unlink"]) == 0
@@ -291,7 +298,8 @@ def test_link_and_unlink_do_not_touch_a_foreign_file(
     foreign.write_text("/somewhere/else\n")
     monkeypatch.setattr(link, "has_bridge", lambda: False)
 
-    assert doctor.main(["--link"]) == 1 and doctor.main(["--unlink"]) == 1
+    assert doctor.main(["--link"]) == 1
+    assert doctor.main(["--unlink"]) == 1
     assert foreign.read_text() == "/somewhere/else\n"
     assert capsys.readouterr().err.count(str(foreign)) == 2
 
@@ -363,7 +371,8 @@ def test_shared_memory_that_cannot_be_written_is_named(
     assert main([]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert str(tmp_path) in error and "--shm-size" in error
+    assert str(tmp_path) in error
+    assert "--shm-size" in error
 
 
 @pytest.mark.parametrize(
@@ -407,7 +416,8 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
     )
     line = [sys.executable, "-c", script]
     run = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run.stdout is not None and run.stderr is not None
+    assert run.stdout is not None
+    assert run.stderr is not None
 
     # As "| head -1" does: read a line, and close the pipe while the command still writes.
     run.stdout.readline()
