@@ -122,7 +122,11 @@ def test_sigterm_ends_every_phase_with_one_line_and_no_child(place, point, way):
 
 @pytest.mark.parametrize(
     ("point", "way"),
-    [("indexing", "workers"), ("compilation", "compiler"), ("validation", "c")],
+    [
+        ("indexing", "workers"),
+        ("compilation", "compiler"),
+        ("validation", "c"),
+    ],
 )
 def test_ctrl_c_that_reaches_all_processes_ends_them_with_one_line(place, point, way):
     name = f"pressed {point}".replace(" ", "_")

@@ -356,7 +356,15 @@ def test_t5_the_teachers_side_follows_the_teachers_tokens(form: str, encoder: st
 
 # Hidden are (1 - share) of 8 blocks, rounded up: 6, 2.4 -> 3, 7.92 -> 8, 0.08 -> 1. At least one
 # stays visible, so the third is 7.
-@pytest.mark.parametrize(("share", "hidden"), [(0.25, 6), (0.7, 3), (0.01, 7), (0.99, 1)])
+@pytest.mark.parametrize(
+    ("share", "hidden"),
+    [
+        (0.25, 6),
+        (0.7, 3),
+        (0.01, 7),
+        (0.99, 1),
+    ],
+)
 def test_t6_the_number_of_hidden_blocks_follows_the_share(share: float, hidden: int) -> None:
     assert num_hidden_blocks(8, share) == hidden
 

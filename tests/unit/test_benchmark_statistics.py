@@ -557,7 +557,14 @@ def test_the_picture_shows_surface_dice_beside_dice(tmp_path: Path) -> None:
 
 
 # 5 % more is called equal, 30 % more is not; without a number nothing can be compared.
-@pytest.mark.parametrize(("flops", "is_named"), [(1.05e15, False), (1.3e15, True), (None, False)])
+@pytest.mark.parametrize(
+    ("flops", "is_named"),
+    [
+        (1.05e15, False),
+        (1.3e15, True),
+        (None, False),
+    ],
+)
 def test_unequal_costs_of_pretraining_are_reported(flops: float | None, is_named: bool) -> None:
     cost = {"objective": "x", "steps": 5, "batch": 2, "scans": 3, "samples": 10, "seconds": 4.0}
     ours = line("pretrained", pretraining={**cost, "flops": 1e15})

@@ -66,7 +66,14 @@ def test_labels_are_never_taken_when_a_parent_of_datasets_is_given(tmp_path: Pat
     assert {c.path.parent.name for c in found if not c.status} == {"imagesTr"}
 
 
-@pytest.mark.parametrize(("part", "num"), [("imagesTr", 4), ("labelsTr", 0), (".", 4)])
+@pytest.mark.parametrize(
+    ("part", "num"),
+    [
+        ("imagesTr", 4),
+        ("labelsTr", 0),
+        (".", 4),
+    ],
+)
 def test_a_part_of_a_dataset_is_recognised(tmp_path: Path, part: str, num: int) -> None:
     folder = make_dataset(tmp_path) / part
 

@@ -199,7 +199,13 @@ def test_a_dying_worker_is_a_clear_error() -> None:
 
 @pytest.mark.parametrize(
     ("channel", "modality"),
-    [("CT", "CT"), ("ct", "CT"), ("T1", "MR"), ("MRI", "MR"), ("PET", "PET")],
+    [
+        ("CT", "CT"),
+        ("ct", "CT"),
+        ("T1", "MR"),
+        ("MRI", "MR"),
+        ("PET", "PET"),
+    ],
 )
 def test_the_channel_name_of_a_dataset_decides_the_modality(channel: str, modality: str) -> None:
     array = mr(0).astype(np.float32)

@@ -231,7 +231,14 @@ def test_a_zero_voxel_size_in_other_formats_is_refused(tmp_path: Path) -> None:
 
 
 # Micrometres instead of millimetres, 60 mm between slices, and slices 40 times as thick as wide.
-@pytest.mark.parametrize("spacing", [(0.001, 0.001, 0.001), (60.0, 1.0, 1.0), (0.5, 0.5, 20.0)])
+@pytest.mark.parametrize(
+    "spacing",
+    [
+        (0.001, 0.001, 0.001),
+        (60.0, 1.0, 1.0),
+        (0.5, 0.5, 20.0),
+    ],
+)
 def test_wild_voxel_sizes_are_refused(spacing: tuple[float, float, float]) -> None:
     with pytest.raises(ScanError) as caught:
         read.check_spacing(spacing)

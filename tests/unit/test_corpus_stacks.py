@@ -295,7 +295,15 @@ def test_one_sop_instance_for_all_files_does_not_make_them_copies(tmp_path: Path
 
 
 # Positions are written with one decimal or none, so the distances of slices alternate.
-@pytest.mark.parametrize(("step", "decimals"), [(0.625, 1), (1.25, 1), (0.7, 1), (3.3, 0)])
+@pytest.mark.parametrize(
+    ("step", "decimals"),
+    [
+        (0.625, 1),
+        (1.25, 1),
+        (0.7, 1),
+        (3.3, 0),
+    ],
+)
 def test_rounded_positions_are_even_within_their_rounding(
     tmp_path: Path,
     step: float,

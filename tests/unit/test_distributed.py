@@ -584,7 +584,17 @@ def test_processes_share_gather_and_agree(two: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize(("num", "size"), [(8, 1), (8, 2), (8, 3), (5, 4), (4, 4), (33, 7)])
+@pytest.mark.parametrize(
+    ("num", "size"),
+    [
+        (8, 1),
+        (8, 2),
+        (8, 3),
+        (5, 4),
+        (4, 4),
+        (33, 7),
+    ],
+)
 def test_shares_have_no_overlap_and_no_gap_and_are_even(num: int, size: int) -> None:
     shares = [process_share(num, rank, size) for rank in range(size)]
 

@@ -167,7 +167,13 @@ def test_a_read_only_folder_is_bad_unless_it_holds_raw_data(
 @pytest.mark.parametrize(
     ("version", "status"),
     # "2.10.0" is newer than "2.8.1", though its text sorts before it.
-    [("2.8.1", "ok"), ("2.10.0", "ok"), ("2.8.0", "fail"), ("2.5", "fail"), ("3.0.0", "fail")],
+    [
+        ("2.8.1", "ok"),
+        ("2.10.0", "ok"),
+        ("2.8.0", "fail"),
+        ("2.5", "fail"),
+        ("3.0.0", "fail"),
+    ],
 )
 def test_the_supported_range_of_nnunet_is_from_2_8_1_to_below_3(
     monkeypatch: pytest.MonkeyPatch,
