@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
@@ -200,7 +200,22 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
         # nnU-Net leaves out a low resolution that is close to the full one.
         fits = {name: fit for name, fit in self.fits.items() if name in plans["configurations"]}
-        self._plan_detection(plans, fits)
+        # Without its block in dataset.json, detection is planned when its trainer is first run.
+        if DETECTION_BLOCK in self.dataset_json:
+            # Imported here, because segmentation does not need it.
+            from nnunet_autoreg.detection.plan import plan_from_labels
+
+            for name, fit in fits.items():
+                plan_from_labels(
+                    plans,
+                    name,
+                    self.dataset_json,
+                    raw_folder() / str(self.dataset_name),
+                    self.determine_reader_writer(),
+                    self.block.encoder,
+                    fit,
+                )
+
         block = with_fits(
             self.block,
             fits,
@@ -221,29 +236,6 @@ class AutoregPlanner(ExperimentPlanner):  # type: ignore[misc]
 
         recursive_fix_for_json_export(plans)
         write_json(self._plans_file(), plans)
-
-    def _plan_detection(self, plans: dict[str, Any], fits: Mapping[str, Fit]) -> None:
-        """Add the detection block to every configuration if dataset.json has one.
-
-        Otherwise the detection trainer plans when it is first run.
-        """
-        if DETECTION_BLOCK not in self.dataset_json:
-            return
-
-        # Imported here, because segmentation does not need it.
-        from nnunet_autoreg.detection.plan import plan_from_labels
-
-        raw = raw_folder() / str(self.dataset_name)
-        for name, fit in fits.items():
-            plan_from_labels(
-                plans,
-                name,
-                self.dataset_json,
-                raw,
-                self.determine_reader_writer(),
-                self.block.encoder,
-                fit,
-            )
 
     @cached_property
     def choice(self) -> Choice:

@@ -85,7 +85,9 @@ def make_plan(
         class_path: class of the encoder's network.
         most_iterations: the recipe's length of an epoch, which is never exceeded.
     """
-    counts = tuple(tuple(table.counts(number)) for number in range(len(table.tasks)))
+    counts = []
+    for number in range(len(table.tasks)):
+        counts.append(tuple(table.counts(number)))
     balance, why_balance = plan_balance(table.tasks, counts)
     one_pass = math.ceil(len(table.labels) / batch_size)
     num_iterations = min(max(1, one_pass), most_iterations)
@@ -100,7 +102,7 @@ def make_plan(
     }
     return ClassificationPlan(
         tasks=table.tasks,
-        class_counts=counts,
+        class_counts=tuple(counts),
         balance=balance,
         num_iterations_per_epoch=num_iterations,
         num_val_iterations_per_epoch=max(1, num_iterations // VALIDATED_SHARE),

@@ -81,7 +81,9 @@ def classify(model: ClassifierModel, scan: Scan) -> ScanClasses:
             model.device,
             model.autocast(),
         )
-        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+        if sums:
+            found = [a + b for a, b in zip(sums, found, strict=True)]
+        sums = found
         num_folds += 1
 
     probabilities = {}

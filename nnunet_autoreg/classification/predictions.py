@@ -50,7 +50,8 @@ def write_predictions(
     """
     header = [CASE_COLUMN]
     for task in tasks:
-        header += [task.name, *(f"{task.name}:{kind}" for kind in task.classes)]
+        header.append(task.name)
+        header += [f"{task.name}:{kind}" for kind in task.classes]
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow([to_cell(cell) for cell in header])

@@ -178,6 +178,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
                 code="classes-unreadable",
             )
         rows.append({_text_of(name): _text_of(value) for name, value in cells.items()})
+
     if CASE_COLUMN not in columns:
         raise ClassesError(
             f"{file} has no column '{CASE_COLUMN}' (found: {', '.join(columns) or 'nothing'}); its "
