@@ -131,6 +131,7 @@ def object_classes(
                     code="detection-unknown-label",
                 )
             merged_values.update(values[name])
+            # A merged label is not a separate class, and may be part of several new ones.
             available.pop(name, None)
         merged[new_name] = tuple(sorted(merged_values))
 
@@ -145,6 +146,7 @@ def object_classes(
 
     classes = []
     for name in rules.detect_labels or tuple(available):
+        # A region of no labels has no voxel.
         if available[name]:
             classes.append(ObjectClass(name, available[name][0], available[name]))
 
@@ -154,6 +156,7 @@ def object_classes(
             code="detection-no-label",
         )
 
+    # Label value -> name of its class.
     owner: dict[int, str] = {}
     for object_class in classes:
         for value in object_class.values:

@@ -290,9 +290,10 @@ def distances_mm(scan: ScanBoxes) -> Floats:
 
 
 def hits(scan: ScanBoxes, rule: HitRule) -> tuple[Bools, Floats]:
-    """Return whether each detection would hit each object, and how well, in any class.
+    """Return whether each detection would hit each object, and how well.
 
-    A region in which nothing counts is hit if the detection's centre lies in it.
+    Classes are not compared. A region in which nothing counts is hit if the detection's centre lies
+    in it.
 
     Returns:
         Whether there is a hit (D, G), and its quality (D, G): a larger value is a better hit.
