@@ -279,9 +279,9 @@ def edited(draw: st.DrawFn, whole: Any) -> Any:
 
 def to_bytes(data: Any) -> bytes:
     """Return JSON as bytes, lone surrogates included."""
-    # Surrogates without a partner are valid in JSON's text and in nothing that encodes it.
+    # Lone surrogates cannot be encoded in the usual way.
     text = json.dumps(data, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    # 900 levels are more than most readers recurse.
+    # The marker becomes 900 levels of lists, which json.dumps need not recurse through.
     return text.replace(b'"(deep)"', b"[" * 900 + b"]" * 900)
 
 

@@ -140,7 +140,7 @@ def child(request):
     take_over(request)
     leave_out_pictures()
     if request["point"]:
-        # Worker processes are told by the environment.
+        # Worker processes read the point from the environment.
         os.environ["KILL_POINT"] = request["point"]
         arm(request["point"])
     from nnunet_autoreg.cli.pretrain import main

@@ -282,7 +282,7 @@ def test_a_classified_training_case_has_the_score_of_validation(
     assert main([*line, "-tr", "AutoregClassificationTrainer_2epochs", "--device", "cpu"]) == 0
 
     with (tmp_path / "out" / "classes.csv").open() as handle:
-        # Stored with 6 digits; the scan was resampled by another path of nnU-Net.
+        # Tables hold rounded numbers.
         (row,) = csv.DictReader(handle)
     assert float(row["larger:anterior"]) == pytest.approx(
         float(validated[0]["larger:anterior"]),

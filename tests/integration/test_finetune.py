@@ -214,7 +214,7 @@ def test_a_training_resumes_and_predicts_without_the_weights(
     key = "eva.blocks.0.attn.q_proj.weight"
     brain = project / "nnUNet_results/autoreg_pretraining/brain"
     given = load_file(brain / "encoder.safetensors")[key]
-    # Two steps with a rate of at most 1e-3 have moved the weights a little from where they started.
+    # Two steps have moved the weights only a little from where they started.
     assert (first["network_weights"][key] - given).abs().max() < 0.01
 
     shutil.rmtree(brain)

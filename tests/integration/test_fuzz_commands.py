@@ -1,4 +1,4 @@
-"""A sample of damaged files of a run, given to the command as a user would: it goes on, or ends
+"""A sample of damaged files of a run, given to the command as a user would: it continues, or ends
 with one line.
 """
 

@@ -173,7 +173,7 @@ def test_two_kills_in_a_row_and_foreign_files_change_nothing(place, whole):
 
 
 def test_a_loader_process_ends_with_the_main_process(tmp_path):
-    # The main process starts a loader, prints its process id, and dies without a chance to tell it.
+    # The main process starts a loader, prints its process id, and dies without ending it.
     script = tmp_path / "main.py"
     script.write_text(
         "import os, signal, multiprocessing\n"

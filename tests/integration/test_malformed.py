@@ -118,7 +118,7 @@ def all_doubled(folder: Path) -> None:
 
 
 def radial(folder: Path) -> None:
-    """Slices that turn around an axis, as in a cholangiography."""
+    """Slices that turn around an axis, as in radial acquisitions."""
     for number, pixels in enumerate(d.volume()):
         angle = np.pi * number / 8
         direction = (float(np.cos(angle)), float(np.sin(angle)), 0, 0, 0, 1)

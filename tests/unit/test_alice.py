@@ -163,7 +163,7 @@ def test_t1_the_teacher_gets_no_gradient_and_is_a_running_mean(encoder: str) -> 
 
 
 def test_t1_buffers_are_copied() -> None:
-    # A buffer stands for the running statistics of networks that normalise by batch.
+    # A buffer represents the running statistics of networks that normalise by batch.
     objective = built(planned())
     objective.student.register_buffer("probe", torch.ones(3))
     objective.state.teacher.register_buffer("probe", torch.zeros(3))
@@ -196,7 +196,7 @@ def test_student_and_teacher_start_from_given_weights(tmp_path: Path, write_run:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_t2_all_state_survives_a_checkpoint_and_training_goes_on_the_same(
+def test_t2_all_state_survives_a_checkpoint_and_training_is_the_same(
     tmp_path: Path,
     encoder: str,
 ) -> None:
@@ -592,7 +592,7 @@ def test_t11_centres_move_to_the_mean_of_all_processes() -> None:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_t12_validation_measures_health_and_training_goes_on(encoder: str) -> None:
+def test_t12_validation_measures_health_and_training_continues(encoder: str) -> None:
     plan = planned(encoder)
     objective = built(plan)
     step = TrainingStep(plan, objective, CPU)

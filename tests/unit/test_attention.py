@@ -178,7 +178,7 @@ received = {}
     tags=(torch.Tag.flexible_layout,),
 )
 def receive(values: torch.Tensor, name: str) -> torch.Tensor:
-    """Note a list as a kernel inside compiled code gets it, in whatever strides the compiler
+    """Note a list as a kernel inside compiled code gets it, in any strides that the compiler
     chose.
     """
     assert torch.Tag.flexible_layout in torch.ops.autoreg_test.receive.default.tags

@@ -286,7 +286,7 @@ def test_finders_and_loaders_of_an_older_kind_do_not_stop_nnunet(nnunet: Path) -
     assert lookup_module().recursive_find_python_class == "stock, not wrapped"
 
 
-def test_a_look_up_module_without_the_function_is_left_alone(nnunet: Path) -> None:
+def test_a_look_up_module_without_the_function_is_not_changed(nnunet: Path) -> None:
     (nnunet / "find_class_by_name.py").write_text("something_else = 1\n")
     bridge.install()
     assert lookup_module().something_else == 1

@@ -84,8 +84,7 @@ def test_the_form_of_ar_ssl4ms_encoder_gives_logits_and_maps_too() -> None:
     maps = FeatureEncoder.forward(network, volume)
 
     assert [tuple(values.shape) for values in maps] == [(2, 24, 2, 2, 2)] * 4
-    # A map after each of 3 layers and one more, each 2 x 2 x 2; the pooled value is the mean of
-    # tokens.
+    # Maps at four depths, each 2 x 2 x 2 tokens; the pooled value is the mean of the tokens.
     expected = vit.encode(volume)[-1].mean(1)  # type: ignore[operator]
     assert torch.allclose(network.pooled(volume), expected, atol=1e-6)
     assert network(volume)[0].shape == (2, 2)

@@ -182,7 +182,7 @@ def test_a_cpu_compiles_layers_when_the_environment_asks(monkeypatch: pytest.Mon
     assert losses(plan) == pytest.approx(plain, rel=1e-5)
 
 
-def test_training_goes_on_eagerly_when_a_layer_cannot_be_compiled(
+def test_training_continues_eagerly_if_a_layer_cannot_be_compiled(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

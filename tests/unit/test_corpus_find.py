@@ -247,7 +247,7 @@ def test_a_shell_of_another_encoding_is_named_with_its_remedy(
 
 def test_natural_order_counts_numbers() -> None:
     assert sorted(["s10", "s9", "S1", "t"], key=natural_key) == ["S1", "s9", "s10", "t"]
-    # Python itself converts no number of so many digits.
+    # Python itself converts no number of more than 4300 digits.
     assert sorted(["s" + "1" * 5000, "s007", "s8"], key=natural_key)[:2] == ["s007", "s8"]
 
 

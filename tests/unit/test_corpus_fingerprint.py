@@ -47,7 +47,7 @@ def make_index(*rows: ScanRow, hu: tuple[float, ...] = ()) -> Index:
     return Index(rows, np.array(hu, dtype=np.float32))
 
 
-# The third axis is the one with the largest spacing if that is at least 5 % larger than the others.
+# The axis with the largest spacing comes first if it is at least 5 % larger than the others.
 @pytest.mark.parametrize(
     ("spacing", "axes"),
     [
@@ -201,7 +201,7 @@ def test_modalities_have_separate_groups_even_if_they_are_few() -> None:
 
 
 def test_targets_of_two_modalities_that_all_but_agree_are_made_equal() -> None:
-    # PET and CT of one scanner: 0.98 and 0.9766 mm differ by 0.3 %.
+    # 0.98 and 0.9766 mm differ by 0.3 %.
     alike = [*scans((9, (3.27, 0.98, 0.98))), *scans((5, (3.2699, 0.9766, 0.9766)), modality="CT")]
     # 3 % are a difference.
     different = [*scans((9, BRAIN)), *scans((5, (1.03, 1.0, 1.0)), modality="CT")]

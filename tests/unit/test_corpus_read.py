@@ -246,7 +246,7 @@ def test_wild_voxel_sizes_are_refused(spacing: tuple[float, float, float]) -> No
 
 
 def test_ordinary_anisotropy_passes() -> None:
-    # Cine MRI of the heart, and a knee with fine voxels in thick slices (a ratio of 23).
+    # Cine MRI of the heart, and fine pixels in thick slices (a ratio of 23).
     read.check_spacing((10.0, 1.5, 1.5))
     read.check_spacing((8.0, 0.35, 0.35))
 

@@ -94,7 +94,7 @@ def test_each_scan_passes_through_the_network_once() -> None:
 
     dense_probe(counted, pool, scored, 3, ProbeSettings((1, 3), 3, 40))
 
-    # Three scans of the pool and one that is scored, whatever the number of draws and labels.
+    # Three scans of the pool and one that is scored, for any number of draws and labels.
     assert len(seen) == len(set(seen)) == 4
 
 

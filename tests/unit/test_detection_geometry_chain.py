@@ -170,7 +170,7 @@ def test_an_object_is_found_where_it_is_in_voxels_and_in_the_world(
 
     found = detect(made, scan, options)
 
-    # The header allows for rounding of the resampled border: 0.3 voxels.
+    # The border of the object was resampled, so it may be off by some tenths of a voxel.
     (box,) = found.record.boxes
 
     assert box.box_zyx == pytest.approx(BOX, abs=0.3)

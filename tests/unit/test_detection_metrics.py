@@ -197,7 +197,7 @@ def test_the_threshold_of_several_curves_is_that_of_their_scans_together():
     wanted = (0.1, 0.2, 0.4, 0.9, 1.0, 1.2)
     thresholds = [mt.threshold_at(together, n) for n in wanted]
     assert thresholds == [np.inf, 0.9, 0.7, 0.7, 0.5, 0.4]
-    # False positives per scan, so the number of scans alone changes nothing.
+    # False positives per scan, so the number of scans by itself changes nothing.
     assert mt.threshold_at([(a, 4)], 0.5) == mt.threshold_at([(a, 1)], 0.5) == 0.9
 
 
