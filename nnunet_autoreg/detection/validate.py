@@ -330,31 +330,11 @@ def score_thresholds(
             code="fppi-fold-all",
         )
 
-    curves: dict[str, list[tuple[Froc, int]]] = {name: [] for name in classes}
-    for fold in folds:
-        file = model / f"fold_{fold}" / SUMMARY
-        if not file.is_file():
-            raise UsageError(
-                f"--fppi needs {file}, which validation writes; run nnUNetv2_train with --val, or "
-                "give --min-score",
-                code="fppi-no-validation",
-            )
-        summary = read_json(file)
-        try:
-            _warn_about_mirrorings(fold, summary, num_mirrorings)
-            # A fold weighs as much as it has scans.
-            num_scans = int(summary["scans"]["number"])
-            for name, curve in _curves_of_classes(file, summary, classes).items():
-                curves[name].append((curve, num_scans))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"--fppi: {file} is not the summary of a validation ({error!r}); write it again "
-                "with --val",
-                code="fppi-summary",
-            ) from error
-
+    of_folds = [_curves_of_fold(model, fold, classes, num_mirrorings) for fold in folds]
     thresholds = {}
-    for name, known in curves.items():
+    for name in classes:
+        known = [curves[name] for curves in of_folds if name in curves]
+        # The first point of a curve is that at which nothing is detected.
         if any(len(curve.threshold) > 1 for curve, _ in known):
             thresholds[name] = min(1.0, threshold_at(known, fp_per_scan))
         else:
@@ -367,9 +347,37 @@ def score_thresholds(
     return thresholds
 
 
-def _warn_about_mirrorings(fold: str, summary: dict[str, Any], num_mirrorings: int) -> None:
-    """Warn if a fold was validated with another number of mirrorings than will be used."""
-    validated_with = summary["model"].get("mirrorings", num_mirrorings)
+def _curves_of_fold(
+    model: Path,
+    fold: str,
+    classes: Sequence[str],
+    num_mirrorings: int,
+) -> dict[str, tuple[Froc, int]]:
+    """Return class -> its curve in the validation of a fold, and the number of scans of the fold.
+
+    Raises:
+        UsageError: the fold has no usable validation.
+    """
+    file = model / f"fold_{fold}" / SUMMARY
+    if not file.is_file():
+        raise UsageError(
+            f"--fppi needs {file}, which validation writes; run nnUNetv2_train with --val, or "
+            "give --min-score",
+            code="fppi-no-validation",
+        )
+    summary = read_json(file)
+    try:
+        validated_with = summary["model"].get("mirrorings", num_mirrorings)
+        # A fold weighs as much as it has scans.
+        num_scans = int(summary["scans"]["number"])
+        curves = _curves_of_classes(file, summary, classes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"--fppi: {file} is not the summary of a validation ({error!r}); write it again "
+            "with --val",
+            code="fppi-summary",
+        ) from error
+
     if validated_with != num_mirrorings:
         log.warning(
             "--fppi: fold %s was validated with %d mirrorings, this prediction uses %d, so its "
@@ -378,6 +386,7 @@ def _warn_about_mirrorings(fold: str, summary: dict[str, Any], num_mirrorings: i
             validated_with,
             num_mirrorings,
         )
+    return {name: (curve, num_scans) for name, curve in curves.items()}
 
 
 def _curves_of_classes(
