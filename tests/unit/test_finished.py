@@ -55,6 +55,7 @@ def test_a_failed_run_keeps_its_last_good_state_and_fails_again(
     tmp_path: Path,
     objective: Linear,
 ) -> None:
+    # The second run starts from the checkpoint of the first and must fail just the same.
     for _ in range(2):
         with pytest.raises(AutoregError) as caught:
             trainer(tmp_path, objective).run()
@@ -73,6 +74,7 @@ def test_a_collapse_that_the_user_wants_is_finished_with_a_lower_limit(tmp_path:
 
     trainer(tmp_path, Collapsing(4), wanted).run()
 
+    # All six steps.
     assert weights_of_checkpoint(tmp_path)[0] == 6
 
 
@@ -84,6 +86,7 @@ def test_a_run_without_an_accepted_step_fails(tmp_path: Path) -> None:
 
 
 def test_a_state_saved_by_an_older_version_is_looked_at_before_export(tmp_path: Path) -> None:
+    # As if a version that did not look had trained to the last step.
     trainer(tmp_path, Linear()).run()
 
     with pytest.raises(AutoregError):
@@ -93,6 +96,8 @@ def test_a_state_saved_by_an_older_version_is_looked_at_before_export(tmp_path: 
 @pytest.mark.parametrize(
     ("health", "finite", "statistics"),
     [
+        # Weights that are not finite; all six steps skipped, for one reason or for two; a bad last
+        # step without a validation scan; errors that are not numbers; features of no variety.
         (HEALTHY, False, GOOD),
         (HEALTHY, True, StepStatistics(6, 0, 6, 0.0)),
         (HEALTHY, True, StepStatistics(3, 3, 1, 0.0)),
@@ -109,16 +114,19 @@ def test_every_kind_of_failure_is_found(
     finite: bool,
     statistics: StepStatistics,
 ) -> None:
+    # Such runs once ended with exit code 0 and an encoder of NaN.
     assert len(failure_messages(health, PLAN.run, finite, statistics, 6)) == 1
 
 
 def test_a_good_run_and_one_without_features_or_scans_have_not_failed() -> None:
+    # An error above that of the mean is a matter of the verdict: the run is finished.
     for health in (HEALTHY, Health({"error": 2.0, "mean": 1.0}), None):
         assert failure_messages(health, PLAN.run, True, StepStatistics(2, 0, 0, 1.0), 6) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_plan_with_numbers_that_are_none_is_refused_by_key(value: float) -> None:
+    # A NaN that was typed into a plan once gave a run of NaN.
     encoder = replace(PLAN.encoder, arguments={**PLAN.encoder.arguments, "init_values": value})
 
     with refused(PlanError, "plan-wrong-type", "encoder.arguments.init_values", value):
@@ -127,6 +135,7 @@ def test_a_plan_with_numbers_that_are_none_is_refused_by_key(value: float) -> No
 
 @pytest.mark.parametrize("name", ["none", "None", "NONE", "nOnE"])
 def test_no_run_is_called_none_in_any_case(name: str) -> None:
+    # autoreg_weights=none means random weights, so a run of this name could never be chosen.
     with pytest.raises(UsageError):
         check_run_name(name)
 
@@ -151,18 +160,25 @@ def test_a_folder_removed_in_training_is_noticed_at_the_next_write(
     tmp_path: Path,
     is_replaced: bool,
 ) -> None:
+    # Once a traceback.
     folder = tmp_path / "run"
     folder.mkdir()
 
     with pytest.raises(AutoregError) as caught:
         trainer(folder, Removing(folder, is_replaced)).run()
 
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-    assert list(folder.iterdir()) == [] if is_replaced else not folder.exists()
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    # Nothing is written into a folder that is not the run's, and none is made.
+    if is_replaced:
+        assert list(folder.iterdir()) == []
+    else:
+        assert not folder.exists()
 
 
 def row_of(source: Path, dataset: str) -> ScanRow:
-    size, spacing = (4, 4, 4), (1.0, 1.0, 1.0)
+    size = (4, 4, 4)
+    spacing = (1.0, 1.0, 1.0)
     return ScanRow("x", dataset, "x", "CT", "CT", str(source), size, spacing, size, "0", "ok", "")
 
 
@@ -183,15 +199,16 @@ def row_of(source: Path, dataset: str) -> ScanRow:
     ],
 )
 def test_a_licence_that_cannot_be_read_stops_nothing(tmp_path: Path, text: str) -> None:
+    # Such a file once stopped a run at its end, when the card is written.
     folder = tmp_path / "Dataset001_A"
     (folder / "imagesTr").mkdir(parents=True)
     (folder / "dataset.json").write_text(text)
+    row = row_of(folder / "imagesTr" / "x_0000.nii.gz", folder.name)
 
-    assert stated_licences([row_of(folder / "imagesTr" / "x_0000.nii.gz", folder.name)]) == {
-        folder.name: "",
-    }
+    assert stated_licences([row]) == {folder.name: ""}
 
     (tmp_path / "licences.json").write_text(text)
+
     assert all(isinstance(value, str) for value in read_licences(tmp_path).values())
 
 
@@ -207,6 +224,7 @@ def test_licences_are_read_while_indexing_and_then_no_more(tmp_path: Path) -> No
     ]
 
     write_licences(tmp_path, rows)
+    # A licence has one line, and is known after the scans have been moved away.
     shutil.rmtree(folder)
 
     assert read_licences(tmp_path) == {"Dataset001": "CC-BY 4.0"}
@@ -219,6 +237,5 @@ def test_a_dataset_json_of_another_kind_leaves_the_folder_a_plain_one(tmp_path: 
     (folder / "dataset.json").write_text('["a list"]')
 
     for given in (folder, tmp_path, folder / "imagesTr"):
-        assert [found.path.name for found in find_scans([], [given]) if not found.status] == [
-            "a.nii.gz",
-        ]
+        names = [found.path.name for found in find_scans([], [given]) if not found.status]
+        assert names == ["a.nii.gz"]

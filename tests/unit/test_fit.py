@@ -64,6 +64,7 @@ class Noise:
 
     def draw(self, cases: Any, purpose: str, *ids: int) -> Sample:
         voxels = np.random.default_rng(ids).normal(size=(1, 1, *self.size)).astype(np.float32)
+        # Tokens of 8 x 8 x 8 voxels.
         num_tokens = voxels.size // 512
         return Sample(voxels, np.ones((1, *self.size), dtype=bool), np.arange(num_tokens), 1)
 
@@ -85,13 +86,8 @@ def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
             room = num_voxels * (2 if plan.optim.checkpoint_activations else 1)
 
             def limited(batch: Batch, references: bool = False) -> Any:
-                asked.append(
-                    (
-                        len(batch.prefix),
-                        plan.optim.checkpoint_activations,
-                        plan.sequence.crop_size_vox,
-                    ),
-                )
+                checkpointed = plan.optim.checkpoint_activations
+                asked.append((len(batch.prefix), checkpointed, plan.sequence.crop_size_vox))
                 if batch.voxels.numel() > room:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 return loss(batch, references)
@@ -111,15 +107,21 @@ def test_what_fits_stays_and_the_peak_is_kept(
     caplog.set_level("INFO")
     plan = fit_plan(PLAN, trainer_of(5 * 16 * 16 * 24, []), CPU)
 
-    assert plan.run.peak_memory_gib is not None and plan.run.peak_memory_gib > 0
-    assert plan.run.dry_step_seconds is not None and plan.run.dry_step_seconds > 0
-    assert plan.run.loader_seconds_per_crop is not None and plan.run.loader_seconds_per_crop > 0
-    assert plan.run.seconds_per_step is None
+    run = plan.run
+    assert run.peak_memory_gib is not None
+    assert run.peak_memory_gib > 0
+    assert run.dry_step_seconds is not None
+    assert run.dry_step_seconds > 0
+    assert run.loader_seconds_per_crop is not None
+    assert run.loader_seconds_per_crop > 0
+    assert run.seconds_per_step is None
+    # Apart from what was measured the plan is the same.
     assert replace(plan, run=PLAN.run) == PLAN
     assert "4 steps take" in caplog.text
     shown_gib = re.search(r"memory ([\d.]+) GiB", caplog.text)
     assert shown_gib is not None
-    assert float(shown_gib[1]) == pytest.approx(plan.run.peak_memory_gib, abs=0.0101)
+    # The line shows hundredths of a GiB.
+    assert float(shown_gib[1]) == pytest.approx(run.peak_memory_gib, abs=0.0101)
 
 
 def test_crops_at_once_are_halved_first_and_the_batch_size_stays(
@@ -130,12 +132,11 @@ def test_crops_at_once_are_halved_first_and_the_batch_size_stays(
 
     plan = fit_plan(PLAN, trainer_of(2 * 16 * 16 * 24, asked), CPU)
 
-    assert (
-        plan.optim.batch_size,
-        plan.optim.micro_batch_size,
-        plan.optim.checkpoint_activations,
-    ) == (5, 2, False)
+    assert plan.optim.batch_size == 5
+    assert plan.optim.micro_batch_size == 2
+    assert not plan.optim.checkpoint_activations
     assert plan.sequence == PLAN.sequence
+    # Half of 5 is 3, and half of 3 is 2: rounded up.
     assert list(dict.fromkeys(asked))[:3] == [
         (5, False, (16, 16, 24)),
         (3, False, (16, 16, 24)),
@@ -144,29 +145,33 @@ def test_crops_at_once_are_halved_first_and_the_batch_size_stays(
     first, second = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
     assert plan.reasons["optim.micro_batch_size"] == second
     for message, values in ((first, ("5 crops", "3 at once")), (second, ("3 crops", "2 at once"))):
-        assert [value for value in values if value not in message] == []
+        for value in values:
+            assert value in message
 
 
 def test_then_activations_are_checkpointed_and_the_crop_shrinks_last(
     trainer_of: Callable[..., Any],
 ) -> None:
     one = 16 * 16 * 24
+
+    # Checkpointing doubles the room: 0.6 becomes 1.2 crops.
     checkpointed = fit_plan(PLAN, trainer_of(0.6 * one, []), CPU)
 
-    assert (checkpointed.optim.micro_batch_size, checkpointed.optim.checkpoint_activations) == (
-        1,
-        True,
-    )
+    assert checkpointed.optim.micro_batch_size == 1
+    assert checkpointed.optim.checkpoint_activations
     assert checkpointed.sequence == PLAN.sequence
 
+    # 0.4 becomes 0.8 of a crop; 16 x 16 x 16 voxels are two thirds of one.
     cropped = fit_plan(PLAN, trainer_of(0.4 * one, []), CPU)
 
-    assert (cropped.optim.micro_batch_size, cropped.optim.checkpoint_activations) == (1, True)
+    assert cropped.optim.micro_batch_size == 1
+    assert cropped.optim.checkpoint_activations
     assert cropped.sequence.crop_size_vox == (16, 16, 16)
     assert "crops of 16 x 16 x 16" in cropped.reasons["sequence.crop_size_vox"]
 
 
-def test_where_nothing_fits_the_remedy_is_named(trainer_of: Callable[..., Any]) -> None:
+def test_if_nothing_fits_the_remedy_is_named(trainer_of: Callable[..., Any]) -> None:
+    # Ten voxels are less than one token.
     with refused(AutoregError, "fit-no-smaller-crop", "--encoder", "--name"):
         fit_plan(PLAN, trainer_of(10, []), CPU)
     checkpointed = replace(
@@ -179,14 +184,17 @@ def test_where_nothing_fits_the_remedy_is_named(trainer_of: Callable[..., Any]) 
 
 
 def test_a_smaller_crop_is_cut_in_whole_blocks_and_members_follow() -> None:
+    # Blocks of 2 x 2 x 2 tokens have sides of 16 voxels; the longest axis, y, gives up one of them.
     plan = replace(
         PLAN,
         sequence=SequencePlan((32, 64, 48), block_tokens=(2, 2, 2), member_crop_vox=(32, 64, 16)),
     )
     reduced = smaller_crop(plan)
 
-    assert reduced is not None and reduced.sequence.crop_size_vox == (32, 48, 48)
+    assert reduced is not None
+    assert reduced.sequence.crop_size_vox == (32, 48, 48)
     assert reduced.sequence.member_crop_vox == (32, 48, 16)
+    # 8 x 8 x 16 are two blocks of one token, and a sequence needs two.
     assert smaller_crop(replace(PLAN, sequence=SequencePlan((8, 8, 16)))) is None
 
 
@@ -207,7 +215,9 @@ def test_a_smaller_crop_keeps_its_proportions_as_far_as_whole_blocks_allow(
     expected: Size,
 ) -> None:
     reduced = smaller_crop(replace(PLAN, sequence=SequencePlan(crop)))
-    assert reduced is not None and reduced.sequence.crop_size_vox == expected
+    assert reduced is not None
+    assert reduced.sequence.crop_size_vox == expected
+    # A step down leaves at most three quarters of the voxels.
     assert volume(expected) <= 0.75 * volume(crop)
 
 
@@ -238,6 +248,7 @@ def test_want_of_memory_on_a_cpu_steps_the_plan_down_as_on_a_gpu(
     monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.dry_step", with_room_for_two)
     assert fit_plan(PLAN, trainer_of(1e9, []), CPU).optim.micro_batch_size == 2
 
+    # While a training runs, the same errors end it in one line.
     with (
         refused(AutoregError, "out-of-memory", "the memory", "same line"),
         memory_errors_in_one_line(),
@@ -245,10 +256,13 @@ def test_want_of_memory_on_a_cpu_steps_the_plan_down_as_on_a_gpu(
         raise error
 
 
-def test_torch_says_on_this_machine_what_is_taken_for_want_of_memory() -> None:
+def test_the_error_of_torch_on_this_machine_counts_as_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as failed:
+        # 4 PiB, more than any machine has.
         torch.empty(1 << 50)
-    assert is_out_of_memory(failed.value) and not is_out_of_memory(RuntimeError("shapes"))
+
+    assert is_out_of_memory(failed.value)
+    assert not is_out_of_memory(RuntimeError("shapes"))
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(
@@ -273,8 +287,11 @@ def test_a_loss_that_cannot_be_compiled_runs_as_it_stands(
         return dry_step(trainer)
 
     monkeypatch.setattr("nnunet_autoreg.pretrain.dry_run.dry_step", without_a_compiler)
+
     plan = fit_plan(PLAN, trainer_of(1e9, []), CPU)
-    assert plan.run.compile is False and "no C compiler" in plan.reasons["run.compile"]
+
+    assert plan.run.compile is False
+    assert "no C compiler" in plan.reasons["run.compile"]
     assert plan.optim == PLAN.optim
 
 
@@ -290,13 +307,15 @@ def test_a_dry_run_times_a_step_before_any_scan_is_stored(
 
     plan = with_estimated_seconds(tmp_path, PLAN, "cpu")
 
-    # Four steps of five crops, which a CPU loads between the steps.
-    step_s, crop_s = plan.run.dry_step_seconds, plan.run.loader_seconds_per_crop
-    assert step_s is not None and crop_s is not None
+    step_s = plan.run.dry_step_seconds
+    crop_s = plan.run.loader_seconds_per_crop
+    assert step_s is not None
+    assert crop_s is not None
     assert kept == [plan]
+    # Four steps of five crops, which a CPU loads between the steps, and a GPU beside them.
     assert expected_seconds(plan, "cpu") == pytest.approx(4 * (step_s + 5 * crop_s))
     assert expected_seconds(plan, "cuda") == pytest.approx(4 * step_s)
-    # The training tries a step of its own.
+    # The training measures its own step.
     assert plan.run.peak_memory_gib is None
     assert expected_seconds(PLAN, "cpu") is None
 

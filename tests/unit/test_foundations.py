@@ -51,6 +51,7 @@ def test_a_plan_survives_json_unchanged(tmp_path):
     window = IntensityWindow(40.0, 60.0, 45.0, -1000.0, 2000.0, -150.0, 250.0)
     plan = plan_for(replace(POOL, ct_window=window))
     write_json(tmp_path / "plan.json", plan)
+
     assert from_jsonable(Plan, read_json(tmp_path / "plan.json"), "plan.json") == plan
 
 
@@ -65,7 +66,8 @@ def test_unknown_plan_keys_are_refused_with_a_close_match():
     ("kind", "newest"),
     [(Plan, 2), (EncoderCard, 1), (AutoregBlock, 1), (DetectionPlan, 1), (CaseRecord, 2)],
 )
-def test_a_record_of_a_newer_format_is_refused_whatever_else_is_new(kind, newest):
+def test_a_record_of_a_newer_format_is_refused_for_its_version(kind, newest):
+    # A newer format may have keys that are unknown today; the version explains them better.
     with refused(PlanError, "plan-newer-format", "here", newest + 1, newest):
         from_jsonable(kind, {"version": newest + 1, "a key of then": 1}, "here")
     with refused(PlanError, "plan-unknown-key", "a key of then"):
@@ -109,6 +111,7 @@ def test_settings_are_typed_and_leave_a_reason():
         ("optim.lr", "plan-setting", "optim.lr=3e-4"),
         ("optim.learning=1", "plan-unknown-key", "optim.learning"),
         ("lr=1", "plan-unknown-key", "'optim.lr'"),
+        # The plan records what the user typed; that is not a value to set.
         ("request.name=x", "plan-unknown-key", "request.name"),
     ],
 )
@@ -121,7 +124,8 @@ def test_a_setting_of_the_wrong_type_is_refused():
     with pytest.raises(PlanError) as caught:
         override(plan_for(), ["optim.betas=0.9"])
 
-    assert "0.9" in str(caught.value) and "optim.betas" in str(caught.value)
+    assert "0.9" in str(caught.value)
+    assert "optim.betas" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -153,22 +157,21 @@ def test_impossible_plans_name_what_is_possible(setting, code, values):
 
 def test_the_rate_warms_up_linearly_and_ends_at_zero():
     optim = OptimPlan(num_steps=110, batch_size=1, lr=1.0, warmup_steps=10)
+
+    # (s + 1) / 10 for ten steps, then half a cosine over 100 steps: its middle is at 60.
     assert [learning_rate(optim, s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
     assert learning_rate(optim, 60) == pytest.approx(0.5)
     assert learning_rate(optim, 110) == pytest.approx(0.0)
 
 
-def test_generators_depend_on_seed_purpose_and_ids_alone():
+def test_generators_depend_only_on_seed_purpose_and_ids():
     draw = rng.generator(1, "crop", 5, 2).integers(1 << 60)
 
     assert draw == rng.generator(1, "crop", 5, 2).integers(1 << 60)
 
-    others = [
-        rng.generator(*key).integers(1 << 60)
-        for key in ((2, "crop", 5, 2), (1, "flip", 5, 2), (1, "crop", 2, 5))
-    ]
-
-    assert draw not in others
+    # Another seed, another purpose, and the same numbers in another order.
+    for key in ((2, "crop", 5, 2), (1, "flip", 5, 2), (1, "crop", 2, 5)):
+        assert rng.generator(*key).integers(1 << 60) != draw
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
@@ -183,9 +186,12 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_an_error_in_writing_names_the_file_that_is_wanted(tmp_path):
-    path, other = tmp_path / "a.json", str(tmp_path / "other")
+    # A full disk was once reported with the name of the temporary file.
+    path = tmp_path / "a.json"
+    other = str(tmp_path / "other")
 
     named = []
+    # An error that names no file, the temporary one, or another.
     for is_temporary in (None, True, False):
         with pytest.raises(OSError) as caught, atomic_path(path) as temporary:
             names = {None: (), True: (str(temporary),), False: (other,)}[is_temporary]
@@ -200,6 +206,7 @@ def test_lines_are_appended_after_whole_ones_only(tmp_path):
     assert whole_lines(path) == []
 
     append_json_line(path, {"a": 1})
+    # The rest of a process that was killed while it wrote.
     with path.open("a") as handle:
         handle.write('{"a": 2')
     assert whole_lines(path) == ['{"a": 1}']
@@ -207,6 +214,7 @@ def test_lines_are_appended_after_whole_ones_only(tmp_path):
     append_json_line(path, {"a": 3})
     assert [json.loads(text) for text in whole_lines(path)] == [{"a": 1}, {"a": 3}]
 
+    # NaN is not JSON: other programs could not read the line.
     with pytest.raises(ValueError):
         append_json_line(path, {"a": float("nan")})
     assert len(whole_lines(path)) == 2
@@ -223,6 +231,8 @@ def test_grids_rounding_and_spacing_ratio():
     assert grid_of((40, 56, 40), (8, 8, 8)) == (5, 7, 5)
     with pytest.raises(ValueError) as caught:
         grid_of((8, 8, 30), (8, 8, 8))
-    assert all(value in str(caught.value) for value in ("30", "axis x", "8", "24", "32"))
+    for value in ("30", "axis x", "8", "24", "32"):
+        assert value in str(caught.value)
     assert round_up((1, 8, 9), (8, 8, 8)) == (8, 8, 16)
+    # Sorted, 10 and 5 differ by a factor of 2.
     assert spacing_ratio((10, 1.5, 1.5), (1.5, 1.5, 5)) == 2.0

@@ -1,4 +1,4 @@
-"""Whatever stands in a file, reading it gives a valid result or one line with a code.
+"""Reading any file gives a valid result or one line with a code, with any content.
 
 A few damaged and hostile inputs per format are tried here; ``benchmarks/fuzz.py`` tries thousands.
 """
@@ -116,13 +116,14 @@ def table_of(file: Path) -> list[list[str]]:
 
 
 def check_rows(rows: tuple[ScanRow, ...]) -> None:
-    """What is usable has sizes that planning can compute with."""
+    """Check that usable rows have sizes that planning can compute with."""
     for one in rows:
         sizes = (one.shape_vox, one.spacing_mm, one.cropped_shape_vox)
         if one.status == OK:
             assert all(sizes), one
-        numbers = [value for size in sizes if size for value in size]
-        assert all(0 < value < math.inf for value in numbers), one
+        for size in sizes:
+            # Scans that could not be read have no sizes.
+            assert all(0 < value < math.inf for value in size or ()), one
         assert all(map(math.isfinite, one.percentiles)), one
 
 
@@ -167,6 +168,7 @@ def test_any_manifest_is_read_or_refused(tmp_path: Path) -> None:
 
 
 def test_any_table_of_classes_is_read_or_refused(tmp_path: Path) -> None:
+    # Two values that a spreadsheet would change: a formula, and one that is quoted already.
     lines = [["case", "patient", "grade", "kind"], ["a", "p1", "1", "=x"], ["b", "p2", "2", "'y"]]
     lines += [["c", "p3", "1", "=x"], ["d", "p4", "2", "'y"]]
     copy_file = tmp_path / "copy.csv"
@@ -193,6 +195,8 @@ def test_any_table_of_patients_is_read_or_refused(tmp_path: Path) -> None:
     lines = [["case", "subject", "sex"], ["a_1", "p1", "f"], ["a_2", "p1", "f"], ["b", "p2", "m"]]
 
     def read(file: Path) -> None:
+        # Without a usable table every case counts as a patient; a table that the user names must be
+        # usable.
         found = find_patients(tmp_path, ["a_1", "a_2", "b"])
         assert set(found.patient_of) == {"a_1", "a_2", "b"}
         read_subjects(file, ["a_1", "a_2", "b"])
@@ -234,8 +238,9 @@ def test_any_dataset_json_is_read_or_refused(tmp_path: Path) -> None:
     def read(_file: Path) -> None:
         described = read_dataset_json(folder)
         assert all(isinstance(name, str) for name in described.channels)
-        for value in (v for found in values_of_structures(folder).values() for v in found):
-            assert -(2**63) <= value < 2**63, value
+        for found in values_of_structures(folder).values():
+            # Label maps are read as int64.
+            assert all(-(2**63) <= value < 2**63 for value in found)
 
     fuzz("dataset.json", folder / "dataset.json", json_bytes(DATASET), read, tmp_path)
 
@@ -272,6 +277,7 @@ def golden(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["tiny", "hippocampus_crops_primus_tiny"])
 def test_any_plan_is_read_or_refused(name: str, tmp_path: Path) -> None:
     request = Request("x", folders=("/data",), num_steps=10)
+    # Paths stand in a private file beside the plan, as pretraining writes them.
     hidden, paths = hide_paths(to_jsonable(request), PATH_FIELDS)
     write_private(tmp_path, [{"id": key, "source": path} for key, path in paths.items()])
     data = {**golden(name), "request": hidden}
@@ -302,6 +308,7 @@ def test_any_card_of_weights_is_read_or_refused(
 
 def test_any_fine_tuning_plan_is_read_or_refused(tmp_path: Path) -> None:
     plans = make_plans()
+    # Configurations of the user's own are the only ones that are kept when plans are made again.
     custom = {"inherits_from": "3d_fullres", "patch_size": [16, 16, 16], "batch_size": 4}
     plans["configurations"]["mine"] = custom
     new = copy.deepcopy(plans)
@@ -412,6 +419,7 @@ CROP = (16, 16, 16)
 @functools.cache
 def odd_tensors() -> list[torch.Tensor]:
     """Tensors that a checkpoint can hold and no network can use."""
+    # 2^40 values of one number in the file, and values that overlap.
     odd = [
         torch.zeros(1).expand(2**40),
         torch.zeros(4).as_strided((1000, 1000), (0, 0)),
@@ -428,11 +436,12 @@ def odd_tensors() -> list[torch.Tensor]:
         torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
         torch.nn.Parameter(torch.zeros(3)),
     ]
+    # Not every version of torch has all of these.
     narrow = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn_x2", "uint16")
     for name in narrow:
         kind = getattr(torch, name, None)
         if kind is not None:
-            odd.append(torch.zeros(8, dtype=torch.uint8).view(torch.uint8).contiguous().view(kind))
+            odd.append(torch.zeros(8, dtype=torch.uint8).view(kind))
     return odd
 
 
@@ -463,6 +472,8 @@ def rezipped(whole: bytes, changes: dict[str, bytes], compression: int = 0) -> b
     return buffer.getvalue()
 
 
+# What a pickle in a checkpoint might name: functions that run code, and those that torch itself
+# uses to build tensors.
 GLOBALS = (
     "os system",
     "posix system",
@@ -503,12 +514,15 @@ OPCODES = (
 @st.composite
 def programs(draw: st.DrawFn) -> bytes:
     """Return a pickle that was put together from opcodes, with arguments and without sense."""
+    # Twice, so that a name is drawn as often as an opcode.
     named = [b"c" + text.replace(" ", "\n").encode() + b"\n" for text in GLOBALS]
     pieces = st.sampled_from(
         [
             *named,
             *named,
             pickle.UNICODE + b"mkdir trap\n",
+            # Strings with a zero byte, numbers of thousands of digits, and lengths beyond the end
+            # of the file.
             pickle.BINUNICODE + (5).to_bytes(4, "little") + b"f8\0\0\0",
             pickle.BININT + (2**31 - 1).to_bytes(4, "little"),
             pickle.LONG + b"1" * 4000 + b"L\n",
@@ -530,6 +544,7 @@ def state_dicts(draw: st.DrawFn, whole: dict[str, Any]) -> bytes:
     content = dict(whole)
     keys = st.sampled_from([*whole, "more", "network_weights", "state_dict", "module.x"])
     odd_keys = st.sampled_from([None, 3, 1.5, True, ("a",), b"x"])
+    # Some 2^60 values that take few bytes in the file.
     things = st.one_of(
         st.sampled_from(odd_tensors()),
         values.filter(lambda value: "\ud800" not in repr(value)),
@@ -551,6 +566,7 @@ def run_folder(write_run: Callable[..., Path], tmp_path_factory: pytest.TempPath
 def hostile_files(whole: dict[str, Any], trap: Path) -> st.SearchStrategy[bytes]:
     """Return files of ``torch.save`` that are damaged, odd, or made to run code or fill memory."""
     whole_bytes = saved(whole)
+    # 256 MiB of zeros in a file of a few hundred kilobytes.
     bomb = rezipped(whole_bytes, {"data/0": bytes(2**28)}, zipfile.ZIP_DEFLATED)
     traps = [saved({**whole, "more": Trap(trap)})]
     traps.append(saved({"more": Trap(trap)}, _use_new_zipfile_serialization=False))
@@ -564,6 +580,7 @@ def hostile_files(whole: dict[str, Any], trap: Path) -> st.SearchStrategy[bytes]
         damaged(whole_bytes),
         programs(),
         programs().map(lambda program: rezipped(whole_bytes, {"data.pkl": program})),
+        # An empty file, an empty zip archive, and a million nested lists.
         st.sampled_from([*traps, bomb, b"", b"PK\x05\x06" + bytes(18), b"\x80\x02" + b"]" * 10**6]),
     )
 
@@ -598,6 +615,7 @@ def test_any_adaptation_plan_is_read_or_refused(run_folder: Path, tmp_path: Path
 
 
 def test_any_checkpoint_of_a_run_is_read_or_refused(tmp_path: Path) -> None:
+    # Checkpoints of runs are sealed with a hash, so a hostile one must be sealed as well.
     content = {"step": 3, "plan": golden("tiny"), "network": {"w": torch.zeros(8)}}
     file = tmp_path / "run" / LATEST_NAME
     save_checkpoint(file, content)
@@ -624,6 +642,7 @@ def tensor_files(draw: st.DrawFn, whole: bytes) -> bytes:
     length = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + length])
     text = draw(json_bytes(header))
+    # The length before the header: right, beyond any file, none, or that of the old header.
     size = draw(st.sampled_from((len(text), len(text), len(text), 2**63, 0, length)))
     return size.to_bytes(8, "little") + text + whole[8 + length :]
 
@@ -634,18 +653,22 @@ def test_any_safetensors_file_is_read_or_refused(tmp_path: Path) -> None:
 
     def read(file: Path) -> None:
         for tensor in read_tensors(file).values():
-            assert tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all())
+            assert tensor.dtype == torch.float32
+            assert bool(torch.isfinite(tensor).all())
 
     contents = st.one_of(tensor_files(whole), damaged(whole))
     fuzz("checkpoint (.safetensors)", tmp_path / "x.safetensors", contents, read, tmp_path)
 
 
 def test_any_folder_of_the_hub_is_imported_or_refused(run_folder: Path, tmp_path: Path) -> None:
-    folder, runs = tmp_path / "repository", tmp_path / "runs"
+    folder = tmp_path / "repository"
+    runs = tmp_path / "runs"
     export_weights(run_folder / WEIGHTS_NAME, folder, HUGGINGFACE_FORM)
     runs.mkdir()
-    config_file, model = folder / CONFIG_NAME, folder / MODEL_NAME
-    config, whole = json.loads(config_file.read_text()), model.read_bytes()
+    config_file = folder / CONFIG_NAME
+    model = folder / MODEL_NAME
+    config = json.loads(config_file.read_text())
+    whole = model.read_bytes()
 
     def read(_file: Path) -> None:
         inspect_weights(folder, ImportOptions())
@@ -682,11 +705,10 @@ def test_the_command_ends_any_weights_file_in_one_line(
 
 
 def test_pipes_in_the_place_of_files_are_not_waited_for(index: Path, tmp_path: Path) -> None:
+    # Opening a pipe blocks until somebody writes into it, which here nobody does.
     pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    os.mkfifo(tmp_path / LATEST_NAME)
-    os.mkfifo(tmp_path / "x.safetensors")
-    os.mkfifo(tmp_path / "cases.csv")
+    for name in ("pipe", LATEST_NAME, "x.safetensors", "cases.csv"):
+        os.mkfifo(tmp_path / name)
     private = index.with_name(PRIVATE_NAME)
     readers: list[Callable[[], object]] = [
         lambda: read_index(pipe),
@@ -709,5 +731,5 @@ def test_pipes_in_the_place_of_files_are_not_waited_for(index: Path, tmp_path: P
         os.mkfifo(private)
         watch.try_out(lambda: read_index(index))
 
-    # Optional files in the form of a pipe are as good as none.
+    # Two of these files are optional, and as a pipe they are treated as missing.
     assert watch.outcomes["read"] == 2

@@ -17,9 +17,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def loaded(name: str) -> ModuleType:
-    """A module of the folder ``benchmarks``, which is no package."""
+    """Return a module of the folder ``benchmarks``, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -46,6 +47,7 @@ def test_every_line_is_on_disk_before_the_next_is_made(
 
     def lines() -> Iterator[dict[str, object]]:
         yield {"part": "x", "number": 0}
+        # A generator runs only when the next line is asked for: what is on disk by then?
         counted.append(len(on_disk(out)))
         yield {"part": "x", "number": 1}
         counted.append(len(on_disk(out)))
@@ -78,6 +80,7 @@ def is_running(number: int) -> bool:
         os.kill(number, 0)
     except ProcessLookupError:
         return False
+    # A zombie (state Z) has ended; its parent has not asked for its exit code yet.
     state = Path(f"/proc/{number}/stat")
     return not (state.exists() and ") Z " in state.read_text())
 
@@ -89,6 +92,7 @@ def test_a_command_past_its_limit_is_ended_with_its_children(
 ) -> None:
     monkeypatch.setattr(recording, "GRACE_S", 0.2)
     note = tmp_path / "child"
+    # The worst case: the command ignores SIGTERM, and has started a process of its own.
     script = (
         "import pathlib, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -99,8 +103,10 @@ def test_a_command_past_its_limit_is_ended_with_its_children(
 
     reason = recording.run_bounded([sys.executable, "-c", script], 3)
 
-    assert reason is not None and "3 s" in reason
+    assert reason is not None
+    assert "3 s" in reason
     child = int(note.read_text())
+    # The kernel may take a moment.
     for _ in range(100):
         if not is_running(child):
             break
@@ -116,10 +122,17 @@ def test_a_command_past_its_limit_is_ended_with_its_children(
         ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
     ],
 )
-def test_how_a_command_ended_is_said(recording: ModuleType, script: str, word: str | None) -> None:
+def test_the_reason_says_how_a_command_ended(
+    recording: ModuleType,
+    script: str,
+    word: str | None,
+) -> None:
     reason = recording.run_bounded([sys.executable, "-c", script], 60)
 
-    assert reason is None if word is None else word in reason
+    if word is None:
+        assert reason is None
+    else:
+        assert word in reason
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +161,10 @@ def test_long_parts_run_encoder_by_encoder(gpu: ModuleType) -> None:
     every = gpu.units_of(["throughput"], [], False)
 
     assert chosen == [
-        (part, name) for part in ("throughput", "memory") for name in ("primus_m", "vit_b16")
+        ("throughput", "primus_m"),
+        ("throughput", "vit_b16"),
+        ("memory", "primus_m"),
+        ("memory", "vit_b16"),
     ]
     assert [name for _, name in every] == list(gpu.ENCODERS)
 
@@ -157,6 +173,7 @@ def test_attention_is_compared_for_samples_that_differ(gpu: ModuleType) -> None:
     cases = gpu.attention_cases(3, 40)
 
     assert {order for order, _ in cases} == {"raster", "random"}
+    # Equal prefixes would not show a kernel that takes one sample's mask for all.
     for ranks, prefix, valid in cases.values():
         assert len(ranks) == len(valid) == len(prefix) == 3
         assert len(set(prefix.tolist())) == 3

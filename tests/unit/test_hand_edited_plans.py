@@ -20,6 +20,7 @@ from nnunet_autoreg.records import from_jsonable, to_jsonable
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 # One per family of encoders: CNN, plain transformer, transformer with START.
 PLANS = ("tiny", "hippocampus_crops_primus_tiny", "brain_mr_vit_b16")
+# JSON as others write it has NaN, infinity (1e400), and whole numbers of any length.
 WRONG_VALUES = [json.loads(text) for text in ("null", '"text"', "[1]", "-1", "NaN", "1e400")]
 WRONG_VALUES.append(10**400)
 
@@ -52,7 +53,7 @@ def replaced(data: dict[str, Any], key: Key, value: Any) -> dict[str, Any]:
 
 
 def outcomes(data: dict[str, Any], read: Any) -> tuple[int, int]:
-    """How many changed plans are read and refused; any other exception is the test's failure."""
+    """Return how many changed plans are read and refused; another exception fails the test."""
     num_read, num_refused = 0, 0
     for key in keys_of(data):
         for value in WRONG_VALUES:
@@ -66,15 +67,17 @@ def outcomes(data: dict[str, Any], read: Any) -> tuple[int, int]:
     return num_read, num_refused
 
 
+def read_and_check(changed: dict[str, Any]) -> None:
+    check(from_jsonable(Plan, changed, "plan.json"))
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_any_wrong_value_in_a_plan_is_refused_or_harmless(name: str) -> None:
+    # About 40 such values once ended in tracebacks.
     data = golden(name)
 
-    def read(changed: dict[str, Any]) -> None:
-        check(from_jsonable(Plan, changed, "plan.json"))
-
-    read(data)
-    num_read, num_refused = outcomes(data, read)
+    read_and_check(data)
+    num_read, num_refused = outcomes(data, read_and_check)
 
     # What is read are texts in reasons and the request, and numbers that may be anything.
     assert num_refused > 3 * num_read
@@ -85,19 +88,17 @@ def test_any_wrong_value_in_a_plan_of_other_objectives_is_refused(
     objective: str,
     deepest: str,
 ) -> None:
+    # A great number of layers was once built without end.
     plan = with_objective(plan_for("primus_tiny", (48, 48, 40)), objective)
     data = json.loads(json.dumps(to_jsonable(kind_of(objective).fit(plan, 4, 6))))
 
-    def read(changed: dict[str, Any]) -> None:
-        check(from_jsonable(Plan, changed, "plan.json"))
-
-    read(data)
-    num_read, num_refused = outcomes(data, read)
+    read_and_check(data)
+    num_read, num_refused = outcomes(data, read_and_check)
 
     assert num_refused > 3 * num_read
-    # Layers are built one by one, so that so many of them would keep the command busy for days.
+    # Layers are built one by one: 10^9 of them would keep the command busy for days.
     with refused(PlanError, "plan-out-of-range", f"objective.{deepest}=1000000000"):
-        read(replaced(data, ("objective", deepest), 10**9))
+        read_and_check(replaced(data, ("objective", deepest), 10**9))
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -138,7 +139,7 @@ def test_the_error_names_file_key_and_value(key: Key, value: Any, code: str) -> 
         check(from_jsonable(Plan, changed, "plan.json"))
 
 
-def test_unknown_missing_and_newer_are_told_apart() -> None:
+def test_unknown_missing_and_newer_keys_have_different_codes() -> None:
     data = golden("tiny")
     without_steps = copy.deepcopy(data)
     del without_steps["optim"]["num_steps"]

@@ -28,6 +28,7 @@ from nnunet_autoreg.pretrain.request import Request, check_inputs
 from nnunet_autoreg.records import from_cell, read_json, to_cell
 
 TINY = encoder_size("primus_tiny")
+# A card as a finished run writes it; the tests below change one value each.
 CARD = {
     "name": "x",
     "encoder": "primus_tiny",
@@ -94,6 +95,7 @@ def test_numbers_that_no_encoder_has_are_refused_by_name(
     tmp_path: Path,
     changes: dict[str, Any],
 ) -> None:
+    # Numbers of a stranger's card once took all memory.
     key = next(iter(changes))
 
     with pytest.raises(WeightsError) as caught:
@@ -103,14 +105,18 @@ def test_numbers_that_no_encoder_has_are_refused_by_name(
     assert caught.value.code in ("card-unreadable", "card-huge")
     assert key in str(caught.value)
     assert "\n" not in str(caught.value)
+    # An error that prints the value would fill the terminal.
     assert len(str(caught.value)) < 1000
 
 
 def test_json_of_many_levels_pipes_and_huge_files_are_refused(tmp_path: Path) -> None:
-    deep, pipe, large = tmp_path / "deep.json", tmp_path / "pipe.json", tmp_path / "large.json"
+    deep = tmp_path / "deep.json"
+    pipe = tmp_path / "pipe.json"
+    large = tmp_path / "large.json"
     deep.write_text("[" * 200_000)
     os.mkfifo(pipe)
     with large.open("wb") as handle:
+        # A sparse file of 1 TiB takes no room on disk.
         handle.truncate(2**40)
 
     with refused(PlanError, "json-too-deep", deep):
@@ -130,7 +136,7 @@ def test_a_pipe_given_as_an_option_is_refused_and_not_waited_for(tmp_path: Path,
         check_inputs(Request("x", folders=(str(tmp_path),), **{flag: str(pipe)}))
 
 
-def test_weights_that_are_pipes_are_no_weights(
+def test_weights_that_are_pipes_end_in_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -153,6 +159,7 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
     from nnunet_autoreg.finetune.floats import as_float
 
     file = tmp_path / "x.pth"
+    # One number in the file, 2^40 when it is written out.
     torch.save({"a": torch.zeros(1).expand(2**40)}, file)
 
     with refused(WeightsError, "weights-kind", "'a'"):
@@ -161,6 +168,7 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
 
 def test_lists_that_hold_one_another_many_times_are_refused(tmp_path: Path) -> None:
     value: Any = [1]
+    # 60 lists in the file, 2^60 numbers for whoever walks through them.
     for _ in range(60):
         value = [value, value]
     torch.save({"a": torch.zeros(1), "more": value}, tmp_path / "x.pth")
@@ -171,6 +179,7 @@ def test_lists_that_hold_one_another_many_times_are_refused(tmp_path: Path) -> N
 
 def test_a_damaged_header_of_safetensors_ends_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
+    # Nothing, a length beyond any file, and a shape of 2^60 numbers in four bytes.
     header = json.dumps({"a": {"dtype": "F4", "shape": [2**60], "data_offsets": [0, 4]}}).encode()
     for content in (b"", b"\xff" * 8, len(header).to_bytes(8, "little") + header + b"\0" * 4):
         file.write_bytes(content)
@@ -179,6 +188,7 @@ def test_a_damaged_header_of_safetensors_ends_in_one_line(tmp_path: Path) -> Non
 
 
 def test_what_is_to_be_typed_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Copied into a shell without quotes, this name would run a command.
     folder = tmp_path / "a b; touch $(sprung)"
     folder.mkdir()
     torch.save({"network_weights": {"encoder.a": torch.ones(2)}}, folder / "x.pth")
@@ -212,21 +222,21 @@ def test_the_folder_to_make_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_terminal_gets_no_character_that_it_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    # A sequence that clears the screen, a line break, a carriage return, a bell, half a character,
+    # and one that reverses the direction of writing.
     name = "a\x1b[2Jb\nc\r\x07\udcff\u202e"
-    record = logging.LogRecord(
-        "n",
-        logging.WARNING,
-        "",
-        0,
-        "%s and %s has %d voxels\nnext line",
-        (name, Path(name), 3),
-        None,
-    )
-    error = logging.LogRecord("n", logging.WARNING, "", 0, "%s", (ValueError(name),), None)
+
+    def record_of(text: str, *values: object) -> logging.LogRecord:
+        return logging.LogRecord("n", logging.WARNING, "", 0, text, values, None)
+
+    record = record_of("%s and %s has %d voxels\nnext line", name, Path(name), 3)
+    error = record_of("%s", ValueError(name))
 
     assert _LevelFormatter(is_terminal=True).format(record).splitlines()[1:] == ["next line"]
     for text in (_LevelFormatter(is_terminal=True).format(error), printable(name)):
-        assert text.isprintable() and "a" in text and "c" in text
+        assert text.isprintable()
+        assert "a" in text
+        assert "c" in text
     print_next(name)
     assert capsys.readouterr().out.count("\n") == 1
 
@@ -235,7 +245,8 @@ def test_the_terminal_gets_no_character_that_it_obeys(capsys: pytest.CaptureFixt
     "text",
     ["=1+1", "+a", "-cmd", "@SUM(A1)", "\t=1", "'=1", "''", "'", "it's"],
 )
-def test_a_cell_is_no_formula_and_comes_back_as_it_was(text: str) -> None:
+def test_a_cell_is_not_a_formula_and_comes_back_as_it_was(text: str) -> None:
+    # With these characters in front a spreadsheet computes or drops a cell.
     assert to_cell(text)[0] not in "=+-@\t\r"
     assert from_cell(to_cell(text)) == text
 
@@ -270,9 +281,5 @@ def test_formulas_and_line_breaks_in_names_are_harmless_in_the_index(tmp_path: P
     assert len(lines) == 2
     assert not [cell for cell in lines[1].split(",") if cell.startswith(("=", "+", "-", "@"))]
     found = read_index(tmp_path / "scans.csv")[0]
-    assert (found.source, found.case, found.name, found.label_class) == (
-        source,
-        row.case,
-        row.name,
-        "@a",
-    )
+    assert (found.source, found.case) == (source, row.case)
+    assert (found.name, found.label_class) == (row.name, "@a")

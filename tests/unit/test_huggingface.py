@@ -70,11 +70,8 @@ def test_an_export_for_hugging_face_holds_weights_config_and_a_model_card(
     text = (exported / "README.md").read_text()
     config = json.loads((exported / "config.json").read_text())
 
-    assert {file.name for file in exported.iterdir()} == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    }
+    names = {file.name for file in exported.iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors"}
     weights = (run_folder / "encoder.safetensors").read_bytes()
     assert (exported / "model.safetensors").read_bytes() == weights
     assert config["model_type"] == "nnunet_autoreg"
@@ -113,8 +110,8 @@ def test_a_folder_for_hugging_face_is_imported_bit_by_bit(
     card, _ = import_weights(exported, "theirs", tmp_path, ImportOptions())
 
     first = read_card(run_folder)
-    unlike = {f for f in first.__dataclass_fields__ if getattr(first, f) != getattr(card, f)}
-    assert unlike == {"name", "extra"}
+    changed = {f for f in first.__dataclass_fields__ if getattr(first, f) != getattr(card, f)}
+    assert changed == {"name", "extra"}
     assert card.has_decoder
     assert card.extra[IMPORTED]["format"] == "Hugging Face"
     back = tmp_path / "autoreg_pretraining" / "theirs" / "encoder.safetensors"
@@ -125,7 +122,7 @@ def test_a_folder_for_hugging_face_is_imported_bit_by_bit(
     assert verdict == "learnt, imported, used by name only"
 
 
-def test_a_repeated_export_is_no_error_and_another_is_refused(
+def test_a_repeated_export_is_allowed_and_another_is_refused(
     tmp_path: Path,
     run_folder: Path,
     exported: Path,
@@ -135,10 +132,12 @@ def test_a_repeated_export_is_no_error_and_another_is_refused(
 
     export_weights(weights, exported, HUGGINGFACE_FORM)
 
+    # Not even written once more.
     assert [file.stat().st_mtime_ns for file in sorted(exported.iterdir())] == before
     with refused(WeightsError, "weights-export-exists", exported, "model.safetensors"):
         export_weights(weights, exported, NNSSL_FORM)
 
+    # A model card is made to be completed by hand, and must not be overwritten.
     (exported / "README.md").write_text("my own words")
     with refused(WeightsError, "weights-export-exists", "README.md"):
         export_weights(weights, exported, HUGGINGFACE_FORM)
@@ -182,14 +181,18 @@ def test_pretraining_starts_from_a_folder_for_hugging_face(
 @pytest.mark.parametrize(
     ("licences", "expected"),
     [
+        # No licence is known.
         ({}, "unknown"),
         ({"a": ""}, "unknown"),
         ({"a": "none stated"}, "unknown"),
+        # One licence, in several spellings.
         ({"a": "CC0"}, "cc0-1.0"),
         ({"a": "CC-BY-4.0", "b": "cc by 4.0"}, "cc-by-4.0"),
         ({"OpenMind": "CC-BY-4.0 (stated by the user)"}, "cc-by-4.0"),
         ({"a": "CC-BY-SA 4.0"}, "cc-by-sa-4.0"),
         ({"a": "CC-BY-NC-ND-4.0"}, "cc-by-nc-nd-4.0"),
+        # Without a version, in words, unknown for a part of the data, or two that differ: nobody
+        # but a person can say which licence that makes.
         ({"a": "CC-BY"}, "other"),
         ({"a": "hands off commercial use"}, "other"),
         ({"a": "CC-BY-4.0", "b": ""}, "other"),
@@ -207,6 +210,7 @@ def test_the_licence_of_weights_follows_from_all_that_they_were_made_from(
 def test_texts_of_others_cannot_change_the_form_of_a_model_card(run_folder: Path) -> None:
     from dataclasses import replace
 
+    # Three dashes end the front matter, a bar ends a cell, and a tag would be rendered.
     licence = "mine\n---\n| x | <script>"
     card = replace(
         read_card(run_folder),
@@ -254,10 +258,11 @@ def test_a_config_from_elsewhere_is_checked(
     with refused(AutoregError, code, value):
         import_weights(exported, "theirs", tmp_path, ImportOptions())
 
+    # Nothing is left of an import that was refused.
     assert not (tmp_path / "autoreg_pretraining" / "theirs").exists()
 
 
-def test_what_the_config_states_cannot_be_stated_otherwise(tmp_path: Path, exported: Path) -> None:
+def test_a_value_of_the_config_cannot_be_stated_otherwise(tmp_path: Path, exported: Path) -> None:
     with refused(WeightsError, "weights-option-unused", "--heads", "config.json"):
         import_weights(exported, "theirs", tmp_path, ImportOptions(num_heads=3))
 
@@ -275,7 +280,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put_into_cache(cache: Path, folder: Path, repository: str = "owner/name") -> Path:
-    """Lay a folder down as huggingface_hub does; return the folder that stands for it."""
+    """Write a folder into the cache as huggingface_hub does; return its snapshot."""
     home = cache / f"models--{repository.replace('/', '--')}"
     snapshot = home / "snapshots" / COMMIT
     for part in (snapshot, home / "blobs", home / "refs"):
@@ -304,6 +309,7 @@ def test_a_repository_in_the_cache_is_imported_without_a_network(
     origin = card.extra[IMPORTED]
     assert (origin["repository"], origin["commit"]) == ("owner/name", COMMIT)
     assert card.sha256 == read_card(run_folder).sha256
+    # Where the cache lies is private to this machine.
     assert str(tmp_path) not in json.dumps(origin)
 
     by_revision = prepare_starting_point(f"hf://owner/name@{COMMIT}", tmp_path / "new")
@@ -352,7 +358,7 @@ def test_an_address_is_refused_as_it_was_typed(given: str, values: tuple[str, ..
         local_weights(given)
 
 
-def test_a_path_is_no_address(tmp_path: Path) -> None:
+def test_a_path_is_not_an_address(tmp_path: Path) -> None:
     for text in ("a/b.pth", "C:/weights.pth", "./hf:/owner/name", str(tmp_path)):
         assert local_weights(text) == Path(text)
 
@@ -361,6 +367,7 @@ def test_only_files_of_the_cache_belong_to_a_repository(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--AnonRes--ResEncL-OpenMind" / "snapshots" / COMMIT
 
     assert repository_of(snapshot / "a.pth") == ("AnonRes/ResEncL-OpenMind", COMMIT)
+    # A folder of this form outside the cache may be named after a patient.
     assert repository_of(tmp_path / "DOE^JOHN" / "snapshots" / COMMIT / "a.pth") == ("", "")
     assert repository_of(Path("/a.pth")) == ("", "")
 
@@ -396,5 +403,7 @@ def test_no_command_takes_an_address_for_a_path(
     assert import_module(f"nnunet_autoreg.cli.{command}").main(line) in (1, 2)
 
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "://" in last and ("download" in last or "import" in last)
+    assert "://" in last
+    assert "download" in last or "import" in last
+    # A path made of the address would be a folder "https:".
     assert not (tmp_path / "https:").exists()
