@@ -51,6 +51,7 @@ from nnunet_autoreg.sampling.views import draw, in_plane, num_slabs, slab_size
 CPU = torch.device("cpu")
 SHAPE_VOX = (48, 48, 40)
 ENCODERS = ("primus_tiny", "resenc_tiny")
+# Small enough for a CPU: crops of 16 voxels with slabs of 8 at steps of 4, so three in a crop.
 SMALL = (
     "objective.width=16",
     "objective.num_heads=2",
@@ -114,10 +115,13 @@ def test_views_slabs_and_clusters_are_planned_for_the_scans(encoder: str) -> Non
 
     plan = check(kind_of("joint").fit(with_objective(plan, "joint"), 100, 300))
 
+    # One cluster for 8 rows: 100 volumes of four slabs and 300 images are 700 rows, 700 / 8 = 87
+    # and 100 / 8 = 12. The bank holds all 400 cases.
     settings = joint_of(plan)
     assert plan.sequence.weights == {"views": 1.0, "images": 0.5}
     assert settings.slab_vox % size.token_size[0] == 0
-    assert settings.slab_step_vox * 2 == settings.slab_vox and num_slabs(plan) >= 2
+    assert settings.slab_step_vox * 2 == settings.slab_vox
+    assert num_slabs(plan) >= 2
     assert (settings.num_slab_clusters, settings.num_volume_clusters) == (87, 12)
     assert settings.bank_cases == 400
 
@@ -134,12 +138,16 @@ def test_thin_volumes_get_slabs_of_two_slices() -> None:
 
     again = with_objective(plan, "joint")
 
-    assert joint_of(again).slab_vox == 2 and num_slabs(again) == 7
+    assert joint_of(again).slab_vox == 2
+    # Slabs of two slices begin at slices 0 to 6 of a crop of eight.
+    assert num_slabs(again) == 7
 
 
 @pytest.mark.parametrize(
     ("setting", "code", "value"),
     [
+        # A slab as deep as the crop, one that is not a multiple of the token, and a step that does
+        # not divide it.
         ("objective.slab_vox=16", "plan-slabs", "16"),
         ("objective.slab_vox=12", "plan-slabs", "12"),
         ("objective.slab_step_vox=3", "plan-slabs", "3"),
@@ -166,22 +174,23 @@ def test_other_objectives_draw_no_views() -> None:
 
 
 def test_two_views_show_the_same_slices_each_changed_in_its_plane() -> None:
+    # Intensities stay as they are, and with them the numbers by which a voxel is found again.
     plan = planned("primus_tiny", "objective.intensity_share=0", "sequence.spatial_share=0")
     sampler = SequenceSampler(plan)
     case = Ramp((20, 24, 20))
     slice_vox = 24 * 20
 
     for number in range(8):
-        sample, _ = sampler.draw_kind(
-            "views",
-            SamplingPool((case,)),
-            torch_free_generator(number),  # type: ignore[arg-type]
-        )
+        generator = torch_free_generator(number)
+        only_case = SamplingPool((case,))  # type: ignore[arg-type]
+        sample, _ = sampler.draw_kind("views", only_case, generator)
         first, second = collate([sample]).to(CPU).voxels[0, :, 0]
+
         # The raster index tells in which slice of the case a voxel lies.
         slices = [((view - 1) / slice_vox).floor().amax(dim=(1, 2)) for view in (first, second)]
-        assert torch.equal(*slices) and len(slices[0].unique()) == 16
-    assert not torch.equal(first, second)
+        assert torch.equal(*slices)
+        assert len(slices[0].unique()) == 16
+        assert not torch.equal(first, second)
 
 
 def torch_free_generator(number: int) -> Any:
@@ -215,24 +224,28 @@ def test_mirrored_and_transposed_views_hold_exactly_the_voxels_of_the_case() -> 
             generator,  # type: ignore[arg-type]
         )
         view = collate([sample]).to(CPU).voxels[0, 0, 0]
+        # Three flips and one swap within the plane: 16 ways to store the case.
         for z, y, x, swap in itertools.product((0, 1), repeat=4):
             axes = [axis for axis, flip in enumerate((z, y, x)) if flip]
             other = whole.transpose(1, 2) if swap else whole
+            # Neighbouring voxels differ by 1.
             if torch.allclose(view, other.flip(axes), atol=0.02):
                 found.add((z, y, x, swap))
                 break
         else:
-            pytest.fail("a view that is no mirrored or transposed case")
+            pytest.fail("a view that is not a mirrored or transposed case")
     assert len(found) > 8
 
 
 def test_rotations_keep_lengths_in_mm() -> None:
+    # Voxels of 5 x 2 x 1 mm, turned by 90 degrees in the plane.
     affine = in_plane(90.0, 1.0, (False, False), False, 1.0, (5.0, 2.0, 1.0))
 
     _, (_, yy, yx), (_, xy, xx) = affine.matrix
     # A step of one pixel along x (1 mm) becomes half a pixel along y (2 mm).
     assert (abs(yy), abs(xx)) == (pytest.approx(0, abs=1e-9),) * 2
-    assert abs(yx) == pytest.approx(0.5) and abs(xy) == pytest.approx(2.0)
+    assert abs(yx) == pytest.approx(0.5)
+    assert abs(xy) == pytest.approx(2.0)
 
 
 # T1 and T2: attention over slabs.
@@ -247,8 +260,10 @@ def test_t1_a_slab_sees_other_slabs_with_weights_for_any_number_of_them() -> Non
         other[0, 1] = functional.normalize(torch.randn(16), dim=-1)
         valid = torch.ones(1, number, dtype=torch.bool)
 
-        before, after = head(slabs, valid), head(other, valid)
+        before = head(slabs, valid)
+        after = head(other, valid)
 
+        # The slab before the last changed; the last can only notice by attention.
         assert before.shape == slabs.shape
         assert not torch.allclose(before[0, number - 1], after[0, number - 1], atol=1e-5)
 
@@ -257,16 +272,19 @@ def test_t2_without_offsets_it_is_ordinary_attention_with_a_bias() -> None:
     torch.manual_seed(0)
     attention = SlabAttention(settings_of(key_every=1)).eval()
     torch.nn.init.zeros_(attention.to_offset.weight)
-    slabs, valid = torch.randn(2, 6, 16), torch.ones(2, 6, dtype=torch.bool)
+    slabs = torch.randn(2, 6, 16)
+    valid = torch.ones(2, 6, dtype=torch.bool)
 
     found = attention(slabs, valid)
 
+    # The same by torch: two heads of width 8, (B, heads, slabs, 8).
     query, key, value = (
         layer(slabs).reshape(2, 6, 2, 8).transpose(1, 2)
         for layer in (attention.query, attention.key, attention.value)
     )
     place = torch.arange(6.0).expand(2, 2, 6)
     bias = attention.bias(place, 6)
+    # A bias of zeros would not show whether it is used.
     assert bias.abs().max() > 0
     plain = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     expected = attention.project(plain.transpose(1, 2).flatten(2))
@@ -277,19 +295,23 @@ def test_t2_without_offsets_it_is_ordinary_attention_with_a_bias() -> None:
 def test_offsets_move_keys_within_the_volume_and_are_learnt(every: int) -> None:
     torch.manual_seed(0)
     attention = SlabAttention(settings_of(key_every=every))
-    slabs, valid = torch.randn(1, 9, 16), torch.ones(1, 9, dtype=torch.bool)
+    slabs = torch.randn(1, 9, 16)
+    valid = torch.ones(1, 9, dtype=torch.bool)
     places = attention.places(attention._heads(attention.query(slabs)))
 
     attention(slabs, valid).square().sum().backward()
 
-    assert places.shape == (1, 2, 9 // every) and places.min() >= 0 and places.max() <= 8
+    assert places.shape == (1, 2, 9 // every)
+    assert places.min() >= 0
+    assert places.max() <= 8
     assert attention.to_offset.weight.grad is not None
     assert attention.to_offset.weight.grad.abs().max() > 0
+    # One slab has nothing to look at but itself.
     single = attention(slabs[:, :1], valid[:, :1])
     assert single.isfinite().all()
 
 
-def test_padded_slabs_are_no_keys() -> None:
+def test_padded_slabs_are_not_keys() -> None:
     torch.manual_seed(0)
     head = VolumeHead(settings_of()).eval()
     slabs = functional.normalize(torch.randn(1, 8, 16), dim=-1)
@@ -303,7 +325,7 @@ def test_padded_slabs_are_no_keys() -> None:
 # T3: hidden slabs.
 
 
-def test_t3_only_hidden_predictions_have_a_gradient_and_the_target_has_none() -> None:
+def test_t3_hidden_predictions_have_a_gradient_and_the_target_has_none() -> None:
     predicted = torch.randn(2, 5, 8, requires_grad=True)
     target = torch.randn(2, 5, 8, requires_grad=True)
     hidden = torch.zeros(2, 5, dtype=torch.bool)
@@ -312,32 +334,36 @@ def test_t3_only_hidden_predictions_have_a_gradient_and_the_target_has_none() ->
     loss = hidden_loss(predicted, target, hidden)
     loss.backward()
 
-    assert target.grad is None and predicted.grad is not None
+    assert target.grad is None
+    assert predicted.grad is not None
     assert torch.equal(predicted.grad.abs().sum(dim=2) > 0, hidden)
-    expected = 2 - sum(
-        torch.cosine_similarity(predicted[b, r], target[b, r], dim=0) for b, r in ((0, 1), (1, 3))
-    )
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    # One minus the cosine, over the two hidden slabs.
+    expected = 0.0
+    for b, r in ((0, 1), (1, 3)):
+        expected += 1 - torch.cosine_similarity(predicted[b, r], target[b, r], dim=0).item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("valid", "share", "number"),
+    # 10 * 0.2, 9 * 0.3 rounded, at least one, and none if it would be the only one.
     [(10, 0.2, 2), (9, 0.3, 3), (2, 0.1, 1), (1, 0.9, 0)],
 )
-def test_t3_exactly_so_many_slabs_are_hidden(valid: int, share: float, number: int) -> None:
+def test_t3_the_planned_number_of_slabs_is_hidden(valid: int, share: float, number: int) -> None:
     mask = torch.zeros(3, 10, dtype=torch.bool)
     mask[:, :valid] = True
     order = torch.stack([torch.randperm(10) for _ in range(3)])
 
     hidden = hidden_slabs(mask, order, share)
 
-    assert hidden.sum(dim=1).tolist() == [number] * 3 and not (hidden & ~mask).any()
+    assert hidden.sum(dim=1).tolist() == [number] * 3
+    assert not (hidden & ~mask).any()
 
 
 # T4: places in the bank.
 
 
-def test_t4_cases_of_two_datasets_and_images_have_places_of_their_own() -> None:
+def test_t4_cases_of_two_datasets_and_images_have_separate_places() -> None:
     plan = planned()
     sampler = SequenceSampler(plan)
     seen: dict[int, set[str]] = {}
@@ -349,7 +375,8 @@ def test_t4_cases_of_two_datasets_and_images_have_places_of_their_own() -> None:
 
     # Four volumes (two of each dataset) and six images.
     assert set(seen) == set(range(10))
-    assert all(kinds == ({"views"} if case < 4 else {"images"}) for case, kinds in seen.items())
+    for case, kinds in seen.items():
+        assert kinds == ({"views"} if case < 4 else {"images"})
 
 
 def test_t4_the_bank_holds_each_case_at_its_own_place() -> None:
@@ -362,7 +389,9 @@ def test_t4_the_bank_holds_each_case_at_its_own_place() -> None:
 
     known = objective.state.volume_known.nonzero()[:, 0].tolist()
     assert known == sorted(set(batch.case_ids.tolist()))
-    assert torch.equal(objective.state.slab_known.any(dim=1).nonzero()[:, 0], torch.tensor(known))
+    with_slabs = objective.state.slab_known.any(dim=1).nonzero()[:, 0]
+    assert with_slabs.tolist() == known
+    # Embeddings are directions: of length 1.
     lengths = objective.state.slab_bank[objective.state.slab_known].norm(dim=1)
     assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-5)
 
@@ -372,6 +401,7 @@ def test_t4_the_bank_holds_each_case_at_its_own_place() -> None:
 
 def test_t5_planted_clusters_are_found_and_none_stays_empty() -> None:
     torch.manual_seed(0)
+    # Fifty directions around each of four centres.
     centres = functional.normalize(torch.randn(4, 16), dim=-1)
     truth = torch.arange(200) % 4
     bank = functional.normalize(centres[truth] + 0.1 * torch.randn(200, 16), dim=-1)
@@ -393,6 +423,7 @@ def test_t5_planted_clusters_are_found_and_none_stays_empty() -> None:
 
 
 def adjusted_rand_index(first: Tensor, second: Tensor) -> float:
+    # 1 for the same groups under any names, 0 on average by chance.
     """Source: Hubert and Arabie 1985, J. Classification 2:193."""
     table = torch.zeros(4, 4)
     for a, b in zip(first.tolist(), second.tolist(), strict=True):
@@ -401,7 +432,9 @@ def adjusted_rand_index(first: Tensor, second: Tensor) -> float:
     def pairs(counts: Tensor) -> float:
         return float((counts * (counts - 1) / 2).sum())
 
-    both, rows, columns = pairs(table), pairs(table.sum(dim=1)), pairs(table.sum(dim=0))
+    both = pairs(table)
+    rows = pairs(table.sum(dim=1))
+    columns = pairs(table.sum(dim=0))
     total = len(first) * (len(first) - 1) / 2
     expected = rows * columns / total
     return (both - expected) / ((rows + columns) / 2 - expected)
@@ -413,6 +446,8 @@ def test_t6_codes_sum_to_one_and_all_clusters_are_equally_large() -> None:
 
     codes = codes_of(scores, balance_of(scores, 0.05, iterations=100), 0.05)
 
+    # 300 embeddings over 12 clusters are 25 each; rows are exact, columns after 100 iterations
+    # nearly.
     assert torch.allclose(codes.sum(dim=1), torch.ones(300), atol=1e-5)
     assert torch.allclose(codes.sum(dim=0), torch.full((12,), 25.0), rtol=0.01)
 
@@ -431,11 +466,13 @@ class Recorded:
 
 def test_t6_one_process_and_two_agree_on_banks_and_balance() -> None:
     plan = planned()
-    alone, together = built(plan), built(plan)
+    alone = built(plan)
+    together = built(plan)
     batch = batch_of(plan)
     first, second = micro_batches(batch, 1)
 
     alone.after_step(0, SINGLE_PROCESS, alone.loss(batch).statistics)
+    # Each process has half of the batch; the second one's sums are recorded and added by the first.
     rows = [together.loss(part).statistics for part in (first, second)]
     together.after_step(0, Recorded(list(rows[1].values())), rows[0])
 
@@ -472,8 +509,10 @@ def test_t8_each_view_learns_the_code_of_the_other_one() -> None:
     of_first, of_second = swapped_losses(first, second, balance, 0.5, 0.1)
     of_first.sum().backward()
 
+    # The code of the other view is a target: without a gradient.
     # Without the second view's own learning, only the first view has a gradient.
-    assert second.grad is None and first.grad is not None
+    assert second.grad is None
+    assert first.grad is not None
     code = (second.detach() / 0.5 + balance).softmax(dim=1)
     expected = -(code * (first.detach() / 0.1).log_softmax(dim=1)).sum(dim=1)
     assert torch.allclose(of_first.detach(), expected, atol=1e-6)
@@ -493,21 +532,26 @@ def test_t9_images_train_the_encoder_and_no_attention_over_slabs(encoder: str) -
     step(0, batch_of(plan, "images"))
 
     changed = moved(objective, before)
+    # An image is a single slab: there is nothing to attend to.
     assert set(step.term_means) == {"slabs"}
-    assert "prototypes" in changed and "project.1.weight" in changed
+    assert "prototypes" in changed
+    assert "project.1.weight" in changed
     assert any(name.startswith("backbone.") for name in changed)
     assert not any(name.startswith("volume_head.") for name in changed)
+
     step(1, batch_of(plan, "views"))
+
     assert any(name.startswith("volume_head.") for name in moved(objective, before))
     assert set(step.term_means) == {"slabs", "volumes", "hidden"}
 
 
-def test_slabs_alone_are_clustered_first_and_the_other_terms_rise() -> None:
+def test_only_slabs_are_clustered_first_and_the_other_terms_rise() -> None:
     plan = planned("primus_tiny", "objective.slabs_first=0.2")
     objective = built(plan)
     step = TrainingStep(plan, objective, CPU)
 
-    terms, shares = [], []
+    terms = []
+    shares = []
     for number in range(5):
         shares.append(objective.state.phase_in)
         loss, _ = step(number, batch_of(plan, step=number))
@@ -516,6 +560,7 @@ def test_slabs_alone_are_clustered_first_and_the_other_terms_rise() -> None:
         assert float(loss) == pytest.approx(means["slabs"] + shares[-1] * others, rel=1e-5)
         terms.append(set(means))
 
+    # 0.2 of ten steps are two. The share rises in the two after them: number / 2 - 1.
     assert shares == pytest.approx([0, 0, 0, 0.5, 1])
     assert terms == [{"slabs"}] * 3 + [{"slabs", "volumes", "hidden"}] * 2
 
@@ -524,7 +569,9 @@ def test_slabs_alone_are_clustered_first_and_the_other_terms_rise() -> None:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_t10_all_state_survives_and_training_goes_on_the_same(tmp_path: Path, encoder: str) -> None:
+def test_t10_all_state_survives_and_training_continues_the_same(
+    tmp_path: Path, encoder: str
+) -> None:
     plan = planned(encoder, "objective.slabs_first=0.2")
     objective = built(plan)
     step = TrainingStep(plan, objective, CPU)
@@ -535,6 +582,7 @@ def test_t10_all_state_survives_and_training_goes_on_the_same(tmp_path: Path, en
     state = snapshot(objective, step.optimizer, step.guard, Progress(3))
     checkpoint.save_checkpoint(path, {**state, "plan": {}, "scheduled": True}, None)
 
+    # Other random weights, all of which the checkpoint must replace.
     torch.manual_seed(99)
     other = build_objective(plan)
     resumed = TrainingStep(plan, other, CPU)
@@ -543,8 +591,9 @@ def test_t10_all_state_survives_and_training_goes_on_the_same(tmp_path: Path, en
     assert {"project.1.weight", "volume_head.mask_token"} <= set(state["network_weights"])
     for number in range(3, 5):
         batch = batch_of(plan, kinds[number], number)
-        losses = [one(number, batch)[0] for one in (step, resumed)]
-        assert torch.equal(*losses)
+        loss, _ = step(number, batch)
+        resumed_loss, _ = resumed(number, batch)
+        assert torch.equal(loss, resumed_loss)
     for mine, theirs in ((objective.module, other.module), (objective.extra, other.extra)):
         for name, value in mine.state_dict().items():
             assert torch.equal(value, theirs.state_dict()[name]), name
@@ -574,23 +623,27 @@ def test_t11_another_number_of_processes_keeps_the_bank() -> None:
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_parts_of_a_batch_give_the_same_loss_gradient_and_banks(encoder: str) -> None:
-    whole, parts = planned(encoder), planned(encoder, "optim.micro_batch_size=1")
+    whole = planned(encoder)
+    parts = planned(encoder, "optim.micro_batch_size=1")
     batch = batch_of(whole)
     # Padding makes the numbers of slabs differ between the samples.
     valid_mask = batch.valid_mask.clone()
     valid_mask[0, :, 8:] = False
     batch = replace(batch, valid_mask=valid_mask, voxels=batch.voxels * valid_mask[:, :, None])
 
-    results, states = [], []
+    results = []
+    states = []
     for plan in (whole, parts):
         objective = built(plan)
         results.append(TrainingStep(plan, objective, CPU)(0, batch))
         states.append(objective.extra_state())
 
     (loss, norm), (loss_of_parts, norm_of_parts) = results
+    # Sums of parts in another order; the bank holds quotients of such sums.
     assert float(loss) == pytest.approx(float(loss_of_parts), rel=1e-5)
     assert float(norm) == pytest.approx(float(norm_of_parts), rel=1e-4)
-    assert all(torch.allclose(states[0][key], states[1][key], atol=1e-3) for key in states[0])
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], atol=1e-3)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -600,12 +653,9 @@ def test_it_learns_to_agree_and_health_is_measured(encoder: str) -> None:
     step = TrainingStep(plan, objective, CPU)
     sampler = SequenceSampler(plan)
     samples = [sampler.draw(pool(), VALIDATION, number) for number in range(4)]
-    validation = Validation(
-        objective,
-        {"views": [by_shape(samples, 16)], "images": [by_shape(samples, 8)]},
-        (),
-        CPU,
-    )
+    # Crops of volumes are 16 deep, slabs of images 8.
+    batches = {"views": [by_shape(samples, 16)], "images": [by_shape(samples, 8)]}
+    validation = Validation(objective, batches, (), CPU)
 
     losses = []
     for number in range(30):
@@ -614,7 +664,9 @@ def test_it_learns_to_agree_and_health_is_measured(encoder: str) -> None:
     health = validation.measure()
 
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-    assert health is not None and set(health.parts) == {"slabs", "volumes", "hidden"}
+    assert health is not None
+    assert set(health.parts) == {"slabs", "volumes", "hidden"}
+    # Eight equally likely clusters: log 8.
     assert set(health.errors) == {"error", "uniform"}
     assert health.errors["uniform"] == pytest.approx(torch.log(torch.tensor(8.0)).item(), rel=1e-4)
     assert {"cluster_entropy", "code_entropy", "slab_spread", "empty_clusters"} <= set(health.own)
@@ -622,8 +674,9 @@ def test_it_learns_to_agree_and_health_is_measured(encoder: str) -> None:
 
 
 def by_shape(samples: list[Sample], depth: int) -> Batch:
-    batch = collate([sample for sample in samples if sample.voxels.shape[2] == depth])
-    return replace(batch.to(CPU), voxels=batch.to(CPU).voxels / 5000)
+    batch = collate([sample for sample in samples if sample.voxels.shape[2] == depth]).to(CPU)
+    # Raster indices go up to tens of thousands.
+    return replace(batch, voxels=batch.voxels / 5000)
 
 
 def test_embeddings_that_are_all_alike_are_a_collapse() -> None:
@@ -633,15 +686,20 @@ def test_embeddings_that_are_all_alike_are_a_collapse() -> None:
     validation = Validation(objective, {"views": [replace(batch, numbers=None)]}, (), CPU)
     well = validation.measure()
 
+    # Without weights all projections are the bias.
     with torch.no_grad():
         objective.trained.project[1].weight.zero_()
     objective.after_step(0, SINGLE_PROCESS, objective.loss(batch).statistics)
     alike = validation.measure()
+
+    # A balance that prefers one cluster so much that every slab falls into it.
     with torch.no_grad():
         objective.state.slab_balance[0] = 1e3
     same = validation.measure()
 
-    assert well is not None and alike is not None and same is not None
+    assert well is not None
+    assert alike is not None
+    assert same is not None
     assert not well.own_signs
     assert "projections of all slabs are alike" in alike.own_signs[0]
     assert "same clusters" in same.own_signs[-1]
@@ -651,22 +709,26 @@ def test_embeddings_that_are_all_alike_are_a_collapse() -> None:
 def test_the_banks_are_in_the_memory_estimate(encoder: str) -> None:
     few, many = (planned(encoder, f"objective.bank_cases={n}") for n in (1, 100_000))
 
-    first, second = plan_memory(few), plan_memory(many)
+    first = plan_memory(few)
+    second = plan_memory(many)
 
+    # Float32 rows of width 16: four slabs and the volume of every case.
     row_bytes = 4 * 16 * 5
     assert second.fixed_bytes - first.fixed_bytes > 99_999 * row_bytes
     assert first.sample_bytes > 0
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_the_encoder_alone_is_exported_under_the_downstream_keys(encoder: str) -> None:
+def test_only_the_encoder_is_exported_under_the_downstream_keys(encoder: str) -> None:
     objective = built(planned(encoder))
 
-    state, adaptation = objective.transferable_state(), objective.adaptation()
+    state = objective.transferable_state()
+    adaptation = objective.adaptation()
 
     is_transformer = encoder == "primus_tiny"
     prefixes = ("down_projection.", "eva.") if is_transformer else ("encoder.",)
-    assert state and all(key.startswith(prefixes) for key in state)
+    assert state
+    assert all(key.startswith(prefixes) for key in state)
     assert adaptation.keys_to_decoder == ()
     if is_transformer:
         # The positions are those of the whole crop, and every one is drawn for some slab.
@@ -684,9 +746,11 @@ def test_describe_has_the_shapes_of_volumes_and_images() -> None:
         with torch.no_grad():
             features = objective.describe(batch)
 
+        # Two views of each sample.
         tokens = 2 * volume(grid_of(batch.voxels.shape[3:], plan.encoder.token_size_vox))
         assert features.features.shape[:2] == features.valid.shape == (2, tokens)
-        assert features.positions.shape == (2, tokens) and features.features.isfinite().all()
+        assert features.positions.shape == (2, tokens)
+        assert features.features.isfinite().all()
 
 
 def test_the_positions_of_slabs_are_drawn_and_say_nothing_of_their_place() -> None:
@@ -699,7 +763,9 @@ def test_the_positions_of_slabs_are_drawn_and_say_nothing_of_their_place() -> No
 
     slabs = slabs_in(batch_of(plan), objective.plan)
 
+    # A crop has two layers of tokens and a slab one, so there are two windows.
     assert windows == {0, 1}
+    # If the position of a slab told where it lies, clusters could be those of positions.
     of_views = slabs.positions.reshape(2, -1, slabs.positions.shape[1])
     assert torch.equal(of_views, of_views[:, :1].expand_as(of_views))
 
@@ -712,13 +778,20 @@ def test_the_report_shows_slabs_and_images_nearest_to_prototypes() -> None:
 
     galleries = galleries_of(objective, batches, CPU)
 
-    assert len(galleries) == 6 and all(len(one.slices) == 4 for one in galleries)
-    captions = {text.split(",")[0] for one in galleries for text, _ in one.slices}
+    # Six galleries of four pictures each are 24 pictures.
+    assert len(galleries) == 6
+    assert all(len(one.slices) == 4 for one in galleries)
+    captions = set()
+    for one in galleries:
+        for text, values in one.slices:
+            captions.add(text.split(",")[0])
+            assert values.shape == (16, 16)
     assert captions == {"volume", "2D image"}
-    assert all(values.shape == (16, 16) for one in galleries for _, values in one.slices)
+    # The network is as before: in training mode.
     assert objective.module.training
     page = html_of(galleries)
-    assert page.count("<img") == 24 and galleries[0].title in page
+    assert page.count("<img") == 24
+    assert galleries[0].title in page
 
 
 def test_both_views_of_a_few_samples_are_pictured(tmp_path: Path) -> None:
@@ -728,7 +801,8 @@ def test_both_views_of_a_few_samples_are_pictured(tmp_path: Path) -> None:
 
     assert draw_views(path, planned(), pool()) == 6
     with Image.open(path) as picture:
-        assert picture.size[0] == 1200 and picture.size[1] > 1000
+        assert picture.size[0] == 1200
+        assert picture.size[1] > 1000
 
 
 def test_it_starts_from_other_weights(tmp_path: Path, write_run: Any) -> None:
@@ -739,7 +813,8 @@ def test_it_starts_from_other_weights(tmp_path: Path, write_run: Any) -> None:
 
     load_initial_weights(objective.network, plan, tmp_path)
 
-    state, expected = objective.transferable_state(), load_file(weights)
+    state = objective.transferable_state()
+    expected = load_file(weights)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], value) for key, value in expected.items())
 
@@ -749,6 +824,7 @@ def test_a_run_whose_embeddings_stay_alike_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.draw_progress", lambda *_: None)
+    # A rate so small that the collapse cannot heal.
     often = ("run.validate_every=1", "run.max_collapsed=2", "optim.lr=1e-12")
     plan = planned("primus_tiny", *often, "optim.warmup_steps=1", "run.log_every=1")
     objective = built(plan)
@@ -772,8 +848,10 @@ def test_embeddings_are_standardised_by_the_statistics_of_their_kind() -> None:
 
     state = objective.state
     assert torch.allclose(state.mean[SLABS], rows.mean(dim=0), atol=1e-5)
+    # Of all that were seen, so without the correction for a sample.
     assert torch.allclose(state.deviation[SLABS], rows.std(dim=0, correction=0), atol=1e-4)
-    assert not state.mean[IMAGES].any() and bool((state.deviation[IMAGES] == 1).all())
+    assert not state.mean[IMAGES].any()
+    assert bool((state.deviation[IMAGES] == 1).all())
     assert state.num_measured.tolist() == [1, 0, 1]
     # What all have in common is gone, so that embeddings point in all directions.
     embedded = objective.state.standardised(projected, SLABS).flatten(0, 2)
@@ -785,10 +863,14 @@ def test_statistics_follow_as_a_running_mean() -> None:
     objective = built(plan)
     means = []
     for number in range(12):
+        # Sums and sums of squares over 16 features of two embeddings, and their number.
         moments = torch.zeros(33)
-        moments[:16], moments[16:32], moments[32] = 2.0 * number, 4.0 * number, 2.0
+        moments[:16] = 2.0 * number
+        moments[16:32] = 4.0 * number
+        moments[32] = 2.0
         objective.state.measure(SLABS, moments)
         means.append(float(objective.state.mean[SLABS, 0]))
 
+    # The exact mean of 0, 1 and 2 at first, and then a new value counts for a tenth.
     assert means[:3] == pytest.approx([0, 0.5, 1])
     assert means[11] == pytest.approx(0.9 * means[10] + 0.1 * 11)

@@ -106,12 +106,17 @@ class OneSecondLoss(Objective):
 @pytest.mark.parametrize(
     ("load", "step", "cores", "num_local", "expected"),
     [
-        (0.05, 0.4, 16, 1, 2),  # 1.5 x 0.05 x 4 / 0.4 = 0.75
-        (0.3, 0.5, 16, 1, 5),  # 1.5 x 0.3 x 4 / 0.5 = 3.6
-        (0.3, 0.5, 4, 1, 3),  # 4 cores, of which one trains
-        (0.3, 0.5, 16, 4, 3),  # 4 cores for each of 4 GPUs
+        # Half as many again as are needed, and one more: 1.5 * 0.05 * 4 / 0.4 = 0.75, and
+        # 1.5 * 0.3 * 4 / 0.5 = 3.6.
+        (0.05, 0.4, 16, 1, 2),
+        (0.3, 0.5, 16, 1, 5),
+        # 4 cores of which one trains, and 4 cores for each of 4 GPUs.
+        (0.3, 0.5, 4, 1, 3),
+        (0.3, 0.5, 16, 4, 3),
         (0.3, 0.5, 16, 2, 5),
-        (2.0, 0.5, 64, 1, 16),  # 25 are needed
+        # 25 are needed: 16 at most.
+        (2.0, 0.5, 64, 1, 16),
+        # No core is left.
         (0.3, 0.5, 1, 1, 0),
         (0.3, 0.5, 2, 4, 0),
     ],
@@ -129,7 +134,8 @@ def test_loader_processes_follow_from_what_was_measured(
     number, reason = choose_loaders(measured(load, step), "cuda", num_local)
 
     assert number == expected
-    assert f"{load:.3g} s" in reason and f"{step:.3g} s" in reason
+    assert f"{load:.3g} s" in reason
+    assert f"{step:.3g} s" in reason
 
 
 @pytest.mark.parametrize(
@@ -143,22 +149,27 @@ def test_unmeasured_each_gpu_has_its_share_of_the_cores_less_one(
     expected: int,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+
     assert choose_loaders(PLAN, "cuda", num_local)[0] == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_no_process_loads_where_the_device_is_no_gpu(device: str) -> None:
+def test_no_process_loads_if_the_device_is_not_a_gpu(device: str) -> None:
     number, reason = choose_loaders(measured(2.0, 0.5), device)
-    assert number == 0 and device in reason
+
+    assert number == 0
+    assert device in reason
 
 
 @pytest.mark.parametrize(("load", "step"), [(None, 0.4), (0.05, None)])
-def test_one_measured_figure_alone_decides_nothing(
+def test_one_of_two_measured_figures_decides_nothing(
     monkeypatch: pytest.MonkeyPatch,
     load: float | None,
     step: float | None,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+
+    # 8 as for a plan without any measurement; with both figures it would be 2.
     assert choose_loaders(measured(load, step), "cuda")[0] == 8
 
 
@@ -181,6 +192,7 @@ def test_timed_crops_are_none_of_those_trained_on(clock: Clock) -> None:
     seconds_per_crop(StepBatches(loader, material, range(5)), [0], {"spatial": 1.0})
 
     assert len(loader.drawn) == len(set(loader.drawn)) > 2
+    # Samples 0 to 4 make up the batch of step 0: reading them beforehand would warm the disk cache.
     assert all(step == 0 and sample >= 5 for step, sample in loader.drawn)
 
 
@@ -236,6 +248,7 @@ def test_slow_loading_is_measured_and_reported_once(
     with caplog.at_level(logging.WARNING):
         lines = trained(tmp_path, clock, 0.25)
 
+    # 4 crops of 0.25 s before each step of 1 s: half of the time.
     shares = [line for line in lines if line["name"] == "data_wait"]
     assert [line["value"] for line in shares] == pytest.approx([0.5] * 8)
     assert {line["unit"] for line in shares} == {"share of time"}
@@ -271,6 +284,7 @@ def reports(wait: DataWait, shares: list[float], step_seconds: float = 2.0) -> l
 def test_on_a_gpu_a_tenth_of_the_time_is_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
 
+    # The mean of the first five is 0.2; after a report there is silence.
     given = reports(DataWait("cuda", 7, 1.0), [0.12, 0.2, 0.2, 0.2, 0.28, 0.9, 0.9])
 
     assert [number for number, text in enumerate(given) if text is not None] == [4]
@@ -281,8 +295,10 @@ def test_on_a_gpu_a_tenth_of_the_time_is_a_long_wait(monkeypatch: pytest.MonkeyP
         assert figure in warning
 
 
-def test_one_short_wait_in_between_starts_the_count_anew() -> None:
+def test_a_short_wait_in_between_starts_the_count_again() -> None:
+    # Below a tenth only once, so that the count of five begins after it.
     given = reports(DataWait("cuda", 7), [0.2, 0.2, 0.2, 0.2, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2])
+
     assert [text is not None for text in given] == [False] * 9 + [True]
 
 
@@ -291,7 +307,7 @@ def test_waits_that_a_gpu_computes_through_are_not_reported() -> None:
     assert reports(DataWait("cuda", 7, 1.0), [0.5] * 10, 1.05) == [None] * 10
 
 
-def test_waiting_is_timed_around_the_loader_alone(clock: Clock) -> None:
+def test_waiting_is_timed_only_around_the_loader(clock: Clock) -> None:
     def loaded() -> Iterator[Any]:
         for number in range(3):
             clock.now += 2.0
@@ -301,5 +317,6 @@ def test_waiting_is_timed_around_the_loader_alone(clock: Clock) -> None:
     for _ in wait.timed(loaded()):
         clock.now += 6.0
 
+    # 3 * 2 s of 24 s; what was asked for once is not counted twice.
     assert wait.share(24.0) == pytest.approx(0.25)
     assert wait.share(24.0) == 0

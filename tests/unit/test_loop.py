@@ -39,42 +39,46 @@ def spoiled(*steps):
     """Adds a gradient that is infinite, while the loss stays finite."""
 
     def disturb(step, total):
+        # The root of 0 is 0, but its slope is infinite.
         return total + (0 * total).sqrt() if step in steps else total
 
     return disturb
 
 
 def nan_between(first, last):
-    return lambda step, total: total * math.nan if first <= step <= last else total
+    def disturb(step, total):
+        return total * math.nan if first <= step <= last else total
+
+    return disturb
 
 
 def test_a_finite_loss_with_an_infinite_gradient_is_skipped(tmp_path, caplog):
-    before = trainer(
-        tmp_path / "before",
-        Linear(),
-        replace(PLAN, optim=replace(PLAN.optim, num_steps=3)),
-    )
+    short = replace(PLAN, optim=replace(PLAN.optim, num_steps=3))
+    before = trainer(tmp_path / "before", Linear(), short)
     before.plan = replace(PLAN, optim=replace(PLAN.optim, num_steps=6))
     for step in range(3):
         before.train_step(step, batch_of(step))
-    kept = before.module.weight.clone(), [copy(state) for state in before.optimizer.state.values()]
+    kept_weight = before.module.weight.clone()
+    kept_moments = [copy(state) for state in before.optimizer.state.values()]
     before.objective.disturb = spoiled(3)
+
     before.train_step(3, batch_of(3))
-    assert torch.equal(before.module.weight, kept[0])
-    for old, new in zip(kept[1], before.optimizer.state.values(), strict=True):
-        assert all(torch.equal(old[key], new[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+    assert torch.equal(before.module.weight, kept_weight)
+    for old, new in zip(kept_moments, before.optimizer.state.values(), strict=True):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(old[key], new[key])
 
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, Linear(spoiled(3))).run()
     (skipped,) = (message for message in caplog.messages if "skipped" in message)
-    values = ("step 4", "1 with", "infinite or NaN", "1 since the start")
-    assert [value for value in values if value not in skipped] == []
+    for value in ("step 4", "1 with", "infinite or NaN", "1 since the start"):
+        assert value in skipped
 
     lines = read_lines(tmp_path / "metrics.jsonl")
-    assert [(line["step"], line["value"]) for line in lines if line["name"] == "skipped_steps"] == [
-        (3, 1),
-        (5, 1),
-    ]
+    counts = [(line["step"], line["value"]) for line in lines if line["name"] == "skipped_steps"]
+    assert counts == [(3, 1), (5, 1)]
+    # The error of the interval with the bad step is not written: it would be NaN.
     assert [line["step"] for line in lines if line["name"] == "train_error"] == [1, 5]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
@@ -83,6 +87,8 @@ def batch_of(step):
     return collate([Numbered().draw([], "training", step)])
 
 
+# 40 steps, a checkpoint every 10, no validation; more than 4 bad steps in a row lead to a
+# roll-back, at most twice.
 ROUGH = replace(
     PLAN,
     optim=OptimPlan(40, 1, 1e-2, 1),
@@ -94,12 +100,14 @@ def test_too_many_bad_steps_in_a_row_are_rolled_back(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         rough = trainer(tmp_path, Linear(nan_between(13, 17)), ROUGH)
         rough.run()
+
     assert rough.progress.rollbacks == 1
     assert rough.progress.step == 40
 
     (warning,) = (message for message in caplog.messages if "olled back" in message)
-    values = ("last 5 steps", "until step 18", "checkpoint of step 10", "--set optim.lr=")
-    assert [value for value in values if value not in warning] == []
+    # Steps 13 to 17 are the 14th to the 18th; the checkpoint before them is that of step 10.
+    for value in ("last 5 steps", "until step 18", "checkpoint of step 10", "--set optim.lr="):
+        assert value in warning
 
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["value"] for line in lines if line["name"] == "rollbacks"] == [1]
@@ -109,6 +117,7 @@ def test_too_many_bad_steps_in_a_row_are_rolled_back(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("first", "last", "values"),
     [
+        # The proposed rate is a third of 1e-2.
         (0, 40, ["last 4 steps until step 4", "no checkpoint", "--set optim.lr=3.3e-03"]),
         (11, 40, ["last 4 steps until step 24", "2 times", "--set optim.lr=3.3e-03"]),
     ],
@@ -119,11 +128,11 @@ def test_a_run_that_stays_bad_ends_and_keeps_its_last_good_state(tmp_path, first
     assert "\n" not in str(caught.value)
 
     if checkpoint.exists(tmp_path):
-        assert bool(
-            torch.isfinite(checkpoint.load_newest(tmp_path)[1]["network_weights"]["weight"]).all(),
-        )
+        _, state = checkpoint.load_newest(tmp_path)
+        assert bool(torch.isfinite(state["network_weights"]["weight"]).all())
 
 
+# Before, at, within and after the bad steps, and in the middle of the repeated ones.
 @pytest.mark.parametrize("stop_at", [(5,), (12,), (14, 15), (17, 19), (20, 29), (18,)])
 def test_a_stop_does_not_change_which_checkpoint_is_rolled_back_to(tmp_path, stop_at):
     bad = nan_between(13, 17)
@@ -142,6 +151,7 @@ def test_a_stop_does_not_change_which_checkpoint_is_rolled_back_to(tmp_path, sto
             trainer(tmp_path / "stopped", Linear(stopping), ROUGH).run()
     stopped = trainer(tmp_path / "stopped", Linear(stopping), ROUGH)
     stopped.run()
+    # A stop writes a checkpoint of its own, which must not become the one to roll back to.
     assert torch.equal(stopped.module.weight, whole.module.weight)
     assert stopped.progress == whole.progress
     assert compared_metrics(tmp_path / "stopped") == compared_metrics(tmp_path / "whole")
@@ -176,6 +186,7 @@ def test_a_stop_before_anything_was_logged_saves_the_state(tmp_path):
 
 def test_a_stop_while_pictures_are_drawn_does_not_wait_for_them(tmp_path, monkeypatch):
     def draw(*_):
+        # The trainer raises at the signal, so this line is not reached.
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the signal was only noted")
 
@@ -185,12 +196,14 @@ def test_a_stop_while_pictures_are_drawn_does_not_wait_for_them(tmp_path, monkey
     with pytest.raises(InterruptedRunError) as caught:
         trainer(tmp_path, Linear(), plan).run()
 
-    assert "step 2" in str(caught.value) and "saved" in str(caught.value)
+    assert "step 2" in str(caught.value)
+    assert "saved" in str(caught.value)
     assert checkpoint.load_newest(tmp_path)[1]["step"] == 2
 
 
 @pytest.mark.parametrize("was_stopped", [True, False])
 def test_a_process_that_left_after_a_stop_is_not_called_lost(tmp_path, monkeypatch, was_stopped):
+    # torchrun stops all processes; who heard it first once looked lost to the others.
     def lose_the_others(world):
         if was_stopped:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -211,33 +224,42 @@ def test_sigterm_before_training_ends_in_one_line_and_restores_handlers(tmp_path
     with pytest.raises(InterruptedRunError) as caught, stoppable():
         os.kill(os.getpid(), signal.SIGTERM)
 
-    assert "SIGTERM" in str(caught.value) and "same line again" in str(caught.value)
+    assert "SIGTERM" in str(caught.value)
+    assert "same line again" in str(caught.value)
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGTERM) is usual
+
+
+def seed_all_generators(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def test_the_state_of_every_generator_is_in_the_checkpoint(tmp_path):
     plan = replace(PLAN, optim=replace(PLAN.optim, num_steps=4))
 
-    def noisy(drawn):
+    def noisy(drawn, last=4):
         def disturb(step, total):
+            if step > last:
+                raise ZeroDivisionError
             drawn.append((step, float(torch.rand(())), float(np.random.rand()), random.random()))
             return total
 
         return disturb
 
-    whole, first, second = [], [], []
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    whole = []
+    first = []
+    second = []
+    seed_all_generators(0)
     trainer(tmp_path / "whole", Linear(noisy(whole)), plan).run()
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    seed_all_generators(0)
     with pytest.raises(ZeroDivisionError):
-        trainer(
-            tmp_path / "a",
-            Linear(lambda step, total: noisy(first)(step, total) if step < 2 else 1 / 0),
-            plan,
-        ).run()
-    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+        trainer(tmp_path / "a", Linear(noisy(first, last=1)), plan).run()
+    # A new process starts with generators in another state.
+    seed_all_generators(5)
     trainer(tmp_path / "a", Linear(noisy(second)), plan).run()
+
     assert first + second == whole
 
 
@@ -293,6 +315,7 @@ def test_an_error_or_death_in_a_loader_process_ends_in_one_line(tmp_path, sample
 
 def test_the_best_state_is_kept_beside_the_latest_and_a_picture_is_drawn(tmp_path):
     trainer(tmp_path, Linear()).run()
+
     assert checkpoint.load_checkpoint(tmp_path / checkpoint.BEST_NAME)["best_error"] < 9
     assert checkpoint.load_checkpoint(tmp_path / checkpoint.LATEST_NAME)["step"] == 6
     assert (tmp_path / "progress.png").stat().st_size > 1000
@@ -320,8 +343,11 @@ def test_a_lost_process_while_loading_does_not_blame_the_checkpoint(tmp_path, mo
 
     trainer(tmp_path, Linear()).run()
     monkeypatch.setattr("nnunet_autoreg.pretrain.checkpointing.restore", fails)
+
     with pytest.raises(RuntimeError) as raised:
         trainer(tmp_path, Linear()).run()
+
+    # The older checkpoint is tried if the newest is damaged; here nothing is wrong with it.
     assert raised.value is error
 
 
@@ -331,15 +357,14 @@ def test_metrics_of_repeated_steps_and_a_torn_line_are_dropped(tmp_path):
     for step in range(4):
         metrics.log(step, "train_error", 1.0, "squared error")
     with path.open("a") as handle:
+        # The rest of a process that was killed while it wrote.
         handle.write('{"step": 4, "na')
 
+    # The run continues after step 1, so step 2 is done once more.
     MetricsFile(path, 2).log(2, "train_error", 0.5, "squared error")
 
-    assert [(line["step"], line["value"]) for line in read_lines(path)] == [
-        (0, 1.0),
-        (1, 1.0),
-        (2, 0.5),
-    ]
+    found = [(line["step"], line["value"]) for line in read_lines(path)]
+    assert found == [(0, 1.0), (1, 1.0), (2, 0.5)]
 
     draw_progress(tmp_path / "none.jsonl", tmp_path / "p.png")
 

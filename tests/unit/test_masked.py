@@ -38,6 +38,7 @@ SMALL = {
     "eva_depth": 2,
     "eva_numheads": 2,
 }
+# 2 x 4 x 3 = 24 tokens of 8 x 8 x 8 voxels, of which masking shows a quarter: 6.
 CROP = (16, 32, 24)
 PLAIN = PredictionPlan()
 MASKED = {"order": "random", "predictor": "query", "prefix": "fixed"}
@@ -46,7 +47,8 @@ MASKED = {"order": "random", "predictor": "query", "prefix": "fixed"}
 class EmptyCase:
     """A case that is larger than the crop."""
 
-    shape_vox, spacing_mm = (20, 40, 30), (1.0, 1.0, 1.0)
+    shape_vox = (20, 40, 30)
+    spacing_mm = (1.0, 1.0, 1.0)
 
     def read_padded(self, start, size):
         return np.zeros((1, *size), np.float32), np.ones(size, bool)
@@ -73,27 +75,20 @@ def masked_plan(**sequence):
 
 def drawn_batch(plan, num_samples=1):
     """As the sampler draws it, of a case that fills the crop, with noise for voxels."""
-    samples = [
-        SequenceSampler(plan).draw([EmptyCase()], TRAINING, 0, n) for n in range(num_samples)
-    ]
-    batch = collate(samples)
-    return replace(
-        batch,
-        voxels=torch.randn(batch.voxels.shape, generator=torch.Generator().manual_seed(0)),
-    )
+    sampler = SequenceSampler(plan)
+    batch = collate([sampler.draw([EmptyCase()], TRAINING, 0, n) for n in range(num_samples)])
+    noise = torch.randn(batch.voxels.shape, generator=torch.Generator().manual_seed(0))
+    return replace(batch, voxels=noise)
 
 
 def changed(batch, plan, chosen_T):
     """The same batch with other voxels in these tokens of the first sample."""
-    tokens = to_blocks(batch.voxels[:, 0], plan.encoder.token_size_vox).clone()
+    token = plan.encoder.token_size_vox
+    tokens = to_blocks(batch.voxels[:, 0], token).clone()
+    # A factor only would vanish when targets are normalised, so a ramp is added.
     tokens[0, chosen_T] = tokens[0, chosen_T] * 2 + torch.linspace(0, 3, 512).reshape(8, 8, 8)
-    return replace(
-        batch,
-        voxels=from_blocks(
-            tokens,
-            grid_of(plan.sequence.crop_size_vox, plan.encoder.token_size_vox),
-        )[:, None],
-    )
+    voxels = from_blocks(tokens, grid_of(plan.sequence.crop_size_vox, token))
+    return replace(batch, voxels=voxels[:, None])
 
 
 def predict(objective, batch):
@@ -104,11 +99,12 @@ def predict(objective, batch):
 
 def targets(objective, batch):
     voxels, valid_mask = objective._target_voxels(batch)
+    settings = objective.plan.objective
     return normalised_target(
         voxels,
         valid_mask,
-        objective.plan.objective.variance_floor,
-        objective.plan.objective.variance_epsilon,
+        settings.variance_floor,
+        settings.variance_epsilon,
     )
 
 
@@ -124,99 +120,95 @@ TARGETS = [
     ("long", PredictionPlan(target_smoothing=1.0)),
     ("fixed", PredictionPlan(variance_floor=0.0, variance_epsilon=1e-6)),
 ]
-COMBINATIONS = [
-    make_plan(objective, order=order, predictor=predictor, block_tokens=block, prefix=prefix)
-    for (order, predictor), block, (prefix, objective) in product(
-        WAYS,
-        [(1, 1, 1), (2, 2, 1)],
-        TARGETS,
+BLOCKS = [(1, 1, 1), (2, 2, 1)]
+COMBINATIONS = []
+for (order, predictor), block, (prefix, objective) in product(WAYS, BLOCKS, TARGETS):
+    sequence = {"order": order, "predictor": predictor, "block_tokens": block, "prefix": prefix}
+    COMBINATIONS.append(make_plan(objective, **sequence))
+for sigma, block, share in [(0.0, (1, 1, 1), 0.25), (1.0, (2, 2, 1), 0.5)]:
+    objective = PredictionPlan("masked", target_smoothing=sigma)
+    COMBINATIONS.append(
+        make_plan(objective, block_tokens=block, prefix_share=share, **MASKED),
     )
-] + [
-    make_plan(
-        PredictionPlan("masked", target_smoothing=sigma),
-        block_tokens=block,
-        prefix_share=share,
-        **MASKED,
-    )
-    for sigma, block, share in [(0.0, (1, 1, 1), 0.25), (1.0, (2, 2, 1), 0.5)]
-]
 
 
 def named(plan):
-    s, o = plan.sequence, plan.objective
+    s = plan.sequence
+    o = plan.objective
     return f"{o.name} {s.order} {s.predictor} {s.block_tokens[0]} {s.prefix} {o.target_smoothing}"
 
 
 @pytest.mark.parametrize("plan", COMBINATIONS, ids=named)
 def test_no_prediction_knows_its_own_block_or_a_later_one(plan):
     torch.manual_seed(0)
-    objective, batch = build_objective(plan), drawn_batch(plan)
-    order_index, prefix = (
-        objective.as_predicted(batch).order_index[0],
-        int(objective.as_predicted(batch).prefix[0]),
-    )
-    before, aims = predict(objective, batch), targets(objective, batch)
+    objective = build_objective(plan)
+    batch = drawn_batch(plan)
+    predicted = objective.as_predicted(batch)
+    order_index = predicted.order_index[0]
+    prefix = int(predicted.prefix[0])
+    before = predict(objective, batch)
+    aims = targets(objective, batch)
+
+    # The first block that is predicted, and the last of all.
     for position_in_order in sorted({prefix, int(order_index.max())}):
-        other = changed(batch, plan, order_index == position_in_order)
+        is_changed = order_index == position_in_order
+        other = changed(batch, plan, is_changed)
+        after = predict(objective, other)
+        other_aims = targets(objective, other)
+
+        # No prediction up to the changed block knows of the change, and only its target follows.
         asked = (order_index >= prefix) & (order_index <= position_in_order)
-        assert torch.equal(before[0, asked], predict(objective, other)[0, asked])
-        assert torch.equal(
-            aims[0, order_index != position_in_order],
-            targets(objective, other)[0, order_index != position_in_order],
-        )
-        assert (
-            (
-                aims[0, order_index == position_in_order]
-                != targets(objective, other)[0, order_index == position_in_order]
-            )
-            .any(dim=-1)
-            .all()
-        )
+        assert torch.equal(before[0, asked], after[0, asked])
+        assert torch.equal(aims[0, ~is_changed], other_aims[0, ~is_changed])
+        assert (aims[0, is_changed] != other_aims[0, is_changed]).any(dim=-1).all()
 
-    given = changed(batch, plan, order_index == prefix - 1)
+    # The block just before the first prediction is given, and must be used.
+    after = predict(objective, changed(batch, plan, order_index == prefix - 1))
 
-    assert (
-        before[0, order_index == prefix] != predict(objective, given)[0, order_index == prefix]
-    ).any()
+    first = order_index == prefix
+    assert (before[0, first] != after[0, first]).any()
 
 
 @pytest.mark.parametrize("plan", COMBINATIONS, ids=named)
 def test_every_combination_learns_from_what_is_asked_for_and_nothing_else(plan):
     torch.manual_seed(0)
-    objective, batch = build_objective(plan), drawn_batch(plan)
+    objective = build_objective(plan)
+    batch = drawn_batch(plan)
     terms = objective.loss(batch, references=True)
 
-    num_asked = int((batch.order_index[0] >= batch.prefix[0]).sum())
+    is_asked = batch.order_index >= batch.prefix
 
-    assert float(terms.count) == 512 * num_asked
+    # 512 voxels in each token.
+    assert float(terms.count) == 512 * int(is_asked[0].sum())
 
     terms.total.backward()
     gradients = [p.grad for p in objective.module.parameters() if p.grad is not None]
 
-    assert (
-        all(g.isfinite().all() for g in gradients)
-        and sum(float(g.abs().sum()) for g in gradients) > 0
-    )
-    assert float(terms.references["mean"]) == pytest.approx(
-        float(targets(objective, batch)[batch.order_index >= batch.prefix].square().sum()),
-    )
+    assert all(g.isfinite().all() for g in gradients)
+    assert sum(float(g.abs().sum()) for g in gradients) > 0
+    # Targets have mean 0, so predicting the mean leaves their squares.
+    squares = targets(objective, batch)[is_asked].square().sum()
+    assert float(terms.references["mean"]) == pytest.approx(float(squares))
 
 
 def test_predictions_depend_on_visible_blocks_and_on_no_hidden_voxel():
     plan = masked_plan()
     torch.manual_seed(0)
-    objective, batch = build_objective(plan), drawn_batch(plan)
+    objective = build_objective(plan)
+    batch = drawn_batch(plan)
     hidden = batch.order_index[0] >= batch.prefix[0]
-    assert int(hidden.sum()) == 18 and int(batch.prefix[0]) == 6
+    assert int(hidden.sum()) == 18
+    assert int(batch.prefix[0]) == 6
 
     before = predict(objective, batch)
-    assert torch.equal(
-        before[0, hidden],
-        predict(objective, changed(batch, plan, hidden))[0, hidden],
-    )
+    after = predict(objective, changed(batch, plan, hidden))
 
+    assert torch.equal(before[0, hidden], after[0, hidden])
+
+    # Each of the six visible tokens matters to every hidden one.
     for position_in_order in range(6):
-        after = predict(objective, changed(batch, plan, batch.order_index[0] == position_in_order))
+        is_changed = batch.order_index[0] == position_in_order
+        after = predict(objective, changed(batch, plan, is_changed))
         assert (before[0, hidden] != after[0, hidden]).any(dim=-1).all()
 
 
@@ -227,65 +219,57 @@ CONVOLVED = {"primus_v2_tiny": NARROW}
 @pytest.mark.parametrize("encoder", CONVOLVED)
 def test_hidden_blocks_of_convolutional_encoders_change_no_prediction(encoder):
     size = encoder_size(encoder)
+    arguments = {**size.arguments, **CONVOLVED[encoder]}
     plan = masked_plan(crop_size_vox=(16, 32, 32), block_tokens=(2, 2, 2), prefix_share=0.5)
-    plan = check(
-        replace(
-            plan,
-            encoder=EncoderPlan(
-                encoder,
-                size.class_path,
-                {**size.arguments, **CONVOLVED[encoder]},
-                size.token_size,
-            ),
-        ),
-    )
+    convolved = EncoderPlan(encoder, size.class_path, arguments, size.token_size)
+    plan = check(replace(plan, encoder=convolved))
     torch.manual_seed(0)
-    objective, batch = build_objective(plan), drawn_batch(plan)
+    objective = build_objective(plan)
+    batch = drawn_batch(plan)
 
     hidden = batch.order_index[0] >= batch.prefix[0]
 
+    # Two of four blocks, each of 2 x 2 x 2 tokens.
     assert int(hidden.sum()) == 16
 
     before = predict(objective, batch)
+    with_others_hidden = predict(objective, changed(batch, plan, hidden))
+    with_others_visible = predict(objective, changed(batch, plan, ~hidden))
 
-    assert torch.equal(
-        before[0, hidden],
-        predict(objective, changed(batch, plan, hidden))[0, hidden],
-    )
-    assert (
-        (before[0, hidden] != predict(objective, changed(batch, plan, ~hidden))[0, hidden])
-        .any(dim=-1)
-        .all()
-    )
+    assert torch.equal(before[0, hidden], with_others_hidden[0, hidden])
+    assert (before[0, hidden] != with_others_visible[0, hidden]).any(dim=-1).all()
 
 
 def test_masked_is_autoregression_whose_queries_see_the_prefix_only(monkeypatch):
     plan = masked_plan()
     torch.manual_seed(0)
-    masked, batch = build_objective(plan), drawn_batch(plan, 2)
+    masked = build_objective(plan)
+    batch = drawn_batch(plan, 2)
     one = build_objective(replace(plan, objective=PredictionPlan()))
     one.module.load_state_dict(masked.module.state_dict())
     plain = one.loss(batch).total.item()
     rule = autoregressive.strictly_earlier
-    # As if every asked block came right after the prefix.
-    monkeypatch.setattr(
-        autoregressive,
-        "strictly_earlier",
-        lambda order_index, valid: rule(torch.minimum(order_index, batch.prefix[:, None]), valid),
-    )
 
-    ours, theirs = masked.loss(batch), one.loss(batch)
+    def as_if_all_came_first(order_index, valid):
+        # As if every asked block came right after the prefix.
+        return rule(torch.minimum(order_index, batch.prefix[:, None]), valid)
 
-    assert ours.total.item() == pytest.approx(theirs.total.item(), rel=1e-5) and float(
-        ours.count,
-    ) == float(theirs.count)
+    monkeypatch.setattr(autoregressive, "strictly_earlier", as_if_all_came_first)
+
+    ours = masked.loss(batch)
+    theirs = one.loss(batch)
+
+    assert ours.total.item() == pytest.approx(theirs.total.item(), rel=1e-5)
+    assert float(ours.count) == float(theirs.count)
+    # Without the patch the two objectives differ, so the comparison can fail.
     assert plain != ours.total.item()
 
 
 def test_blocks_beside_which_everything_visible_is_padding_carry_no_loss():
     plan = masked_plan()
     torch.manual_seed(0)
-    objective, batch = build_objective(plan), drawn_batch(plan)
+    objective = build_objective(plan)
+    batch = drawn_batch(plan)
     valid_mask = to_blocks(torch.ones(1, 1, *CROP, dtype=torch.bool), (8, 8, 8))
     valid_mask[0, batch.order_index[0] < batch.prefix[0]] = False
 
@@ -293,6 +277,7 @@ def test_blocks_beside_which_everything_visible_is_padding_carry_no_loss():
 
     assert float(objective.loss(nothing).count) == 0
 
+    # One visible token with voxels is enough for all 18 hidden ones.
     valid_mask[0, batch.order_index[0] == 0] = True
     one = replace(batch, valid_mask=from_blocks(valid_mask, grid_of(CROP, (8, 8, 8))))
 
@@ -306,25 +291,26 @@ def test_a_fixed_prefix_is_the_share_of_the_blocks_but_never_none_or_all():
 
 def test_held_out_samples_keep_a_fixed_prefix():
     sampler = SequenceSampler(masked_plan())
-    assert {sampler.draw([EmptyCase()], VALIDATION, number).prefix for number in range(8)} == {6}
+
+    prefixes = {sampler.draw([EmptyCase()], VALIDATION, number).prefix for number in range(8)}
+
+    assert prefixes == {6}
 
 
 def test_long_prefixes_are_the_larger_of_two_and_uniform_from_0_has_0():
-    generator, long = rng.generator(0, "prefix"), SequencePlan(CROP, prefix="long")
+    generator = rng.generator(0, "prefix")
+    long = SequencePlan(CROP, prefix="long")
     counts = np.bincount([draw_prefix(5, generator, long) for _ in range(16_000)], minlength=5)
 
     # (2 p - 1) / 16 of 16000, p = 1..4; one standard deviation is at most 63.
     assert np.abs(counts - [0, 1000, 3000, 5000, 7000]).max() < 250
 
-    counts = np.bincount(
-        [
-            draw_prefix(4, generator, SequencePlan(CROP, prefix="uniform_from_0"))
-            for _ in range(4000)
-        ],
-        minlength=4,
-    )
+    from_0 = SequencePlan(CROP, prefix="uniform_from_0")
+    counts = np.bincount([draw_prefix(4, generator, from_0) for _ in range(4000)], minlength=4)
 
-    assert counts.min() > 850 and len(counts) == 4
+    # 1000 each, with a standard deviation of 27.
+    assert counts.min() > 850
+    assert len(counts) == 4
 
 
 def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
@@ -337,18 +323,17 @@ def test_smoothing_is_a_gaussian_mean_over_the_tokens_own_real_voxels():
     # Along each axis a voxel counts 1 and its neighbour w = exp(-1/2); a voxel n axes away gets 8
     # w^n / (1 + w)^3.
     w = float(np.exp(-0.5))
+    expected = [8 * w**n / (1 + w) ** 3 for n in (0, 1, 1, 2, 1, 2, 2, 3)]
 
-    assert out[0, 0].tolist() == pytest.approx(
-        [8 * w**n / (1 + w) ** 3 for n in (0, 1, 1, 2, 1, 2, 2, 3)],
-    )
+    assert out[0, 0].tolist() == pytest.approx(expected)
     assert out[0, 1].tolist() == pytest.approx([5.0] * 8)
 
+    # Without the second half along z there are two axes left to average over.
     valid_mask[0, :, 4:] = False
     out = smoothed(voxels, valid_mask, (2, 2, 2), 1.0)
 
-    assert out[0, 0].tolist() == pytest.approx(
-        [8 * w**n / (1 + w) ** 2 for n in (0, 1, 1, 2)] + [0] * 4,
-    )
+    expected = [8 * w**n / (1 + w) ** 2 for n in (0, 1, 1, 2)] + [0] * 4
+    assert out[0, 0].tolist() == pytest.approx(expected)
     assert out[0, 1].tolist() == pytest.approx([5.0] * 4 + [0] * 4)
 
 
@@ -358,12 +343,11 @@ def test_smoothing_by_0_changes_nothing_and_channels_do_not_mix():
 
     assert smoothed(voxels, valid_mask, (2, 2, 2), 0.0) is voxels
 
+    # Two channels of a token of 2 x 2 x 2 voxels lie behind each other.
     both = smoothed(voxels, valid_mask, (2, 2, 2), 1.5)
+    second = smoothed(voxels[..., 8:], valid_mask[..., 8:], (2, 2, 2), 1.5)
 
-    assert torch.allclose(
-        both[..., 8:],
-        smoothed(voxels[..., 8:], valid_mask[..., 8:], (2, 2, 2), 1.5),
-    )
+    assert torch.allclose(both[..., 8:], second)
 
 
 def test_smoothed_targets_have_mean_0_and_unbiased_deviation_1():
@@ -373,24 +357,24 @@ def test_smoothed_targets_have_mean_0_and_unbiased_deviation_1():
 
     target = normalised_target(low, valid_mask, 1e-6)
 
-    assert float(target.mean()) == pytest.approx(0, abs=1e-5) and float(
-        target.std(unbiased=True),
-    ) == pytest.approx(1, abs=1e-4)
+    assert float(target.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(target.std(unbiased=True)) == pytest.approx(1, abs=1e-4)
+    # Smoothing has taken away more than half of the noise, which the target makes up for.
     assert float(low.std()) < 0.5 * float(voxels.std())
 
 
-def test_epsilon_is_added_under_the_root_where_a_floor_is_a_least_value():
-    voxels = torch.tensor([[[0.0, 2.0, 0.0, 2.0]]])  # unbiased variance 4/3
+def test_epsilon_is_added_under_the_root_while_a_floor_is_a_least_value():
+    # The unbiased variance is 4 / 3: four deviations of 1, divided by three.
+    voxels = torch.tensor([[[0.0, 2.0, 0.0, 2.0]]])
     valid_mask = torch.ones(1, 1, 4, dtype=torch.bool)
 
-    assert float(token_statistics(voxels, valid_mask, 0.0, 1e-6)[1]) == pytest.approx(
-        np.sqrt(4 / 3 + 1e-6),
-    )
-    assert float(token_statistics(voxels, valid_mask, 2.0)[1]) == pytest.approx(np.sqrt(2.0))
-    assert torch.equal(
-        normalised_target(torch.full((1, 1, 4), 7.0), valid_mask, 0.0, 1e-6),
-        torch.zeros(1, 1, 4),
-    )
+    _, with_epsilon = token_statistics(voxels, valid_mask, 0.0, 1e-6)
+    _, with_floor = token_statistics(voxels, valid_mask, 2.0)
+    constant = normalised_target(torch.full((1, 1, 4), 7.0), valid_mask, 0.0, 1e-6)
+
+    assert float(with_epsilon) == pytest.approx(np.sqrt(4 / 3 + 1e-6))
+    assert float(with_floor) == pytest.approx(np.sqrt(2.0))
+    assert torch.equal(constant, torch.zeros(1, 1, 4))
 
 
 REFUSED = [

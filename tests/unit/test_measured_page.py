@@ -20,6 +20,7 @@ def test_the_tables_of_a_page_equal_the_results(file: Path) -> None:
 
 def test_a_changed_figure_is_noticed() -> None:
     page = measured.PAGES[0].read_text(encoding="utf-8")
+    # A row that no result gives, as after a change by hand.
     changed = page.replace("<!-- end -->", "| an invented row |\n<!-- end -->", 1)
 
     assert changed != page

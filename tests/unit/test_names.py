@@ -16,10 +16,11 @@ from nnunet_autoreg.nnunet_api import results_folder
 from nnunet_autoreg.pretrain.request import logged_to
 from nnunet_autoreg.records import read_json, write_json
 
+# A name in Latin-1, as an old archive unpacks it: not valid UTF-8.
 NO_TEXT = os.fsdecode(b"sch\xe4del")
 
 
-def test_an_option_that_is_no_utf8_is_refused_with_its_remedy() -> None:
+def test_an_option_that_is_not_utf8_is_refused_with_its_remedy() -> None:
     assert local_path("schädel") == Path("schädel")
 
     with refused(UsageError, "usage-name", "not valid UTF-8", "rename"):
@@ -34,7 +35,7 @@ def test_in_an_ascii_shell_the_remedy_is_another_encoding(monkeypatch: pytest.Mo
         local_path("schädel")
 
 
-def test_a_folder_of_nnunet_that_is_no_utf8_is_refused_by_its_variable(
+def test_a_folder_that_is_not_utf8_is_refused_by_its_variable(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -54,6 +55,7 @@ def test_a_log_file_takes_any_name(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Such a name once gave "Logging error" and a traceback.
     root = logging.getLogger("nnunet_autoreg")
     # Without those that other tests have left.
     monkeypatch.setattr(root, "handlers", [])
@@ -69,7 +71,7 @@ def test_a_log_file_takes_any_name(
     assert "Logging error" not in capsys.readouterr().err
 
 
-def test_a_name_that_is_no_text_survives_json(tmp_path: Path) -> None:
+def test_a_name_that_is_not_text_survives_json(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"name": NO_TEXT, "other": "schädel"})
 
     assert read_json(tmp_path / "x.json") == {"name": NO_TEXT, "other": "schädel"}
@@ -77,7 +79,10 @@ def test_a_name_that_is_no_text_survives_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_command_prints_any_name(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A terminal without a character that is printed once gave a traceback.
     shown = io.BytesIO()
+    # A terminal of an ASCII shell cannot show the 3 of mm3; no encoding has the odd byte of the
+    # name.
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding, errors="strict"))
 
     def main(argv: list[str] | None) -> int:
@@ -87,15 +92,16 @@ def test_a_command_prints_any_name(encoding: str, monkeypatch: pytest.MonkeyPatc
     assert command(main)([]) == 0
 
     text = shown.getvalue().decode(encoding)
-    assert text == {"ascii": "wrote 3 mm\\xb3 to ", "utf-8": "wrote 3 mm³ to "}[encoding] + (
-        "sch\\udce4del\n"
-    )
+    unit = {"ascii": "mm\\xb3", "utf-8": "mm³"}[encoding]
+    assert text == f"wrote 3 {unit} to sch\\udce4del\n"
 
 
 def test_a_command_prints_no_character_that_a_terminal_obeys(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def main(argv: list[str] | None) -> int:
+        # A sequence that changes the colour, a carriage return, and a control character above
+        # ASCII.
         print("column \x1b[31mred\r\x9b: not a task\tµm")
         print("second line")
         return 0

@@ -161,10 +161,12 @@ def test_a_real_case_is_preprocessed_bit_for_bit_as_nnunet_does(
 
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, theirs)
+    # The scan itself is not changed in place.
     np.testing.assert_array_equal(scan.array_CZYX, before)
 
 
 def test_a_masked_scan_keeps_zeros_outside_and_equals_nnunet() -> None:
+    # A cube with a margin of zeros, and a row of zeros inside the box around it.
     array = np.zeros((1, 20, 20, 20), dtype=np.float32)
     array[0, 4:16, 4:16, 4:16] = np.random.default_rng(0).normal(100, 10, (12, 12, 12))
     array[0, 4, 4, :] = 0
@@ -178,13 +180,12 @@ def test_a_masked_scan_keeps_zeros_outside_and_equals_nnunet() -> None:
         None,
     )
 
-    np.testing.assert_array_equal(
-        ours,
-        run_nnunet(array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True),
-    )
+    theirs = run_nnunet(array, (1, 1, 1), (1, 1, 1), "ZScoreNormalization", True)
+    np.testing.assert_array_equal(ours, theirs)
     assert ours.shape == (1, 12, 12, 12)
     assert (ours[0, 0, 0] == 0).all()
-    assert abs(float(ours[array[:, 4:16, 4:16, 4:16] != 0].mean())) < 1e-4
+    inside = array[:, 4:16, 4:16, 4:16] != 0
+    assert abs(float(ours[inside].mean())) < 1e-4
 
 
 def test_an_anisotropic_scan_is_resampled_slice_by_slice_as_nnunet_does() -> None:
@@ -198,12 +199,12 @@ def test_an_anisotropic_scan_is_resampled_slice_by_slice_as_nnunet_does() -> Non
         None,
     )
 
+    # 6 * 10 / 5 slices of 20 * 1.5 by 24 * 1.5 pixels. Along z, which is more than three times as
+    # coarse, the nearest slice is taken, so that slices come in pairs.
     assert ours.shape == (1, 12, 30, 36)
     np.testing.assert_array_equal(ours[:, 0], ours[:, 1])
-    np.testing.assert_array_equal(
-        ours,
-        run_nnunet(array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False),
-    )
+    theirs = run_nnunet(array, (10, 1.5, 1.5), (5, 1, 1), "ZScoreNormalization", False)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_ct_values_are_clipped_to_the_window_then_scaled() -> None:
@@ -220,6 +221,8 @@ def test_ct_values_are_clipped_to_the_window_then_scaled() -> None:
         WINDOW,
     )
 
+    # The window is -160 to 400, its mean 40, its deviation 100: (400 - 40) / 100, (-160 - 40) /
+    # 100.
     assert ours[0, 0, 0, 0] == pytest.approx(3.6)
     assert ours[0, 1, 0, 0] == pytest.approx(-2.0)
     assert ours[0, 2, 0, 0] == 0
@@ -259,14 +262,12 @@ def test_the_resampled_shape_is_nnunets() -> None:
 
     rng = np.random.default_rng(0)
     for _ in range(200):
-        shape, old, new = (
-            rng.integers(1, 300, 3).tolist(),
-            rng.uniform(0.2, 10, 3).tolist(),
-            rng.uniform(0.2, 10, 3).tolist(),
-        )
-        assert nnunet_api.resampled_shape(shape, old, new) == tuple(
-            compute_new_shape(shape, old, new),
-        )
+        shape = rng.integers(1, 300, 3).tolist()
+        old = rng.uniform(0.2, 10, 3).tolist()
+        new = rng.uniform(0.2, 10, 3).tolist()
+        theirs = tuple(compute_new_shape(shape, old, new))
+        assert nnunet_api.resampled_shape(shape, old, new) == theirs
+    # 2.5 is rounded to the even number.
     assert nnunet_api.resampled_shape((10, 5, 4), (1.0, 1.0, 1.0), (2.0, 2.0, 1.0)) == (5, 2, 4)
 
 
@@ -294,6 +295,7 @@ def test_quotes_and_a_tilde_in_a_folder_are_named(
     value: str,
     meant: str,
 ) -> None:
+    # The remedy was once to make a folder, which then had quotes in its name.
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     places = {"root": tmp_path, "home": home}
@@ -302,5 +304,6 @@ def test_quotes_and_a_tilde_in_a_folder_are_named(
     with pytest.raises(UsageError) as refused:
         nnunet_api.results_folder()
 
+    # The folder exists; making another with quotes in its name would be a wrong remedy.
     assert f"export nnUNet_results={meant.format(**places)}" in str(refused.value)
     assert "mkdir" not in str(refused.value)

@@ -86,12 +86,14 @@ def test_each_term_is_a_mean_over_its_own_things_in_any_parts(micro: int | None)
 
     loss, norm = step(0, uneven_batch())
 
-    planes = (16, 8, 4, 1)
-    over_voxels = sum(n * x**2 for n, x in zip(planes, (1, 2, 3, 4), strict=True)) / sum(planes)
-    gradient = 2.5 + 0.5 * over_voxels * 2 * start
-    assert float(loss) == pytest.approx(2.5 * start + 0.5 * over_voxels * start**2, rel=1e-5)
+    # Samples of 1, 2, 3 and 4 with 16, 8, 4 and 1 counted planes. With the weight w the first term
+    # is 2.5 w, and the second w^2 times the mean square over counted voxels; the loss takes half
+    # of that, and its slope is 2.5 + 0.5 * 2 w * mean square.
+    mean_square = (16 * 1 + 8 * 4 + 4 * 9 + 1 * 16) / (16 + 8 + 4 + 1)
+    gradient = 2.5 + 0.5 * mean_square * 2 * start
+    assert float(loss) == pytest.approx(2.5 * start + 0.5 * mean_square * start**2, rel=1e-5)
     assert float(norm) == pytest.approx(abs(gradient), rel=1e-5)
-    assert float(step.term_means["voxels"]) == pytest.approx(over_voxels * start**2, rel=1e-5)
+    assert float(step.term_means["voxels"]) == pytest.approx(mean_square * start**2, rel=1e-5)
 
 
 # Steps and state.
@@ -147,6 +149,7 @@ def test_extra_state_is_in_checkpoints_and_a_resumed_run_is_the_same(tmp_path: P
     first.checkpoints.save_newest(needed=True)
 
     resumed = Averaged()
+    # A value that only the checkpoint can replace.
     nn.init.constant_(resumed.extra.weight, 77.0)  # type: ignore[arg-type]
     trainer(tmp_path / "cut", resumed).run()
 
@@ -196,7 +199,8 @@ def test_extra_state_has_no_gradient_no_moments_and_is_not_optimised() -> None:
         return torch.empty(number, 1, requires_grad=True) * 2
 
     with torch.device("meta"):
-        module, teacher = nn.Linear(1000, 1000), nn.Linear(1000, 1000).requires_grad_(False)
+        module = nn.Linear(1000, 1000)
+        teacher = nn.Linear(1000, 1000).requires_grad_(False)
         alone = pretraining_memory(module, loss_of)
         taught = pretraining_memory(module, loss_of, extra=teacher)
 
@@ -218,13 +222,15 @@ def test_the_memory_estimate_asks_the_objective_for_its_batch() -> None:
 # What the objective says about itself.
 
 
-def test_states_are_ranked_by_the_probe_where_the_objective_says_so() -> None:
+def test_states_are_ranked_by_the_probe_if_the_objective_says_so() -> None:
     by_probe = FigureOfMerit("x", "1", "", {}, ranks_by_probe=True)
     probe = {"features": 0.7, "voxels": 0.5, "chance": 0.5}
 
     health = Health({"error": 0.4}, probe=probe)
 
     assert health.merit == 0.4
+    # The accuracy with its sign turned, because smaller is better; without a probe the error
+    # decides.
     assert replace(health, figure=by_probe).merit == -0.7
     assert replace(health, figure=by_probe, probe=None).merit == 0.4
 
@@ -250,17 +256,19 @@ def test_a_run_that_collapses_stops_and_keeps_its_last_good_state(tmp_path: Path
     # It collapsed in step 9: validations after steps 10, 12 and 14 saw it.
     newest = checkpoint.load_newest(tmp_path)
     best = checkpoint.load_checkpoint(tmp_path / checkpoint.BEST_NAME)
-    assert newest is not None and newest[1]["step"] == 8
+    assert newest is not None
+    assert newest[1]["step"] == 8
     assert best["step"] <= 8
     last = re.findall(r'"step": (\d+)', (tmp_path / "metrics.jsonl").read_text())[-1]
     assert int(last) == 13
 
 
-def test_a_collapse_stops_no_run_that_allows_it_or_recovers(tmp_path: Path) -> None:
+def test_a_run_that_allows_a_collapse_or_recovers_is_not_stopped(tmp_path: Path) -> None:
     class Recovering(Collapsing):
         def after_step(self, step: int, *_: object) -> None:
             self.has_collapsed = 8 <= step < 12
 
+    # The first collapses for two validations of three and recovers; the second may collapse.
     for name, objective, most in (("on", Recovering(0), 3), ("off", Collapsing(8), 0)):
         (tmp_path / name).mkdir()
         plan = plan_with(batch_size=1, max_collapsed=most)

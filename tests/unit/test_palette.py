@@ -10,6 +10,7 @@ from nnunet_autoreg.report import palette
 
 REPO = Path(__file__).resolve().parents[2]
 
+# Distances in CIELAB, where about 2 can just be seen.
 USED_TOGETHER = {
     "curves": (list(palette.CURVES.values()), 24),
     "boxes": (list(palette.BOXES.values()), 30),
@@ -43,7 +44,7 @@ def test_colours_of_one_picture_are_far_apart(group):
 
 
 @pytest.mark.parametrize("group", USED_TOGETHER)
-def test_no_two_styles_differ_in_colour_alone(group):
+def test_no_two_styles_differ_only_in_colour(group):
     styles, _ = USED_TOGETHER[group]
 
     for first, second in combinations(styles, 2):
@@ -58,7 +59,7 @@ def test_curves_on_a_dark_page_are_far_apart_too():
     assert min(distance(a, b) for a, b in combinations(colours.values(), 2)) > 14
 
 
-def test_no_other_module_defines_colours_of_its_own():
+def test_no_other_module_defines_colours():
     owners = set()
     for path in sorted((REPO / "nnunet_autoreg").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
