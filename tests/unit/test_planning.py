@@ -1,6 +1,6 @@
 """The planning rules by hand-computed numbers, and whole plans against golden files.
 
-A golden file is the plan of one made-up pool. After a deliberate change of a rule, write them anew
+A golden file is the plan of one made-up pool. After a deliberate change of a rule, write them again
 and read the difference: ``AUTOREG_REGENERATE_GOLDEN=1 pytest tests/unit/test_planning.py`` and
 ``git diff tests/golden``.
 """
@@ -34,6 +34,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 REGENERATE = "AUTOREG_REGENERATE_GOLDEN"
 POOL = Pool(192, (1.0, 1.0, 1.0), (35, 50, 36), 12_000_000, None)
 CPU, GPU = Hardware("cpu", 24.0), Hardware("cuda", 24.0)
+LARGE_GPU = Hardware("cuda", 80)
 GIB = 2.0**30
 
 
@@ -48,15 +49,8 @@ def plan_for(
     memory: Any = flat_memory,
     **overrides: Any,
 ) -> Plan:
-    return make_plan(
-        "run",
-        pool,
-        hardware,
-        Overrides(**{"encoder": "primus_tiny", **overrides}),
-        0,
-        {},
-        memory,
-    )
+    asked = Overrides(**{"encoder": "primus_tiny", **overrides})
+    return make_plan("run", pool, hardware, asked, 0, {}, memory)
 
 
 def test_a_crop_fits_the_median_scan_in_whole_tokens() -> None:
@@ -65,31 +59,33 @@ def test_a_crop_fits_the_median_scan_in_whole_tokens() -> None:
 
 def test_a_crop_of_large_scans_shrinks_the_longest_axis_until_it_fits() -> None:
     assert plan_crop((512, 512, 512), (1, 1, 1), (8, 8, 8), 64**3) == (64, 64, 64)
+
     crop = plan_crop((300, 512, 512), (1, 1, 1), (8, 8, 8), 64**3)
-    assert volume(crop) <= 64**3 and all(c % 8 == 0 for c in crop)
+
+    assert volume(crop) <= 64**3
+    assert all(c % 8 == 0 for c in crop)
 
 
 def test_a_crop_of_thick_slices_is_flat() -> None:
+    # All ten slices, in two tokens, if there is room; one token along z if there is not.
     assert plan_crop((10, 216, 256), (10, 1.5, 1.5), (8, 8, 8), 128**3) == (16, 216, 256)
+
     crop = plan_crop((10, 216, 256), (10, 1.5, 1.5), (8, 8, 8), 64**3)
-    assert crop[0] == 8 and crop[1] > 100 and crop[2] > 100
+
+    assert crop[0] == 8
+    assert crop[1] > 100
+    assert crop[2] > 100
 
 
-def test_without_a_gpu_the_tiny_encoder_is_chosen_unless_told_otherwise() -> None:
+def test_without_a_gpu_the_tiny_encoder_is_chosen_by_default() -> None:
+    eight_blocks = replace(POOL, median_shape_vox=(12, 13, 16))
+    four_blocks = replace(POOL, median_shape_vox=(11, 13, 16))
+
     assert choose_encoder("auto", CPU, POOL)[0] == "resenc_tiny"
     # Blocks of 8^3: two along each axis make eight; 11 / 8 rounds down to one.
-    assert (
-        choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(12, 13, 16)))[0]
-        == "resenc_tiny"
-    )
-    assert (
-        choose_encoder("auto", CPU, replace(POOL, median_shape_vox=(11, 13, 16)))[0]
-        == "primus_tiny"
-    )
-    assert (
-        choose_encoder("auto", GPU, replace(POOL, median_shape_vox=(11, 13, 16)))[0]
-        == "primus_tiny"
-    )
+    assert choose_encoder("auto", CPU, eight_blocks)[0] == "resenc_tiny"
+    assert choose_encoder("auto", CPU, four_blocks)[0] == "primus_tiny"
+    assert choose_encoder("auto", GPU, four_blocks)[0] == "primus_tiny"
     assert choose_encoder("primus_s", CPU, POOL) == ("primus_s", "set by the user")
 
     with refused(PlanError, "plan-unknown-encoder", "'primus_tiny'"):
@@ -141,10 +137,10 @@ def test_blocks_of_a_cnn_are_flat_for_thick_slices(
     shape: Size,
     token: Size,
 ) -> None:
-    plan = check(
-        plan_for(replace(POOL, spacing_mm=spacing, median_shape_vox=shape), encoder="auto"),
-    )
+    pool = replace(POOL, spacing_mm=spacing, median_shape_vox=shape)
+    plan = check(plan_for(pool, encoder="auto"))
 
+    # A token is about as thick in mm as it is wide: 2 * 5 mm and 8 * 0.78 mm, for example.
     assert (plan.encoder.name, plan.encoder.token_size_vox) == ("resenc_tiny", token)
     assert plan.sequence.block_tokens == (1, 1, 1)
 
@@ -171,13 +167,13 @@ def test_a_cnn_predicts_one_value_per_voxel_in_random_order() -> None:
 
     assert check(plan).objective.target == "voxels"
 
-    refused = (
+    settings = (
         "objective.target=normalised_with_statistics",
         "sequence.order=raster",
         'sequence.weights={"strided":1}',
     )
 
-    for setting in refused:
+    for setting in settings:
         with pytest.raises(PlanError):
             check(override(plan, [setting]))
 
@@ -204,34 +200,33 @@ def test_the_user_may_have_a_large_encoder_on_a_small_pool() -> None:
 
 
 def test_the_batch_is_the_same_on_every_gpu_in_equal_parts_that_fit() -> None:
-    assert [
-        choose_batch(hardware)[0] for hardware in (CPU, Hardware("cuda", 8), Hardware("cuda", 80))
-    ] == [8, 32, 32]
-    # 80 % of 24 GiB less 1 GiB fixed leaves room for 18 crops of 1 GiB: 32 come as 16 + 16.
+    sizes = [choose_batch(hardware)[0] for hardware in (CPU, Hardware("cuda", 8), LARGE_GPU)]
+    assert sizes == [8, 32, 32]
+    # 80 % of 24 GiB less 1 GiB fixed leaves room for 18 crops of 1 GiB: 32 come as 16 + 16. Of
+    # 12 GiB there is room for 8, and 80 GiB hold all.
     assert choose_micro_batch(32, GPU, GIB, GIB)[0] == 16
-    assert choose_micro_batch(32, Hardware("cuda", 80), GIB, GIB)[0] == 32
+    assert choose_micro_batch(32, LARGE_GPU, GIB, GIB)[0] == 32
     assert choose_micro_batch(32, Hardware("cuda", 12), GIB, GIB)[0] == 8
     assert choose_micro_batch(8, CPU, GIB, 4 * GIB)[0] == 2
 
     micro, reason = choose_micro_batch(32, Hardware("cuda", 1), GIB, GIB)
 
-    assert micro == 1 and "even one crop does not fit" in reason
+    assert micro == 1
+    assert "even one crop does not fit" in reason
 
 
 def test_a_crop_shrinks_until_one_fits_into_the_memory() -> None:
-    pool, encoder = replace(POOL, median_shape_vox=(400, 400, 400)), encoder_size("primus_b")
+    pool = replace(POOL, median_shape_vox=(400, 400, 400))
+    encoder = encoder_size("primus_b")
 
     assert choose_layout(encoder, GPU, pool, flat_memory).crop == (128, 128, 128)
 
     layout = choose_layout(encoder, Hardware("cuda", 2.0), pool, flat_memory)
-    crop, reason = layout.crop, layout.why_crop
 
-    assert (
-        sum(flat_memory(encoder, crop, True))
-        <= 0.8 * 2 * GIB
-        < 1.1 * sum(flat_memory(encoder, crop, True))
-    )
-    assert "as large as 2 GiB allow" in reason
+    # Within the 80 % of 2 GiB that may be used, and not more than a tenth below it.
+    needed = sum(flat_memory(encoder, layout.crop, True))
+    assert needed <= 0.8 * 2 * GIB < 1.1 * needed
+    assert "as large as 2 GiB allow" in layout.why_crop
 
 
 def test_activations_are_checkpointed_before_the_crop_shrinks() -> None:
@@ -241,10 +236,8 @@ def test_activations_are_checkpointed_before_the_crop_shrinks() -> None:
     roomy, tight = (plan_for(pool, Hardware("cuda", gib), encoder="primus_b") for gib in (4.0, 3.0))
 
     assert roomy.sequence.crop_size_vox == tight.sequence.crop_size_vox == (128, 128, 128)
-    assert (
-        not roomy.optim.checkpoint_activations
-        and "optim.checkpoint_activations" not in roomy.reasons
-    )
+    assert not roomy.optim.checkpoint_activations
+    assert "optim.checkpoint_activations" not in roomy.reasons
     assert tight.optim.checkpoint_activations
     assert "2.0 GiB with it and 3.1 without" in tight.reasons["optim.checkpoint_activations"]
 
@@ -302,17 +295,12 @@ def test_new_runs_rotate_and_zoom_and_older_plans_do_not() -> None:
 
     read = from_jsonable(Plan, older, "plan.json")
 
-    assert (plan.sequence.spatial_share, plan.sequence.max_rotation_deg, plan.sequence.zoom) == (
-        0.2,
-        30.0,
-        (0.7, 1.4),
-    )
-    assert (read.sequence.spatial_share, read.sequence.max_rotation_deg, read.sequence.zoom) == (
-        0.0,
-        0.0,
-        (1.0, 1.0),
-    )
-    assert plan.objective.corruption == 0.0 and read.objective.corruption == 0.0
+    new, old = plan.sequence, read.sequence
+    assert (new.spatial_share, new.max_rotation_deg, new.zoom) == (0.2, 30.0, (0.7, 1.4))
+    # A run that was begun without the values is trained to the end without them.
+    assert (old.spatial_share, old.max_rotation_deg, old.zoom) == (0.0, 0.0, (1.0, 1.0))
+    assert plan.objective.corruption == 0.0
+    assert read.objective.corruption == 0.0
 
 
 @pytest.mark.parametrize(
@@ -342,69 +330,58 @@ def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_in_nnunet() -> None:
         get_pool_and_conv_props,
     )
 
+    large = encoder_size("resenc_l")
     for spacing, token in (
         ((5.0, 0.78, 0.78), (8, 32, 32)),
         ((10.0, 1.5, 1.5), (8, 32, 32)),
         ((1.0, 1.0, 1.0), (32, 32, 32)),
     ):
-        suited = suited_to(encoder_size("resenc_l"), spacing)
+        suited = suited_to(large, spacing)
         # Sizes that nnU-Net halves until six stages are made, but not along the slices before it
         # has to.
-        _, strides, kernels, _, _ = get_pool_and_conv_props(
-            list(spacing),
-            [4 * t for t in token],
-            4,
-            99,
-        )
+        shape = [4 * t for t in token]
+        _, strides, kernels, _, _ = get_pool_and_conv_props(list(spacing), shape, 4, 99)
         assert suited.arguments["strides"] == [list(map(int, s)) for s in strides]
         assert suited.arguments["kernel_sizes"] == [list(map(int, k)) for k in kernels]
         assert suited.token_size == token
-    assert suited_to(encoder_size("primus_v2_m"), (5.0, 0.78, 0.78)) is encoder_size("primus_v2_m")
+
+    # A transformer reads patches, whatever their spacing.
+    transformer = encoder_size("primus_v2_m")
+    assert suited_to(transformer, (5.0, 0.78, 0.78)) is transformer
 
 
 def test_thick_slices_make_flat_tokens_and_blocks_of_a_cnn() -> None:
-    plan = plan_for(
-        replace(POOL, spacing_mm=(5.0, 0.78, 0.78), median_shape_vox=(90, 420, 512)),
-        GPU,
-        encoder="resenc_m",
-    )
+    thick = replace(POOL, spacing_mm=(5.0, 0.78, 0.78), median_shape_vox=(90, 420, 512))
+    plan = plan_for(thick, GPU, encoder="resenc_m")
 
     assert check(plan).encoder.token_size_vox == (8, 32, 32)
     assert plan.sequence.block_tokens == (1, 1, 1)
-    assert plan.sequence.crop_size_vox[0] % 8 == 0 and plan.sequence.crop_size_vox[1] % 32 == 0
+    assert plan.sequence.crop_size_vox[0] % 8 == 0
+    assert plan.sequence.crop_size_vox[1] % 32 == 0
 
 
 def test_images_too_small_for_a_cnn_are_refused_with_the_figures() -> None:
     def plan(*median: int) -> Plan:
-        return plan_for(
-            replace(POOL, median_shape_vox=(median[0], median[1], median[2])),
-            GPU,
-            encoder="resenc_l",
-        )
+        pool = replace(POOL, median_shape_vox=(median[0], median[1], median[2]))
+        return plan_for(pool, GPU, encoder="resenc_l")
 
+    # Blocks of 32 voxels: three of them make a short sequence, and one makes none.
     assert "FEWER than the 8" in plan(32, 32, 100).reasons["sequence.block_tokens"]
     with refused(PlanError, "plan-one-block", "resenc_tiny"):
         check(plan(30, 30, 30))
 
 
 def test_norms_over_several_blocks_are_refused() -> None:
+    # Statistics over a batch would let a hidden block leak into the features of another.
+    setting = "encoder.arguments.norm_op=torch.nn.BatchNorm3d"
     with refused(PlanError, "plan-norm", "torch.nn.BatchNorm3d", "InstanceNorm3d"):
-        check(
-            override(
-                plan_for(encoder="resenc_tiny"),
-                ["encoder.arguments.norm_op=torch.nn.BatchNorm3d"],
-            ),
-        )
+        check(override(plan_for(encoder="resenc_tiny"), [setting]))
 
 
 def test_even_kernels_are_refused() -> None:
+    setting = "encoder.arguments.kernel_sizes=[[3,3,3],[3,2,3],[3,3,3],[3,3,3]]"
     with refused(PlanError, "plan-kernels", "[3, 2, 3]"):
-        check(
-            override(
-                plan_for(encoder="resenc_tiny"),
-                ["encoder.arguments.kernel_sizes=[[3,3,3],[3,2,3],[3,3,3],[3,3,3]]"],
-            ),
-        )
+        check(override(plan_for(encoder="resenc_tiny"), [setting]))
 
 
 def test_blocks_too_small_for_the_norms_of_convolutions_are_refused() -> None:
@@ -414,7 +391,11 @@ def test_blocks_too_small_for_the_norms_of_convolutions_are_refused() -> None:
 
 
 def test_the_rate_grows_with_the_root_of_the_batch() -> None:
-    tiny, base = encoder_size("primus_tiny"), encoder_size("primus_b")
+    tiny = encoder_size("primus_tiny")
+    base = encoder_size("primus_b")
+
+    # From 8 crops on: four times as many double the rate, a quarter halves it. The larger encoder
+    # has its rate for 32 crops.
     assert [choose_rate(tiny, n)[0] for n in (8, 32, 2)] == [1e-3, 2e-3, 5e-4]
     assert [choose_rate(base, n)[0] for n in (32, 8)] == [3e-4, 1.5e-4]
 
@@ -423,6 +404,8 @@ def test_the_length_counts_epochs_over_real_voxels() -> None:
     # 12e6 voxels in steps of 8 crops of 35 x 50 x 36 real voxels: 23.8 steps an epoch.
     step = 8 * 35 * 50 * 36
 
+    # 300 epochs, ten, and a part of one; at least 1000 steps and at most 100,000 if nothing is
+    # asked for.
     assert choose_length(POOL, step)[0] == 7143
     assert choose_length(POOL, step, 10)[0] == 238
     assert choose_length(POOL, step, 0.001)[0] == 1
@@ -436,35 +419,27 @@ def test_the_length_counts_epochs_over_real_voxels() -> None:
     assert plan_for(num_epochs=10, **usual).optim.num_steps == 651
 
 
-def test_hours_become_steps_once_and_what_follows_from_the_length_follows() -> None:
+def test_hours_become_steps_once_and_warm_up_and_validation_follow() -> None:
     plan = with_hours(plan_for(), 2.0, 0.9, "cpu")
 
-    assert (plan.optim.num_steps, plan.optim.warmup_steps, plan.run.validate_every) == (
-        7600,
-        380,
-        380,
-    )
-    assert (
-        plan.run.seconds_per_step == 0.9
-        and "0.9 s a step measured on cpu" in plan.reasons["optim.num_steps"]
-    )
+    # 7200 s / 0.9 s are 8000 steps. 5 % are kept for all else: 7600, of which 5 % warm up.
+    assert plan.optim.num_steps == 7600
+    assert plan.optim.warmup_steps == 380
+    assert plan.run.validate_every == 380
+    assert plan.run.seconds_per_step == 0.9
+    assert "0.9 s a step measured on cpu" in plan.reasons["optim.num_steps"]
     assert "until a step has been timed" in plan_for(num_hours=2.0).reasons["optim.num_steps"]
     assert with_hours(plan, 1e-9, 0.9, "cpu").optim.num_steps == 1
 
 
-def test_hours_leave_alone_what_the_user_set() -> None:
-    plan = with_hours(
-        override(plan_for(), ["optim.warmup_steps=7", "run.validate_every=9"]),
-        2.0,
-        0.9,
-        "cpu",
-    )
+def test_hours_do_not_change_what_the_user_set() -> None:
+    settings = ["optim.warmup_steps=7", "run.validate_every=9"]
 
-    assert (plan.optim.warmup_steps, plan.run.validate_every, plan.run.checkpoint_every) == (
-        7,
-        9,
-        380,
-    )
+    plan = with_hours(override(plan_for(), settings), 2.0, 0.9, "cpu")
+
+    assert plan.optim.warmup_steps == 7
+    assert plan.run.validate_every == 9
+    assert plan.run.checkpoint_every == 380
     assert plan.reasons["optim.warmup_steps"] == "set by the user"
 
 
@@ -574,30 +549,26 @@ KNOWN: dict[tuple[str, Size, Size, bool, bool], tuple[float, float]] = {}
 
 
 def memory(encoder: EncoderSize, crop: Size, recompute: bool, half: bool) -> tuple[float, float]:
+    # Two tests plan every pool, and each estimate takes seconds.
     key = (encoder.name, encoder.token_size, crop, recompute, half)
-    KNOWN[key] = KNOWN[key] if key in KNOWN else step_memory(encoder, crop, recompute, half)
+    if key not in KNOWN:
+        KNOWN[key] = step_memory(encoder, crop, recompute, half)
     return KNOWN[key]
 
 
 def golden_plan(name: str) -> Plan:
     hardware, kinds = POOLS[name]
-    hu = (
-        np.linspace(-200, 300, 1001, dtype=np.float32)
-        if any(k[0] == "CT" for k in kinds)
-        else np.zeros(0, dtype=np.float32)
-    )
+    # Intensities of CT, by which a window is chosen.
+    hu = np.zeros(0, dtype=np.float32)
+    if any(modality == "CT" for modality, *_ in kinds):
+        hu = np.linspace(-200, 300, 1001, dtype=np.float32)
     pool = pool_of(fingerprint(Index(tuple(rows_of(kinds)), hu)))
-    half = hardware.device == "cuda"
     overrides = Overrides(ENCODER_OF.get(name, "auto"))
-    return make_plan(
-        name,
-        pool,
-        hardware,
-        overrides,
-        0,
-        {},
-        lambda encoder, crop, recompute: memory(encoder, crop, recompute, half),
-    )
+
+    def measured(encoder: EncoderSize, crop: Size, recompute: bool) -> tuple[float, float]:
+        return memory(encoder, crop, recompute, hardware.device == "cuda")
+
+    return make_plan(name, pool, hardware, overrides, 0, {}, measured)
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -609,17 +580,18 @@ def test_the_plan_of_a_pool_is_the_one_that_was_looked_at(name: str) -> None:
 
     changed = differences(read_json(file), found)
 
-    assert not changed, f"{file.name} differs ({REGENERATE}=1 writes it anew): " + "; ".join(
-        changed,
-    )
+    remedy = f"{REGENERATE}=1 writes it again"
+    assert not changed, f"{file.name} differs ({remedy}): {'; '.join(changed)}"
 
 
 @pytest.mark.parametrize("name", POOLS)
 def test_the_plan_of_a_pool_can_be_carried_out(name: str) -> None:
-    plan, (hardware, _) = check(golden_plan(name)), POOLS[name]
+    plan = check(golden_plan(name))
+    hardware, _ = POOLS[name]
 
     assert volume(plan.sequence.crop_size_vox) <= 128**3
 
+    # The encoder of the plan, as its memory was estimated when it was planned.
     encoder = replace(
         suited_to(encoder_size(plan.encoder.name), plan.data.spacing_mm),
         arguments=plan.encoder.arguments,

@@ -42,6 +42,7 @@ from nnunet_autoreg.pretrain.request import (
 )
 from nnunet_autoreg.records import to_jsonable
 
+# What must not be found: a name, a date of birth and a number of a series.
 SENTINEL = "DOEJOHN"
 BIRTH, UID = "19601231", "1.2.840.999666333"
 SECRETS = (SENTINEL, BIRTH, UID)
@@ -76,6 +77,7 @@ def request_of(root: Path) -> Request:
         "encoder.token_size_vox=8,8,8",
         "sequence.block_tokens=1,1,1",
         "sequence.crop_size_vox=16,16,16",
+        # One step teaches nothing; without limits the run is finished all the same.
         "run.min_token_variance=0",
         "run.min_effective_rank=0",
     )
@@ -105,12 +107,13 @@ def test_a_run_on_scans_that_name_a_patient_names_nobody(
 
     folder = run_folder(folders / "nnUNet_results", request.name)
     private = (folder / PRIVATE_NAME).read_text()
+    # The names are needed to continue the run, so one file holds them, for its owner only.
     assert all(secret in private.lower() for secret in secrets)
     assert (folder / PRIVATE_NAME).stat().st_mode & 0o077 == 0
     assert planted.leaks(folders / "nnUNet_results", secrets, [PRIVATE_NAME]) == []
     assert planted.leaks(folders / "nnUNet_preprocessed", secrets) == []
 
-    # What was shown: the output of a test is no terminal, as that of a job on a cluster.
+    # What was shown: the output of a test is not a terminal, as that of a job on a cluster.
     shown = "".join(capfd.readouterr()).lower()
     assert "--exclude: 1 of 3" in shown
     assert [secret for secret in secrets if secret in shown] == []
@@ -160,6 +163,7 @@ def test_a_dataset_that_is_given_by_name_is_kept_by_its_number(folders: Path) ->
     request = request_of_line(parser().parse_args(line))
 
     assert request.datasets == ("77", "unknown")
+    # A second dataset of this number: the number alone is ambiguous, so the name is kept.
     (folders / "nnUNet_raw" / "Dataset077_other").mkdir()
     assert request_of_line(parser().parse_args(line)).datasets == (name, "unknown")
 
@@ -184,10 +188,11 @@ def test_errors_about_where_a_scan_lies_name_nobody(tmp_path: Path, part: str) -
     with pytest.raises(ScanError) as caught:
         grid_of_scan(file, part)
 
-    assert [secret for secret in (*SECRETS, str(tmp_path)) if secret in str(caught.value)] == []
+    for secret in (*SECRETS, str(tmp_path)):
+        assert secret not in str(caught.value)
 
 
-def test_files_are_named_on_a_terminal_alone(
+def test_files_are_named_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -211,11 +216,13 @@ def test_results_name_no_folder_of_their_model_and_recognise_it() -> None:
 
     assert public["dataset"] == "Dataset077"
     assert SENTINEL not in str(public)
+    # Results of an earlier run hold the public form; the same folder must be recognised by it.
     assert public_model(public) == public
     assert public_model({**model, FROM_SEG: "/data/other"}) != public
 
 
 def test_the_search_finds_names_in_every_kind_of_file(tmp_path: Path) -> None:
+    # Compressed, in upper case, in the name of an array or of a folder, in headers and in pixels.
     name = planted.NAME
     np.savez_compressed(tmp_path / "a.npz", **{name: np.zeros(3)})
     np.savez_compressed(tmp_path / "b.npz", a=np.array([f"of {name}"], dtype="S20"))
@@ -257,35 +264,27 @@ def test_an_index_is_split_in_two_and_read_as_one(tmp_path: Path) -> None:
     # An ordinary word stays, although a folder is called so.
     assert "no image endings" in public
 
+    # Written without the paths of the request, as while indexing: those known before are kept.
     write_index(tmp_path / "scans.csv", [row])
     assert f"folders:0,,,,,/data/{SENTINEL},," in (tmp_path / PRIVATE_NAME).read_text()
 
 
 def test_channels_and_datasets_are_called_by_words_of_imaging_or_numbers() -> None:
-    for name in (
-        "CT",
-        "MRI",
-        "T1w",
-        "T1ce",
-        "FLAIR",
-        "ADC",
-        "noNorm",
-        "zscore",
-        "T2-FLAIR",
-        "b1000",
-    ):
+    words = ("CT", "MRI", "T1w", "T1ce", "FLAIR", "ADC", "noNorm", "zscore", "T2-FLAIR", "b1000")
+    for name in words:
         assert is_harmless_word(name), name
     for name in ("Doe", "DOE_JOHN", "T1 Doe", "19601231", "", "CT 1.2.840.113619", "Müller"):
         assert not is_harmless_word(name), name
     assert public_dataset(f"Dataset077_{SENTINEL}") == "Dataset077"
-    assert SENTINEL not in public_dataset(SENTINEL) and public_dataset("a") != public_dataset("b")
+    assert SENTINEL not in public_dataset(SENTINEL)
+    assert public_dataset("a") != public_dataset("b")
 
 
 def test_a_path_is_hidden_anywhere_and_a_word_between_quotes_only() -> None:
     message = "/data/DOE/x.nii and 'DOE' but no DOE endings"
 
-    assert (
-        without_names(message, ["DOE", "/data/DOE/x.nii", ""])
-        == "[name] and [name] but no DOE endings"
-    )
+    public = without_names(message, ["DOE", "/data/DOE/x.nii", ""])
+
+    assert public == "[name] and [name] but no DOE endings"
+    # Paths are recognised by their slashes.
     assert os.sep == "/"

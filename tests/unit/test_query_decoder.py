@@ -68,10 +68,8 @@ def make_batch(prefix: int, num_samples: int = 2) -> Batch:
 
 def with_other_voxels(batch: Batch, chosen_BT: Tensor) -> Batch:
     tokens = to_blocks(batch.voxels[:, 0], TOKEN).clone()
-    tokens[chosen_BT] = torch.randn(
-        tokens[chosen_BT].shape,
-        generator=torch.Generator().manual_seed(9),
-    )
+    generator = torch.Generator().manual_seed(9)
+    tokens[chosen_BT] = torch.randn(tokens[chosen_BT].shape, generator=generator)
     return replace(batch, voxels=from_blocks(tokens, grid_of(CROP, TOKEN))[:, None])
 
 
@@ -84,10 +82,9 @@ def predict(objective: Autoregressive, batch: Batch) -> Tensor:
 
 
 def leaks(objective: Autoregressive, batch: Batch) -> bool:
-    """Whether voxels of any block of rank >= q reach a prediction for a rank <= q that is asked
-    for.
-    """
-    before, prefix = predict(objective, batch), int(batch.prefix[0])
+    """Return whether a prediction that is asked for depends on its own block or a later one."""
+    before = predict(objective, batch)
+    prefix = int(batch.prefix[0])
     for position_in_order in range(prefix, 4):
         after = predict(objective, with_other_voxels(batch, batch.order_index >= position_in_order))
         kept = (batch.order_index >= prefix) & (batch.order_index <= position_in_order)
@@ -105,7 +102,8 @@ def test_later_blocks_change_no_earlier_prediction_bit_for_bit() -> None:
 
 def test_padding_leaves_the_deeper_decoder_causal() -> None:
     torch.manual_seed(0)
-    objective, batch = Autoregressive(make_plan()), make_batch(1)
+    objective = Autoregressive(make_plan())
+    batch = make_batch(1)
     valid_mask = batch.valid_mask.clone()
     valid_mask[:, :, :, :, 10:] = False
 
@@ -114,20 +112,22 @@ def test_padding_leaves_the_deeper_decoder_causal() -> None:
 
 def test_without_the_mask_the_causality_test_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    objective, batch = Autoregressive(make_plan()), make_batch(1)
+    objective = Autoregressive(make_plan())
+    batch = make_batch(1)
     dense = AttentionRule.dense
 
+    # Everybody sees everything: the check must notice, or it would prove nothing.
     monkeypatch.setattr(AttentionRule, "dense", lambda rule: torch.ones_like(dense(rule)))
 
     assert leaks(objective, batch)
 
 
-def test_queries_across_blocks_would_fail_the_causality_test(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_queries_across_blocks_would_fail_the_causality_test() -> None:
     torch.manual_seed(0)
-    objective, batch = Autoregressive(make_plan()), make_batch(1)
+    objective = Autoregressive(make_plan())
+    batch = make_batch(1)
 
+    # All 32 tokens as one block, so that queries of later blocks are seen.
     for layer in objective.module.modules():
         if isinstance(layer, BlockAttention):
             layer.block_tokens = 32
@@ -142,8 +142,10 @@ def test_queries_of_one_block_see_each_other_and_no_others() -> None:
     changed = queries.clone()
     changed[0, 9] += 1.0
 
-    before, after = attention(queries, None), attention(changed, None)
+    before = attention(queries, None)
+    after = attention(changed, None)
 
+    # Query 9 belongs to the second block of eight, of the first sample.
     reacts = (before != after).any(dim=-1)
     assert reacts[0].tolist() == [8 <= query < 16 for query in range(32)]
     assert not reacts[1].any()
@@ -159,6 +161,7 @@ def test_a_rule_for_reordered_queries_has_its_rows_reordered(fused: bool) -> Non
     moved = rule.with_queries(order)
 
     if fused:
+        # The fused kernel asks a function about each pair of query and key.
         allowed = moved.block_mask().mask_mod
         pairs = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
         for b, head, q, k in itertools.product(*map(range, pairs.shape)):
@@ -191,13 +194,11 @@ def test_an_mlp_head_has_a_hidden_layer(predictor: str) -> None:
     order = "random" if predictor == "query" else "raster"
     objective = Autoregressive(make_plan(predictor=predictor, order=order))
 
-    weights = [
-        module
-        for module in objective.module.head.project.modules()
-        if isinstance(module, nn.Linear)
-    ]
+    modules = objective.module.head.project.modules()
+    linear = [module for module in modules if isinstance(module, nn.Linear)]
 
-    assert [layer.out_features for layer in weights] == [96, 64]
+    # Twice the width of 48, and then the 4 x 4 x 4 voxels of a token.
+    assert [layer.out_features for layer in linear] == [96, 64]
 
 
 def test_a_head_that_does_not_exist_is_refused() -> None:
@@ -207,7 +208,8 @@ def test_a_head_that_does_not_exist_is_refused() -> None:
 
 def test_the_decoder_learns_one_batch_by_heart() -> None:
     torch.manual_seed(0)
-    objective, batch = Autoregressive(make_plan()), make_batch(2)
+    objective = Autoregressive(make_plan())
+    batch = make_batch(2)
     optimiser = torch.optim.AdamW(objective.module.parameters(), 2e-3)
     errors = []
 
@@ -246,10 +248,8 @@ def test_the_masked_encoder_reads_the_visible_blocks_only() -> None:
     order_index = to_blocks(batch.order_index.reshape(2, 1, 2, 4, 4), BLOCK).flatten(2)[:, :, 0]
     for sample in range(2):
         for position_in_order in range(2):
-            assert torch.equal(
-                read[sample, position_in_order],
-                blocks[sample, order_index[sample] == position_in_order][0],
-            )
+            (expected,) = blocks[sample, order_index[sample] == position_in_order]
+            assert torch.equal(read[sample, position_in_order], expected)
 
 
 def test_hidden_voxels_change_nothing_in_the_masked_twin() -> None:
@@ -260,14 +260,14 @@ def test_hidden_voxels_change_nothing_in_the_masked_twin() -> None:
     hidden = batch.order_index >= 2
 
     before = predict(objective, batch)
+    with_others_hidden = predict(objective, with_other_voxels(batch, hidden))
+    with_others_visible = predict(objective, with_other_voxels(batch, ~hidden))
 
-    assert torch.equal(before, predict(objective, with_other_voxels(batch, hidden)))
-    assert (
-        (before != predict(objective, with_other_voxels(batch, ~hidden)))[hidden].any(dim=-1).all()
-    )
+    assert torch.equal(before, with_others_hidden)
+    assert (before != with_others_visible)[hidden].any(dim=-1).all()
 
 
-def test_padded_visible_tokens_are_no_keys_of_the_masked_twin() -> None:
+def test_padded_visible_tokens_are_not_keys_of_the_masked_twin() -> None:
     torch.manual_seed(0)
     objective = build_objective(make_plan(replace(NEW, name="masked"), **MASKED))
     assert isinstance(objective, Autoregressive)
@@ -285,24 +285,23 @@ def test_padded_visible_tokens_are_no_keys_of_the_masked_twin() -> None:
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "masked"])
-def test_corruption_reaches_the_encoder_through_what_is_given_alone(name: str) -> None:
+def test_corruption_changes_only_given_voxels_and_no_target(name: str) -> None:
     torch.manual_seed(0)
     objective = build_objective(make_plan(replace(NEW, name=name), **MASKED))
     assert isinstance(objective, Autoregressive)
     batch = make_batch(2)
     strong = stacked([Corruption(gamma=1.5, contrast=0.7, noise=0.5, seed=n) for n in range(2)])
+    corrupted = replace(batch, corruption=strong.with_noise(batch.voxels))
     seen: list[Tensor] = []
     hook = objective.model.encoder.register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0]),
     )
 
     clean = objective.loss(batch, references=True)
-    dirty = objective.loss(
-        replace(batch, corruption=strong.with_noise(batch.voxels)),
-        references=True,
-    )
+    dirty = objective.loss(corrupted, references=True)
     hook.remove()
 
+    # Two of four blocks are given. The masked encoder reads only these; the other one reads all.
     changed = (seen[0] != seen[1]).float().mean()
     assert float(changed) == pytest.approx(1.0 if name == "masked" else 0.5, abs=0.01)
     assert float(clean.total.detach()) != float(dirty.total.detach())

@@ -33,7 +33,7 @@ def test_the_citation_names_the_version_and_the_licence():
 
 
 @pytest.mark.parametrize("name", ["README.md", "CITATION.cff", "Dockerfile", "pyproject.toml"])
-def test_it_says_that_it_is_no_medical_device(name):
+def test_it_says_that_it_is_not_a_medical_device(name):
     text = " ".join(text_of(name).split()).lower()
 
     assert "research software" in text
@@ -78,13 +78,15 @@ def test_every_command_that_the_image_shows_exists():
     text = text_of("Dockerfile")
     shown = set(re.findall(r"\bautoreg_[a-z]\w*", text))
 
-    assert shown and shown <= set(scripts)
+    assert shown
+    assert shown <= set(scripts)
 
     # The line that it starts with, and the one in its head, can be typed.
     started = json.loads(re.search(r"^CMD (.+)$", text, re.MULTILINE)[1])
     example = re.search(r"nnunet-autoreg (autoreg_.+)$", text, re.MULTILINE)[1].split()
     for command, *arguments in (started, example):
-        import_module(scripts[command].partition(":")[0]).parser().parse_args(arguments)
+        module = import_module(scripts[command].partition(":")[0])
+        module.parser().parse_args(arguments)
 
 
 def test_optional_packages_can_be_installed_by_name():
@@ -102,16 +104,14 @@ def test_the_changelog_has_every_heading_once_and_stays_readable():
     assert versions
     for version in versions:
         headings = re.findall(r"^### .*$", version, re.MULTILINE)
+        # Sorted and unique: a heading that occurs twice hides a half of its lines.
         assert headings == sorted(set(headings)), version.splitlines()[0]
         assert len(version.splitlines()) <= 150, version.splitlines()[0]
 
 
 def test_the_version_is_the_newest_of_the_changelog():
-    newest = re.search(
-        r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$",
-        text_of("CHANGELOG.md"),
-        re.MULTILINE,
-    )
+    heading = r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$"
+    newest = re.search(heading, text_of("CHANGELOG.md"), re.MULTILINE)
 
     assert newest is not None
     assert newest[1] == nnunet_autoreg.__version__

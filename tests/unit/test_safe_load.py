@@ -48,6 +48,7 @@ def test_detect_runs_nothing_of_a_strangers_checkpoint(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # autoreg_detect once ran the code of such a file.
     file = model / "fold_0" / "checkpoint_final.pth"
     sprung = tmp_path / "sprung"
     content = torch.load(file, weights_only=False)
@@ -56,7 +57,9 @@ def test_detect_runs_nothing_of_a_strangers_checkpoint(
     assert detect(tmp_path) == 1
 
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(file) in error and "mkdir" in error
+    assert error.count("\n") == 1
+    assert str(file) in error
+    assert "mkdir" in error
     assert not sprung.exists()
     # The trap works: whoever unpickles it springs it.
     torch.load(file, weights_only=False)
@@ -64,8 +67,10 @@ def test_detect_runs_nothing_of_a_strangers_checkpoint(
 
 
 def test_detect_reads_the_numbers_of_numpy_that_nnunet_writes(model: Path, tmp_path: Path) -> None:
+    # A stricter reading must not refuse nnU-Net's own checkpoints, as it once did.
     file = model / "fold_0" / "checkpoint_final.pth"
     content = torch.load(file, weights_only=False)
+    # Lists of such numbers are what nnU-Net's own logging adds to a checkpoint.
     logging = {
         "mean_fg_dice": [np.float32(0.5)],
         "stamps": [np.float64(1), np.int64(2), np.bool_(True)],
@@ -82,9 +87,11 @@ def test_a_variable_of_torch_changes_nothing(
     setting: str,
 ) -> None:
     monkeypatch.setenv(setting, "1")
-    file, sprung = tmp_path / "x.pth", tmp_path / "sprung"
+    file = tmp_path / "x.pth"
+    sprung = tmp_path / "sprung"
     torch.save({"more": Trap(sprung)}, file)
 
+    # Whatever is asked for, torch reads plain data, and the user's variable is as before.
     for weights_only in (False, None, True):
         with pytest.raises(WeightsError), plain_loading(file):
             torch.load(file, weights_only=weights_only)
@@ -97,7 +104,8 @@ def test_a_variable_of_torch_changes_nothing(
 def test_our_trainers_run_nothing_when_they_continue(tmp_path: Path) -> None:
     from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
 
-    file, sprung = tmp_path / "checkpoint_latest.pth", tmp_path / "sprung"
+    file = tmp_path / "checkpoint_latest.pth"
+    sprung = tmp_path / "sprung"
     torch.save({"network_weights": {}, "more": Trap(sprung)}, file)
     trainer: Any = AutoregPretrainedTrainer.__new__(AutoregPretrainedTrainer)
     trainer.was_initialized, trainer.device = True, torch.device("cpu")
@@ -105,24 +113,28 @@ def test_our_trainers_run_nothing_when_they_continue(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         trainer.load_checkpoint(str(file))
 
-    assert str(file) in str(ended.value) and "\n" not in str(ended.value)
+    assert str(file) in str(ended.value)
+    assert "\n" not in str(ended.value)
     assert not sprung.exists()
 
 
 def test_a_pretraining_checkpoint_that_asks_to_run_code_is_refused(tmp_path: Path) -> None:
     from nnunet_autoreg.checkpoint import save_checkpoint
 
-    file, sprung = tmp_path / "checkpoint_latest.pth", tmp_path / "sprung"
+    file = tmp_path / "checkpoint_latest.pth"
+    sprung = tmp_path / "sprung"
     save_checkpoint(file, {"more": Trap(sprung)})
 
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(file)
 
-    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not sprung.exists()
 
 
 def test_names_in_a_hostile_file_reach_no_terminal_raw(tmp_path: Path) -> None:
+    # A pickle that names "os\x1b[31m" and "sys\x07tem": a colour and a bell.
     file = tmp_path / "x.pth"
     file.write_bytes(b"cos\x1b[31m\nsys\x07tem\n(S'x'\ntR.")
 

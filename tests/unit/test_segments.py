@@ -57,12 +57,14 @@ def by_intensity(levels: list[float]) -> SegmentMap:
 
 
 def test_a_uniform_image_has_its_intensity_and_no_texture() -> None:
-    voxels, valid_mask = torch.full((1, 1, 1, 8, 8, 8), 3.0), torch.ones(1, 1, 8, 8, 8).bool()
+    voxels = torch.full((1, 1, 1, 8, 8, 8), 3.0)
+    valid_mask = torch.ones(1, 1, 8, 8, 8).bool()
 
     features = SegmentMap(2, ISOTROPIC).features(voxels, valid_mask)
 
     assert features.shape == (1, NUM_FEATURES, 8, 8, 8)
     assert torch.allclose(features[:, 0], torch.tensor(3.0), atol=1e-5)
+    # Roots of differences of squares: float32 rounds 9 by 1e-6, whose root is 1e-3.
     assert features[:, 1:].abs().max() < 5e-3
 
 
@@ -73,51 +75,54 @@ def test_every_voxel_belongs_to_the_nearest_centre() -> None:
     classes = by_intensity([0.0, 4.0])(voxels, torch.ones(1, 2, 8, 8, 32).bool())
 
     assert classes.shape == (1, 2, 8, 8, 32)
+    # Gaussians blur the edge at x = 16, so two voxels on either side are left out.
     assert not classes[:, 0].any()
-    assert not classes[:, 1, ..., :14].any() and classes[:, 1, ..., 18:].all()
+    assert not classes[:, 1, ..., :14].any()
+    assert classes[:, 1, ..., 18:].all()
 
 
 def test_padding_changes_no_feature_of_a_real_voxel() -> None:
-    voxels, valid_mask = noise(1, 1, 1, 8, 8, 16), torch.ones(1, 1, 8, 8, 16).bool()
+    voxels = noise(1, 1, 1, 8, 8, 16)
+    valid_mask = torch.ones(1, 1, 8, 8, 16).bool()
     valid_mask[..., 12:] = False
     other = torch.where(valid_mask[:, :, None], voxels, 100.0)
     segment_map = SegmentMap(2, ISOTROPIC)
 
-    before, after = (
-        segment_map.features(voxels, valid_mask),
-        segment_map.features(other, valid_mask),
-    )
+    before = segment_map.features(voxels, valid_mask)
+    after = segment_map.features(other, valid_mask)
 
     assert torch.equal(before, after)
 
 
 def test_gaussians_are_equally_wide_in_millimetres() -> None:
-    voxels, valid_mask = noise(1, 1, 1, 8, 16, 16), torch.ones(1, 1, 8, 16, 16).bool()
+    voxels = noise(1, 1, 1, 8, 16, 16)
+    valid_mask = torch.ones(1, 1, 8, 16, 16).bool()
     other = voxels.clone()
     other[:, :, :, 4] = 10.0
 
     changes = {}
     for spacing in (ISOTROPIC, (5.0, 1.0, 1.0)):
         segment_map = SegmentMap(2, spacing)
-        before, after = (
-            segment_map.features(voxels, valid_mask),
-            segment_map.features(other, valid_mask),
-        )
+        before = segment_map.features(voxels, valid_mask)
+        after = segment_map.features(other, valid_mask)
         changes[spacing] = float((before - after)[:, 0, 3].abs().max())
 
+    # A changed slice 1 mm away is seen in slice 3; one 5 mm away is beyond the Gaussians.
     assert changes[ISOTROPIC] > 1
     assert changes[(5.0, 1.0, 1.0)] < 1e-3
 
 
 def test_half_precision_around_it_changes_no_class() -> None:
-    voxels, valid_mask = noise(1, 1, 1, *CROP), torch.ones(1, 1, *CROP).bool()
+    voxels = noise(1, 1, 1, *CROP)
+    valid_mask = torch.ones(1, 1, *CROP).bool()
     segment_map = by_intensity([-0.2, -0.1, 0.0, 0.1, 0.2])
 
     classes = segment_map(voxels, valid_mask)
     with torch.autocast("cpu", torch.bfloat16):
         in_half = segment_map(voxels, valid_mask)
 
-    assert torch.equal(classes, in_half) and len(classes.unique()) == 5
+    assert torch.equal(classes, in_half)
+    assert len(classes.unique()) == 5
 
 
 # Centres
@@ -131,8 +136,10 @@ def test_centres_are_the_means_of_separate_clouds() -> None:
     found = measured(points_PF, 3, np.random.default_rng(1))
     again = measured(points_PF, 3, np.random.default_rng(1))
 
+    # Centres are kept in standardised units.
     centres_KF = found["centres"] * found["deviation"] + found["mean"]
     distance_KK = torch.cdist(centres_KF, torch.from_numpy(means).float())
+    # 200 points of deviation 0.1 around each: their mean is known to 0.007 per axis.
     assert distance_KK.min(dim=1).values.max() < 0.1
     assert sorted(distance_KK.argmin(dim=1).tolist()) == [0, 1, 2]
     assert all(torch.equal(found[name], again[name]) for name in found)
@@ -144,9 +151,10 @@ def test_too_few_different_voxels_are_refused(points_PF: np.ndarray) -> None:
         measured(points_PF, 4, np.random.default_rng(0))
 
 
-def test_the_pool_is_measured_by_the_run_seed_alone() -> None:
+def test_the_pool_is_measured_by_the_run_seed_only() -> None:
     plan = plan_of(crop=CROP, num_segments=4)
-    first, second = WholeNetwork(plan), objective_of(plan)
+    first = WholeNetwork(plan)
+    second = objective_of(plan)
     other = WholeNetwork(override(plan, ["run.seed=1"]))
 
     centres = []
@@ -160,13 +168,17 @@ def test_the_pool_is_measured_by_the_run_seed_alone() -> None:
 
 
 def test_without_segments_nothing_is_measured_and_no_weight_is_added() -> None:
-    plain, with_segments = objective_of(plan_of()), objective_of(plan_of(num_segments=4))
-    names, more = set(plain.module.state_dict()), set(with_segments.module.state_dict())
+    plain = objective_of(plan_of())
+    with_segments = objective_of(plan_of(num_segments=4))
+    names = set(plain.module.state_dict())
+    more = set(with_segments.module.state_dict())
 
     assert plain.pool_statistics(pool()) == {}
-    assert names < more and all(name.startswith("segment_") for name in more - names)
+    assert names < more
+    assert all(name.startswith("segment_") for name in more - names)
     # The network begins with the same weights either way.
-    begun, other = plain.module.state_dict(), with_segments.module.state_dict()
+    begun = plain.module.state_dict()
+    other = with_segments.module.state_dict()
     assert all(torch.equal(begun[name], other[name]) for name in names)
 
 
@@ -175,7 +187,8 @@ def test_without_segments_nothing_is_measured_and_no_weight_is_added() -> None:
 
 def test_the_loss_is_squared_error_plus_weighted_cross_entropy() -> None:
     plan = plan_of(num_segments=4, segment_weight=0.5)
-    objective, batch = objective_of(plan), batch_of(plan, num_padded=10)
+    objective = objective_of(plan)
+    batch = batch_of(plan, num_padded=10)
     objective.module.eval()
     mask = objective._targets(batch).loss_mask
     mask_BZYX = from_tokens(mask, plan.encoder.token_size_vox, batch.voxels.shape)[:, 0]
@@ -186,7 +199,9 @@ def test_the_loss_is_squared_error_plus_weighted_cross_entropy() -> None:
     classes_BZYX = objective.segment_map(batch.voxels, batch.valid_mask)[:, 0]
     log_share_BKZYX = outputs(objective, batch).scores.log_softmax(dim=1)
     entropy_BZYX = -log_share_BKZYX.gather(1, classes_BZYX[:, None])[:, 0]
-    expected = sum(float(entropy_BZYX[b][mask_BZYX[b]].mean()) for b in range(2))
+    expected = 0.0
+    for entropy_ZYX, mask_ZYX in zip(entropy_BZYX, mask_BZYX, strict=True):
+        expected += float(entropy_ZYX[mask_ZYX].mean())
     plain = objective_of(plan_of())
     plain.module.eval()
     assert len(classes_BZYX.unique()) == 4
@@ -198,7 +213,8 @@ def test_the_loss_is_squared_error_plus_weighted_cross_entropy() -> None:
 
 def test_segments_of_members_stay_with_their_members() -> None:
     plan = plan_of(crop=CROP, num_segments=2)
-    objective, batch = objective_of(plan), batch_of(plan, num_members=2)
+    objective = objective_of(plan)
+    batch = batch_of(plan, num_members=2)
     # The scores say class 1 in the second member alone.
     classes_BMZYX = torch.zeros(2, 2, *CROP, dtype=torch.int64)
     classes_BMZYX[:, 1] = 1
@@ -209,13 +225,16 @@ def test_segments_of_members_stay_with_their_members() -> None:
     right = objective._cross_entropy(scores_BKZYX, classes_BMZYX, batch, weight_BTP)
     wrong = objective._cross_entropy(scores_BKZYX, 1 - classes_BMZYX, batch, weight_BTP)
 
-    assert torch.allclose(right, torch.zeros(2)) and torch.allclose(wrong, torch.full((2,), 100.0))
+    # A lead of 100 for the right class costs nothing, and for the wrong one 100.
+    assert torch.allclose(right, torch.zeros(2))
+    assert torch.allclose(wrong, torch.full((2,), 100.0))
 
 
 def test_references_are_the_shares_of_segments_in_known_tokens() -> None:
     plan = plan_of(crop=(8, 8, 32), num_segments=3)
     objective = objective_of(plan)
-    voxels, valid_mask = noise(1, 1, 1, 8, 8, 32), torch.ones(1, 1, 8, 8, 32).bool()
+    voxels = noise(1, 1, 1, 8, 8, 32)
+    valid_mask = torch.ones(1, 1, 8, 8, 32).bool()
     # Tokens 0 and 3 are known; token 1 is nearest to 0, token 2 to 3.
     batch = Batch(voxels, valid_mask, torch.tensor([[0, 2, 3, 1]]), torch.tensor([2]))
     classes = torch.tensor([0, 1, 0, 2]).repeat_interleave(8).expand(1, 1, 8, 8, 32)
@@ -224,7 +243,8 @@ def test_references_are_the_shares_of_segments_in_known_tokens() -> None:
     nearest = objective._nearest_known(batch, targets)
     found = objective._trivial_entropies(classes, targets, nearest)
 
-    # A token has 512 voxels, and one voxel of every segment is added.
+    # A token has 512 voxels, and one voxel of every segment is added. Known are the segments 0 and
+    # 2, with 513 of 2 * 512 + 3 = 1027 each, and segment 1 has 1. Of one token only it is 1 in 515.
     of_all = (math.log(1027 / 1) + math.log(1027 / 513)) / 2
     of_nearest = (math.log(515 / 1) + math.log(515 / 1)) / 2
     assert float(found["mean"]) == pytest.approx(of_all)
@@ -232,14 +252,16 @@ def test_references_are_the_shares_of_segments_in_known_tokens() -> None:
 
 
 def test_references_count_both_terms() -> None:
-    plain, both = objective_of(plan_of()), objective_of(plan_of(num_segments=4))
+    plain = objective_of(plan_of())
+    both = objective_of(plan_of(num_segments=4))
     batch = batch_of(plain.plan)
 
     without = plain.loss(batch, references=True).references
     found = both.loss(batch, references=True).references
 
     assert both.segment_map is not None
-    classes, targets = both.segment_map(batch.voxels, batch.valid_mask), both._targets(batch)
+    classes = both.segment_map(batch.voxels, batch.valid_mask)
+    targets = both._targets(batch)
     nearest = both._nearest_known(batch, targets)
     entropies = both._trivial_entropies(classes, targets, nearest)
     assert set(found) == set(without) == {"mean", "copy"}
@@ -250,7 +272,8 @@ def test_references_count_both_terms() -> None:
 
 def test_the_loss_in_half_precision_is_summed_in_full() -> None:
     plan = plan_of(num_segments=4)
-    objective, batch = objective_of(plan), batch_of(plan)
+    objective = objective_of(plan)
+    batch = batch_of(plan)
 
     in_full = objective.loss(batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -267,7 +290,8 @@ def test_the_loss_in_half_precision_is_summed_in_full() -> None:
 
 
 def test_the_memory_estimate_counts_the_segments() -> None:
-    plain, with_segments = plan_memory(plan_of()), plan_memory(plan_of(num_segments=16))
+    plain = plan_memory(plan_of())
+    with_segments = plan_memory(plan_of(num_segments=16))
 
     # At least the logarithms of the shares, in single precision.
     assert with_segments.sample_bytes - plain.sample_bytes > 16 * 4 * 16 * 32 * 32 / 2
@@ -301,17 +325,17 @@ def trained(
     return losses, {"weights": weights, "optimizer": step.optimizer.state_dict()}
 
 
-def test_a_resumed_run_with_segments_goes_on_bit_for_bit() -> None:
+def test_a_resumed_run_with_segments_continues_bit_for_bit() -> None:
     plan = plan_of(crop=CROP, num_segments=4)
 
     through, last = trained(plan, range(4))
     first, state = trained(plan, range(2))
     rest, found = trained(plan, range(2, 4), state)
 
-    assert first + rest == through and len(set(through)) == 4
-    assert all(
-        torch.equal(last["weights"][name], found["weights"][name]) for name in last["weights"]
-    )
+    assert first + rest == through
+    assert len(set(through)) == 4
+    for name, weight in last["weights"].items():
+        assert torch.equal(weight, found["weights"][name])
 
 
 def test_a_training_measures_the_pool_before_its_first_step(tmp_path: Path) -> None:
@@ -332,7 +356,8 @@ def test_a_training_measures_the_pool_before_its_first_step(tmp_path: Path) -> N
 
 def test_segments_learn_from_a_batch_by_heart() -> None:
     plan = plan_of(crop=CROP, num_segments=4)
-    objective, batch = objective_of(plan), batch_of(plan, prefix=2)
+    objective = objective_of(plan)
+    batch = batch_of(plan, prefix=2)
     # Planes that go up and down along x; noise could not be predicted.
     waves = torch.arange(16.0).mul(0.4).sin().expand_as(batch.voxels)
     batch = replace(batch, voxels=waves + 0.05 * batch.voxels)
@@ -350,7 +375,8 @@ def test_segments_learn_from_a_batch_by_heart() -> None:
 
 
 def test_neither_head_nor_centres_of_segments_are_transferred() -> None:
-    plain, with_segments = objective_of(plan_of()), objective_of(plan_of(num_segments=4))
+    plain = objective_of(plan_of())
+    with_segments = objective_of(plan_of(num_segments=4))
 
     assert set(with_segments.transferable_state()) == set(plain.transferable_state())
 
