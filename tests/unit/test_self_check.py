@@ -72,10 +72,10 @@ class Trainers:
 
     def __call__(self, plan: Plan) -> Trainer:
         torch.manual_seed(plan.run.seed)
-        self.made.append(
-            Trainer(plan, self.folder, build_objective(plan), MATERIAL, SamplingPool(()), CPU, 0),
-        )
-        return self.made[-1]
+        objective = build_objective(plan)
+        trainer = Trainer(plan, self.folder, objective, MATERIAL, SamplingPool(()), CPU, 0)
+        self.made.append(trainer)
+        return trainer
 
 
 @pytest.fixture
@@ -94,23 +94,20 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def as_sample_0(rule: AttentionRule) -> AttentionRule:
-    """What a kernel obeys that reads the mask of sample 0 for every sample."""
-    first = [
-        x if x is None else x[:1].expand_as(x)
-        for x in (rule.order_index, rule.max_visible_block, rule.valid, rule.sees_first_block_only)
-    ]
-    return AttentionRule(*first)
+    """Return the rule of a kernel that reads the mask of sample 0 for every sample."""
+    parts = (rule.order_index, rule.max_visible_block, rule.valid, rule.sees_first_block_only)
+    return AttentionRule(*[x if x is None else x[:1].expand_as(x) for x in parts])
 
 
 @pytest.fixture
 def broken_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention reads the mask of sample 0 for every sample; the dense mask is right."""
     made = AttentionRule.block_mask
-    monkeypatch.setattr(
-        AttentionRule,
-        "block_mask",
-        lambda rule, num_heads=1: made(as_sample_0(rule), num_heads),
-    )
+
+    def mask_of_sample_0(rule: AttentionRule, num_heads: int = 1) -> Any:
+        return made(as_sample_0(rule), num_heads)
+
+    monkeypatch.setattr(AttentionRule, "block_mask", mask_of_sample_0)
 
 
 @pytest.fixture
@@ -119,10 +116,10 @@ def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(by: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def layer_of_sample_0(layer: nn.Module, *inputs: Any) -> Tensor:
-            is_mask = [isinstance(x, Tensor) and x.dtype == torch.bool for x in inputs]
-            changed = [
-                x[:1].expand_as(x) if found else x for x, found in zip(inputs, is_mask, strict=True)
-            ]
+            changed = []
+            for x in inputs:
+                is_mask = isinstance(x, Tensor) and x.dtype == torch.bool
+                changed.append(x[:1].expand_as(x) if is_mask else x)
             return by(layer, *changed)
 
         return layer_of_sample_0
@@ -145,6 +142,7 @@ def test_wrong_flexattention_makes_the_run_take_the_dense_mask(
     plan = dry_run.fit_plan(make_plan(), trainers, CPU)
 
     assert (plan.run.flex_attention, plan.run.compile) == (False, True)
+    # The second trainer tries the plan with the dense mask, and measures its memory.
     assert len(trainers.made) == 2
     assert plan.run.peak_memory_gib is not None
     assert warnings_of(caplog) == [plan.reasons["run.flex_attention"]]
@@ -180,17 +178,15 @@ def num_graphs() -> int:
 def ways() -> dict[str, Plan]:
     masked = PredictionPlan("masked", query_depth=2)
     blocks = PredictionPlan(query_depth=2, query_attention=True)
-    checkpointed = make_plan(order="raster", predictor="next")
+    raster = make_plan(order="raster", predictor="next")
+    checkpointed = replace(raster.optim, checkpoint_activations=True)
     return {
-        "raster": make_plan(order="raster", predictor="next"),
+        "raster": raster,
         "random": make_plan(),
         "blocks": make_plan(objective=blocks, block_tokens=(2, 2, 1)),
         "masked": make_plan(objective=masked, prefix="fixed", prefix_share=0.25),
         "vit": make_plan("vit_b16", order="raster", predictor="next", prefix="uniform_from_0"),
-        "checkpointed": replace(
-            checkpointed,
-            optim=replace(checkpointed.optim, checkpoint_activations=True),
-        ),
+        "checkpointed": replace(raster, optim=checkpointed),
     }
 
 
@@ -202,7 +198,8 @@ def test_right_layers_agree_and_nothing_is_compiled_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level("INFO", logger="nnunet_autoreg.model.compilation")
-    plan, graphs = ways()[way], []
+    plan = ways()[way]
+    graphs = []
     check = compilation.self_check
 
     def counted(*arguments: Any) -> object:
@@ -216,8 +213,11 @@ def test_right_layers_agree_and_nothing_is_compiled_for_it(
 
     assert replace(kept, run=plan.run) == plan
     assert (kept.run.compile, kept.run.flex_attention, kept.run.self_check) == (True, True, True)
-    assert len(trainers.made) == 1 and not warnings_of(caplog)
-    assert len(graphs) == 2 and graphs[0] == graphs[1] > 0
+    assert len(trainers.made) == 1
+    assert not warnings_of(caplog)
+    # The check repeats calls of the dry step, so their graphs exist already.
+    assert len(graphs) == 2
+    assert graphs[0] == graphs[1] > 0
     assert len([r for r in caplog.records if r.name == compilation.__name__]) == 1
 
 
@@ -253,19 +253,16 @@ def test_every_kind_of_sequence_and_of_layer_is_checked(trainers: Trainers) -> N
 def test_a_wrong_mask_shows_far_above_what_is_allowed(
     way: str,
     trainers: Trainers,
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     path, recorder = calls_of(ways()[way], trainers)
-    made = AttentionRule.block_mask
-    monkeypatch.setattr(
-        AttentionRule,
-        "block_mask",
-        lambda rule, num_heads=1: made(as_sample_0(rule), num_heads),
-    )
+    # Broken only after the right layers were recorded.
+    request.getfixturevalue("broken_flex")
 
     for call in recorder.calls.values():
         found = compilation.self_check(path, [("spatial", call)], CPU)
         assert found is not None
+        # The limit must lie well between rounding and a wrong mask.
         assert found.error > 10 * found.allowed
 
 
@@ -291,6 +288,7 @@ def test_a_run_that_was_tried_is_not_checked_again(
     monkeypatch.setattr(dry_run, "fit_plan", refused)
     plan = make_plan()
     measured = replace(plan, run=replace(plan.run, peak_memory_gib=1.0))
+    # A run that has measured its memory, and one that continues.
     for kept, is_new in ((measured, True), (plan, False)):
         job = TrainingJob(tmp_path, kept, "cpu", MATERIAL, SamplingPool(()), (), is_new)
         assert fit_to_device(job, refused, 1) is job
@@ -316,10 +314,13 @@ def test_a_check_that_cannot_be_done_stops_no_training_but_a_stop_does(
 
     plan = make_plan()
     monkeypatch.setattr(dry_run, "self_check", failing(RuntimeError("no copy")))
+
     kept = dry_run.fit_plan(plan, trainers, CPU)
+
     assert replace(kept, run=plan.run) == plan
     assert len(warnings_of(caplog)) == 1
 
     monkeypatch.setattr(dry_run, "self_check", failing(InterruptedRunError("stopped")))
+
     with pytest.raises(InterruptedRunError):
         dry_run.fit_plan(plan, trainers, CPU)

@@ -58,37 +58,38 @@ def test_random_ranks_permute_blocks_and_keep_tokens_together():
 
 def test_prefixes_cover_1_to_one_less_than_the_blocks_evenly():
     generator = rng.generator(0, "prefix")
-    counts = np.bincount(
-        [draw_prefix(5, generator, make_plan().sequence) for _ in range(4000)],
-        minlength=6,
-    )
+    sequence = make_plan().sequence
+    counts = np.bincount([draw_prefix(5, generator, sequence) for _ in range(4000)], minlength=6)
 
+    # 1000 for each of 1 to 4, with a standard deviation of 27.
     assert counts[0] == counts[5] == 0
     assert counts[1:5].min() > 900
 
 
 def test_a_draw_replays_to_the_same_sample():
-    plan, case = make_plan(), Ramp((20, 30, 20))
+    plan = make_plan()
+    case = Ramp((20, 30, 20))
     drawn = spatial.draw(plan, case.shape_vox, rng.generator(0, "x"))
-    first, again = spatial.apply(plan, case, drawn), spatial.apply(plan, case, drawn)
-    assert (
-        np.array_equal(first.voxels, again.voxels)
-        and first.flip_transpose == again.flip_transpose == drawn.flip_transpose
-    )
+    first = spatial.apply(plan, case, drawn)
+    again = spatial.apply(plan, case, drawn)
 
-    plain = spatial.apply(plan, case, replace(drawn, flip_transpose=FlipTranspose()))
-    flipped = spatial.apply(
-        plan,
-        case,
-        replace(drawn, flip_transpose=FlipTranspose((True, False, True))),
-    ).augmented()
+    assert np.array_equal(first.voxels, again.voxels)
+    assert first.flip_transpose == again.flip_transpose == drawn.flip_transpose
+
+    unchanged = replace(drawn, flip_transpose=FlipTranspose())
+    along_z_and_x = replace(drawn, flip_transpose=FlipTranspose((True, False, True)))
+
+    plain = spatial.apply(plan, case, unchanged)
+    flipped = spatial.apply(plan, case, along_z_and_x).augmented()
+
     assert np.array_equal(flipped.voxels[0, 0], plain.voxels[0, 0, ::-1, :, ::-1])
 
-    small = spatial.apply(
-        plan,
-        Ramp((10, 30, 20)),
-        replace(drawn, start=(-3, 0, 0), flip_transpose=FlipTranspose((True, False, False))),
-    ).augmented()
+    # A case of 10 slices in the middle of a crop of 16; its voxels are larger than 0.
+    along_z = FlipTranspose((True, False, False))
+    beyond = replace(drawn, start=(-3, 0, 0), flip_transpose=along_z)
+
+    small = spatial.apply(plan, Ramp((10, 30, 20)), beyond).augmented()
+
     assert small.valid_mask[0, :, 0, 0].tolist() == [False] * 3 + [True] * 10 + [False] * 3
     assert np.array_equal(small.valid_mask[0], small.voxels[0, 0] > 0)
 
@@ -96,32 +97,36 @@ def test_a_draw_replays_to_the_same_sample():
 def test_crops_stay_inside_large_cases_and_small_cases_stay_inside_crops():
     plan = make_plan()
     for number in range(50):
+        # The crop has 16 x 24 x 16 voxels: room along z, none along y, and 7 voxels too few along
+        # x.
         drawn = spatial.draw(plan, (40, 24, 9), rng.generator(0, "x", number))
         assert 0 <= drawn.start[0] <= 24
         assert drawn.start[1] == 0
         assert -7 <= drawn.start[2] <= 0
 
 
-def test_axes_swap_only_where_length_and_spacing_are_equal():
-    orders = {
-        spatial.draw(make_plan(), (40, 40, 40), rng.generator(0, "x", i)).flip_transpose.axes
-        for i in range(60)
-    }
+def axes_drawn(plan):
+    """Return the orders of the axes that occur in 60 draws."""
+    draws = [spatial.draw(plan, (40, 40, 40), rng.generator(0, "x", i)) for i in range(60)]
+    return {drawn.flip_transpose.axes for drawn in draws}
 
-    assert orders == {(0, 1, 2), (2, 1, 0)}
 
+def test_axes_swap_only_if_length_and_spacing_are_equal():
+    # The crop has 16 x 24 x 16 voxels, so z and x can be swapped.
     anisotropic = replace(make_plan(), data=DataPlan((3.0, 1.0, 1.0)))
 
-    assert {
-        spatial.draw(anisotropic, (40, 40, 40), rng.generator(0, "x", i)).flip_transpose.axes
-        for i in range(60)
-    } == {(0, 1, 2)}
+    assert axes_drawn(make_plan()) == {(0, 1, 2), (2, 1, 0)}
+    assert axes_drawn(anisotropic) == {(0, 1, 2)}
 
 
-def test_samples_depend_on_seed_step_and_number_alone():
-    sampler, cases = SequenceSampler(make_plan()), [Ramp((30, 30, 30)), Ramp((16, 40, 20))]
+def test_samples_depend_on_seed_step_and_number_only():
+    sampler = SequenceSampler(make_plan())
+    cases = [Ramp((30, 30, 30)), Ramp((16, 40, 20))]
+
     one, same, other = (sampler.draw(cases, TRAINING, step, 0) for step in (3, 3, 4))
-    assert np.array_equal(one.voxels, same.voxels) and one.prefix == same.prefix
+
+    assert np.array_equal(one.voxels, same.voxels)
+    assert one.prefix == same.prefix
     assert not np.array_equal(one.voxels, other.voxels)
 
 
@@ -136,7 +141,8 @@ def test_the_number_of_workers_changes_no_batch(num_workers):
 
     assert len(prepared) == 4
     for step, batch in zip(range(2, 6), prepared, strict=True):
-        assert batch.voxels.equal(batches[step].voxels) and batch.prefix.equal(batches[step].prefix)
+        assert batch.voxels.equal(batches[step].voxels)
+        assert batch.prefix.equal(batches[step].prefix)
         assert batch.flip_transposes == batches[step].flip_transposes
 
 
@@ -145,10 +151,10 @@ def test_validation_samples_take_the_same_four_prefixes_every_time():
     assert num_blocks(plan) == 12
     cases = [Ramp((30, 30, 30))]
 
-    first, second = (
-        validation_batches(SequenceSampler(plan), cases, 4, 1)["spatial"][0] for _ in range(2)
-    )
+    batches = [validation_batches(SequenceSampler(plan), cases, 4, 1) for _ in range(2)]
+    first, second = (by_kind["spatial"][0] for by_kind in batches)
 
+    # One block, and then a quarter, a half and three quarters of twelve.
     assert first.prefix.tolist() == second.prefix.tolist() == [1, 3, 6, 9]
     assert SequenceSampler(plan).draw([Ramp((30, 30, 30))], VALIDATION, 4).prefix == 1
 
@@ -162,27 +168,33 @@ class Row:
 
 
 def test_channels_of_a_case_are_split_together_and_stay_so():
-    rows = [
-        Row(f"{case}_{channel}", "D", f"case{case}") for case in range(40) for channel in range(4)
-    ]
+    rows = []
+    for case in range(40):
+        rows += [Row(f"{case}_{channel}", "D", f"case{case}") for channel in range(4)]
+
     training, validation = split(rows, 0.1, 0)
 
-    assert len(validation) == 16 and len({row.case for row in validation}) == 4
+    # A tenth of 40 cases, with four channels each.
+    assert len(validation) == 16
+    assert len({row.case for row in validation}) == 4
     assert not {row.case for row in training} & {row.case for row in validation}
+    # A single case is needed for training.
     assert split(rows[:4], 0.05, 0) == (rows[:4], [])
 
 
-def test_scans_of_a_subject_are_held_out_together_whatever_hash_it_has():
+def test_scans_of_a_subject_are_held_out_together_for_any_hash():
     ways = []
     for salt in ("x", "y"):
-        rows = [
-            Row(f"{case}", f"D{case % 2}", f"case{case}", f"{salt}{case // 4}")
-            for case in range(80)
-        ]
+        rows = []
+        for case in range(80):
+            subject = f"{salt}{case // 4}"
+            rows.append(Row(f"{case}", f"D{case % 2}", f"case{case}", subject))
+
         training, validation = split(rows, 0.1, 0)
-        assert len(validation) == 8 and not {row.subject for row in training} & {
-            row.subject for row in validation
-        }
+
+        # Two of 20 subjects, with four scans each.
+        assert len(validation) == 8
+        assert not {row.subject for row in training} & {row.subject for row in validation}
         ways.append([row.id for row in validation])
 
     assert ways[0] == ways[1]
@@ -190,13 +202,12 @@ def test_scans_of_a_subject_are_held_out_together_whatever_hash_it_has():
 
 def test_interleaved_order_takes_two_tokens_of_each_sub_volume_in_turn():
     """128^3 as four sub-volumes of 32 slices, tokens of 16: two tokens of each along z."""
+    # For each of 8 x 8 x 8 tokens the sub-volume in which it lies.
     of_sub_volume = np.arange(8 * 8 * 8) // 64 // 2
     interleaved = sequence_ids((8, 8, 8), (1, 1, 1), 1, "interleaved")
-
-    assert of_sub_volume[np.argsort(interleaved)][:8].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-
     raster = sequence_ids((8, 8, 8), (1, 1, 1), 1, "raster")
 
+    assert of_sub_volume[np.argsort(interleaved)][:8].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert set(of_sub_volume[np.argsort(raster)][:128].tolist()) == {0}
 
 
@@ -211,33 +222,24 @@ def test_interleaved_members_alternate_at_each_place_of_the_plane():
 
 @pytest.mark.parametrize(("stride", "expected"), [(8, 0.5625), (32, 0.0)])
 def test_a_stride_of_8_repeats_56_percent_of_the_voxels(stride, expected):
-    encoder = EncoderPlan("x", "y", {}, (16, 16, 16))
-    plan = replace(
-        make_plan(
-            crop_size_vox=(128, 32, 16),
-            order="interleaved",
-            weights={"strided": 1.0},
-            stride_vox=stride,
-        ),
-        encoder=encoder,
-    )
+    sequence = {
+        "crop_size_vox": (128, 32, 16),
+        "order": "interleaved",
+        "weights": {"strided": 1.0},
+        "stride_vox": stride,
+    }
+    plan = replace(make_plan(**sequence), encoder=EncoderPlan("x", "y", {}, (16, 16, 16)))
     order_index = sequence_ids((8, 2, 1), (1, 1, 1), 1, "interleaved")
 
     seen = strided.seen_before(plan, order_index)
 
     assert seen.mean() == expected
 
+    # Of the first token of each later sub-volume all was seen, of the second a half; the first two
+    # tokens are new. (1 + 0.5) * 3 / 8 = 0.5625, and 32 + 3 * 8 = 56 slices are read.
     if stride == 8:
-        assert [float(seen[16 * i : 16 * i + 16].mean()) for i in range(8)] == [
-            0,
-            0,
-            1,
-            0.5,
-            1,
-            0.5,
-            1,
-            0.5,
-        ]
+        shares = [float(seen[16 * i : 16 * i + 16].mean()) for i in range(8)]
+        assert shares == [0, 0, 1, 0.5, 1, 0.5, 1, 0.5]
         assert len(set(strided.source_slices(plan).tolist())) == 56
 
 
@@ -253,67 +255,61 @@ def test_strided_samples_repeat_slices_and_can_leave_them_unscored():
     )
     sample = SequenceSampler(plan).draw([Ramp((24, 16, 16))], TRAINING, 0, 0)
 
+    # Sub-volumes are slices 0 to 15 and 8 to 23: the third quarter of the crop repeats the second.
     assert strided.stretch(plan) == (24, 16, 16)
     assert np.array_equal(sample.voxels[0, 0, 16:24], sample.voxels[0, 0, 8:16])
-    assert (
-        sample.loss_mask[0, :16].all()
-        and not sample.loss_mask[0, 16:24].any()
-        and sample.loss_mask[0, 24:].all()
-    )
+    assert sample.loss_mask[0, :16].all()
+    assert not sample.loss_mask[0, 16:24].any()
+    assert sample.loss_mask[0, 24:].all()
 
-    plain = SequenceSampler(replace(plan, sequence=replace(plan.sequence, mask_seen=False))).draw(
-        [Ramp((24, 16, 16))],
-        TRAINING,
-        0,
-        0,
-    )
+    unmasked = replace(plan, sequence=replace(plan.sequence, mask_seen=False))
+    plain = SequenceSampler(unmasked).draw([Ramp((24, 16, 16))], TRAINING, 0, 0)
 
-    assert plain.loss_mask is None and np.array_equal(plain.voxels, sample.voxels)
+    assert plain.loss_mask is None
+    assert np.array_equal(plain.voxels, sample.voxels)
 
 
 def test_contrasts_come_from_one_box_of_voxels_in_the_fixed_order():
-    plan, pool = contrast_plan(), contrast_material()
+    plan = contrast_plan()
+    pool = contrast_material()
     for number in range(10):
         sample = SequenceSampler(plan).draw(pool, TRAINING, number, 0)
         assert sample.voxels.shape[0] == 4
+        # Members of the test's material differ by 100,000 each.
         first = sample.voxels[0, 0]
         for member in range(1, 4):
-            assert np.array_equal(
-                sample.voxels[member, 0] - first,
-                np.full(first.shape, 1e5 * member, np.float32),
-            )
+            difference = np.full(first.shape, 1e5 * member, np.float32)
+            assert np.array_equal(sample.voxels[member, 0] - first, difference)
         assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
         tokens = len(sample.order_index) // 4
         assert np.array_equal(sample.positions[:tokens], sample.positions[tokens : 2 * tokens])
 
 
-def test_a_contrast_keeps_its_code_where_only_some_are_taken():
+def test_a_contrast_keeps_its_code_if_only_some_are_taken():
     plan = contrast_plan(contrast_members=2, order="random", predictor="query")
     found = set()
     for number in range(40):
         sample = SequenceSampler(plan).draw(contrast_material(1), TRAINING, number, 0)
         codes = sample.members.reshape(2, -1)[:, 0]
-        assert float(sample.voxels[1].max() - sample.voxels[0].max()) == pytest.approx(
-            1e5 * (codes[1] - codes[0]),
-        )
+        difference = float(sample.voxels[1].max() - sample.voxels[0].max())
+        assert difference == pytest.approx(1e5 * (codes[1] - codes[0]))
         found.add(tuple(codes.tolist()))
 
+    # All six pairs of four contrasts.
     assert found == {(a, b) for a in range(4) for b in range(a + 1, 4)}
 
 
 def test_a_semantic_sequence_shows_one_structure_in_four_patients():
     plan = semantic_plan()
     structures = set()
+    sampler = SequenceSampler(plan)
     for number in range(20):
-        sample, shown = SequenceSampler(plan).draw_kind(
-            "semantic",
-            semantic_material(),
-            rng.generator(0, "x", number),
-        )
+        generator = rng.generator(0, "x", number)
+        sample, shown = sampler.draw_kind("semantic", semantic_material(), generator)
+        # Patients differ by a million, and cases of the liver by another half.
         assert len(set(shown.names)) == len({case.by for case in shown.cases}) == 4
-        assert {case.by % 1e6 for case in shown.cases} == {
-            0.0 if shown.subject == "kidney" else 5e5,
-        }
+        offset = 0.0 if shown.subject == "kidney" else 5e5
+        assert {case.by % 1e6 for case in shown.cases} == {offset}
         assert sample.members.reshape(4, -1)[:, 0].tolist() == [0, 1, 2, 3]
         structures.add(shown.subject)
 
@@ -327,15 +323,17 @@ def test_a_structure_lies_within_an_eighth_of_the_crop_from_its_middle():
     assert (size % 8 == 0).all()
 
     moved = []
+    sampler = SequenceSampler(plan)
     for number in range(50):
-        _, shown = SequenceSampler(plan).draw_kind(
-            "semantic",
-            semantic_material(),
-            rng.generator(0, "x", number),
-        )
-        moved += [np.array(start) + (size - 1) / 2 - (20, 10, 30) for start in shown.drawn.starts]
+        generator = rng.generator(0, "x", number)
+        _, shown = sampler.draw_kind("semantic", semantic_material(), generator)
+        # Structures of the material lie at (20, 10, 30).
+        for start in shown.drawn.starts:
+            moved.append(np.array(start) + (size - 1) / 2 - (20, 10, 30))
 
-    assert (np.abs(moved) <= size / 8 + 0.5).all() and np.abs(moved).max() > 1
+    # Starts are whole voxels, middles are not: half a voxel of rounding.
+    assert (np.abs(moved) <= size / 8 + 0.5).all()
+    assert np.abs(moved).max() > 1
 
 
 def test_members_together_hold_no_more_tokens_than_one_crop():
@@ -343,12 +341,14 @@ def test_members_together_hold_no_more_tokens_than_one_crop():
     plan = semantic_plan(crop_size_vox=(40, 56, 40))
 
     assert member_crop(plan, "semantic") == (24, 32, 24)
+    # 3 * 4 * 3 * 4 = 144 tokens of 5 * 7 * 5 = 175.
     assert num_blocks(plan, "semantic") == 144 <= num_blocks(plan) == 175
     assert member_crop(semantic_plan(member_crop_vox=(8, 32, 32)), "semantic") == (8, 32, 32)
     assert member_crop(plan, "spatial") == (40, 56, 40)
 
 
 def test_positions_are_a_window_of_the_grid_anywhere_in_it():
+    # Tokens (2, 1..2, 3..4) of a grid of 3 x 4 x 5.
     assert window_positions((3, 4, 5), (1, 2, 2), (2, 1, 3)).tolist() == [
         2 * 20 + 5 + 3,
         2 * 20 + 5 + 4,
@@ -356,10 +356,10 @@ def test_positions_are_a_window_of_the_grid_anywhere_in_it():
         2 * 20 + 10 + 4,
     ]
 
-    windows = {
-        SequenceSampler(contrast_plan()).draw(contrast_material(), TRAINING, n, 0).positions[0]
-        for n in range(60)
-    }
+    sampler = SequenceSampler(contrast_plan())
+    windows = set()
+    for number in range(60):
+        windows.add(sampler.draw(contrast_material(), TRAINING, number, 0).positions[0])
 
     assert len(windows) > 3
 
@@ -371,6 +371,7 @@ def test_a_batch_holds_one_kind_and_kinds_follow_their_weights():
 
     kinds = [sampler.kind(both, TRAINING, step) for step in range(2000)]
 
+    # A quarter of the weight; 0.03 are three standard deviations of 2000 draws.
     assert kinds.count("contrast") / 2000 == pytest.approx(0.25, abs=0.03)
 
     batches = StepBatches(sampler, both, range(3))
@@ -395,7 +396,8 @@ def test_validation_batches_hold_every_kind_with_all_four_prefixes():
 
 
 def test_samples_of_one_dataset_do_not_depend_on_other_kinds():
-    plan, cases = make_plan(), [Ramp((30, 30, 30)), Ramp((16, 40, 20))]
+    plan = make_plan()
+    cases = [Ramp((30, 30, 30)), Ramp((16, 40, 20))]
     sample = SequenceSampler(plan).draw(cases, TRAINING, 3, 1)
     # Written down before there were other kinds.
     generator = rng.generator(7, TRAINING, 3, 1)
@@ -403,37 +405,34 @@ def test_samples_of_one_dataset_do_not_depend_on_other_kinds():
 
     drawn = spatial.draw(plan, case.shape_vox, generator)
 
-    assert (
-        np.array_equal(sample.voxels, spatial.apply(plan, case, drawn).voxels)
-        and sample.prefix == drawn.prefix
-    )
+    assert np.array_equal(sample.voxels, spatial.apply(plan, case, drawn).voxels)
+    assert sample.prefix == drawn.prefix
     assert sample.positions is sample.members is sample.loss_mask is None
 
 
 def test_one_input_stays_spatial_and_several_get_available_kinds():
     structures = {"liver": 5, "lesion": 2}
+    one_input = AvailableKinds(1, 9, WORDS, 3, 0, structures, "label maps")
+    two_inputs = AvailableKinds(2, 9, WORDS, 3, 0, structures, "label maps")
 
-    assert plan_weights(AvailableKinds(1, 9, WORDS, 3, 0, structures, "label maps"))[0] == {
-        "spatial": 1.0,
-    }
+    assert plan_weights(one_input)[0] == {"spatial": 1.0}
 
-    weights, why = plan_weights(AvailableKinds(2, 9, WORDS, 3, 0, structures, "label maps"))
+    weights, why = plan_weights(two_inputs)
 
     assert weights == {"spatial": 1.0, "contrast": 0.5, "semantic": 0.5}
-    assert (
-        "3 subjects have the contrasts T1w, T1w-ce, T2w, FLAIR" in why
-        and "2 structures" in why
-        and "positions only" in why
-    )
+    assert "3 subjects have the contrasts T1w, T1w-ce, T2w, FLAIR" in why
+    assert "2 structures" in why
+    assert "positions only" in why
     assert plan_weights(AvailableKinds(2, 9))[0] == {"spatial": 1.0}
-    assert choose_members(AvailableKinds(2, 9, structures=structures, num_subjects=9), 4) == 4
-    assert (
-        choose_members(
-            AvailableKinds(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9),
-            4,
-        )
-        == 3
-    )
+
+
+def test_a_semantic_sequence_has_as_many_members_as_there_are_subjects():
+    # Four are wanted. The liver is known in five subjects, or in three; without labels all count.
+    many = AvailableKinds(2, 9, structures={"liver": 5, "lesion": 2}, num_subjects=9)
+    few = AvailableKinds(2, 9, structures={"liver": 3, "lesion": 2}, num_subjects=9)
+
+    assert choose_members(many, 4) == 4
+    assert choose_members(few, 4) == 3
     assert choose_members(AvailableKinds(2, 9, num_subjects=9), 4) == 4
     assert choose_members(AvailableKinds(2, 3, num_subjects=3), 4) == 3
 

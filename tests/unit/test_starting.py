@@ -32,8 +32,10 @@ sys.meta_path.insert(0, Slow())
 @pytest.mark.parametrize(
     ("program", "name"),
     [
+        # A script of ours, and a module of ours that is run as a file.
         ("/env/bin/autoreg_weights", "autoreg_weights"),
         (str(starting.COMMANDS_FOLDER / "pretrain.py"), "autoreg_pretrain"),
+        # Programs that only import us must end as they always do.
         ("/env/bin/nnUNetv2_train", ""),
         ("/env/bin/pytest", ""),
         ("-c", ""),
@@ -57,7 +59,8 @@ def started(tmp_path: Path, environment: dict[str, str]) -> "subprocess.Popen[st
     )
     deadline = time.monotonic() + 60
     while not mark.exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     return process
 
@@ -71,6 +74,7 @@ def test_a_stop_while_modules_are_imported_gives_one_line_and_130(
     number: int,
     cause: str,
 ) -> None:
+    # Importing torch takes seconds, in which a stop gave a traceback or no line.
     process = started(tmp_path, {})
 
     process.send_signal(number)
@@ -82,6 +86,7 @@ def test_a_stop_while_modules_are_imported_gives_one_line_and_130(
 
 
 def test_a_worker_of_torchrun_says_nothing_when_it_is_stopped(tmp_path: Path) -> None:
+    # The main process, number 0, speaks for all of them.
     process = started(tmp_path, {"RANK": "1"})
 
     process.terminate()

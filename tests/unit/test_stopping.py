@@ -39,13 +39,16 @@ def press(number: int = signal.SIGTERM) -> None:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process ends within a while."""
+    """Return whether a process ends within 20 seconds."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
+            # The name of the program may contain spaces and brackets; its state comes after it.
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
+            return True
+        # A zombie has ended, and waits for its parent to ask for its exit code.
+        if state == "Z":
             return True
         time.sleep(0.05)
     return False
@@ -83,6 +86,7 @@ def test_an_interruption_that_was_swallowed_can_be_asked_for() -> None:
 def test_a_swallowed_interruption_is_raised_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "NUDGE_S", 0.1)
 
+    # A library that catches everything and keeps going would run on for ever.
     with pytest.raises(InterruptedRunError), stoppable():
         try:
             press()
@@ -100,6 +104,7 @@ def test_noted_stops_raise_nothing_until_the_block_ends() -> None:
 
 
 def test_the_line_that_ends_noted_work_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second signal could once replace "the state is saved" by a line that said less.
     monkeypatch.setattr(stopping, "NUDGE_S", 0.05)
 
     with pytest.raises(InterruptedRunError) as caught, stoppable():
@@ -115,6 +120,7 @@ def test_the_line_that_ends_noted_work_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert str(caught.value) == "saved"
 
 
+# The program writes how many tenths of a second passed until it was ended by force.
 FORCED = """
 import os, signal, sys, time
 from nnunet_autoreg import stopping
@@ -157,11 +163,13 @@ def test_noted_stops_end_at_once_what_has_nothing_to_save() -> None:
 
 
 def test_a_command_that_writes_at_its_end_does_not_promise_to_continue() -> None:
+    # autoreg_embed once promised to continue, and started over.
     lines = []
     for begin in (writes_at_the_end, lambda: None):
         with pytest.raises(InterruptedRunError) as caught, stoppable("x"):
             begin()
             press()
+            # The signal comes before this sleep ends.
             time.sleep(5)
         lines.append(str(caught.value))
 
@@ -177,7 +185,7 @@ def test_the_line_names_the_innermost_phase() -> None:
 
 
 @pytest.mark.parametrize("lost", ["__cause__", "__context__", "inner_exception"])
-def test_an_interruption_in_the_compiler_is_no_failure_to_compile(lost: str) -> None:
+def test_an_interruption_in_the_compiler_is_not_a_failure_to_compile(lost: str) -> None:
     import torch
 
     from nnunet_autoreg.model.compilation import cannot_compile
@@ -192,7 +200,7 @@ def test_an_interruption_in_the_compiler_is_no_failure_to_compile(lost: str) -> 
         cannot_compile(outer)
 
 
-def test_a_swallowed_interruption_is_no_failure_to_compile_either() -> None:
+def test_a_swallowed_interruption_is_not_a_failure_to_compile_either() -> None:
     import torch
 
     from nnunet_autoreg.model.compilation import cannot_compile
@@ -235,7 +243,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_long_silence_is_broken_by_what_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_silence_is_broken_by_naming_the_phase(caplog: pytest.LogCaptureFixture) -> None:
     with signs_of_life(0.1), phase("outer"), phase("compiling the block") as doing:
         wait_until_heard(caplog)
         doing.progress = "2 of 3"
@@ -247,7 +255,7 @@ def test_a_long_silence_is_broken_by_what_goes_on(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.usefixtures("quick")
-def test_nothing_is_said_while_other_lines_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_phases_are_silent_while_other_lines_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with signs_of_life(2.0), phase("training"):
         for _ in range(30):
             logging.getLogger("nnunet_autoreg.other").info("a line")
@@ -257,7 +265,7 @@ def test_nothing_is_said_while_other_lines_are_logged(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.usefixtures("quick")
-def test_nothing_is_said_beside_a_bar_that_moves(caplog: pytest.LogCaptureFixture) -> None:
+def test_phases_are_silent_beside_a_bar_that_moves(caplog: pytest.LogCaptureFixture) -> None:
     from tqdm import tqdm
 
     with (
@@ -268,13 +276,16 @@ def test_nothing_is_said_beside_a_bar_that_moves(caplog: pytest.LogCaptureFixtur
         for _ in range(5):
             bar.update()
             time.sleep(0.1)
+        # Twice the silence that is allowed: a bar that stops for a moment is still a sign of life.
         time.sleep(0.6)
 
     assert heard(caplog) == []
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_bar_that_has_not_moved_yet_keeps_nobody_silent(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bar_that_has_not_moved_yet_is_not_a_sign_of_life(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     from tqdm import tqdm
 
     with signs_of_life(0.2), phase("training"), tqdm(total=100, disable=False, file=io.StringIO()):
@@ -285,17 +296,20 @@ def test_a_bar_that_has_not_moved_yet_keeps_nobody_silent(caplog: pytest.LogCapt
 
 @pytest.mark.usefixtures("quick")
 def test_a_bar_whose_set_up_was_interrupted_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    # The thread that gives signs of life once ended with a traceback.
     from tqdm import tqdm
 
     # tqdm lists a bar before it sets it up; until then, or for ever, it has no attributes.
-    bar, ours = tqdm.__new__(tqdm), ProgressBar.__new__(ProgressBar)
+    bar = tqdm.__new__(tqdm)
+    ours = ProgressBar.__new__(ProgressBar)
     assert {bar, ours} <= set(tqdm._instances)
     assert not hasattr(bar, "disable")
 
     with signs_of_life(0.2), phase("training"):
         wait_until_heard(caplog)
 
-    assert heard(caplog) and visible_bars() == []
+    assert heard(caplog)
+    assert visible_bars() == []
     # What Python does with a bar that nobody has any more.
     ours.close()
     bar.disable = True
@@ -309,15 +323,18 @@ def test_without_signs_of_life_phases_are_silent(caplog: pytest.LogCaptureFixtur
     assert heard(caplog) == []
 
 
-def test_workers_end_at_once_where_their_results_are_not_wanted() -> None:
+def test_workers_end_at_once_if_their_results_are_not_wanted() -> None:
     results = parallel_map(time.sleep, [0.0, 300.0, 300.0, 300.0], 2, "testing")
     assert next(results) is None
     busy = descendants()
 
     results.close()  # type: ignore[attr-defined]
 
+    # multiprocessing keeps one more process, which outlives its pools.
     assert len(busy) >= 2
-    assert all(is_gone(pid) for pid in busy if "resource_tracker" not in commandline(pid))
+    for pid in busy:
+        if "resource_tracker" not in commandline(pid):
+            assert is_gone(pid)
 
 
 def commandline(pid: int) -> str:
@@ -373,18 +390,22 @@ def test_a_guarded_program_and_its_children_end_with_the_command(
     command = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while not (log.is_file() and log.read_text().endswith("\n")):
-        assert command.poll() is None and time.monotonic() < deadline
+        assert command.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
+    # The guard, the program, and the program's child.
     below = descendants(command.pid)
-    assert int(log.read_text()) in below and len(below) == 3
+    assert int(log.read_text()) in below
+    assert len(below) == 3
 
     command.send_signal(number)
     command.wait(30)
 
-    assert [pid for pid in below if not is_gone(pid)] == []
+    assert all(is_gone(pid) for pid in below)
 
 
 def test_a_program_whose_guard_is_killed_ends_too(tmp_path: Path) -> None:
+    # A stopped benchmark once left its training running.
     with (tmp_path / "log").open("w") as log:
         guard = start_guarded(
             [sys.executable, "-c", "import time; time.sleep(300)"],
@@ -432,6 +453,7 @@ def test_children_end_with_a_program_that_is_killed(
     script: str,
     number: int,
 ) -> None:
+    # These workers once continued without their parent.
     (tmp_path / "marks").mkdir()
     (tmp_path / "program.py").write_text(script)
     program = subprocess.Popen(
@@ -439,7 +461,8 @@ def test_children_end_with_a_program_that_is_killed(
     )
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "marks").iterdir())) < number:
-        assert program.poll() is None and time.monotonic() < deadline
+        assert program.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
     program.kill()
@@ -462,6 +485,8 @@ def test_outside_the_main_thread_nothing_changes() -> None:
     assert seen == [usual]
 
 
+# Scans are given by the side of a cube. The largest ones may come at the same time, so as many
+# workers are started as scans fit together, from the largest on. 0 GB: not known.
 @pytest.mark.parametrize(
     ("free_gb", "sides", "workers"),
     [
@@ -480,8 +505,11 @@ def test_workers_are_as_many_as_memory_allows(
     sides: list[int],
     workers: int,
 ) -> None:
+    # Eight workers for large scans once took 7.5 GB each.
     monkeypatch.setattr(parallel, "free_memory_bytes", lambda: free_gb * 10**9)
+
     fitting = parallel.workers_for(8, [side**3 for side in sides])
+
     assert min(fitting, len(sides)) == workers
 
 
@@ -489,16 +517,17 @@ def test_the_free_memory_of_this_machine_is_known() -> None:
     assert 2**20 < parallel.free_memory_bytes() < 2**50
 
 
-def test_a_large_scan_is_read_in_a_worker_even_if_it_is_alone() -> None:
-    assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing")) == [os.getpid()]
-    assert list(parallel_map(eval, ["__import__('os').getpid()"], 1, "testing", apart=True)) != [
-        os.getpid(),
-    ]
-    assert (
-        parallel.is_large([600**3, 1])
-        and not parallel.is_large([200**3])
-        and not parallel.is_large([])
-    )
+def test_a_large_scan_is_read_in_a_worker_even_if_it_is_the_only_one() -> None:
+    # If memory runs out, the worker is lost, and not the command.
+    pid = ["__import__('os').getpid()"]
+    (here,) = parallel_map(eval, pid, 1, "testing")
+    (apart,) = parallel_map(eval, pid, 1, "testing", apart=True)
+
+    assert here == os.getpid()
+    assert apart != os.getpid()
+    assert parallel.is_large([600**3, 1])
+    assert not parallel.is_large([200**3])
+    assert not parallel.is_large([])
 
 
 @pytest.mark.parametrize(("value", "processes"), [("1", 1), ("3", 3), ("64", 4), (None, 4)])
@@ -516,7 +545,7 @@ def test_nnunets_number_of_processes_is_respected(
 
 
 @pytest.mark.parametrize("value", ["many", "0", "²", "9" * 5000])
-def test_a_number_of_processes_that_is_none_is_refused(
+def test_a_wrong_number_of_processes_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     value: str,
 ) -> None:

@@ -28,6 +28,7 @@ def test_the_border_of_a_cube_has_the_area_of_its_six_faces() -> None:
 
 
 def test_a_mask_at_the_edge_of_the_scan_ends_there() -> None:
+    # Faces of 2 x 3, 2 x 4 and 3 x 4 voxels.
     assert border_areas(np.ones((2, 3, 4), bool), ISOTROPIC).sum() == 2 * (6 + 8 + 12)
 
 
@@ -52,6 +53,7 @@ def test_a_cube_shifted_by_one_voxel_scores_as_counted_by_hand() -> None:
 def test_the_tolerance_is_in_millimetres_along_each_axis() -> None:
     spacing = (5.0, 1.0, 1.0)
 
+    # One voxel is 5 mm between slices and 1 mm within them; the tolerance is 2 mm.
     along_slices = surface_dice(cube((4, 4, 4)), cube((5, 4, 4)), spacing, 2.0)
     in_plane = surface_dice(cube((4, 4, 4)), cube((4, 5, 4)), spacing, 2.0)
 
@@ -60,6 +62,7 @@ def test_the_tolerance_is_in_millimetres_along_each_axis() -> None:
 
 
 def test_a_border_exactly_at_the_tolerance_agrees() -> None:
+    # 0.1 * 3 is a little more than 0.3 in binary numbers, and sums of 0.1 are not exact either.
     assert surface_dice(cube((4, 4, 4)), cube((4, 4, 7)), (1.0, 1.0, 0.1), 0.1 * 3) == 1.0
 
 
@@ -91,7 +94,7 @@ def test_the_score_does_not_depend_on_which_mask_is_the_truth() -> None:
     assert 0 < there < 1
 
 
-def test_every_label_is_scored_alone() -> None:
+def test_every_label_is_scored_separately() -> None:
     truth = cube((2, 2, 2)) + 2 * cube((9, 9, 9))
     prediction = 1 * cube((2, 2, 2))
 

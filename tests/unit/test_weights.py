@@ -41,10 +41,8 @@ def ar_ssl4m(depth: int = 1, width: int = 12, token: int = 4) -> dict[str, Tenso
     tensors = {}
     for key in sorted(expected_keys(depth)):
         default = (width, width) if key.endswith("_proj.weight") else (width,)
-        tensors[key] = torch.randn(
-            next((s for end, s in shapes.items() if key.endswith(end)), default),
-            generator=generator,
-        )
+        shape = next((s for end, s in shapes.items() if key.endswith(end)), default)
+        tensors[key] = torch.randn(shape, generator=generator)
     return tensors
 
 
@@ -71,11 +69,17 @@ def test_a_file_that_would_run_code_ends_in_one_line(
     for line in (["inspect", str(file)], ["import", str(file), "--name", "evil"]):
         assert main(line) == 1
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "no code in it was run" in error
+        assert error.count("\n") == 1
+        assert "no code in it was run" in error
 
-    assert not sprung.exists() and not (tmp_path / "autoreg_pretraining").exists()
+    assert not sprung.exists()
+    assert not (tmp_path / "autoreg_pretraining").exists()
 
-    torch.load(file, weights_only=False) if way == "zip" else pickle.loads(file.read_bytes())
+    # The trap works: whoever unpickles the file springs it.
+    if way == "zip":
+        torch.load(file, weights_only=False)
+    else:
+        pickle.loads(file.read_bytes())
 
     assert sprung.exists()
 
@@ -91,9 +95,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, keep: int) -> None:
     assert str(file) in str(caught.value)
 
 
-def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
+def test_kinds_of_files_are_recognised_and_wrappers_are_removed(tmp_path: Path) -> None:
     tensors = ar_ssl4m()
     bare = open_source(saved(tmp_path / "bare.pth", tensors))
+    # As several trainers save: below a key, and below DistributedDataParallel's "module.".
     wrapped = {f"module.{key}": value for key, value in tensors.items()}
     nested = open_source(saved(tmp_path / "nested.pth", {"state_dict": wrapped, "epoch": 3}))
     assert bare.kind == nested.kind == AR_SSL4M
@@ -102,12 +107,8 @@ def test_kinds_are_told_apart_and_wrappers_fall_off(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "st.safetensors")
     assert open_source(tmp_path / "st.safetensors").kind == AR_SSL4M
 
-    other = open_source(
-        saved(
-            tmp_path / "o.pth",
-            {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"},
-        ),
-    )
+    without_plan = {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"}
+    other = open_source(saved(tmp_path / "o.pth", without_plan))
     assert (other.kind, other.rest) == (NO_PLAN, {"trainer_name": "x"})
     assert open_source(saved(tmp_path / "u.pth", {"w": torch.ones(2)})).kind == UNKNOWN
     with refused(WeightsError, "weights-no-dictionary", tmp_path / "l.pth", "list"):
@@ -124,24 +125,19 @@ def test_ar_ssl4m_is_imported_with_turned_axes_and_normalisation(tmp_path: Path)
 
     kernel = "model.patchifier.proj.weight"
 
+    # Ours is (z, y, x), theirs (x, y, z).
     assert torch.equal(stored[kernel], tensors[kernel].permute(0, 1, 4, 3, 2))
 
     rest = [key for key in tensors if key.startswith("model.") and key != kernel]
 
-    assert (
-        len(rest) == 17
-        and all(torch.equal(stored[key], tensors[key]) for key in rest)
-        and len(stored) == 18
-    )
-    assert (card.normalization, card.licences) == (
-        "AutoregPercentileNormalization",
-        {"AR-SSL4M": "none stated"},
-    )
-    assert (
-        card.arguments["mlp_ratio"] == 4.0
-        and card.token_size_vox == (4, 4, 4)
-        and card.num_steps == 0
-    )
+    assert len(rest) == 17
+    assert all(torch.equal(stored[key], tensors[key]) for key in rest)
+    assert len(stored) == 18
+    assert card.normalization == "AutoregPercentileNormalization"
+    assert card.licences == {"AR-SSL4M": "none stated"}
+    assert card.arguments["mlp_ratio"] == 4.0
+    assert card.token_size_vox == (4, 4, 4)
+    assert card.num_steps == 0
     assert "left out: decoder_pred, the head of pretraining" in imported.notes
 
 
@@ -188,6 +184,7 @@ def test_what_is_wrong_with_an_ar_ssl4m_file_is_named(
 def test_a_number_of_heads_that_the_file_does_not_state_is_needed(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.pth", ar_ssl4m())
 
+    # The shapes of the weights are the same for any number of heads that divides the width.
     with refused(WeightsError, "weights-heads", "12", "--heads N"):
         import_weights(file, "a", tmp_path, ImportOptions())
     with refused(WeightsError, "weights-heads", "--heads 5", "12"):
@@ -204,7 +201,9 @@ def test_the_command_inspects_imports_and_exports(
     assert main(["inspect", file]) == 0
 
     shown = capsys.readouterr().out
-    assert "cannot be imported  " in shown and "--heads N" in shown and "20 with" in shown
+    assert "cannot be imported  " in shown
+    assert "--heads N" in shown
+    assert "20 with" in shown
     assert main(["inspect", file, "--heads", "2"]) == 0
 
     shown = capsys.readouterr().out
@@ -215,18 +214,16 @@ def test_the_command_inspects_imports_and_exports(
     assert main(["inspect", "theirs"]) == 0
 
     shown = capsys.readouterr().out
-    assert (
-        "a finished pretraining, 'theirs': imported" in shown
-        and read_card(tmp_path / "autoreg_pretraining" / "theirs").sha256 in shown
-    )
+    assert "a finished pretraining, 'theirs': imported" in shown
+    assert read_card(tmp_path / "autoreg_pretraining" / "theirs").sha256 in shown
     assert main(["export", "theirs", "-o", str(tmp_path / "out")]) == 0
     assert "ViT" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "out"), "--heads", "2", "--name", "again"]) == 0
 
+    # Exported and imported again, the weights are the same bytes.
     runs = tmp_path / "autoreg_pretraining"
-    assert (runs / "again" / "encoder.safetensors").read_bytes() == (
-        runs / "theirs" / "encoder.safetensors"
-    ).read_bytes()
+    again = (runs / "again" / "encoder.safetensors").read_bytes()
+    assert again == (runs / "theirs" / "encoder.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -252,18 +249,17 @@ def test_impossible_lines_end_in_one(
     value: str,
 ) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
+
     assert main(line) in (1, 2)
+
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and value in error
+    assert error.count("\n") == 1
+    assert value in error
 
 
 def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
-    import_weights(
-        saved(tmp_path / "a.pth", ar_ssl4m()),
-        "theirs",
-        tmp_path,
-        ImportOptions(num_heads=2),
-    )
+    file = saved(tmp_path / "a.pth", ar_ssl4m())
+    import_weights(file, "theirs", tmp_path, ImportOptions(num_heads=2))
     dataset = DatasetTraits("Dataset001_A", ("MRI",), (1.0, 1.0, 1.0))
 
     with refused(WeightsError, "weights-none-suits", "export autoreg_weights=theirs"):
@@ -271,7 +267,9 @@ def test_imported_weights_are_used_by_name_only(tmp_path: Path) -> None:
 
     choice = choose_weights(tmp_path, dataset, "theirs")
 
-    assert choice.card is not None and choice.card.name == "theirs" and choice.warnings == ()
+    assert choice.card is not None
+    assert choice.card.name == "theirs"
+    assert choice.warnings == ()
 
 
 def test_the_licence_is_the_users_then_the_model_cards(
@@ -291,20 +289,16 @@ def test_the_licence_is_the_users_then_the_model_cards(
 
 
 def test_percentiles_1_and_99_9_become_0_and_1_with_clipping() -> None:
+    # 1001 values from 0 to 1000: the first percentile is 10, the 99.9th 999.
     image = np.arange(1001, dtype=np.float32).reshape(7, 11, 13)
-    normalised = AutoregPercentileNormalization(
-        use_mask_for_norm=False,
-        intensityproperties={},
-    ).run(image.copy())
+    normalise = AutoregPercentileNormalization(use_mask_for_norm=False, intensityproperties={})
 
-    np.testing.assert_allclose(
-        normalised.ravel()[[0, 10, 11, 500, 999, 1000]],
-        [0, 0, 1 / 989, 490 / 989, 1, 1],
-        atol=1e-6,
-    )
-    assert (
-        not AutoregPercentileNormalization(False, {}).run(np.full((2, 2, 2), 7.0, np.float32)).any()
-    )
+    found = normalise.run(image.copy()).ravel()[[0, 10, 11, 500, 999, 1000]]
+    constant = normalise.run(np.full((2, 2, 2), 7.0, np.float32))
+
+    np.testing.assert_allclose(found, [0, 0, 1 / 989, 490 / 989, 1, 1], atol=1e-6)
+    # Both percentiles are equal, and nothing is divided by 0.
+    assert not constant.any()
 
 
 def test_a_plan_normalises_every_channel_as_in_pretraining(
@@ -314,58 +308,41 @@ def test_a_plan_normalises_every_channel_as_in_pretraining(
 
     assert as_pretrained(own, [False, True], None) == (own, [False, True])
 
-    card, _ = import_weights(
-        saved(tmp_path / "a.pth", ar_ssl4m()),
-        "a",
-        tmp_path,
-        ImportOptions(num_heads=2),
-    )
+    file = saved(tmp_path / "a.pth", ar_ssl4m())
+    card, _ = import_weights(file, "a", tmp_path, ImportOptions(num_heads=2))
 
-    assert as_pretrained(own, [False, True], card) == (
-        ["AutoregPercentileNormalization"] * 2,
-        [False, False],
-    )
+    schemes, masks = as_pretrained(own, [False, True], card)
+
+    assert schemes == ["AutoregPercentileNormalization"] * 2
+    assert masks == [False, False]
 
 
 def test_nnunet_finds_the_normalisation_by_name() -> None:
     from nnunet_autoreg import bridge
 
-    assert (
-        bridge.find_module("AutoregPercentileNormalization", bridge.NORMALIZATIONS_ROOM)
-        == "nnunet_autoreg.finetune.normalization"
-    )
-    assert bridge.find_module("AutoregPercentileNormalization", bridge.TRAINERS_ROOM) is None
+    name = "AutoregPercentileNormalization"
+    module = "nnunet_autoreg.finetune.normalization"
+
+    assert bridge.find_module(name, bridge.NORMALIZATIONS_ROOM) == module
+    assert bridge.find_module(name, bridge.TRAINERS_ROOM) is None
 
 
 def test_the_content_of_a_file_of_no_known_kind_is_listed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert (
-        main(
-            [
-                "inspect",
-                str(saved(tmp_path / "u.pth", {"conv.weight": torch.ones(2, 3), "epoch": 3})),
-            ],
-        )
-        == 0
-    )
+    unknown = saved(tmp_path / "u.pth", {"conv.weight": torch.ones(2, 3), "epoch": 3})
+    assert main(["inspect", str(unknown)]) == 0
 
     shown = capsys.readouterr().out
-    assert (
-        "unknown: neither ours, nor AR-SSL4M's, nor nnssl's" in shown
-        and "1 with 6 parameters: conv.weight 1" in shown
-    )
+    assert "unknown: neither ours, nor AR-SSL4M's, nor nnssl's" in shown
+    assert "1 with 6 parameters: conv.weight 1" in shown
 
-    bare = saved(
-        tmp_path / "n.pth",
-        {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"},
-    )
+    without_plan = {"network_weights": {"encoder.a": torch.ones(2)}, "trainer_name": "x"}
+    bare = saved(tmp_path / "n.pth", without_plan)
     assert main(["inspect", str(bare)]) == 0
 
-    shown = capsys.readouterr().out
-    assert any(line.endswith(" trainer_name") for line in shown.splitlines())
-    assert (
-        shown.splitlines()[-1]
-        == f"next: autoreg_weights import {bare} --name NAME --adaptation-plan FILE"
-    )
+    lines = capsys.readouterr().out.splitlines()
+    remedy = f"autoreg_weights import {bare} --name NAME --adaptation-plan FILE"
+    assert any(line.endswith(" trainer_name") for line in lines)
+    assert lines[-1] == f"next: {remedy}"

@@ -131,9 +131,10 @@ def plan_of(
     patch: tuple[int, ...] = CROP,
 ) -> dict[str, Any]:
     """An adaptation plan as nnssl serialises it."""
-    imported = (
-        ["conv_op", "norm_op", "dropout_op", "nonlin"] if name == "ResidualEncoderUNet" else None
-    )
+    # Arguments that are given as names of classes.
+    imported = None
+    if name == "ResidualEncoderUNet":
+        imported = ["conv_op", "norm_op", "dropout_op", "nonlin"]
     configuration = {
         "spacing": [1, 1, 1],
         "normalization_schemes": ["ZScoreNormalization"],
@@ -166,26 +167,18 @@ def save(
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "checkpoint_final.pth"
-    torch.save(
-        {
-            "network_weights": tensors,
-            **({} if plan is None else {"nnssl_adaptation_plan": plan}),
-            **rest,
-        },
-        file,
-    )
+    content = {"network_weights": tensors, **rest}
+    if plan is not None:
+        content["nnssl_adaptation_plan"] = plan
+    torch.save(content, file)
     return file
 
 
 def primus_x(**changes: Any) -> dict[str, Any]:
     """arch_kwargs as nnssl writes them for a PrimusX."""
     names = {"eva_depth": "encoder_eva_depth", "eva_numheads": "encoder_eva_numheads"}
-    return {
-        "input_channels": 1,
-        "output_channels": 1,
-        **{names.get(k, k): v for k, v in PRIMUS.items()},
-        **changes,
-    }
+    renamed = {names.get(key, key): value for key, value in PRIMUS.items()}
+    return {"input_channels": 1, "output_channels": 1, **renamed, **changes}
 
 
 def eva_mae_features(network: Any, volume: Tensor) -> Tensor:
@@ -233,25 +226,30 @@ def test_a_transformer_computes_in_nnunet_what_it_computed_in_nnssl(
     file = save(tmp_path / "in", original.state_dict(), plan_of("PrimusX", primus_x(), PRIMUS_KEYS))
     volume = torch.randn(2, 1, *CROP, generator=torch.Generator().manual_seed(1))
     results = tmp_path / "res"
-    import_weights(file, "mended", results, ImportOptions())
+    import_weights(file, "corrected", results, ImportOptions())
     import_weights(file, "kept", results, ImportOptions(token_order="keep"))
-    mended, kept = (load(results, name, "primus", PRIMUS) for name in ("mended", "kept"))
+    corrected = load(results, "corrected", "primus", PRIMUS)
+    kept = load(results, "kept", "primus", PRIMUS)
+    # Positions are not enough: kernels are turned as well.
     positions_only = load(results, "kept", "primus", PRIMUS)
+
     with torch.no_grad():
-        positions_only.eva.pos_embed.copy_(mended.eva.pos_embed)
-        wanted = eva_mae_features(original, volume)
-        torch.testing.assert_close(nnunet_features(mended, volume), wanted, atol=1e-5, rtol=1e-5)
-        for wrong in (kept, positions_only):
-            assert (nnunet_features(wrong, volume) - wanted).abs().max() > 1e-3
-        torch.testing.assert_close(
-            nnunet_features(kept, volume),
-            nnunet_features(original, volume),
-            atol=1e-6,
-            rtol=0,
-        )
+        positions_only.eva.pos_embed.copy_(corrected.eva.pos_embed)
+        in_nnssl = eva_mae_features(original, volume)
+        in_nnunet = nnunet_features(original, volume)
+        found = nnunet_features(corrected, volume)
+        found_kept = nnunet_features(kept, volume)
+        found_wrong = nnunet_features(positions_only, volume)
+
+    torch.testing.assert_close(found, in_nnssl, atol=1e-5, rtol=1e-5)
+    assert (found_kept - in_nnssl).abs().max() > 1e-3
+    assert (found_wrong - in_nnssl).abs().max() > 1e-3
+    # Kept as it is, the network computes what the same weights compute in nnU-Net.
+    torch.testing.assert_close(found_kept, in_nnunet, atol=1e-6, rtol=0)
 
 
 def test_an_order_that_cannot_be_corrected_is_refused_but_can_be_kept(tmp_path: Path) -> None:
+    # 2 x 3 x 2 tokens: exchanging two axes of unequal length is not a permutation of positions.
     crop = (16, 24, 16)
     tensors = random_network("primus", PRIMUS, crop).state_dict()
     file = save(tmp_path, tensors, plan_of("PrimusX", primus_x(), PRIMUS_KEYS, crop))
@@ -267,11 +265,10 @@ def test_an_order_that_cannot_be_corrected_is_refused_but_can_be_kept(tmp_path: 
 def test_a_cnn_is_imported_without_its_decoder_and_doubled_names(tmp_path: Path) -> None:
     original = random_network("resenc", RESENC)
     state = original.state_dict()
-    assert (
-        "encoder.stem.convs.0.conv.weight" in state
-        and "encoder.stem.convs.0.all_modules.0.weight" in state
-    )
+    assert "encoder.stem.convs.0.conv.weight" in state
+    assert "encoder.stem.convs.0.all_modules.0.weight" in state
 
+    # Names as a compiled network in DistributedDataParallel has them.
     wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
     assert "decoder.encoder.stem.convs.0.conv.weight" in state
 
@@ -283,21 +280,19 @@ def test_a_cnn_is_imported_without_its_decoder_and_doubled_names(tmp_path: Path)
     )
     card, imported = import_weights(file, "cnn", tmp_path / "res", ImportOptions())
     stored = load_file(tmp_path / "res" / "autoreg_pretraining" / "cnn" / "encoder.safetensors")
-    assert all(
-        key.startswith(("encoder.stem.", "encoder.stages.")) and "all_modules" not in key
-        for key in stored
-    )
-    assert len(
-        {value.data_ptr() for key, value in state.items() if key.startswith("encoder.")},
-    ) == len(stored)
-    assert imported.notes == (
-        f"left out: decoder ({sum(key.startswith('decoder.') for key in state)} tensors)",
-    )
-    assert card.licences == {"OpenMind": "CC-BY-4.0"} and card.modalities == ("MR",)
-    assert (
-        card.normalization == "ZScoreNormalization"
-        and card.objective == "imported from nnssl (BaseMAETrainer)"
-    )
+
+    for key in stored:
+        assert key.startswith(("encoder.stem.", "encoder.stages."))
+        assert "all_modules" not in key
+    # Each tensor once, however many names it has.
+    tensors = {value.data_ptr() for key, value in state.items() if key.startswith("encoder.")}
+    assert len(stored) == len(tensors)
+    num_decoder = sum(key.startswith("decoder.") for key in state)
+    assert imported.notes == (f"left out: decoder ({num_decoder} tensors)",)
+    assert card.licences == {"OpenMind": "CC-BY-4.0"}
+    assert card.modalities == ("MR",)
+    assert card.normalization == "ZScoreNormalization"
+    assert card.objective == "imported from nnssl (BaseMAETrainer)"
 
     volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
     loaded = load(tmp_path / "res", "cnn", "resenc", RESENC)
@@ -308,10 +303,9 @@ def test_a_cnn_is_imported_without_its_decoder_and_doubled_names(tmp_path: Path)
 
 def test_two_names_of_one_tensor_that_differ_are_an_error(tmp_path: Path) -> None:
     state = dict(random_network("resenc", RESENC).state_dict())
-    state["encoder.stem.convs.0.conv.weight"] = state["encoder.stem.convs.0.conv.weight"] + 1
-    file = save(tmp_path, state, plan_of("ResidualEncoderUNet", RESENC, RESENC_KEYS))
-
     names = ("encoder.stem.convs.0.conv.weight", "encoder.stem.convs.0.all_modules.0.weight")
+    state[names[0]] = state[names[0]] + 1
+    file = save(tmp_path, state, plan_of("ResidualEncoderUNet", RESENC, RESENC_KEYS))
 
     with refused(WeightsError, "weights-mismatch", *names):
         import_weights(file, "a", tmp_path / "res", ImportOptions())
@@ -353,10 +347,8 @@ def test_layer_scale_and_inner_norm_can_be_read_from_the_weights(
         "scale_attn_inner": with_scale,
     }
     kwargs = {k: v for k, v in primus_x().items() if k not in ("init_values", "scale_attn_inner")}
-    state = {
-        f"encoder.{key}": value
-        for key, value in random_network("primus", arguments).state_dict().items()
-    }
+    network = random_network("primus", arguments)
+    state = {f"encoder.{key}": value for key, value in network.state_dict().items()}
     file = save(tmp_path, state, plan_of("PrimusX", kwargs, PRIMUS_KEYS))
 
     card, _ = import_weights(file, "a", tmp_path / "res", ImportOptions())
@@ -365,15 +357,12 @@ def test_layer_scale_and_inner_norm_can_be_read_from_the_weights(
 
 
 def test_layer_scale_written_as_a_list_is_its_first_value(tmp_path: Path) -> None:
-    file = save(
-        tmp_path,
-        random_network("primus", PRIMUS).state_dict(),
-        plan_of("PrimusX", primus_x(init_values=[0.1]), PRIMUS_KEYS),
-    )
-    assert (
-        import_weights(file, "a", tmp_path / "res", ImportOptions())[0].arguments["init_values"]
-        == 0.1
-    )
+    plan = plan_of("PrimusX", primus_x(init_values=[0.1]), PRIMUS_KEYS)
+    file = save(tmp_path, random_network("primus", PRIMUS).state_dict(), plan)
+
+    card, _ = import_weights(file, "a", tmp_path / "res", ImportOptions())
+
+    assert card.arguments["init_values"] == 0.1
 
 
 def test_the_plan_beside_the_file_is_used_if_the_file_has_none(tmp_path: Path) -> None:
@@ -389,51 +378,41 @@ def test_the_plan_beside_the_file_is_used_if_the_file_has_none(tmp_path: Path) -
     import_weights(tmp_path, "beside", tmp_path / "res", ImportOptions())
     folder = tmp_path / "res" / "autoreg_pretraining"
 
-    assert (folder / "beside" / "encoder.safetensors").read_bytes() == (
-        folder / "by_flag" / "encoder.safetensors"
-    ).read_bytes()
+    beside = (folder / "beside" / "encoder.safetensors").read_bytes()
+    assert beside == (folder / "by_flag" / "encoder.safetensors").read_bytes()
 
 
 def test_of_two_patch_sizes_the_one_that_fits_the_positions_is_used(tmp_path: Path) -> None:
-    file = save(
-        tmp_path,
-        random_network("primus", PRIMUS).state_dict(),
-        plan_of("PrimusX", primus_x(), PRIMUS_KEYS, (32, 32, 32)),
-    )
+    # 12 positions are 2 x 2 x 3 tokens of 8 voxels, and not 4 x 4 x 4.
+    state = random_network("primus", PRIMUS).state_dict()
+    file = save(tmp_path, state, plan_of("PrimusX", primus_x(), PRIMUS_KEYS, (32, 32, 32)))
     with refused(WeightsError, "weights-patch-size", "12", "(32, 32, 32)", "--patch-size"):
         import_weights(file, "a", tmp_path / "res", ImportOptions())
 
-    (tmp_path / "adaptation_plan.json").write_text(
-        json.dumps(plan_of("PrimusX", primus_x(), PRIMUS_KEYS)),
-    )
+    right_plan = plan_of("PrimusX", primus_x(), PRIMUS_KEYS)
+    (tmp_path / "adaptation_plan.json").write_text(json.dumps(right_plan))
     card, imported = import_weights(file, "a", tmp_path / "res", ImportOptions())
-    assert card.crop_size_vox == CROP
 
-    notes = [note for note in imported.notes if note.startswith("patch size (16, 16, 24)")]
-    assert len(notes) == 1 and "(32, 32, 32)" in notes[0]
+    assert card.crop_size_vox == CROP
+    (note,) = [note for note in imported.notes if note.startswith("patch size (16, 16, 24)")]
+    assert "(32, 32, 32)" in note
 
 
 def test_a_preset_without_arguments_is_the_published_network(tmp_path: Path) -> None:
     plan = plan_of("ResEncL", None, RESENC_KEYS, (64, 64, 64))
     del plan["pretrain_plan"]["configurations"]["onemmiso"]["spacing"]
+    arguments = ENCODERS["resenc_l"].arguments
     with torch.device("meta"):
-        network = build_network(
-            CLASS_PATHS["resenc"],
-            ENCODERS["resenc_l"].arguments,
-            (64,) * 3,
-            1,
-            2,
-        )
+        network = build_network(CLASS_PATHS["resenc"], arguments, (64, 64, 64), 1, 2)
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     state = {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith("encoder.")}
 
     card, _ = import_weights(save(tmp_path, state, plan), "a", tmp_path / "res", ImportOptions())
 
-    assert (card.encoder, card.token_size_vox, card.spacing_mm) == (
-        "resenc_l",
-        (32, 32, 32),
-        (1.0, 1.0, 1.0),
-    )
+    # The name of the configuration, onemmiso, is all that says 1 mm.
+    assert card.encoder == "resenc_l"
+    assert card.token_size_vox == (32, 32, 32)
+    assert card.spacing_mm == (1.0, 1.0, 1.0)
 
     primus = plan_of("PrimusM", None, PRIMUS_KEYS)
     file = save(tmp_path / "m", random_network("primus", PRIMUS).state_dict(), primus)
@@ -498,11 +477,12 @@ def test_a_malformed_plan_ends_in_one_line(
     code: str,
     value: str,
 ) -> None:
-    arguments, name, keys = {
-        "primus": (PRIMUS, "PrimusX", PRIMUS_KEYS),
-        "resenc": (RESENC, "ResidualEncoderUNet", RESENC_KEYS),
-    }[family]
-    plan = plan_of(name, primus_x() if family == "primus" else RESENC, keys)
+    if family == "primus":
+        arguments = PRIMUS
+        plan = plan_of("PrimusX", primus_x(), PRIMUS_KEYS)
+    else:
+        arguments = RESENC
+        plan = plan_of("ResidualEncoderUNet", RESENC, RESENC_KEYS)
     plan["architecture_plans"].update(change)
     file = save(tmp_path, random_network(family, arguments).state_dict(), plan)
 
@@ -520,11 +500,9 @@ def test_an_impossible_number_of_channels_ends_in_one_line(tmp_path: Path, state
 
 
 def test_another_network_of_nnssl_is_named(tmp_path: Path) -> None:
-    file = save(
-        tmp_path,
-        random_network("resenc", RESENC).state_dict(),
-        plan_of("PlainConvUNet", {"n_stages": 2}, RESENC_KEYS),
-    )
+    state = random_network("resenc", RESENC).state_dict()
+    file = save(tmp_path, state, plan_of("PlainConvUNet", {"n_stages": 2}, RESENC_KEYS))
+
     with refused(WeightsError, "weights-unknown-network", file, "PlainConvUNet", "ResEncL"):
         import_weights(file, "a", tmp_path / "res", ImportOptions())
 
@@ -535,6 +513,7 @@ def minimal_reader(folder: Path, class_count: int = 3) -> nn.Module:
     """
     content = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=True)
     plan = content["nnssl_adaptation_plan"]
+    network_weights = content["network_weights"]
     for key in (
         "architecture_plans",
         "pretrain_plan",
@@ -547,25 +526,24 @@ def minimal_reader(folder: Path, class_count: int = 3) -> nn.Module:
     ):
         assert key in plan
     (configuration,) = plan["pretrain_plan"]["configurations"].values()
-    name, kwargs = (
-        plan["architecture_plans"]["arch_class_name"],
-        plan["architecture_plans"]["arch_kwargs"],
-    )
+    name = plan["architecture_plans"]["arch_class_name"]
+    kwargs = plan["architecture_plans"]["arch_kwargs"]
     network = read_network(name, kwargs, plan, configuration["patch_size"], class_count)
-    for part in (plan["key_to_encoder"], plan["key_to_stem"]):
-        weights = {
-            k.removeprefix(f"{part}."): v
-            for k, v in content["network_weights"].items()
-            if k.startswith(f"{part}.")
-        }
+
+    parts = (plan["key_to_encoder"], plan["key_to_stem"])
+    for part in parts:
+        weights = {}
+        for key, value in network_weights.items():
+            if key.startswith(f"{part}."):
+                weights[key.removeprefix(f"{part}.")] = value
         network.get_submodule(part).load_state_dict(weights, strict=True)
-    values = [content["network_weights"][f"{key}.weight"] for key in plan["keys_to_in_proj"]]
-    assert all(torch.equal(value, values[0]) and value.dtype == torch.float32 for value in values)
-    assert not [
-        k
-        for k in content["network_weights"]
-        if not k.startswith((plan["key_to_encoder"], plan["key_to_stem"]))
-    ]
+
+    # Several names of the layer that reads the image hold the same values.
+    values = [network_weights[f"{key}.weight"] for key in plan["keys_to_in_proj"]]
+    for value in values:
+        assert torch.equal(value, values[0])
+        assert value.dtype == torch.float32
+    assert all(key.startswith(parts) for key in network_weights)
     return network.eval()
 
 
@@ -584,15 +562,11 @@ def read_network(
         # As nnU-Net's master branch builds its presets.
         return PrimusS(channels, class_count, (8, 8, 8), tuple(patch))
     if name == "ResidualEncoderUNet":
-        imported = {
-            k: nn.modules.conv.Conv3d
-            if k == "conv_op"
-            else nn.InstanceNorm3d
-            if k == "norm_op"
-            else nn.LeakyReLU
-            for k in plan["architecture_plans"]["arch_kwargs_requiring_import"]
-            if kwargs[k] is not None
-        }
+        classes: dict[str, Any] = {"conv_op": nn.modules.conv.Conv3d, "norm_op": nn.InstanceNorm3d}
+        imported = {}
+        for key in plan["architecture_plans"]["arch_kwargs_requiring_import"]:
+            if kwargs[key] is not None:
+                imported[key] = classes.get(key, nn.LeakyReLU)
         return ResidualEncoderUNet(
             input_channels=channels,
             num_classes=class_count,
@@ -623,42 +597,40 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
 ) -> None:
     network = random_network(family, arguments)
     folder = write_encoder(tmp_path, network, family, arguments, CROP)
-    done = export_weights(folder / "encoder.safetensors", tmp_path / "out")
-    assert [file.name for file in done.files] == [
-        "checkpoint_final.pth",
-        "adaptation_plan.json",
-        "config.json",
-    ]
+    weights = folder / "encoder.safetensors"
+
+    done = export_weights(weights, tmp_path / "out")
+
+    names = [file.name for file in done.files]
+    assert names == ["checkpoint_final.pth", "adaptation_plan.json", "config.json"]
 
     # No name of a temporary file, which has the name of this computer.
     with zipfile.ZipFile(tmp_path / "out" / "checkpoint_final.pth") as archive:
         assert {name.partition("/")[0] for name in archive.namelist()} == {"archive"}
 
-    read = minimal_reader(tmp_path / "out")
+    read: Any = minimal_reader(tmp_path / "out")
     volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         if family == "resenc":
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(read.encoder(volume), network.encoder(volume), strict=True)
-            )  # type: ignore[operator]
+            for ours, theirs in zip(network.encoder(volume), read.encoder(volume), strict=True):
+                assert torch.equal(ours, theirs)
         else:
             assert torch.equal(nnunet_features(read, volume), nnunet_features(network, volume))
+
     card, imported = import_weights(tmp_path / "out", "back", tmp_path, ImportOptions())
+
     # A tensor of two names is counted once, as it is written.
-    assert imported.tensors.keys() == load_file(folder / "encoder.safetensors").keys()
-    back = tmp_path / "autoreg_pretraining" / "back"
-    assert (back / "encoder.safetensors").read_bytes() == (
-        folder / "encoder.safetensors"
-    ).read_bytes()
+    assert imported.tensors.keys() == load_file(weights).keys()
+    back = tmp_path / "autoreg_pretraining" / "back" / "encoder.safetensors"
+    assert back.read_bytes() == weights.read_bytes()
 
     first = read_card(folder)
-    unlike = {f for f in first.__dataclass_fields__ if getattr(first, f) != getattr(card, f)}
-    assert unlike == {"name", "extra"}
-    assert imported.licences == {"Some scans": "CC0"} and not [
-        note for note in imported.notes if "assumed" in note
-    ]
+    changed = {f for f in first.__dataclass_fields__ if getattr(first, f) != getattr(card, f)}
+    assert changed == {"name", "extra"}
+    assert imported.licences == {"Some scans": "CC0"}
+    assert not [note for note in imported.notes if "assumed" in note]
 
+    # Tokens have an order, which our export states; stages of a CNN do not.
     kept = [note for note in imported.notes if note.startswith("token order kept")]
     assert len(kept) == (0 if family == "resenc" else 1)
 
@@ -671,7 +643,7 @@ def test_an_export_follows_the_format_and_is_imported_bit_by_bit(
         ("resenc_tiny", "autoregressive (network, random)", False),
     ],
 )
-def test_an_export_is_causal_where_the_network_saw_earlier_blocks_alone(
+def test_an_export_is_causal_if_the_network_saw_only_earlier_blocks(
     write_run: Callable[..., Path],
     tmp_path: Path,
     encoder: str,
@@ -709,6 +681,8 @@ def test_an_export_for_readers_of_the_other_token_order_computes_the_same(tmp_pa
 @pytest.mark.parametrize(
     ("family", "arguments", "crop", "form"),
     [
+        # A CNN has no tokens, Hugging Face's form no field for their order, and a crop with two
+        # unequal axes no exchange.
         ("resenc", RESENC, CROP, NNSSL_FORM),
         ("primus", PRIMUS, CROP, HUGGINGFACE_FORM),
         ("primus", PRIMUS, (16, 24, 16), NNSSL_FORM),
@@ -751,10 +725,9 @@ def test_an_encoder_has_the_name_of_a_preset_if_it_is_one(
     changes: Any,
     expected: str,
 ) -> None:
-    card = read_card(write_run(tmp_path, "made", (16, 16, 16)))
     size = ENCODERS[encoder]
     card = replace(
-        card,
+        read_card(write_run(tmp_path, "made", (16, 16, 16))),
         encoder=encoder,
         class_path=size.class_path,
         arguments={**size.arguments, **changes},
@@ -782,13 +755,12 @@ def test_a_preset_is_read_by_its_name_and_windows_are_kept(tmp_path: Path) -> No
     volume = torch.randn(1, 1, *CROP, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(nnunet_features(read, volume), nnunet_features(network, volume))
-    assert len(done.warnings) == 1 and "Hounsfield window of -800 to 800" in done.warnings[0]
+    assert len(done.warnings) == 1
+    assert "Hounsfield window of -800 to 800" in done.warnings[0]
     content = torch.load(done.files[0], weights_only=True)
     assert content["nnunet_autoreg"]["card"]["ct_window"]["mean"] == 50.0
-    assert (
-        "Licences of what it was made from: Some scans: CC0"
-        in content["citations"][0]["apa_citations"][0]
-    )
+    citation = content["citations"][0]["apa_citations"][0]
+    assert "Licences of what it was made from: Some scans: CC0" in citation
 
 
 def test_an_export_does_not_overwrite_other_files(tmp_path: Path) -> None:
@@ -811,6 +783,7 @@ def test_an_export_of_other_weights_does_not_overwrite_the_checkpoint(tmp_path: 
     export_weights(folder / "encoder.safetensors", tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoint_final.pth"
     content = torch.load(checkpoint, weights_only=True)
+    # The smallest change that somebody else's training could have made.
     content["network_weights"]["encoder.stem.convs.0.conv.weight"][0, 0, 1, 1, 1] += 1e-6
     torch.save(content, checkpoint)
     before = checkpoint.read_bytes()
@@ -822,6 +795,7 @@ def test_an_export_of_other_weights_does_not_overwrite_the_checkpoint(tmp_path: 
 
 
 def test_the_same_export_may_be_repeated_and_changes_nothing(tmp_path: Path) -> None:
+    # An export that was killed is completed by typing the same line again.
     network = random_network("resenc", RESENC)
     folder = write_encoder(tmp_path, network, "resenc", RESENC, CROP)
     first = export_weights(folder / "encoder.safetensors", tmp_path / "out")
@@ -829,7 +803,8 @@ def test_the_same_export_may_be_repeated_and_changes_nothing(tmp_path: Path) -> 
 
     again = export_weights(folder / "encoder.safetensors", tmp_path / "out")
 
-    assert again.files == first.files and len(before) == 3
+    assert again.files == first.files
+    assert len(before) == 3
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in again.files] == before
 
 
@@ -875,6 +850,7 @@ def test_a_full_disk_ends_an_export_with_the_errors_own_reason(
 
 
 def test_a_full_disk_ends_an_import_with_the_errors_own_reason(tmp_path: Path) -> None:
+    # Once a traceback of safetensors.
     file = tmp_path / "encoder.safetensors"
 
     with small_files(1000), pytest.raises(OSError) as caught:

@@ -19,6 +19,7 @@ from nnunet_autoreg.plan import Plan
 from nnunet_autoreg.sampling.corruption import Corruption, stacked
 from nnunet_autoreg.sampling.sample import Batch
 
+# As nnU-Net plans for slices of some millimetres: strides and kernels of 1 along z at first.
 THICK_SLICES = {
     "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]],
     "kernel_sizes": [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]],
@@ -68,19 +69,24 @@ def with_other_voxels(batch: Batch, where_BMZYX: Tensor) -> Batch:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_unknown_voxels_change_no_prediction_by_one_bit(variant: str) -> None:
     settings = dict(VARIANTS[variant])
-    num_members, num_padded = settings.pop("num_members", 1), settings.pop("num_padded", 0)
+    num_members = settings.pop("num_members", 1)
+    num_padded = settings.pop("num_padded", 0)
     is_corrupted = settings.pop("corrupted", False)
     plan = plan_of(**settings)
-    objective, batch = objective_of(plan), batch_of(plan, num_members, num_padded)
+    objective = objective_of(plan)
+    batch = batch_of(plan, num_members, num_padded)
     if is_corrupted:
         drawn = stacked([Corruption(1.4, 0.8, 0.2, seed=3), Corruption(0.8, 1.2, 0.1, seed=4)])
         batch = replace(batch, corruption=drawn.with_noise(batch.voxels))
 
+    # Padding may be seen: it is known to be padding.
     unknown = ~known_voxels(plan, batch) & batch.valid_mask
     assert 0.1 < float(unknown.float().mean()) < 0.95
     other = with_other_voxels(batch, unknown)
 
-    before, after = outputs(objective, batch), outputs(objective, other)
+    before = outputs(objective, batch)
+    after = outputs(objective, other)
+
     assert torch.equal(before.values, after.values)
     assert torch.equal(before.scores, after.scores)
     assert before.scores.shape[1] == plan.objective.num_segments
@@ -88,7 +94,9 @@ def test_unknown_voxels_change_no_prediction_by_one_bit(variant: str) -> None:
 
 def test_without_the_marking_the_exactness_test_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of()
-    objective, batch = objective_of(plan), batch_of(plan)
+    objective = objective_of(plan)
+    batch = batch_of(plan)
+    # The encoder reads all voxels, as a network would that nobody hides anything from.
     encode = PretrainingUNet.encode
     monkeypatch.setattr(PretrainingUNet, "encode", lambda self, voxels, known: encode(self, voxels))
 
@@ -100,12 +108,14 @@ def test_without_the_marking_the_exactness_test_fails(monkeypatch: pytest.Monkey
 
 def test_known_voxels_of_one_member_reach_the_other() -> None:
     plan = plan_of(crop=(16, 16, 32))
-    objective, batch = objective_of(plan), batch_of(plan, num_members=2)
+    objective = objective_of(plan)
+    batch = batch_of(plan, num_members=2)
     first_member = torch.zeros_like(batch.valid_mask)
     first_member[:, 0] = True
     other = with_other_voxels(batch, known_voxels(plan, batch) & first_member)
 
-    before, after = predictions(objective, batch), predictions(objective, other)
+    before = predictions(objective, batch)
+    after = predictions(objective, other)
 
     num_tokens = before.shape[1] // 2
     assert not torch.equal(before[:, num_tokens:], after[:, num_tokens:])
@@ -124,56 +134,62 @@ def test_a_padded_crop_has_one_to_all_but_one_real_block_known() -> None:
         assert in_order == sorted(in_order, reverse=True)
         numbers.append(sum(in_order))
 
-    assert min(numbers) == 1 and max(numbers) == 3
+    assert min(numbers) == 1
+    assert max(numbers) == 3
 
 
 def test_without_padding_exactly_the_drawn_number_is_known() -> None:
     generator = torch.Generator().manual_seed(0)
     order_index_BT = torch.randperm(12, generator=generator)[None]
-
+    valid_BT = torch.ones_like(order_index_BT).bool()
     for prefix in range(1, 12):
-        known_BT = known_tokens(
-            order_index_BT,
-            torch.tensor([prefix]),
-            torch.ones_like(order_index_BT).bool(),
-        )
+        known_BT = known_tokens(order_index_BT, torch.tensor([prefix]), valid_BT)
         assert torch.equal(known_BT, order_index_BT < prefix)
 
 
 def test_the_loss_is_the_mean_of_each_samples_mean() -> None:
     plan = plan_of()
-    objective, batch = objective_of(plan), batch_of(plan)
+    objective = objective_of(plan)
+    batch = batch_of(plan)
     unknown = ~known_voxels(plan, batch)[:, 0]
 
     terms = objective.loss(batch)
 
     token = plan.encoder.token_size_vox
-    said = from_tokens(predictions(objective, batch), token, batch.voxels.shape)[:, 0]
-    error = (said - batch.voxels[:, 0, 0]).square()
-    expected = sum(float(error[b][unknown[b]].mean()) for b in range(2))
+    predicted = from_tokens(predictions(objective, batch), token, batch.voxels.shape)[:, 0]
+    error = (predicted - batch.voxels[:, 0, 0]).square()
+    # The total is a sum over samples, of which the count is 2.
+    expected = 0.0
+    for b in range(2):
+        expected += float(error[b][unknown[b]].mean())
     assert int(terms.count) == 2
     assert float(terms.total.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_flat_blocks_are_hidden_but_carry_no_loss() -> None:
     plan = plan_of()
-    objective, batch = objective_of(plan), batch_of(plan)
+    objective = objective_of(plan)
+    batch = batch_of(plan)
     batch.voxels[:, :, :, :8] = 0.5
     mask = objective._targets(batch).loss_mask
     where = from_tokens(mask, plan.encoder.token_size_vox, batch.voxels.shape)
 
-    assert not where[:, :, :8].any() and where[:, :, 8:].any()
+    # Nothing can be learnt from a constant, and a network that saw it would know where it is.
+    assert not where[:, :, :8].any()
+    assert where[:, :, 8:].any()
     assert (~known_voxels(plan, batch)[:, :, :8]).any()
 
 
 def test_a_batch_without_unknown_voxels_gives_a_finite_loss_of_zero() -> None:
     plan = plan_of()
-    objective, batch = objective_of(plan), batch_of(plan)
+    objective = objective_of(plan)
+    batch = batch_of(plan)
     batch.voxels[:] = 1.0
 
     terms = objective.loss(batch, references=True)
 
-    assert float(terms.total.detach()) == 0 and int(terms.count) == 0
+    assert float(terms.total.detach()) == 0
+    assert int(terms.count) == 0
 
 
 def test_trivial_predictions_are_the_known_mean_and_the_nearest_block() -> None:
@@ -188,13 +204,15 @@ def test_trivial_predictions_are_the_known_mean_and_the_nearest_block() -> None:
 
     references = objective.loss(batch, references=True).references
 
+    # Block 1 has 2 and is taken for 1; block 2 has 4 and is taken for 8.
     assert float(references["copy"]) == pytest.approx((1.0**2 + 4.0**2) / 2)
     # The known mean is 4.5; the ripple of 0.5 adds its variance.
     assert float(references["mean"]) == pytest.approx((2.5**2 + 0.5**2) / 2 + 0.25)
 
 
 def test_computing_stages_twice_changes_no_number() -> None:
-    once, twice = objective_of(plan_of()), objective_of(plan_of(recompute=True))
+    once = objective_of(plan_of())
+    twice = objective_of(plan_of(recompute=True))
     batch = batch_of(once.plan)
 
     gradients = []
@@ -203,6 +221,7 @@ def test_computing_stages_twice_changes_no_number() -> None:
         parts = [p.grad.flatten() for p in objective.module.parameters() if p.grad is not None]
         gradients.append(torch.cat(parts))
 
+    # Recomputation repeats the same operations, so only rounding may differ.
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
 
 
@@ -230,7 +249,8 @@ def test_encoder_and_decoder_are_transferred_and_the_head_is_not() -> None:
 
 def test_features_are_those_that_fine_tuning_computes() -> None:
     plan = plan_of()
-    objective, batch = objective_of(plan), batch_of(plan)
+    objective = objective_of(plan)
+    batch = batch_of(plan)
     objective.module.eval()
     encoder = plan.encoder
     downstream: Any = build_network(
@@ -249,19 +269,22 @@ def test_features_are_those_that_fine_tuning_computes() -> None:
     assert torch.allclose(described, deepest.flatten(2).transpose(1, 2), atol=1e-5)
 
 
-def test_pictures_show_the_truth_where_it_was_known() -> None:
+def test_pictures_show_the_truth_of_known_voxels() -> None:
     plan = plan_of(target="normalised")
-    objective, batch = objective_of(plan), batch_of(plan, num_padded=10)
+    objective = objective_of(plan)
+    batch = batch_of(plan, num_padded=10)
     with torch.no_grad():
         made = objective.reconstruct(batch)
 
     assert torch.equal(made.given, known_voxels(plan, batch) & batch.valid_mask)
-    assert not (made.given & made.loss_mask).any() and made.loss_mask.any()
+    assert not (made.given & made.loss_mask).any()
+    assert made.loss_mask.any()
     assert made.predicted.shape == made.truth.shape == batch.valid_mask.shape
 
 
 def test_the_masked_twin_is_the_same_network_with_a_fixed_share() -> None:
-    plan, twin = plan_of(), plan_of(name="masked", prefix="fixed")
+    plan = plan_of()
+    twin = plan_of(name="masked", prefix="fixed")
     batch = batch_of(plan)
 
     losses = [objective_of(p).loss(batch).total.item() for p in (plan, twin)]
@@ -271,7 +294,8 @@ def test_the_masked_twin_is_the_same_network_with_a_fixed_share() -> None:
 
 def test_a_network_learns_one_batch_by_heart() -> None:
     plan = plan_of(unknown_mark="learned")
-    objective, batch = objective_of(plan), batch_of(plan)
+    objective = objective_of(plan)
+    batch = batch_of(plan)
     # Planes that go up and down along x; noise could not be predicted.
     waves = torch.arange(32.0).mul(0.4).sin().expand_as(batch.voxels)
     batch = replace(batch, voxels=waves + 0.05 * batch.voxels)
@@ -288,9 +312,10 @@ def test_a_network_learns_one_batch_by_heart() -> None:
     assert errors[-1] < 0.5 * errors[0]
 
 
-def test_what_is_shown_is_corrupted_and_what_is_predicted_is_not() -> None:
+def test_shown_voxels_are_corrupted_and_predicted_ones_are_not() -> None:
     plan = plan_of()
-    objective, batch = objective_of(plan), batch_of(plan)
+    objective = objective_of(plan)
+    batch = batch_of(plan)
     drawn = stacked([Corruption(1.4, 0.8, 0.2, seed=3)] * 2)
     other = replace(batch, corruption=drawn.with_noise(batch.voxels))
 
