@@ -567,7 +567,7 @@ def test_the_decoder_is_pretrained_too_if_the_recipe_asks_for_it(
     kernel = read_tensors(file)[key]
     assert torch.equal(with_decoder.network.state_dict()[key], kernel)
     assert not torch.equal(encoder_alone.network.state_dict()[key], kernel)
-    # Two labelled scans are very few: a random decoder learns alone at first.
+    # Two labelled scans are very few: at first only a random decoder is trained.
     assert with_decoder.recipe.decoder_first_fraction == 0.0
     assert encoder_alone.recipe.decoder_first_fraction == 0.1
 

@@ -59,7 +59,7 @@ def test_importing_the_package_loads_no_torch_until_it_is_used() -> None:
         "assert 'torch' in sys.modules and callable(load_encoder)\n"
     )
 
-    # A process of its own, because this one has loaded torch long ago.
+    # A separate process, because this one has loaded torch long ago.
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False)
 
     assert done.returncode == 0
@@ -292,7 +292,7 @@ def test_the_mean_can_be_taken_over_the_box_around_a_label(
     with torch.no_grad():
         features = encoder.deepest(encoder.preprocess(voxels, (1, 1, 1))[None])[0]
     found = np.load(output)
-    # A position of the deepest map stands for 8 voxels along each axis.
+    # A position of the deepest map is 8 voxels wide along each axis.
     assert found["features"][0] == pytest.approx(features[:, 2, 1, 0].numpy(), abs=1e-4)
     assert found["ids"].tolist() == ["a"]
     warnings = capsys.readouterr().err

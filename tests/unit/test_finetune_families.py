@@ -467,7 +467,7 @@ def test_only_a_cnn_with_nnunets_normalisation_runs_on_stock_nnunet(
     scheme: str,
     expected: bool,
 ) -> None:
-    # A configuration that inherits has no normalisation of its own.
+    # A configuration that inherits does not state a normalisation.
     plans = {"configurations": {"3d_fullres": {"normalization_schemes": [scheme]}, "mine": {}}}
 
     assert runs_on_stock(planned(encoder).class_path, plans) == expected

@@ -217,7 +217,7 @@ def test_only_valid_configurations_of_the_user_are_kept() -> None:
     }
     old = {
         "configurations": {
-            # nnU-Net's own names are planned again, whatever they held.
+            # Configurations of nnU-Net's own names are always planned again.
             "2d": {},
             "3d_lowres": full,
             "3d_cascade_fullres": {"inherits_from": "3d_fullres"},

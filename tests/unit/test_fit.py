@@ -71,7 +71,7 @@ class Noise:
 
 @pytest.fixture
 def trainer_of(tmp_path: Path) -> Callable[..., Callable[[Plan], Trainer]]:
-    """Trainers on a device that holds so many voxels at once, twice as many with activations
+    """Trainers on a device that holds a number of voxels at once, twice as many with activations
     checkpointed, and what they were asked for.
     """
 

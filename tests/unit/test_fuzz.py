@@ -277,7 +277,7 @@ def golden(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["tiny", "hippocampus_crops_primus_tiny"])
 def test_any_plan_is_read_or_refused(name: str, tmp_path: Path) -> None:
     request = Request("x", folders=("/data",), num_steps=10)
-    # Paths stand in a private file beside the plan, as pretraining writes them.
+    # Paths are in a private file beside the plan, as pretraining writes them.
     hidden, paths = hide_paths(to_jsonable(request), PATH_FIELDS)
     write_private(tmp_path, [{"id": key, "source": path} for key, path in paths.items()])
     data = {**golden(name), "request": hidden}

@@ -92,7 +92,7 @@ def test_a_command_past_its_limit_is_ended_with_its_children(
 ) -> None:
     monkeypatch.setattr(recording, "GRACE_S", 0.2)
     note = tmp_path / "child"
-    # The worst case: the command ignores SIGTERM, and has started a process of its own.
+    # The worst case: the command ignores SIGTERM, and has started another process.
     script = (
         "import pathlib, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

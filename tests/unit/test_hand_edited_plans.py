@@ -1,4 +1,4 @@
-"""A hand-edited plan is carried out or refused in one line, whatever value stands where."""
+"""A hand-edited plan is carried out or refused in one line, with any value at any key."""
 
 import copy
 import json

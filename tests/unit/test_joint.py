@@ -186,7 +186,7 @@ def test_two_views_show_the_same_slices_each_changed_in_its_plane() -> None:
         sample, _ = sampler.draw_kind("views", only_case, generator)
         first, second = collate([sample]).to(CPU).voxels[0, :, 0]
 
-        # The raster index tells in which slice of the case a voxel lies.
+        # The raster index shows in which slice of the case a voxel lies.
         slices = [((view - 1) / slice_vox).floor().amax(dim=(1, 2)) for view in (first, second)]
         assert torch.equal(*slices)
         assert len(slices[0].unique()) == 16
@@ -611,7 +611,7 @@ def test_t11_another_number_of_processes_keeps_the_bank() -> None:
     first, second = (other.loss(part).statistics for part in micro_batches(batch, 1))
     other.after_step(1, Recorded(list(second.values())), first)
 
-    # Volumes stay where they were; the images are added at places of their own.
+    # Volumes stay where they were; the images are added at other places.
     assert torch.equal(other.extra_state()["volume_bank"], kept["volume_bank"])
     assert batch.case_ids is not None
     places = {int(case) for case in batch.case_ids}
@@ -765,7 +765,7 @@ def test_the_positions_of_slabs_are_drawn_and_say_nothing_of_their_place() -> No
 
     # A crop has two layers of tokens and a slab one, so there are two windows.
     assert windows == {0, 1}
-    # If the position of a slab told where it lies, clusters could be those of positions.
+    # If positions showed where a slab lies, clusters could be those of positions.
     of_views = slabs.positions.reshape(2, -1, slabs.positions.shape[1])
     assert torch.equal(of_views, of_views[:, :1].expand_as(of_views))
 

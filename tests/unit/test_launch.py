@@ -156,7 +156,7 @@ def stand_in(argv=None):
     ],
 )
 def test_launched_processes_end_with_one_line_and_exit_code(case, code, lines):
-    """The launcher is a process of its own, and this file is its program."""
+    """The launcher is another process, and this file is its program."""
     beside = str(Path(__file__).resolve().parents[1])
     # torchvision warns at its import.
     settings = {"PYTHONPATH": beside, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}

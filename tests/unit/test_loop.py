@@ -151,7 +151,7 @@ def test_a_stop_does_not_change_which_checkpoint_is_rolled_back_to(tmp_path, sto
             trainer(tmp_path / "stopped", Linear(stopping), ROUGH).run()
     stopped = trainer(tmp_path / "stopped", Linear(stopping), ROUGH)
     stopped.run()
-    # A stop writes a checkpoint of its own, which must not become the one to roll back to.
+    # A stop writes a checkpoint, which must not become the one to roll back to.
     assert torch.equal(stopped.module.weight, whole.module.weight)
     assert stopped.progress == whole.progress
     assert compared_metrics(tmp_path / "stopped") == compared_metrics(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Names of files and folders that are no text, or that a terminal has no characters for."""
+"""Names of files and folders that are not text, or that a terminal has no characters for."""
 
 import io
 import logging

@@ -68,7 +68,7 @@ def test_an_unknown_dataset_gets_a_close_match_or_the_known_numbers(
 
     with refused(UsageError, "usage-no-dataset", "Dataset004_Hipo", "'Dataset004_Hippo'"):
         nnunet_api.dataset_folder("Dataset004_Hipo")
-    # Python itself converts no number of so many digits.
+    # Python itself refuses to convert numbers of more than 4300 digits.
     with refused(UsageError, "usage-no-dataset", "Dataset004_Hippo"):
         nnunet_api.dataset_folder("4" * 5000)
     with refused(UsageError, "usage-no-dataset", "-d 5", "4 (Dataset004_Hippo), 27"):

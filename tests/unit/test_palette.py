@@ -19,7 +19,7 @@ USED_TOGETHER = {
     "starts": (list(palette.STARTS), 24),
     "first series": (list(palette.SERIES[:4]), 24),
 }
-"""Styles that stand in one picture, and how far apart their colours have to be."""
+"""Styles that are used in one picture, and how far apart their colours have to be."""
 
 
 def test_the_simulation_maps_red_and_green_onto_each_other():

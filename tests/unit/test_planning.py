@@ -345,7 +345,7 @@ def test_strides_and_kernels_of_a_cnn_follow_the_spacing_as_in_nnunet() -> None:
         assert suited.arguments["kernel_sizes"] == [list(map(int, k)) for k in kernels]
         assert suited.token_size == token
 
-    # A transformer reads patches, whatever their spacing.
+    # A transformer reads patches of any spacing.
     transformer = encoder_size("primus_v2_m")
     assert suited_to(transformer, (5.0, 0.78, 0.78)) is transformer
 

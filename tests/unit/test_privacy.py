@@ -163,7 +163,7 @@ def test_a_dataset_that_is_given_by_name_is_kept_by_its_number(folders: Path) ->
     request = request_of_line(parser().parse_args(line))
 
     assert request.datasets == ("77", "unknown")
-    # A second dataset of this number: the number alone is ambiguous, so the name is kept.
+    # A second dataset of this number: the number is ambiguous, so the name is kept.
     (folders / "nnUNet_raw" / "Dataset077_other").mkdir()
     assert request_of_line(parser().parse_args(line)).datasets == (name, "unknown")
 

@@ -104,7 +104,6 @@ def test_the_changelog_has_every_heading_once_and_stays_readable():
     assert versions
     for version in versions:
         headings = re.findall(r"^### .*$", version, re.MULTILINE)
-        # Sorted and unique: a heading that occurs twice hides a half of its lines.
         assert headings == sorted(set(headings)), version.splitlines()[0]
         assert len(version.splitlines()) <= 150, version.splitlines()[0]
 

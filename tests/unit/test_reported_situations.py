@@ -310,7 +310,7 @@ def test_a_pair_of_header_and_voxels_is_one_scan(tmp_path: Path) -> None:
     assert pair.status == "ok"
     assert (pair.shape_vox, pair.spacing_mm) == (single.shape_vox, single.spacing_mm)
     assert pair.content_hash == single.content_hash
-    # The .img of the pair is not a file of its own; one without a header belongs to nothing.
+    # The .img of the pair is not another scan; one without a header belongs to nothing.
     assert ignored.status == "ignored"
     assert "1 .img" in ignored.reason
 

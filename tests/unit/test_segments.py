@@ -215,7 +215,7 @@ def test_segments_of_members_stay_with_their_members() -> None:
     plan = plan_of(crop=CROP, num_segments=2)
     objective = objective_of(plan)
     batch = batch_of(plan, num_members=2)
-    # The scores say class 1 in the second member alone.
+    # The scores say class 1 only in the second member.
     classes_BMZYX = torch.zeros(2, 2, *CROP, dtype=torch.int64)
     classes_BMZYX[:, 1] = 1
     one_hot_BMZYXK = torch.nn.functional.one_hot(classes_BMZYX, 2).float()

@@ -65,7 +65,7 @@ def make_plan(
 
 @dataclass
 class Trainers:
-    """Makes trainers alone on a CPU, as a training would, and keeps them."""
+    """Makes trainers of one process on a CPU, as a training would, and keeps them."""
 
     folder: Path
     made: list[Trainer]

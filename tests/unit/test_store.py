@@ -659,7 +659,7 @@ def test_a_giant_scan_is_refused_with_the_figure_before_it_is_read(tmp_path: Pat
     giant = replace(row, shape_vox=size, cropped_shape_vox=size, source="/nowhere.nii.gz")
     store = Store(tmp_path / "store")
 
-    # There is no file: whoever tried to read it would fail in another way.
+    # There is no file: reading it would fail in another way.
     assert store.ensure([giant], ISO, None, 1) == {}
     needed = "1500 x 1500 x 1500 voxels need about 151 GiB of memory"
     assert needed in str(store.failures["pool/0"])

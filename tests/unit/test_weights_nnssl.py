@@ -508,8 +508,9 @@ def test_another_network_of_nnssl_is_named(tmp_path: Path) -> None:
 
 
 def minimal_reader(folder: Path, class_count: int = 3) -> nn.Module:
-    """A network as the format's own readers make it: from the file alone, encoder and stem loaded
-    strictly by prefix.
+    """Return a network as the format's own readers make it, from nothing but the file.
+
+    Encoder and stem are loaded strictly by prefix.
     """
     content = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=True)
     plan = content["nnssl_adaptation_plan"]
