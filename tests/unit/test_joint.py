@@ -570,7 +570,8 @@ def test_only_slabs_are_clustered_first_and_the_other_terms_rise() -> None:
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_t10_all_state_survives_and_training_continues_the_same(
-    tmp_path: Path, encoder: str
+    tmp_path: Path,
+    encoder: str,
 ) -> None:
     plan = planned(encoder, "objective.slabs_first=0.2")
     objective = built(plan)
