@@ -1,15 +1,15 @@
-"""What pairs of patients are worth to Alice, and what a step on them takes in memory.
+"""Measure how good the pairs of Alice are, and how much memory a step on them takes.
 
     python benchmarks/evidence.py prepare --raw RAW --data ixi
     python benchmarks/alice.py pairs --data ixi
     python benchmarks/alice.py memory --encoder primus_tiny resenc_tiny
 
 ``pairs`` measures how far apart the two crops of a pair really are. The pairs are those that
-training uses where no labels are given: places that look alike. The labels of the prepared set say
-where they should lie. A place is carried from one patient to the other by the structure whose
+training uses if no labels are given: places that look alike. The labels of the prepared set show
+where they should be. A place is carried from one patient to the other by the structure whose
 centroid is nearest to it and that both patients have: the true partner lies at the same offset from
-that structure's centroid. Beside the pairs stand three simple rules: the same voxel, the same share
-of each axis, and a random place.
+that structure's centroid. The pairs are compared with three simple rules: the same voxel, the same
+share of each axis, and a random place.
 
 ``memory`` compares the planner's estimate of a step on pairs with the measured peak on a CPU.
 
@@ -190,7 +190,7 @@ def neighbour_errors(
 ) -> list[float]:
     """Return how well a centroid is carried over by its nearest other structure, in mm.
 
-    This is what the measurement itself is uncertain by: anatomy differs between patients.
+    This is the uncertainty of the measurement itself, since anatomy differs between patients.
     """
     cases = sorted(centroids)
     found = []
@@ -288,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; what the user can mend is one line on stderr."""
+    """Run a command. An error that the user can correct is one line on stderr."""
     args = parser().parse_args(argv)
     torch.set_num_threads(1)
     results = ResultFile(args.out)

@@ -111,7 +111,10 @@ def frozen(args: argparse.Namespace) -> None:
     """Score the baselines on features of whole scans, over all folds."""
     start = time.monotonic()
     table = table_of(args.dataset)
-    files = {name: Path(file) for name, file in (pair.split("=", 1) for pair in args.features)}
+    files = {}
+    for pair in args.features:
+        name, file = pair.split("=", 1)
+        files[name] = Path(file)
     features: dict[str, CaseFeatures] = {SIZE: sizes_of(args.dataset, sorted(table.labels))}
     for name, file in files.items():
         features[name] = read_features(file)
@@ -132,7 +135,7 @@ def frozen(args: argparse.Namespace) -> None:
     for name, pooled in predicted.items():
         line = {**common, "what": NAMES.get(name, PROBED.format(name))}
         if name in files:
-            # What autoreg_embed says beside its file: encoder, spacing and tile.
+            # autoreg_embed writes encoder, spacing and tile beside its file.
             line["features"] = read_json(files[name].with_suffix(".json"))
         for found in scored(table, pooled, args.resamples):
             add_line(args.results, {**line, **found})
@@ -248,8 +251,8 @@ def scored(table: ClassTable, pooled: Pooled, num_resamples: int) -> Iterator[Li
         for fold in range(NUM_FOLDS):
             cases = {case for case, own in pooled.fold_of.items() if own == fold}
             part = Pooled({case: pooled.of_case[case] for case in cases}, pooled.fold_of)
-            alone = part.judged(table, number, 0)
-            by_fold.append(None if alone is None else round(float(auc(alone)[0]), 4))
+            of_fold = part.judged(table, number, 0)
+            by_fold.append(None if of_fold is None else round(float(auc(of_fold)[0]), 4))
         yield {
             "task": task.name,
             "classes": list(task.classes),

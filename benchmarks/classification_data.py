@@ -19,7 +19,7 @@ from nnunet_autoreg.records import read_json, write_json
 Row = Mapping[str, str]
 
 DIAMETERS_MM = (8.0, 14.0)
-"""Of the LIDC nodules; among larger and smaller ones, the size alone tells the class."""
+"""Diameters of the LIDC nodules. Outside this range, the class follows from the size only."""
 SOLID = "5"
 """Texture 5 of 5 is solid, all others are subsolid."""
 

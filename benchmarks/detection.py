@@ -1,4 +1,4 @@
-"""Measure whether detection learns, on generated cubes and real scans, through the commands alone.
+"""Measure by commands only whether detection learns, on generated cubes and on real scans.
 
     python benchmarks/detection.py prepare --set toy --work FOLDER
     python benchmarks/detection.py prepare --set oasis --data RAW_DATASET --work FOLDER
@@ -347,7 +347,7 @@ def shorten(file: Path, args: argparse.Namespace) -> None:
 def table(results: Path) -> list[str]:
     """Return rows of Markdown.
 
-    Runs that differ in the fold alone share a row, with the score of every fold.
+    Runs that differ only in the fold share a row, with the score of every fold.
     """
     rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for line in map(json.loads, results.read_text().splitlines()):
@@ -362,11 +362,9 @@ def table(results: Path) -> list[str]:
     ]
     for key, of_fold in sorted(rows.items()):
         lines = [of_fold[fold] for fold in sorted(of_fold)]
-        cells = [
-            *key,
-            ", ".join(str(line["fold"]) for line in lines),
-            str(sum(line["objects"] for line in lines)),
-        ]
+        folds = ", ".join(str(line["fold"]) for line in lines)
+        num_objects = sum(line["objects"] for line in lines)
+        cells = [*key, folds, str(num_objects)]
         for name in measures.values():
             cells.append(_mean_of([line[name] for line in lines if name in line]))
         made.append(f"| {' | '.join(cells)} |")
@@ -374,9 +372,11 @@ def table(results: Path) -> list[str]:
 
 
 def _mean_of(values: list[float]) -> str:
-    """Return the mean, and in brackets the values."""
-    each = ", ".join(f"{v:.2f}" for v in values)
-    return each or "-" if len(values) < 2 else f"{np.mean(values):.2f} ({each})"
+    """Return the mean with the values in brackets; only the value if it is one, "-" if none."""
+    each = ", ".join(f"{value:.2f}" for value in values)
+    if len(values) > 1:
+        return f"{np.mean(values):.2f} ({each})"
+    return each or "-"
 
 
 def main() -> None:

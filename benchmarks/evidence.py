@@ -6,9 +6,9 @@
         --draws 0 1 2 3 4 --steps 1000 --minutes 60
     python benchmarks/evidence.py table    --data ixi
 
-Every command does what is still missing, stops after ``--minutes`` and goes on where it stopped
-when it is typed again. Each finished run is one JSON line in ``evidence_work/evidence.jsonl``.
-``docs/how-to/evidence.md`` explains the numbers.
+Every command does the runs that are still missing, and stops after ``--minutes``. If it is typed
+again, it continues at the step at which it stopped. Each finished run is one JSON line in
+``evidence_work/evidence.jsonl``. ``docs/how-to/evidence.md`` explains the numbers.
 """
 
 import argparse
@@ -63,11 +63,8 @@ def prepare_all(args: argparse.Namespace) -> None:
 
 def pretrain_all(args: argparse.Namespace) -> None:
     """Train the runs of an arm that are not finished, seed by seed."""
-    device, results, deadline = (
-        torch.device(args.device),
-        ResultFile(args.out),
-        Deadline(args.minutes),
-    )
+    device = torch.device(args.device)
+    results, deadline = ResultFile(args.out), Deadline(args.minutes)
     data = load_set(args.work, args.data)
     for seed in args.seeds:
         job = PretrainJob(
@@ -91,23 +88,17 @@ def pretrain_all(args: argparse.Namespace) -> None:
 def finetune_all(args: argparse.Namespace) -> None:
     """Train and score the runs that have no line yet.
 
-    They go draw by draw, so that whole comparisons are there early.
+    They are done draw by draw, so that complete comparisons are available early.
     """
-    device, results, deadline = (
-        torch.device(args.device),
-        ResultFile(args.out),
-        Deadline(args.minutes),
-    )
+    device = torch.device(args.device)
+    results, deadline = ResultFile(args.out), Deadline(args.minutes)
     check_split(args)
     data = load_set(args.work, args.data)
     jobs = list(finetune_jobs(args))
     for number, job in enumerate(jobs):
         if deadline.has_passed() or not finetune(job, data, args.work, results, deadline, device):
-            log.info(
-                "the time is up, %d of %d runs are left; type the same line again to continue",
-                len(jobs) - number,
-                len(jobs),
-            )
+            left = f"{len(jobs) - number} of {len(jobs)} runs are left"
+            log.info("the time is up, %s; type the same line again to continue", left)
             return
 
 
@@ -126,11 +117,8 @@ def check_split(args: argparse.Namespace) -> None:
 
 def probe_all(args: argparse.Namespace) -> None:
     """Probe the networks that have no line yet."""
-    device, results, deadline = (
-        torch.device(args.device),
-        ResultFile(args.out),
-        Deadline(args.minutes),
-    )
+    device = torch.device(args.device)
+    results, deadline = ResultFile(args.out), Deadline(args.minutes)
     check_split(args)
     data = load_set(args.work, args.data)
     for init in args.init:
@@ -153,13 +141,13 @@ def probe_all(args: argparse.Namespace) -> None:
 
 
 def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
-    """Yield the runs of a command line; from scratch there is one for all pretraining seeds."""
+    """Yield the runs of a command line. From scratch there is one for all pretraining seeds."""
     for draw, labels, init in product(args.draws, args.labels, args.init):
         recipe = list(args.recipe)
-        if init != SCRATCH and args.encoder.startswith("resenc"):
-            # The results name it in any case, since its planned value has changed once.
-            is_named = any(item.startswith("transfer_decoder=") for item in recipe)
-            recipe += [] if is_named else ["transfer_decoder=false"]
+        is_named = any(item.startswith("transfer_decoder=") for item in recipe)
+        if init != SCRATCH and args.encoder.startswith("resenc") and not is_named:
+            # The results always name it, since its planned value has changed once.
+            recipe.append("transfer_decoder=false")
         for seed in (None,) if init == SCRATCH else args.seeds:
             yield FinetuneJob(
                 data=args.data,
@@ -185,7 +173,8 @@ def finetune_jobs(args: argparse.Namespace) -> Iterator[FinetuneJob]:
 
 def show_table(args: argparse.Namespace) -> None:
     """Print the results as Markdown."""
-    print(table(ResultFile(args.out).lines(), data=args.data, split=args.score, wanted=args.wanted))
+    lines = ResultFile(args.out).lines()
+    print(table(lines, data=args.data, split=args.score, wanted=args.wanted))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 Commands = Any
-"""What argparse returns for subcommands."""
+"""The type of argparse's subcommands."""
 
 
 def add_prepare(commands: Commands) -> None:
@@ -290,16 +279,16 @@ def add_table(commands: Commands) -> None:
 
 
 def add_common(p: argparse.ArgumentParser, in_slices: bool) -> None:
-    """Add where things lie, and when to stop."""
+    """Add the options for folders, and for the time after which to stop."""
     work = Path("evidence_work")
     p.add_argument("--work", type=Path, default=work, help="folder of prepared sets and runs")
     p.add_argument("--out", type=Path, help=f"file of JSON lines (default: {RESULTS} in --work)")
     if in_slices:
-        p.add_argument("--minutes", type=positive, help="stop cleanly after so many minutes")
+        p.add_argument("--minutes", type=positive, help="stop cleanly after this many minutes")
 
 
 def add_networks(p: argparse.ArgumentParser) -> None:
-    """Add which set and network, and what computes."""
+    """Add the options for set, network and device."""
     p.add_argument("--data", choices=SETS, required=True)
     p.add_argument("--encoder", default="resenc_tiny", help="(default: %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of pretraining (default: 0)")
@@ -313,7 +302,7 @@ def add_networks(p: argparse.ArgumentParser) -> None:
 
 
 def add_length(p: argparse.ArgumentParser) -> None:
-    """Add how long and on what a network is trained."""
+    """Add the options for the length of a training and for its crops."""
     p.add_argument("--steps", type=whole, default=1000)
     p.add_argument("--batch", type=whole, help="crops of a step (default: by the set)")
     p.add_argument("--crop", type=crop, help="Z,Y,X voxels, e.g. 48,48,48 (default: by the set)")
@@ -321,7 +310,7 @@ def add_length(p: argparse.ArgumentParser) -> None:
 
 
 def add_scored(p: argparse.ArgumentParser) -> None:
-    """Add who is labelled and who is scored."""
+    """Add the options for labelled and scored patients."""
     p.add_argument("--labels", type=whole, nargs="+", default=[5], help="labelled patients")
     p.add_argument("--score", choices=SPLITS, default=SPLITS[0], help="(default: %(default)s)")
     p.add_argument("--score-test-patients", action="store_true", help="needed for --score test")
@@ -357,7 +346,7 @@ def crop(text: str) -> Size:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; what the user can mend is one line on stderr."""
+    """Run a command. An error that the user can correct is one line on stderr."""
     args = parser().parse_args(argv)
     args.out = args.out or args.work / RESULTS
     configure_logging()
@@ -365,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(args, "threads"):
             args.device = check_device(args.device or default_device())
             torch.set_num_threads(args.threads)
-            # As nnU-Net has it: crops have one shape, and cuDNN tries out which kernel is fastest.
+            # As in nnU-Net: all crops have one shape, and cuDNN finds the fastest kernel for it.
             torch.backends.cudnn.benchmark = args.device == "cuda"
         args.run(args)
     except AutoregError as error:

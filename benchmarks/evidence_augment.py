@@ -22,7 +22,7 @@ from nnunet_autoreg import rng
 from nnunet_autoreg.geometry import Size, Spacing
 
 ANISOTROPIC = 3.0
-"""Where one spacing is over this many times another, rotation and zoom stay in the plane."""
+"""If one spacing is over this many times another, rotation and zoom are done in the plane only."""
 FOREGROUND_SHARE = 0.33
 """Share of the patches of a batch that must hold foreground."""
 MOST_LOCATIONS = 10_000
@@ -31,7 +31,7 @@ SMALLEST_RANGE = 1e-5
 
 @dataclass(frozen=True)
 class Intensity:
-    """What is done to the intensities of a patch; None is left out.
+    """Changes of the intensities of a patch; None is left out.
 
     Attributes:
         noise: standard deviation of Gaussian noise and the seed of its generator.
@@ -64,7 +64,7 @@ class PatchDraw:
 
 
 class LabelledScans:
-    """The labelled scans of a fine-tuning, on the device, and where their structures are."""
+    """The labelled scans of a fine-tuning on the device, and the locations of their structures."""
 
     def __init__(self, scans: Sequence[DeviceScan], spacing_mm: Spacing):
         self.scans = list(scans)
@@ -72,21 +72,24 @@ class LabelledScans:
 
     @cached_property
     def locations(self) -> list[dict[int, NDArray[np.int64]]]:
-        """Per scan and class up to 10,000 voxels (z, y, x) of it, evenly taken."""
+        """Per scan and class up to 10,000 of its voxels (z, y, x), evenly spaced."""
         found = []
         for scan in self.scans:
             labels_ZYX = scan.labels[0, 0].cpu().numpy()
-            present = [int(value) for value in np.unique(labels_ZYX) if value > 0]
-            found.append({value: _evenly(np.argwhere(labels_ZYX == value)) for value in present})
+            of_class = {}
+            for value in np.unique(labels_ZYX).tolist():
+                if value > 0:
+                    of_class[value] = _evenly(np.argwhere(labels_ZYX == value))
+            found.append(of_class)
         return found
 
     @property
     def is_flat(self) -> bool:
-        """Whether slices are so thick that turns stay in the plane."""
+        """Whether slices are so thick that patches are rotated in the plane only."""
         return max(self.spacing_mm) / min(self.spacing_mm) > ANISOTROPIC
 
     def draw(self, seed: int, step: int, number: int, batch: int, crop_vox: Size) -> PatchDraw:
-        """Draw patch ``number`` of a step's batch; it depends on (seed, step, number) alone."""
+        """Draw patch ``number`` of a step's batch; it depends only on (seed, step, number)."""
         generator = rng.generator(seed, "evidence: patch", step, number)
         scan = int(generator.integers(len(self.scans)))
         # As nnU-Net: the last third of the batch.
@@ -130,7 +133,8 @@ class LabelledScans:
 
 
 def _evenly(voxels: NDArray[np.int64]) -> NDArray[np.int64]:
-    chosen = np.linspace(0, len(voxels) - 1, min(len(voxels), MOST_LOCATIONS)).astype(np.int64)
+    count = min(len(voxels), MOST_LOCATIONS)
+    chosen = np.linspace(0, len(voxels) - 1, count).astype(np.int64)
     return np.asarray(voxels[chosen])
 
 
@@ -161,8 +165,8 @@ def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
 
 
 def draw_intensity(generator: np.random.Generator) -> Intensity:
-    """Draw what is done to the intensities of a patch."""
-    # Every number is drawn every time, so that one choice does not move the others.
+    """Draw the changes of the intensities of a patch."""
+    # Every number is drawn every time, so that one choice does not change the others.
     happens = generator.random(5)
     deviation = math.sqrt(generator.uniform(0, 0.1))
     noise_seed = int(generator.integers(2**31))
@@ -201,11 +205,8 @@ def change(image: Tensor, drawn: Intensity) -> Tensor:
     if drawn.noise is not None:
         deviation, seed = drawn.noise
         generator = torch.Generator(image.device).manual_seed(seed)
-        image = image + deviation * torch.randn(
-            image.shape,
-            generator=generator,
-            device=image.device,
-        )
+        noise = torch.randn(image.shape, generator=generator, device=image.device)
+        image = image + deviation * noise
     if drawn.gain is not None:
         image = image * drawn.gain
     if drawn.contrast is not None:
@@ -219,9 +220,10 @@ def change(image: Tensor, drawn: Intensity) -> Tensor:
 
 
 def _gamma(image: Tensor, exponent: float) -> Tensor:
-    """Return the image with its range of values bent; mean and standard deviation stay."""
+    """Return the image after a power of its values; mean and standard deviation stay."""
     mean, deviation = image.mean(), image.std()
     low = image.amin()
     extent = (image.amax() - low).clamp(min=SMALLEST_RANGE)
-    bent = ((image - low) / extent).clamp(min=0) ** exponent
-    return (bent - bent.mean()) / bent.std().clamp(min=SMALLEST_RANGE) * deviation + mean
+    power = ((image - low) / extent).clamp(min=0) ** exponent
+    standardised = (power - power.mean()) / power.std().clamp(min=SMALLEST_RANGE)
+    return standardised * deviation + mean

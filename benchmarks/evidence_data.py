@@ -36,7 +36,7 @@ log = logging.getLogger("nnunet_autoreg.evidence")
 FORMAT = 1
 LEVELS = 255
 OUTSIDE = (0.02, 99.98)
-"""Percentiles of a scan between which its 255 levels lie; what is beyond is clipped."""
+"""Percentiles of a scan between which its 255 levels lie; values beyond them are clipped."""
 SMALLEST_STEP = 1 / 16
 """In standard deviations of a scan. The rounding error of 0.018 is far below the noise, and finer
 levels only cost bytes."""
@@ -44,7 +44,7 @@ levels only cost bytes."""
 
 @dataclass(frozen=True)
 class SetDefaults:
-    """What the harness does with a dataset unless its flags say otherwise.
+    """Settings of a dataset that are used unless the flags give others.
 
     Attributes:
         dataset: folder name below ``nnUNet_raw``.
@@ -66,7 +66,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class ScanFacts:
-    """What is known of one scan of a set; of names only the dataset's own case names."""
+    """Properties of one scan of a set. Of names it has only the dataset's own case names."""
 
     case: str
     subject: str
@@ -79,12 +79,12 @@ class ScanFacts:
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What is known of a set.
+    """Properties of a set.
 
     Attributes:
         classes: names of the foreground classes; class c of the label maps is ``classes[c - 1]``.
         pool: the numbers of the pretraining pool, from which the project plans.
-        licence: as the dataset states it; "" where it states none.
+        licence: as the dataset states it; "" if it states none.
     """
 
     name: str
@@ -108,7 +108,8 @@ class ResidentCase:
 
     def read(self, start_zyx: Sequence[int], size_zyx: Sequence[int]) -> NDArray[np.float32]:
         """Return a crop inside the scan, (1, Z, Y, X)."""
-        inside = [slice(a, a + n) for a, n in zip(start_zyx, size_zyx, strict=True)]
+        ends = zip(start_zyx, size_zyx, strict=True)
+        inside = [slice(first, first + length) for first, length in ends]
         crop: NDArray[np.float32] = self.voxels_ZYX[tuple(inside)]
         return crop[None]
 
@@ -117,7 +118,7 @@ class ResidentCase:
         start_zyx: Sequence[int],
         size_zyx: Sequence[int],
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return a crop, zero where it reaches beyond the scan, and where it lies inside.
+        """Return a crop that is zero beyond the scan, and a mask of the scan in it.
 
         Returns:
             float32 (1, Z, Y, X) and bool (Z, Y, X), True inside the scan.
@@ -126,17 +127,15 @@ class ResidentCase:
         crop = np.zeros((1, *size), dtype=np.float32)
         inside = np.zeros(size, dtype=bool)
 
-        low = [max(0, first) for first in start]
-        high = [min(n, first + s) for first, s, n in zip(start, size, self.shape_vox, strict=True)]
-        if any(a >= b for a, b in zip(low, high, strict=True)):
-            return crop, inside
-
-        source = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        target = tuple(
-            slice(a - first, b - first) for a, b, first in zip(low, high, start, strict=True)
-        )
-        crop[0][target] = self.voxels_ZYX[source]
-        inside[target] = True
+        source, target = [], []
+        for first, length, extent in zip(start, size, self.shape_vox, strict=True):
+            low, high = max(0, first), min(extent, first + length)
+            if low >= high:
+                return crop, inside
+            source.append(slice(low, high))
+            target.append(slice(low - first, high - first))
+        crop[0][tuple(target)] = self.voxels_ZYX[tuple(source)]
+        inside[tuple(target)] = True
         return crop, inside
 
 
@@ -171,20 +170,17 @@ class ResidentSet:
 
     def scans_on(self, cases: Sequence[str], device: torch.device) -> "list[DeviceScan]":
         """Copy scans and their labels to the device, where augmentation cuts its crops."""
-        return [
-            DeviceScan(
-                case,
-                torch.from_numpy(self.images[case])[None, None].to(device),
-                torch.from_numpy(self.labels[case])[None, None].to(device),
-            )
-            for case in cases
-        ]
+        scans = []
+        for case in cases:
+            image = torch.from_numpy(self.images[case])[None, None].to(device)
+            labels = torch.from_numpy(self.labels[case])[None, None].to(device)
+            scans.append(DeviceScan(case, image, labels))
+        return scans
 
     def pool_rows(self) -> tuple[ScanRow, ...]:
-        """Return the pool as rows of an index, with what an encoder's card says of the scans."""
-        return tuple(
-            self._row(scan) for scan in self.facts.scans if scan.case in self.division.pool
-        )
+        """Return the pool as rows of an index, with the values that an encoder's card needs."""
+        in_pool = [scan for scan in self.facts.scans if scan.case in self.division.pool]
+        return tuple(self._row(scan) for scan in in_pool)
 
     def _row(self, scan: ScanFacts) -> ScanRow:
         return ScanRow(
@@ -222,42 +218,28 @@ class DeviceScan:
 def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any]:
     """Preprocess a dataset by the project's store and write it as one file.
 
-    Returns what a line of the results keeps.
-
-    The target spacing is the median of the pool's scans, one for all of the set.
+    All scans get one target spacing, the median of the pool's scans.
 
     Args:
         raw: the folder that holds the nnU-Net raw datasets.
-        work: where the store and the set's file go.
+        work: folder of the store and of the set's file.
+
+    Returns:
+        the values for the line of results.
 
     Raises:
         UsageError: the dataset is not there.
-        AutoregError: a scan cannot be used; a set is all of its scans or none.
+        AutoregError: a scan cannot be used; no scan of a set is left out.
     """
     folder = raw / SETS[name].dataset
-    if not folder.is_dir():
-        raise UsageError(
-            f"--raw {raw}: there is no {SETS[name].dataset} in it; give the folder of nnU-Net's "
-            "raw datasets",
-        )
-    # The project finds datasets by nnU-Net's own variable.
-    os.environ["nnUNet_raw"] = str(raw)  # noqa: SIM112
-    index = index_scans(find_scans([folder.name], []), set(), num_workers)
-    # The folder of label maps is a row of its own, which is no scan.
-    lost = [
-        row
-        for row in index.rows
-        if row.status != "ok" and Path(row.source).parent.name == "imagesTr"
-    ]
-    if lost:
-        raise AutoregError(
-            f"{lost[0].source} cannot be used: {lost[0].reason}; mend it, or restore the dataset",
-        )
-
+    index = _index_of(folder, num_workers)
     rows = sorted(index.usable, key=lambda row: row.case)
+
+    # The target spacing and the plans follow from the pretraining pool only.
     subject_of = find_patients(folder, [row.case for row in rows]).patient_of
     pool_names = set(divide(subject_of).pool)
-    pool_index = Index(tuple(row for row in rows if row.case in pool_names), index.ct_samples_hu)
+    pool_rows = tuple(row for row in rows if row.case in pool_names)
+    pool_index = Index(pool_rows, index.ct_samples_hu)
     spacing_mm = fingerprint(pool_index).spacing_mm
     pool = pool_of(fingerprint(pool_index, spacing_mm))
 
@@ -268,24 +250,16 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
             f"{len(store.failures)} scans of {folder} could not be preprocessed; the lines above "
             "say why",
         )
+
     scans, images, labels = [], [], []
     for row in rows:
         case = store.open(keys[row.id])
-        voxels_ZYX = case.read((0, 0, 0), case.shape_vox)[0]
-        packed, scale, zero = pack(voxels_ZYX)
-        # A value that names nothing counts as background.
-        truth = stored_labels(row, case.shape_vox).clip(min=0).astype(np.uint8)
-        scans.append(
-            ScanFacts(
-                row.case,
-                subject_of[row.case],
-                row.modality,
-                row.channel,
-                case.shape_vox,
-                scale,
-                zero,
-            ),
-        )
+        shape = case.shape_vox
+        packed, scale, zero = pack(case.read((0, 0, 0), shape)[0])
+        # A value that is not a label counts as background.
+        truth = stored_labels(row, shape).clip(min=0).astype(np.uint8)
+        patient = subject_of[row.case]
+        scans.append(ScanFacts(row.case, patient, row.modality, row.channel, shape, scale, zero))
         images.append(packed)
         labels.append(truth)
 
@@ -310,11 +284,37 @@ def prepare(name: str, raw: Path, work: Path, num_workers: int) -> dict[str, Any
     }
 
 
+def _index_of(folder: Path, num_workers: int) -> Index:
+    """Return the index of a raw dataset.
+
+    Raises:
+        UsageError: the dataset is not there.
+        AutoregError: a scan cannot be used.
+    """
+    if not folder.is_dir():
+        raise UsageError(
+            f"--raw {folder.parent} has no folder {folder.name}; give the folder of nnU-Net's raw "
+            "datasets",
+        )
+    # The project finds datasets by nnU-Net's own variable.
+    os.environ["nnUNet_raw"] = str(folder.parent)  # noqa: SIM112
+    index = index_scans(find_scans([folder.name], []), set(), num_workers)
+
+    for row in index.rows:
+        # Label maps have rows as well, which are never usable.
+        is_image = Path(row.source).parent.name == "imagesTr"
+        if is_image and row.status != "ok":
+            raise AutoregError(
+                f"{row.source} cannot be used: {row.reason}; repair it, or restore the dataset",
+            )
+    return index
+
+
 def pack(voxels_ZYX: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float, int]:
     """Return voxels as levels with scale and zero: value = (level - zero) * scale."""
-    low, high = (float(v) for v in np.percentile(voxels_ZYX, OUTSIDE))
-    low, high = min(low, 0.0), max(high, 0.0)
-    # One level is kept back, so that rounding the zero point pushes nothing over the edge.
+    lowest, highest = np.percentile(voxels_ZYX, OUTSIDE)
+    low, high = min(float(lowest), 0.0), max(float(highest), 0.0)
+    # One level is not used, so that rounding the zero point moves no value beyond the last level.
     scale = max((high - low) / (LEVELS - 1), SMALLEST_STEP)
     zero = round(-low / scale)
     levels = np.round(voxels_ZYX / scale) + zero
@@ -323,7 +323,8 @@ def pack(voxels_ZYX: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float, int
 
 def unpack(levels: NDArray[np.uint8], scale: float, zero: int) -> NDArray[np.float32]:
     """Return the intensities of packed voxels."""
-    return (levels.astype(np.float32) - np.float32(zero)) * np.float32(scale)
+    from_zero = levels.astype(np.float32) - np.float32(zero)
+    return from_zero * np.float32(scale)
 
 
 def write_set(
@@ -333,15 +334,14 @@ def write_set(
     labels: Sequence[NDArray[np.uint8]],
 ) -> None:
     """Write a set as one file, whole or not at all."""
-    described = np.frombuffer(json.dumps(to_jsonable(facts)).encode(), dtype=np.uint8)
+    text = json.dumps(to_jsonable(facts))
+    # Differences of neighbours along x (modulo 256) are small, so that they compress better.
+    differences = [np.diff(image, axis=2, prepend=np.uint8(0)).ravel() for image in images]
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
         np.savez_compressed(
             handle,
-            facts=described,
-            # Differences of neighbours along x (modulo 256) are small, and so compress better.
-            images=np.concatenate(
-                [np.diff(image, axis=2, prepend=np.uint8(0)).ravel() for image in images],
-            ),
+            facts=np.frombuffer(text.encode(), dtype=np.uint8),
+            images=np.concatenate(differences),
             labels=np.concatenate([label.ravel() for label in labels]),
         )
 
@@ -366,7 +366,8 @@ def load_set(work: Path, name: str) -> ResidentSet:
     start = 0
     for scan in facts.scans:
         stop = start + int(np.prod(scan.shape_vox))
-        levels = np.cumsum(all_images[start:stop].reshape(scan.shape_vox), axis=2, dtype=np.uint8)
+        stored_image = all_images[start:stop].reshape(scan.shape_vox)
+        levels = np.cumsum(stored_image, axis=2, dtype=np.uint8)
         images[scan.case] = unpack(levels, scan.scale, scan.zero)
         labels[scan.case] = all_labels[start:stop].reshape(scan.shape_vox)
         start = stop
@@ -374,15 +375,15 @@ def load_set(work: Path, name: str) -> ResidentSet:
 
 
 def set_path(work: Path, name: str) -> Path:
-    """The file of a prepared set."""
+    """Return the file of a prepared set."""
     return work / f"{name}.npz"
 
 
 def labelled_patients(data: ResidentSet, num_patients: int, draw: int) -> tuple[str, ...]:
     """Return the cases of the patients that are labelled in a draw.
 
-    The patients of the pool are put into an order by the draw's number, and the first ones are
-    taken: so the sets of one draw are nested, and all scans of a patient come together.
+    The draw's number decides the order of the pool's patients, and the first ones are labelled. So
+    the sets of one draw are nested, and all scans of a patient are labelled together.
 
     Raises:
         UsageError: the pool has fewer patients.

@@ -101,7 +101,7 @@ class FinetuneJob:
 
     @property
     def identity(self) -> Line:
-        """What makes it the run that it is."""
+        """The values that identify the run."""
         return {
             "command": "finetune",
             "set": self.data,
@@ -139,7 +139,7 @@ class Training:
         self.cases = labelled_patients(data, job.labels, job.draw)
         self.block = block_of(job, data, work, len(self.cases))
         self.recipe = self.block.recipe
-        # Arms of one draw start from the same fresh weights, where they have any.
+        # Weights that are not pretrained are the same in all arms of one draw.
         torch.manual_seed(job.draw)
         network = network_of(self.block, job.crop, data.num_classes)
         self.table = load_weights(network, self.block, job.crop, data)
@@ -179,7 +179,7 @@ class Training:
         self.optimizer.step()
 
     def resume(self, folder: Path) -> tuple[int, dict[str, Any]]:
-        """Go on from what an earlier slice left; return the steps done and the notes."""
+        """Continue from the last checkpoint; return the number of steps done and the notes."""
         path = folder / checkpoint.LATEST_NAME
         if not path.is_file():
             return 0, {"seconds": 0.0, "process_seconds": 0.0, "curve": {}}
@@ -190,7 +190,7 @@ class Training:
         return int(content["step"]), dict(content["notes"])
 
     def save(self, folder: Path, step: int, notes: Mapping[str, Any]) -> None:
-        """Write what a later slice goes on from."""
+        """Write the checkpoint from which a later call continues."""
         content = {
             "network_weights": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -201,7 +201,7 @@ class Training:
         checkpoint.save_checkpoint(folder / checkpoint.LATEST_NAME, content)
 
     def facts(self, data: ResidentSet) -> Line:
-        """Return what a line states of the training beside its identity."""
+        """Return the values of the training in its line, besides its identity."""
         return {
             "scans": len(self.cases),
             "labelled": sorted({data.subject_of[case] for case in self.cases}),
@@ -245,14 +245,8 @@ def finetune(
         done += 1
         if done in job.at and done < job.steps:
             with clock.paused():
-                found = score(
-                    training.network,
-                    scored,
-                    data,
-                    job.crop,
-                    job.half,
-                    with_surface=False,
-                )
+                network = training.network
+                found = score(network, scored, data, job.crop, job.half, with_surface=False)
             notes["curve"][str(done)] = {name: mean(values) for name, values in found.dice.items()}
 
         is_late = deadline.has_passed() and done < job.steps
@@ -294,12 +288,14 @@ def result_of(job: FinetuneJob, scores: Scores) -> Line:
 
 def described(job: FinetuneJob) -> str:
     """Return a run in words for messages."""
-    seed = "" if job.pretraining_seed is None else f" s{job.pretraining_seed}"
-    return f"{job.data} {job.init}{seed}, {job.labels} labelled, draw {job.draw}"
+    start = job.init
+    if job.pretraining_seed is not None:
+        start += f" s{job.pretraining_seed}"
+    return f"{job.data} {start}, {job.labels} labelled, draw {job.draw}"
 
 
 def block_of(job: FinetuneJob, data: ResidentSet, work: Path, num_cases: int) -> AutoregBlock:
-    """Return what the project plans for such a fine-tuning: encoder, weights and recipe.
+    """Return the project's plan of such a fine-tuning: encoder, weights and recipe.
 
     Raises:
         UsageError, PlanError: a value of the recipe that does not exist or is impossible, or a
@@ -326,7 +322,7 @@ def block_of(job: FinetuneJob, data: ResidentSet, work: Path, num_cases: int) ->
     recipe = from_jsonable(Recipe, {**known, **changed}, "--recipe")
     block = AutoregBlock(encoder, weights, recipe)
 
-    # Whether the decoder learns alone at first follows from the rest, unless it is given.
+    # For which share of the steps only the decoder learns at first, unless it is given.
     if "decoder_first_fraction" not in changed:
         is_pretrained, has_decoder = weights is not None, block.transfers_decoder
         share, _ = decoder_first(encoder, num_cases, is_pretrained, "", has_decoder)
@@ -374,14 +370,16 @@ def with_encoder_rate(
     peak_rate: float,
     encoder_rate: float | None,
 ) -> list[dict[str, Any]]:
-    """Return the optimiser's groups, with a rate of its own for the encoder where one is given."""
+    """Return the optimiser's groups, with a separate rate for the encoder if one is given."""
     if encoder_rate is None:
         return [dict(group) for group in groups]
     of_encoder = {id(parameter) for parameter in encoder_parameters(network)}
     made = []
     for group in groups:
-        inside = [p for p in group["params"] if id(p) in of_encoder]
-        outside = [p for p in group["params"] if id(p) not in of_encoder]
+        inside, outside = [], []
+        for parameter in group["params"]:
+            part = inside if id(parameter) in of_encoder else outside
+            part.append(parameter)
         factor = group["rate_factor"] * encoder_rate / peak_rate
         if outside:
             made.append({**group, "params": outside})
@@ -443,7 +441,7 @@ def flops_per_step(
     """Return the multiplications and additions of a training step, forward and backward."""
     images, labels = batch
     network.train()
-    # Dropped paths draw random numbers; the run must go on as if nothing had been counted.
+    # Dropped paths draw random numbers. The run must not depend on this counting.
     state = torch.get_rng_state()
     with FlopCounterMode(display=False) as counter:
         loss_of(network(images[:1]), labels[:1]).backward()

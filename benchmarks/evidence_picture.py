@@ -75,7 +75,10 @@ def draw_dice(axes: Any, lines: Sequence[Line]) -> None:
     """Draw one column of points for each start, and a line for each pretrained fine-tuning."""
     scores = [finetunings(lines, column) for column in COLUMNS]
     # Means of different draws cannot be compared, so that only those of all columns are shown.
-    draws = sorted(set.intersection(*({draw for draw, _ in runs} for runs in scores)))
+    draws_of_columns = []
+    for runs in scores:
+        draws_of_columns.append({draw for draw, _ in runs})
+    draws = sorted(set.intersection(*draws_of_columns))
 
     from_random, from_pretraining = scores
     twins = {draw: dice for (draw, _), dice in from_random.items()}
@@ -89,7 +92,7 @@ def draw_dice(axes: Any, lines: Sequence[Line]) -> None:
         at = [position] * len(values)
         axes.scatter(at, values, color=style.colour, marker=style.marker, s=34, zorder=2)
 
-        # The means stand outside, where no line crosses them.
+        # The means are outside, where no line crosses them.
         mean = float(np.mean(values))
         side = -1 if position == 0 else 1
         ends = sorted((position + 0.06 * side, position + 0.26 * side))

@@ -54,7 +54,7 @@ log = logging.getLogger("nnunet_autoreg.evidence")
 PLAN_NAME = "plan.json"
 SAVE_EVERY_S = 60.0
 LOSS_POINTS = 20
-"""Points of the training curve that a line keeps."""
+"""Number of points of the training curve in a line of results."""
 PREPARED_BATCHES = 4
 NO_VALIDATION = Verdict(UNKNOWN, "the evidence harness keeps no scan of the pool for validation")
 
@@ -118,7 +118,7 @@ def plan_of(job: PretrainJob, data: ResidentSet, device: torch.device) -> Plan:
     )
     plan = with_objective(plan, job.objective)
     plan = with_crop(plan, job.crop_vox or SETS[data.facts.name].crop_vox)
-    # A few minutes of training are over before a compiler is.
+    # Compiling would take longer than these few minutes of training.
     plan = replace(plan, run=replace(plan.run, compile=False))
     return check(override(plan, list(job.settings)))
 
@@ -133,10 +133,13 @@ def with_crop(plan: Plan, crop_vox: Sequence[int]) -> Plan:
 
     block = []
     for tokens, most in zip(grid, plan.sequence.block_tokens, strict=True):
-        fitting = [
-            n for n in range(1, most + 1) if tokens % n == 0 and (tokens // n > 1 or tokens == 1)
-        ]
+        fitting = []
+        for side in range(1, most + 1):
+            has_several_blocks = tokens // side > 1 or tokens == 1
+            if tokens % side == 0 and has_several_blocks:
+                fitting.append(side)
         block.append(max(fitting))
+
     sequence = replace(plan.sequence, crop_size_vox=crop, block_tokens=as_size(block))
     # Each image of a pair is a whole crop.
     if sequence.member_crop_vox is not None:
@@ -172,16 +175,9 @@ def pretrain(
     train_step = TrainingStep(plan, objective, device)
     if job.half:
         loss_in_half(train_step, device)
-    found = checkpoint.load_newest(folder)
-    notes: dict[str, Any] = {"seconds": 0.0, "process_seconds": 0.0, "curve": []}
-    progress = Progress()
     pool = sampling_pool(plan, data)
-    if found is None:
-        measure_pool(objective, pool)
-    else:
-        progress = restore(found[1], objective, train_step.optimizer, train_step.guard)
-        notes = found[1]["notes"]
 
+    progress, notes = _new_or_restored(folder, train_step, pool)
     batches = StepBatches(objective.sampler, pool, train_step.numbers)
     steps = range(progress.step, plan.optim.num_steps)
     every = max(1, plan.optim.num_steps // LOSS_POINTS)
@@ -204,12 +200,8 @@ def pretrain(
             _stop_if_lost(train_step, step)
         if deadline.has_passed() and progress.step < plan.optim.num_steps:
             save()
-            log.info(
-                "%s: stopped after step %d of %d",
-                job.name,
-                progress.step,
-                plan.optim.num_steps,
-            )
+            done = f"step {progress.step} of {plan.optim.num_steps}"
+            log.info("%s: stopped after %s", job.name, done)
             return False
         if time.monotonic() - saved > SAVE_EVERY_S:
             save()
@@ -217,14 +209,9 @@ def pretrain(
 
     spent = clock.read()
     save()
-    export_encoder(
-        folder,
-        plan,
-        objective,
-        data.pool_rows(),
-        {data.facts.dataset: data.facts.licence},
-        NO_VALIDATION,
-    )
+    licences = {data.facts.dataset: data.facts.licence}
+    export_encoder(folder, plan, objective, data.pool_rows(), licences, NO_VALIDATION)
+
     sample = batches[0]
     assert isinstance(sample, Batch), "the first batch was drawn before"
     costs = {
@@ -232,19 +219,35 @@ def pretrain(
         **spent,
         "skipped_steps": train_step.guard.statistics().skipped,
         "loss": notes["curve"],
-        "parameters": sum(p.numel() for p in objective.module.parameters()),
+        "parameters": sum(tensor.numel() for tensor in objective.module.parameters()),
     }
     results.append({**identity, **_sizes(plan, data), **costs, **circumstances(device)})
     return True
 
 
+def _new_or_restored(
+    folder: Path,
+    train_step: TrainingStep,
+    pool: SamplingPool,
+) -> tuple[Progress, dict[str, Any]]:
+    """Return the progress and the notes of a run: new ones, or those of its newest checkpoint."""
+    found = checkpoint.load_newest(folder)
+    if found is None:
+        measure_pool(train_step.objective, pool)
+        return Progress(), {"seconds": 0.0, "process_seconds": 0.0, "curve": []}
+
+    _, state = found
+    progress = restore(state, train_step.objective, train_step.optimizer, train_step.guard)
+    return progress, state["notes"]
+
+
 def sampling_pool(plan: Plan, data: ResidentSet) -> SamplingPool:
-    """Return what the plan's sequences are cut from.
+    """Return the sampling pool from which the plan's sequences are cut.
 
     Images of several patients are paired by likeness. The labels of the set are never looked at,
     because fine-tuning and the probe get only a few of them.
     """
-    # Cases in memory have what the samplers ask of stored ones.
+    # Cases in memory have all methods of stored cases that the samplers use.
     cases = cast(Any, data.pool_cases())
     places: list[StructureLocation] = []
     if "semantic" in planned_kinds(plan):
@@ -317,7 +320,7 @@ def _made(batch: Batch | AutoregError) -> Batch:
 
 
 def _kept_plan(folder: Path, plan: Plan) -> Plan:
-    """Write the plan of a new run; of one that exists, refuse another."""
+    """Write the plan of a new run. If the run exists, refuse another plan."""
     path = folder / PLAN_NAME
     if not path.is_file():
         write_json(path, plan)
@@ -351,26 +354,25 @@ def _identity(job: PretrainJob) -> Line:
 
 
 def _sizes(plan: Plan, data: ResidentSet) -> Line:
+    num_samples = plan.optim.num_steps * plan.optim.batch_size
+    num_voxels = num_samples * volume(plan.sequence.crop_size_vox)
     return {
         "objective": plan.objective.name,
         "steps": plan.optim.num_steps,
-        "samples": plan.optim.num_steps * plan.optim.batch_size,
+        "samples": num_samples,
         "crop_vox": list(plan.sequence.crop_size_vox),
         "block_tokens": list(plan.sequence.block_tokens),
         "token_size_vox": list(plan.encoder.token_size_vox),
-        "passes": round(
-            plan.optim.num_steps
-            * plan.optim.batch_size
-            * volume(plan.sequence.crop_size_vox)
-            / data.facts.pool.total_vox,
-            1,
-        ),
+        "passes": round(num_voxels / data.facts.pool.total_vox, 1),
         "scans": len(data.division.pool),
     }
 
 
 def _stop_if_lost(train_step: TrainingStep, step: int) -> None:
-    """Raise where so many steps in a row were bad that the project's own training would go back."""
+    """Raise an error if more steps in a row were bad than the plan allows.
+
+    The project's own training would go back to an earlier checkpoint.
+    """
     statistics = train_step.guard.statistics()
     if statistics.in_row >= train_step.plan.run.max_bad_steps:
         raise AutoregError(
@@ -391,8 +393,9 @@ def flops_per_step(
     One crop is counted and multiplied: crops of one plan cost the same.
     """
     train_step.module.train()
+    crop = next(micro_batches(batch, 1)).to(device)
     with autocast(device):
-        single = step_flops(train_step.objective, next(micro_batches(batch, 1)).to(device))
+        single = step_flops(train_step.objective, crop)
     return plan.optim.batch_size * single
 
 

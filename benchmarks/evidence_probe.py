@@ -58,7 +58,7 @@ class ProbeJob:
 
     @property
     def identity(self) -> Line:
-        """What makes it the run that it is."""
+        """The values that identify the run."""
         return {
             "command": "probe",
             "set": self.data,

@@ -110,8 +110,12 @@ def segment(
 
 def _padded(image: Tensor, size: Sequence[int]) -> Tensor:
     """Return the image with zeros behind it, up to ``size``."""
-    missing = [max(0, s - n) for s, n in zip(size, image.shape[2:], strict=True)]
-    return functional.pad(image, [0, missing[2], 0, missing[1], 0, missing[0]])
+    missing = []
+    for wanted, extent in zip(size, image.shape[2:], strict=True):
+        missing.append(max(0, wanted - extent))
+    z, y, x = missing
+    # torch takes the last axis first.
+    return functional.pad(image, [0, x, 0, y, 0, z])
 
 
 def _by_tiles(network: nn.Module, image: Tensor, crop_vox: Size, num_classes: int) -> Tensor:
@@ -133,13 +137,13 @@ def _by_tiles(network: nn.Module, image: Tensor, crop_vox: Size, num_classes: in
     for z in starts[0]:
         for y in starts[1]:
             for x in starts[2]:
-                place = (
+                tile = (
                     ...,
                     slice(z, z + crop_vox[0]),
                     slice(y, y + crop_vox[1]),
                     slice(x, x + crop_vox[2]),
                 )
-                total[place] += network(padded[place]).float() * weight
+                total[tile] += network(padded[tile]).float() * weight
     return total
 
 
@@ -148,7 +152,7 @@ def dice_of_labels(
     predicted: NDArray[np.uint8],
     classes: Sequence[int],
 ) -> list[float]:
-    """Return the Dice of every class; NaN where neither map holds it."""
+    """Return the Dice of every class; NaN if neither map holds it."""
     found = []
     for value in classes:
         a, b = truth == value, predicted == value
@@ -163,7 +167,10 @@ def _over_scans(rows: Sequence[Sequence[float]]) -> list[float]:
     known = np.isfinite(table)
     counts = known.sum(axis=0)
     sums = np.where(known, table, 0.0).sum(axis=0)
-    return [float(s / n) if n else math.nan for s, n in zip(sums, counts, strict=True)]
+    means = []
+    for total, count in zip(sums, counts, strict=True):
+        means.append(float(total / count) if count else math.nan)
+    return means
 
 
 def mean_of(scores: Mapping[str, Sequence[float]]) -> float:
@@ -178,8 +185,8 @@ def mean(values: Sequence[float]) -> float:
 
 
 def storable(scores: Mapping[str, Sequence[float]]) -> dict[str, list[float | None]]:
-    """Return scores as JSON has them: null where there is none."""
-    return {
-        patient: [round(value, 4) if math.isfinite(value) else None for value in values]
-        for patient, values in scores.items()
-    }
+    """Return scores for JSON: null if there is none."""
+    stored = {}
+    for patient, values in scores.items():
+        stored[patient] = [round(value, 4) if math.isfinite(value) else None for value in values]
+    return stored

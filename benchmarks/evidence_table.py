@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 SCRATCH = "scratch"
 NUM_BOOTSTRAP = 10_000
 FEW_DRAWS = 8
-"""Under so many draws a bootstrap over draws is too narrow, and the t interval stands beside it."""
+"""With fewer draws, a bootstrap over draws is too narrow. Then the t interval is shown as well."""
 NORMAL_95 = 1.96
 OF_PRETRAINED = {
     "transfer_decoder",
@@ -29,7 +29,7 @@ OF_PRETRAINED = {
     "decoder_first_fraction",
     "pretrained_rate",
 }
-"""Values of the recipe that change nothing where all weights are random."""
+"""Values of the recipe that change nothing if all weights are random."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Comparison:
         mean: over pretraining runs, draws and patients.
         sd: standard deviation of the difference of mean scores, over all pairs of a pretraining run
             and a draw.
-        bootstrap: 95 % interval; runs, draws and patients are drawn anew, each on its own.
+        bootstrap: 95 % interval; runs, draws and patients are resampled, each independently.
         t_interval: 95 % interval of Student's t over draws; None with one draw, or with 8 and more.
         needed: pairs after which a 95 % interval would reach ``wanted`` to either side.
     """
@@ -60,7 +60,7 @@ def compare(difference_RDJ: Array, wanted: float, num_bootstrap: int = NUM_BOOTS
 
     Args:
         difference_RDJ: of every pretraining run, draw and patient; finite.
-        wanted: the difference that is to be shown.
+        wanted: the difference that one would like to show.
     """
     num_runs, num_draws, num_patients = difference_RDJ.shape
     pairs_RD = difference_RDJ.mean(axis=2)
@@ -75,9 +75,13 @@ def compare(difference_RDJ: Array, wanted: float, num_bootstrap: int = NUM_BOOTS
     draws_D = pairs_RD.mean(axis=0)
     t_interval = None
     if 1 < num_draws < FEW_DRAWS:
+        mean = float(draws_D.mean())
         half = float(stats.t.ppf(0.975, num_draws - 1) * draws_D.std(ddof=1) / math.sqrt(num_draws))
-        t_interval = (float(draws_D.mean()) - half, float(draws_D.mean()) + half)
-    needed = math.ceil((NORMAL_95 * sd / wanted) ** 2) if math.isfinite(sd) else None
+        t_interval = (mean - half, mean + half)
+
+    needed = None
+    if math.isfinite(sd):
+        needed = math.ceil((NORMAL_95 * sd / wanted) ** 2)
     return Comparison(
         mean=float(difference_RDJ.mean()),
         sd=sd,
@@ -91,7 +95,7 @@ def compare(difference_RDJ: Array, wanted: float, num_bootstrap: int = NUM_BOOTS
 
 
 def _resampled(generator: np.random.Generator, count: int, num_bootstrap: int) -> Array:
-    """Return (N, count) weights: how often each thing is drawn, as a share."""
+    """Return the weights of bootstrap samples, (N, count): how often each item is drawn."""
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=num_bootstrap)
     return np.asarray(drawn / count, dtype=np.float64)
 
@@ -119,7 +123,7 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line], scores_of: ScoresOf) ->
 
     A draw counts if both arms have it with every pretraining seed that they share. A run from
     scratch, which has no pretraining seed, is compared with every seed of the other arm. Patients
-    that lack a score in any run are left out. None where nothing is common.
+    that lack a score in any run are left out. None if the arms have nothing in common.
     """
     our_runs, their_runs = _by_run(ours), _by_run(theirs)
     our_seeds = sorted({seed for seed, _ in our_runs}, key=str)
@@ -134,27 +138,29 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line], scores_of: ScoresOf) ->
     if not draws:
         return None
 
-    pairs: list[list[tuple[Scores, Scores]]] = []
-    for seed in seeds:
-        pairs.append(
-            [
-                (scores_of(our_runs[seed, d]), scores_of(their_runs[partner[seed], d]))
-                for d in draws
-            ],
-        )
-    everywhere = [set(a) & set(b) for row in pairs for a, b in row]
+    # (index of the seed, index of the draw) -> scores of both sides
+    pairs: dict[tuple[int, int], tuple[Scores, Scores]] = {}
+    for r, seed in enumerate(seeds):
+        for d, draw in enumerate(draws):
+            our_scores = scores_of(our_runs[seed, draw])
+            pairs[r, d] = (our_scores, scores_of(their_runs[partner[seed], draw]))
+
+    everywhere = [set(a) & set(b) for a, b in pairs.values()]
     patients = sorted(set.intersection(*everywhere))
     if not patients:
         return None
-    table = np.zeros((len(seeds), len(draws), len(patients)))
-    for r, row in enumerate(pairs):
-        for d, (a, b) in enumerate(row):
-            table[r, d] = [a[patient] - b[patient] for patient in patients]
-    return table
+    difference_RDJ = np.zeros((len(seeds), len(draws), len(patients)))
+    for position, (a, b) in pairs.items():
+        difference_RDJ[position] = [a[patient] - b[patient] for patient in patients]
+    return difference_RDJ
 
 
 def _by_run(lines: Sequence[Line]) -> dict[tuple[int | None, int], Line]:
-    return {(line["pretraining_seed"], line["draw"]): line for line in lines}
+    """Return (pretraining seed, draw) -> line."""
+    runs = {}
+    for line in lines:
+        runs[line["pretraining_seed"], line["draw"]] = line
+    return runs
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class Arm:
     """The fine-tunings of one arm with one group of settings.
 
     Attributes:
-        objective: of its pretraining; "scratch" without one, "" where the pretraining has no line.
+        objective: of its pretraining; "scratch" without one, "" if the pretraining has no line.
     """
 
     name: str
@@ -172,7 +178,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmSetting:
-    """What runs have to share before they are compared."""
+    """The values that runs must share to be compared."""
 
     data: str
     encoder: str
@@ -181,7 +187,7 @@ class ArmSetting:
     steps: int
 
     def title(self) -> str:
-        """Return it in words."""
+        """Return the setting as a title."""
         patients = "patient" if self.labels == 1 else "patients"
         return (
             f"{self.data}, {self.encoder}, {self.labels} labelled {patients}, {self.steps} steps, "
@@ -190,7 +196,7 @@ class ArmSetting:
 
 
 def settings_of(lines: Sequence[Line]) -> dict[ArmSetting, list[Line]]:
-    """Return the fine-tunings by what they share, in order."""
+    """Return the fine-tunings of each setting, sorted by setting."""
     found: dict[ArmSetting, list[Line]] = {}
     for line in lines:
         if line["command"] == "finetune":
@@ -208,7 +214,7 @@ def settings_of(lines: Sequence[Line]) -> dict[ArmSetting, list[Line]]:
 def with_transfer_named(line: Line) -> Line:
     """Return a line whose settings say whether a pretrained decoder was transferred.
 
-    Older lines name it only where it was not the planned value of that time, which has changed.
+    Older lines name it only if it was not the planned value of that time, which has changed.
     """
     if line["command"] != "finetune" or line["pretraining_seed"] is None:
         return line
@@ -230,7 +236,8 @@ def arms_of(lines: Sequence[Line], objectives: Mapping[tuple[str, str], str]) ->
     arms = []
     for name, variants in sorted(by_name.items()):
         for settings, members in sorted(variants.items()):
-            differing = _differing(json.loads(settings), [json.loads(other) for other in variants])
+            others = [json.loads(other) for other in variants]
+            differing = _differing(json.loads(settings), others)
             is_scratch = name.split()[0] == SCRATCH
             known = objectives.get((members[0]["set"], name), "")
             objective = SCRATCH if is_scratch else known
@@ -240,9 +247,11 @@ def arms_of(lines: Sequence[Line], objectives: Mapping[tuple[str, str], str]) ->
 
 def _differing(settings: Mapping[str, object], variants: Sequence[Mapping[str, object]]) -> str:
     """Return the values in which an arm's variants differ, as ``(lr=0.01)``; "" for one variant."""
-    keys = [key for key in settings if any(other.get(key) != settings[key] for other in variants)]
-    values = ", ".join(f"{key}={settings[key]}" for key in keys)
-    return f"({values})" if values else ""
+    values = []
+    for key, value in settings.items():
+        if any(other.get(key) != value for other in variants):
+            values.append(f"{key}={value}")
+    return f"({', '.join(values)})" if values else ""
 
 
 def contrasts(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
@@ -265,7 +274,7 @@ def contrasts(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
 
 
 def _without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without those that concern pretrained weights alone."""
+    """Return the settings without those that concern only pretrained weights."""
     kept = {key: value for key, value in settings.items() if key != "encoder_lr"}
     changed = settings.get("recipe", ())
     kept["recipe"] = [item for item in changed if item.partition("=")[0] not in OF_PRETRAINED]
@@ -276,15 +285,20 @@ def table(lines: Sequence[Line], data: str | None, split: str | None, wanted: fl
     """Return all results as Markdown: pretrainings, then the arms of every setting.
 
     Args:
-        data, split: show these only; None for all.
+        data, split: set and split to show; None for all.
         wanted: the difference for which the number of pairs is planned.
     """
     lines = [with_transfer_named(line) for line in lines]
-    pretrainings = [
-        line for line in lines if line["command"] == "pretrain" and data in (None, line["set"])
-    ]
-    objectives = {(line["set"], line["arm"]): line["objective"] for line in pretrainings}
-    parts = ["## Pretraining", _pretraining_rows(pretrainings)] if pretrainings else []
+    pretrainings = []
+    objectives = {}
+    for line in lines:
+        if line["command"] == "pretrain" and data in (None, line["set"]):
+            pretrainings.append(line)
+            objectives[line["set"], line["arm"]] = line["objective"]
+
+    parts = []
+    if pretrainings:
+        parts += ["## Pretraining", _pretraining_rows(pretrainings)]
     for setting, members in settings_of(lines).items():
         if data not in (None, setting.data) or split not in (None, setting.split):
             continue
@@ -440,7 +454,8 @@ def _difference_rows(arms: Sequence[Arm], wanted: float) -> str:
 
 def scores_to_compare(ours: Arm, theirs: Arm) -> Iterator[tuple[str, ScoresOf]]:
     """Yield the scores that two arms share: at earlier steps, at the end, and of surfaces."""
-    common = set.intersection(*(set(line["curve"]) for line in (*ours.lines, *theirs.lines)))
+    scored_steps = [set(line["curve"]) for line in (*ours.lines, *theirs.lines)]
+    common = set.intersection(*scored_steps)
     for step in sorted(common, key=int):
         yield f"Dice at {step}", at_step(step)
     yield "Dice", patient_means("dice")
@@ -451,20 +466,23 @@ def at_step(step: str) -> ScoresOf:
     """Return a function from a line to patient -> mean Dice at an earlier step."""
 
     def means(line: Line) -> Scores:
-        return {
-            patient: value for patient, value in line["curve"][step].items() if math.isfinite(value)
-        }
+        dice = line["curve"][step]
+        return {patient: value for patient, value in dice.items() if math.isfinite(value)}
 
     return means
 
 
 def _interval(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    if interval is None:
+        return "-"
+    low, high = interval
+    return f"{low:+.4f} to {high:+.4f}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table."""
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in rows:
-        lines.append(f"| {' | '.join(str(cell) for cell in row)} |")
+        cells = [str(cell) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

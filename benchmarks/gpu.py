@@ -1,29 +1,31 @@
-"""Everything that only a GPU can say: is it right, how fast, does the memory estimate hold, do the
-commands work.
+"""Check on a GPU that results are right, how fast they are, and whether the memory estimate holds.
 
-    python benchmarks/gpu.py --parts smoke --out gpu.jsonl       the first thing to run, about 3
-    minutes python benchmarks/gpu.py --parts throughput --encoders primus_m resenc_l --out gpu.jsonl
-    python benchmarks/gpu.py --parts smoke --dry-run-on-cpu      the same in miniature, a couple of
-    minutes
+    python benchmarks/gpu.py --parts smoke --out gpu.jsonl
+    python benchmarks/gpu.py --parts throughput --encoders primus_m resenc_l --out gpu.jsonl
+    python benchmarks/gpu.py --parts smoke --dry-run-on-cpu
 
-Every part runs in a process of its own, for at most ``--minutes`` (4): one that fails or takes
-longer leaves a line that says so, and the next one begins. Parts that are measured per encoder run
-once per encoder. Every line is on disk, in the file named by ``--out``, before the next one is
-measured. The exit code is 1 if something is wrong.
+Run ``smoke`` first; it takes about 3 minutes. With ``--dry-run-on-cpu`` everything is small.
 
-Nothing is needed but the installed package and this folder: scans are generated, or taken from
-    dataset 4 where
-``nnUNet_raw`` has it. There is no network access.
+Every part runs in a separate process, for at most ``--minutes`` (4). If it fails or takes longer, a
+line says so, and the next part begins. Parts that are measured per encoder run once per encoder.
+Every line is on disk, in the file named by ``--out``, before the next one is measured. The exit
+code is 1 if something is wrong.
 
-Parts: ``turns`` - crops turned on the device. ``attention`` (``attention_quick``) - FlexAttention's
-    kernels against plain
-attention. ``losses`` - compiled against eager, bf16 against float32, checkpointed against not, per
-encoder. ``throughput`` - seconds of a step, share of the matrix peak, per encoder. ``memory`` -
-estimate against measured peak, per encoder. ``pretrain`` - the command, 50 steps of a CNN and of a
-transformer, and the seconds to the first step. ``stop`` - SIGTERM before the first step. ``resume``
-- a pretraining stopped and continued against one that was not. ``finetune`` - planning, 20
-iterations of ``nnUNetv2_train``, prediction. ``chain`` - the same, longer. ``processes`` - two
-GPUs.
+Only the installed package and this folder are needed: scans are generated, or come from dataset 4
+if ``nnUNet_raw`` has it. There is no network access.
+
+Parts:
+    turns        crops that are flipped and transposed on the device
+    attention    FlexAttention's kernels compared with plain attention; also attention_quick
+    losses       compiled with eager, bf16 with float32, checkpointed with not, per encoder
+    throughput   seconds of a step and share of the matrix peak, per encoder
+    memory       estimate and measured peak, per encoder
+    pretrain     50 steps of a CNN and a transformer by the command, and the time to the first step
+    stop         SIGTERM before the first step
+    resume       a pretraining that is stopped and continued, compared with one that is not
+    finetune     planning, 20 iterations of nnUNetv2_train, prediction
+    chain        the same, longer
+    processes    two GPUs
 Groups of parts: ``smoke``, ``correctness``, ``all``.
 """
 
@@ -60,15 +62,15 @@ from nnunet_autoreg.sampling.flip_transpose import FlipTranspose
 from nnunet_autoreg.sampling.sample import Batch
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
-"""Largest difference over the largest value: float32 on a GPU multiplies in TF32 or float32, bf16
-has 8 bits.
+"""Allowed largest difference over the largest value. On a GPU, float32 is multiplied in TF32 or
+float32; bf16 has 8 bits.
 """
 ESTIMATE_WITHIN = 0.10
 NUM_STEPS, NUM_STEPS_SMALL = 8, 3
 MOST_AT_ONCE = 16
 
 LOSSES_OF = ("primus_tiny", "primus_b", "primus_v3_s", "resenc_tiny")
-"""Where no encoder is named, losses are compared for one of every kind of blocks."""
+"""If no encoder is named, losses are compared for one encoder of every kind of blocks."""
 
 
 def turns(setting: Setting) -> Iterator[Line]:
@@ -462,7 +464,7 @@ def run_unit(unit: str, setting: Setting, recorder: Recorder) -> int:
     """
     part, _, encoder = unit.partition(":")
     name: Line = {"part": part, "encoder": encoder} if encoder else {"part": part}
-    # A part that hangs says where, just before it is ended.
+    # If a part hangs, its traceback is printed just before it is ended.
     faulthandler.dump_traceback_later(max(60 * setting.minutes - 5, 1))
     lines = PARTS_PER_ENCODER[part](setting, encoder) if encoder else PARTS[part](setting)
     recorder.add_all(name, lines)
@@ -471,43 +473,25 @@ def run_unit(unit: str, setting: Setting, recorder: Recorder) -> int:
 
 
 def run_units(args: argparse.Namespace, is_small: bool, recorder: Recorder) -> None:
-    """Run every part in a process of its own, one after the other, within its time."""
+    """Run every part in a separate process, one after the other, within its time."""
     with tempfile.TemporaryDirectory(prefix="autoreg_gpu_") as folder:
         for part, encoder in units_of(args.parts, args.encoders, is_small):
             unit = f"{part}:{encoder}" if encoder else part
-            options = [
-                "--unit",
-                unit,
-                "--minutes",
-                str(args.minutes),
-                "--folder",
-                str(args.folder or folder),
-            ]
-            options += ["--out", str(recorder.path)] if recorder.path else []
-            options += ["--dry-run-on-cpu"] if is_small else []
+            options = ["--unit", unit, "--minutes", str(args.minutes)]
+            options += ["--folder", str(args.folder or folder)]
+            if recorder.path:
+                options += ["--out", str(recorder.path)]
+            if is_small:
+                options.append("--dry-run-on-cpu")
 
             started = time.monotonic()
             failed = run_bounded(python_command(Path(__file__), *options), 60 * args.minutes)
             seconds = round(time.monotonic() - started, 1)
+            line: Line = {"part": part, "encoder": encoder or None}
             if failed:
-                recorder.add(
-                    {
-                        "part": part,
-                        "encoder": encoder or None,
-                        "failed": failed,
-                        "after_s": seconds,
-                        "ok": False,
-                    },
-                )
+                recorder.add({**line, "failed": failed, "after_s": seconds, "ok": False})
             else:
-                recorder.add(
-                    {
-                        "part": part,
-                        "encoder": encoder or None,
-                        "what": "whole part",
-                        "seconds": seconds,
-                    },
-                )
+                recorder.add({**line, "what": "whole part", "seconds": seconds})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -537,7 +521,7 @@ def parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         default=4,
-        help="the most that one part may take (default 4)",
+        help="limit for one part (default 4)",
     )
     p.add_argument("--out", type=Path, help="file that every line is appended to at once, as JSON")
     p.add_argument(
@@ -548,14 +532,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run-on-cpu",
         action="store_true",
-        help="everything in miniature; chosen where there is no GPU",
+        help="make everything small; this is the default without a GPU",
     )
     p.add_argument("--unit", help=argparse.SUPPRESS)
     return p
 
 
 def main() -> int:
-    """Run the parts that were asked for; return the exit code."""
+    """Run the requested parts; return the exit code."""
     args = parser().parse_args()
     is_small = args.dry_run_on_cpu or not torch.cuda.is_available()
     out = args.out.resolve() if args.out else None
@@ -572,15 +556,14 @@ def main() -> int:
         lines = read_lines(path)[num_before:]
 
     wrong = [line for line in lines if line.get("ok") is False]
-    print(
-        f"{len(lines)} lines, {len(wrong)} wrong; {lines[-1]['device']}, versions "
-        f"{lines[-1]['versions']}",
-    )
+    last = lines[-1]
+    counts = f"{len(lines)} lines, {len(wrong)} wrong"
+    print(f"{counts}; {last['device']}, versions {last['versions']}")
     return 1 if wrong else 0
 
 
 def common_of(is_small: bool) -> Line:
-    """Return what every line says: device, commit and versions."""
+    """Return the content that all lines share: device, commit and versions."""
     packages = ("nnunet-autoreg", "torch", "nnunetv2", "timm")
     versions = {name: version(name) for name in packages}
     # Asking takes a few hundred MB of the device, which no part's peak counts.

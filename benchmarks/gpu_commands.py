@@ -1,5 +1,6 @@
-"""The parts of ``gpu.py`` that type commands: pretraining, stopping and resuming, fine-tuning, two
-GPUs.
+"""The parts of ``gpu.py`` that type commands.
+
+They are pretraining, stopping and resuming, fine-tuning, and training on two GPUs.
 """
 
 import json
@@ -36,31 +37,29 @@ SMALL_SETTINGS = {
         "sequence.crop_size_vox=16,24,16",
     ],
 }
-"""What makes a pretraining a miniature for a CPU."""
+"""Settings of a pretraining that is small enough for a CPU."""
 
 COMPILED = ["run.compile=true"]
-"""A run of 50 steps would not be compiled by itself; here it is, since compiling is what is to be
-tried.
-"""
+"""A run of 50 steps would not be compiled by default. Here it is, because compiling is tested."""
 
 FIRST_STEP_WITHIN_S = 60
 STOPS_WITHIN_S = 10
 RESUMED_WITHIN = 1e-2
-"""Relative difference of weights on a GPU, whose sums are not made in the same order every time."""
+"""Allowed relative difference of weights on a GPU, which adds in a different order every time."""
 
 POLL_S = 0.05
 
 
 class CommandError(Exception):
-    """A command ended with another exit code than 0; the message has its last words."""
+    """A command ended with another exit code than 0; the message has its last lines."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """A command on its way.
+    """A command that was started.
 
     Attributes:
-        log: all that it prints.
+        log: file with its output.
         began: ``time.monotonic`` when it was typed.
     """
 
@@ -80,20 +79,23 @@ class Started:
             CommandError: it failed.
         """
         if self.process.wait():
-            last = self.log.read_text(errors="replace").splitlines()[-3:]
+            lines = self.log.read_text(errors="replace").splitlines()
+            last_lines = " | ".join(lines[-3:])
+            command = " ".join(self.command)
             code = self.process.returncode
-            raise CommandError(f"{' '.join(self.command)}: exit code {code}: {' | '.join(last)}")
+            raise CommandError(f"{command}: exit code {code}: {last_lines}")
         return round(self.seconds(), 1)
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """nnU-Net's three folders below ``root``, with a few scans in the raw one; its methods type
-    commands.
+    """nnU-Net's three folders below ``root``, with a few scans in the raw one.
+
+    Its methods type commands.
 
     Attributes:
-        dataset: name of the dataset's folder: Hippocampus where ``nnUNet_raw`` has it, else
-            generated scans.
+        dataset: name of the dataset's folder: Hippocampus if ``nnUNet_raw`` has it, else generated
+            scans.
     """
 
     root: Path
@@ -105,14 +107,13 @@ class Workspace:
         """Return the workspace that the parts of one call share; the first of them makes it."""
         root = setting.folder / "workspace"
         if not root.exists():
-            # Renamed when it is whole: a part that is cut off leaves no half of a dataset to the
-            # next.
+            # It is renamed when it is complete, so that an interrupted part does not leave an
+            # incomplete dataset to the next one.
             temporary = Path(tempfile.mkdtemp(dir=setting.folder))
             num_cases = 6 if setting.is_small else 16
-            dataset = _link_hippocampus(temporary, num_cases) or _write_phantoms(
-                temporary,
-                num_cases,
-            )
+            dataset = _link_hippocampus(temporary, num_cases)
+            if dataset is None:
+                dataset = _write_phantoms(temporary, num_cases)
             for name in (PREPROCESSED, RESULTS):
                 (temporary / name).mkdir()
             (temporary / "dataset").write_text(dataset)
@@ -152,25 +153,18 @@ class Workspace:
         settings: Sequence[str] = (),
     ) -> list[str]:
         """Return the command of a pretraining on the workspace's scans."""
-        device = self.setting.device.type
-        small = [*SMALL_SETTINGS[encoder], "run.log_every=1"] if self.setting.is_small else []
-        every = ["--set", *small, *settings] if small or settings else []
-        start = [
-            "autoreg_pretrain",
-            "-d",
-            self.number,
-            "--name",
-            name,
-            "--encoder",
-            encoder,
-            "--device",
-            device,
-        ]
-        return [*start, *more, *every]
+        command = ["autoreg_pretrain", "-d", self.number, "--name", name, "--encoder", encoder]
+        command += ["--device", self.setting.device.type, *more]
+        if self.setting.is_small:
+            settings = [*SMALL_SETTINGS[encoder], "run.log_every=1", *settings]
+        if settings:
+            command += ["--set", *settings]
+        return command
 
     def short_pretraining(self, name: str, encoder: str) -> list[str]:
-        """Return the command of the pretraining that is tried, stopped and resumed: the same but
-        for its name.
+        """Return the command of the pretraining that is tried, stopped and resumed.
+
+        Only its name differs between these.
         """
         length = ["--steps", str(self.num_steps)]
         batch = ["--batch", "2"] if self.setting.is_small else []
@@ -188,10 +182,8 @@ class Workspace:
 
     def last_values(self, name: str) -> dict[str, float]:
         """Return the last value of everything that a pretraining logged."""
-        lines = [
-            json.loads(text)
-            for text in (self.folder(name) / "metrics.jsonl").read_text().splitlines()
-        ]
+        metrics = self.folder(name) / "metrics.jsonl"
+        lines = [json.loads(text) for text in metrics.read_text().splitlines()]
         return {line["name"]: line["value"] for line in lines if line["unit"] != "text"}
 
     def has_stepped(self, name: str) -> bool:
@@ -200,9 +192,7 @@ class Workspace:
         return metrics.exists() and '"step_time"' in metrics.read_text()
 
     def finished_pretraining(self, encoder: str) -> str:
-        """Return the name of a finished short pretraining; it is run if no part before has done
-        so.
-        """
+        """Return the name of a finished short pretraining. It is run if no earlier part did so."""
         name = f"short_{encoder}"
         if not (self.folder(name) / "encoder.safetensors").exists():
             self.start(*self.short_pretraining(name, encoder)).finish()
@@ -210,7 +200,7 @@ class Workspace:
 
 
 def program_of(name: str) -> list[str]:
-    """Return how to start a command: the script beside this interpreter, or else its entry point.
+    """Return the words that start a command: its script beside this interpreter, or an entry point.
 
     A package in a folder on ``PYTHONPATH`` has no script there.
     """
@@ -220,18 +210,13 @@ def program_of(name: str) -> list[str]:
     found = list(entry_points(group="console_scripts", name=name))
     if found:
         module, attribute = found[0].value.split(":")
-        return [
-            sys.executable,
-            "-c",
-            f"import sys; from {module} import {attribute} as f; sys.exit(f())",
-        ]
+        code = f"import sys; from {module} import {attribute} as f; sys.exit(f())"
+        return [sys.executable, "-c", code]
     return [shutil.which(name) or name]
 
 
 def _link_hippocampus(root: Path, num_cases: int) -> str | None:
-    """Link the first scans of Hippocampus into the raw folder; None where ``nnUNet_raw`` does not
-    have it.
-    """
+    """Link the first scans of Hippocampus into the raw folder; None if ``nnUNet_raw`` lacks it."""
     source = Path(os.environ.get(RAW, "/nowhere")) / HIPPOCAMPUS
     images = sorted(source.glob("imagesTr/*.nii.gz"))[: num_cases + NUM_TEST]
     if len(images) < num_cases + NUM_TEST:
@@ -268,8 +253,9 @@ def _write_phantoms(root: Path, num_cases: int) -> str:
 
 
 def pretrain(setting: Setting, encoder: str) -> Iterator[Line]:
-    """A short pretraining by the command: the seconds to its first step, and its longest silence
-    before that.
+    """Run a short pretraining.
+
+    Measured are the seconds to its first step, and the longest time without output before that.
     """
     work = Workspace.opened(setting)
     name = f"short_{encoder}"
@@ -286,7 +272,8 @@ def pretrain(setting: Setting, encoder: str) -> Iterator[Line]:
     first = started.seconds()
 
     seconds = started.finish()
-    last, plan = work.last_values(name), json.loads((work.folder(name) / "plan.json").read_text())
+    last = work.last_values(name)
+    plan = json.loads((work.folder(name) / "plan.json").read_text())
     names = ("train_error", "step_time", "data_wait", "peak_memory", "share_of_peak")
     shown = {key: last.get(key) for key in names}
     yield {
@@ -305,16 +292,14 @@ def pretrain(setting: Setting, encoder: str) -> Iterator[Line]:
 
 
 def stop(setting: Setting) -> Iterator[Line]:
-    """A pretraining that gets SIGTERM before its first step: the seconds until it has ended, and
-    its exit code.
-    """
+    """Send SIGTERM to a pretraining before its first step; measure the time to its end."""
     work = Workspace.opened(setting)
     for encoder in (TRANSFORMER, CNN):
         name = f"stopped_early_{encoder}"
         started = work.start(*work.short_pretraining(name, encoder))
         while started.process.poll() is None and not (work.folder(name) / "plan.json").exists():
             time.sleep(POLL_S)
-        # From here on it preprocesses, tries a step and compiles.
+        # After it has written the plan, it preprocesses, tries a step and compiles.
         time.sleep(3)
         yield {
             "part": "stop",
@@ -325,8 +310,9 @@ def stop(setting: Setting) -> Iterator[Line]:
 
 
 def resume(setting: Setting) -> Iterator[Line]:
-    """A pretraining that gets SIGTERM after its first checkpoint and is typed again, against one
-    left alone.
+    """Stop a pretraining after its first checkpoint, and continue it.
+
+    Its weights are compared with those of a pretraining that was not stopped.
     """
     from safetensors.torch import load_file
 
@@ -334,10 +320,8 @@ def resume(setting: Setting) -> Iterator[Line]:
     whole = work.finished_pretraining(TRANSFORMER)
     command = work.short_pretraining("stopped", TRANSFORMER)
     started = work.start(*command)
-    while (
-        started.process.poll() is None
-        and not (work.folder("stopped") / "checkpoint_latest.pth").exists()
-    ):
+    first_checkpoint = work.folder("stopped") / "checkpoint_latest.pth"
+    while started.process.poll() is None and not first_checkpoint.exists():
         time.sleep(POLL_S / 10)
     ended = _ended(started)
     yield {"part": "resume", "what": "stopped", **ended}
@@ -382,33 +366,22 @@ def _ended(started: Started) -> Line:
 
 
 def finetune(setting: Setting) -> Iterator[Line]:
-    """Planning, ``nnUNetv2_train`` of 20 iterations and prediction, from the weights of a short
-    pretraining.
-    """
+    """Plan, train for 20 iterations, and predict, from the weights of a short pretraining."""
     work = Workspace.opened(setting)
     name = work.finished_pretraining(TRANSFORMER)
-    yield from _finetuned(
-        work,
-        "finetune",
-        name,
-        num_epochs=1,
-        num_iterations=2 if setting.is_small else 20,
-    )
+    num_iterations = 2 if setting.is_small else 20
+    yield from _finetuned(work, "finetune", name, 1, num_iterations)
 
 
 def chain(setting: Setting) -> Iterator[Line]:
-    """The same with a third of the part's time for pretraining as planned, and 200 iterations of
-    fine-tuning.
-    """
+    """Pretrain as planned in a third of the part's time, and fine-tune for 200 iterations."""
     work = Workspace.opened(setting)
     hours = ["--hours", f"{setting.minutes / 3 / 60:.4f}"]
     length = ["--steps", "4", "--batch", "2"] if setting.is_small else hours
     seconds = work.start(*work.pretraining("chain", TRANSFORMER, *length)).finish()
 
-    plan, last = (
-        json.loads((work.folder("chain") / "plan.json").read_text()),
-        work.last_values("chain"),
-    )
+    plan = json.loads((work.folder("chain") / "plan.json").read_text())
+    last = work.last_values("chain")
     shown = (
         "heldout_error",
         "heldout_mean",
@@ -438,30 +411,15 @@ def _finetuned(
     num_epochs: int,
     num_iterations: int,
 ) -> Iterator[Line]:
-    """Plan, train and predict with nnU-Net's own commands, from the weights of the pretraining
-    ``name``.
-    """
+    """Plan, train and predict with nnU-Net's own commands, from the weights of a pretraining."""
     variables = {"autoreg_weights": name, "nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2"}
-    which = [work.number, "3d_fullres", "0"]
-    choice = [
-        "-tr",
-        "AutoregPretrainedTrainer",
-        "-p",
-        "AutoregPlans",
-        "-device",
-        work.setting.device.type,
-    ]
+    configuration = ["-c", "3d_fullres"]
+    trainer = ["-tr", "AutoregPretrainedTrainer", "-p", "AutoregPlans"]
+    trainer += ["-device", work.setting.device.type]
 
-    planning = [
-        "nnUNetv2_plan_and_preprocess",
-        "-d",
-        work.number,
-        "-pl",
-        "AutoregPlanner",
-        "-c",
-        "3d_fullres",
-    ]
-    seconds = work.start(*planning, "-np", "2", "-npfp", "2", **variables).finish()
+    planning = ["nnUNetv2_plan_and_preprocess", "-d", work.number, "-pl", "AutoregPlanner"]
+    planning += [*configuration, "-np", "2", "-npfp", "2"]
+    seconds = work.start(*planning, **variables).finish()
     yield {"part": part, "what": "planning", "seconds": seconds}
 
     plans_file = work.root / PREPROCESSED / work.dataset / "AutoregPlans.json"
@@ -473,7 +431,9 @@ def _finetuned(
     }
     plans["autoreg"]["recipe"].update(length)
     plans_file.write_text(json.dumps(plans))
-    seconds = work.start("nnUNetv2_train", *which, *choice, **variables).finish()
+
+    training = ["nnUNetv2_train", work.number, "3d_fullres", "0", *trainer]
+    seconds = work.start(*training, **variables).finish()
     (summary,) = (work.root / RESULTS / work.dataset).glob("*/fold_0/validation/summary.json")
     dice = json.loads(summary.read_text())["foreground_mean"]["Dice"]
     yield {
@@ -484,40 +444,23 @@ def _finetuned(
         "validation_dice": None if math.isnan(dice) else round(dice, 3),
     }
 
-    scans, predicted = work.root / RAW / work.dataset / "imagesTs", work.root / f"predicted_{part}"
-    places = [
-        "-d",
-        work.number,
-        "-i",
-        str(scans),
-        "-o",
-        str(predicted),
-        "-f",
-        "0",
-        "-c",
-        "3d_fullres",
-    ]
-    seconds = work.start(
-        "nnUNetv2_predict",
-        *places,
-        "-npp",
-        "2",
-        "-nps",
-        "2",
-        *choice,
-        **variables,
-    ).finish()
+    scans = work.root / RAW / work.dataset / "imagesTs"
+    predicted = work.root / f"predicted_{part}"
+    prediction = ["nnUNetv2_predict", "-d", work.number, "-i", str(scans), "-o", str(predicted)]
+    prediction += ["-f", "0", *configuration, "-npp", "2", "-nps", "2", *trainer]
+    seconds = work.start(*prediction, **variables).finish()
     num_predicted = len(list(predicted.glob("*.nii.gz")))
     line = {"part": part, "what": "prediction", "seconds": seconds, "scans": num_predicted}
     yield {**line, "ok": num_predicted == NUM_TEST}
 
 
 def processes(setting: Setting) -> Iterator[Line]:
-    """The step of two GPUs with twice the batch against that of one: 1 is perfect."""
-    if setting.is_small or torch.cuda.device_count() < 2:
-        num = 0 if setting.is_small else torch.cuda.device_count()
-        yield {"part": "processes", "left_out": f"{num} GPUs; two are needed"}
+    """Compare the step of two GPUs and twice the batch with that of one GPU: 1 is perfect."""
+    num_gpus = 0 if setting.is_small else torch.cuda.device_count()
+    if num_gpus < 2:
+        yield {"part": "processes", "left_out": f"{num_gpus} GPUs; two are needed"}
         return
+
     work = Workspace.opened(setting)
     seconds = {}
     for num in (1, 2):

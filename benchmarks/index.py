@@ -13,7 +13,7 @@ number of scans: telling copies by signatures (one shape, anatomically alike, on
     python benchmarks/index.py --num 100000
     python benchmarks/index.py --num 100000 --only ours rest
 
-One JSON line goes to ``benchmarks/results/index.jsonl``. Every way runs in a process of its own, so
+One JSON line goes to ``benchmarks/results/index.jsonl``. Every way runs in a separate process, so
 that each has its own peak memory.
 """
 
@@ -71,11 +71,11 @@ def make_files(folder: Path, num: int) -> None:
     """Write ``num`` scans, named as BIDS does, 100 subjects to a folder."""
     num_bytes = 2 * SHAPE_XYZ[0] * SHAPE_XYZ[1] * SHAPE_XYZ[2]
     for n in range(num):
-        head, ending = (
-            (nifti_header(0.5 + n / num), ".nii")
-            if n % 2 == 0
-            else (meta_header(0.5 + n / num), ".mha")
-        )
+        spacing_mm = 0.5 + n / num
+        if n % 2:
+            head, ending = meta_header(spacing_mm), ".mha"
+        else:
+            head, ending = nifti_header(spacing_mm), ".nii"
         path = folder / f"site{n // PER_FOLDER:04d}" / f"sub-{n:06d}_T1w{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as handle:
@@ -84,12 +84,15 @@ def make_files(folder: Path, num: int) -> None:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Every file below a folder."""
-    return [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]  # noqa: PTH118
+    """Return every file below a folder."""
+    files = []
+    for parent, _, names in os.walk(folder):
+        files += [os.path.join(parent, name) for name in names]  # noqa: PTH118
+    return files
 
 
 def read_information(path: str) -> tuple[Any, Any]:
-    """Size and voxel size, as SimpleITK alone gives them."""
+    """Return size and voxel size by SimpleITK."""
     import SimpleITK
 
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
@@ -99,7 +102,7 @@ def read_information(path: str) -> tuple[Any, Any]:
 
 
 def ours(folder: Path, workers: int) -> dict[str, Any]:
-    """Our index without its voxels; seconds of its steps."""
+    """Measure our index without its voxels; return the seconds of its steps."""
     from nnunet_autoreg.corpus.find import find_scans
     from nnunet_autoreg.corpus.index import first_row, read_headers, tasks_of
     from nnunet_autoreg.corpus.manifest import ManifestEntry
@@ -127,7 +130,7 @@ def ours(folder: Path, workers: int) -> dict[str, Any]:
 
 
 def plain(folder: Path, workers: int) -> dict[str, Any]:
-    """SimpleITK over all files, in this process or in ``workers``."""
+    """Measure SimpleITK over all files, in this process or in ``workers``."""
     start = time.perf_counter()
     paths = files_of(folder)
     if workers == 1:

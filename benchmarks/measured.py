@@ -52,8 +52,7 @@ TRANSFERS = {
     ("transfer_decoder=false",): "encoder",
     ("transfer_decoder=true",): "encoder and decoder",
 }
-"""Changed values of the recipe -> what was transferred. Runs with other changes are left out."""
-
+"""Changed values of the recipe -> transferred parts. Runs with other changes are left out."""
 
 SUMMARY_SCORES = (
     "start",
@@ -78,21 +77,20 @@ def summary() -> str:
 
 
 def objectives_dice() -> str:
-    """Return the fine-tunings of the first setting whose encoder was transferred alone."""
+    """Return the fine-tunings of the first setting for which only the encoder was transferred."""
     groups = _summary_groups(SUMMARY[0])
-    alone = {key: members for key, members in groups.items() if key[2] == TRANSFERS[()]}
-    return markdown(SUMMARY_SCORES, _summary_cells(alone))
+    only_encoder = {key: members for key, members in groups.items() if key[2] == TRANSFERS[()]}
+    return markdown(SUMMARY_SCORES, _summary_cells(only_encoder))
 
 
 def _summary_groups(setting: Setting) -> dict[tuple[str, str, str], list[Line]]:
-    """Return the fine-tunings of one setting by arm, objective and what was transferred."""
+    """Return the fine-tunings of one setting by arm, objective and transferred parts."""
     data, encoder, labels, steps, rate = setting
     lines = [with_transfer_named(line) for line in lines_of("evidence.jsonl")]
-    objective_of = {
-        line["arm"]: line["objective"]
-        for line in lines
-        if line["command"] == "pretrain" and line["set"] == data
-    }
+    objective_of = {}
+    for line in lines:
+        if line["command"] == "pretrain" and line["set"] == data:
+            objective_of[line["arm"]] = str(line["objective"])
 
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
@@ -100,13 +98,16 @@ def _summary_groups(setting: Setting) -> dict[tuple[str, str, str], list[Line]]:
         if not is_of_arm or line["split"] != "development":
             continue
         found = (line["set"], line["encoder"], line["labels"], line["steps"])
+        if found != (data, encoder, labels, steps):
+            continue
         settings = line["settings"]
-        parts = TRANSFERS.get(tuple(settings["recipe"]), "")
-        is_shown = found == (data, encoder, labels, steps) and parts != ""
         has_rate = settings["lr"] == rate and settings["encoder_lr"] is None
-        if is_shown and has_rate and settings["optimizer"] == "adamw":
-            key = (line["arm"], str(objective_of.get(line["arm"], "random")), parts)
-            groups.setdefault(key, []).append(line)
+        parts = TRANSFERS.get(tuple(settings["recipe"]))
+        if parts is None or not has_rate or settings["optimizer"] != "adamw":
+            continue
+
+        objective = objective_of.get(line["arm"], "random")
+        groups.setdefault((line["arm"], objective, parts), []).append(line)
     return groups
 
 
@@ -125,10 +126,11 @@ def _summary_cells(groups: Mapping[tuple[str, str, str], Sequence[Line]]) -> lis
         num_seeds = len({line["pretraining_seed"] for line in members})
         num_draws = len({line["draw"] for line in members})
         runs = f"- x {num_draws}" if arm == SCRATCH else f"{num_seeds} x {num_draws}"
-        dice = f"{np.mean([line['dice_mean'] for line in members]):.3f}"
-        surface = f"{np.mean([line['surface_mean'] for line in members]):.3f}"
+        dice = np.mean([line["dice_mean"] for line in members])
+        surface = np.mean([line["surface_mean"] for line in members])
         transferred = "-" if arm == SCRATCH else parts
-        rows.append([objective, transferred, runs, dice, difference, surface])
+        scores = (f"{dice:.3f}", difference, f"{surface:.3f}")
+        rows.append([objective, transferred, runs, *scores])
     return rows
 
 
@@ -138,10 +140,13 @@ def _random_weights_first(item: tuple[tuple[str, str, str], Sequence[Line]]) -> 
 
 
 def evidence() -> str:
-    """Return what the evidence harness measured."""
-    # The titles of its tables stand one level deeper in the page.
-    found = evidence_table(lines_of("evidence.jsonl"), None, None, 0.02)
-    return found.replace("## ", "### ")
+    """Return all measurements of the evidence harness."""
+    return _evidence_tables(lines_of("evidence.jsonl"))
+
+
+def _evidence_tables(lines: Sequence[Line]) -> str:
+    # The titles of these tables are one level deeper in the page.
+    return evidence_table(lines, None, None, 0.02).replace("## ", "### ")
 
 
 SAME_COST_ARMS = {
@@ -165,15 +170,14 @@ def objectives() -> str:
 
         if line["command"] == "probe":
             # Random weights were probed with more draws and labels on one of the sets.
-            probes = [
-                probe
-                for probe in line["results"]
-                if probe["labels"] == SAME_COST_LABELS and probe["draw"] < SAME_COST_DRAWS
-            ]
+            probes = []
+            for probe in line["results"]:
+                if probe["labels"] == SAME_COST_LABELS and probe["draw"] < SAME_COST_DRAWS:
+                    probes.append(probe)
             lines.append({**line, "results": probes})
         else:
             lines.append(line)
-    return evidence_table(lines, None, None, 0.02).replace("## ", "### ")
+    return _evidence_tables(lines)
 
 
 def few_label() -> str:
@@ -207,17 +211,15 @@ def steps() -> str:
     for line in lines_of("step.jsonl"):
         median = line["median_s"]
         seconds = [f"{median[arm]:.2f}" for arm in ("ours", "baseline", "baseline again")]
-        ratios = [f"{line[key]:.2f}" for key in ("ours_over_baseline", BASELINE_NOISE)]
+        ratio_keys = ("ours_over_baseline", "baseline_again_over_baseline")
+        ratios = [f"{line[key]:.2f}" for key in ratio_keys]
         rows.append([line["what"], line["edge"], line["commit"], *seconds, *ratios])
     header = ["step", "edge of the crop", "commit", "ours, s", "baseline, s", "baseline again, s"]
     return markdown([*header, "ours / baseline", "noise: again / baseline"], rows)
 
 
-BASELINE_NOISE = "baseline_again_over_baseline"
-
-
 def crops() -> str:
-    """Return how many crops a second one core reads from the store."""
+    """Return the number of crops per second that one core reads from the store."""
     rows = []
     for line in lines_of("store.jsonl"):
         if line["what"] != "crops":
@@ -231,19 +233,22 @@ def crops() -> str:
 
 
 def gpu() -> str:
-    """Return what was measured on a GPU, without the lines that only say how long a part took."""
+    """Return the measurements on a GPU, without the lines that only hold the time of a part."""
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines_of("gpu.jsonl"):
         if line.get("what") == "whole part":
             continue
-        what = " ".join(str(line[key]) for key in ("encoder", "order") if line.get(key))
-        groups.setdefault((line["part"], what), []).append(line)
+        words = [str(line[key]) for key in ("encoder", "order") if line.get(key)]
+        groups.setdefault((line["part"], " ".join(words)), []).append(line)
 
     rows = []
-    for (part, what), members in groups.items():
-        checked = [line for line in members if "ok" in line]
-        right = f"{sum(line['ok'] for line in checked)} of {len(checked)}" if checked else "-"
-        rows.append([part, what or "-", right, "; ".join(_gpu_figures(members)) or "-"])
+    for (part, case), members in groups.items():
+        right = "-"
+        checks = [bool(line["ok"]) for line in members if "ok" in line]
+        if checks:
+            right = f"{sum(checks)} of {len(checks)}"
+        figures = "; ".join(_gpu_figures(members))
+        rows.append([part, case or "-", right, figures or "-"])
     return markdown(["part", "encoder, order", "right", "figures"], rows)
 
 
@@ -257,7 +262,7 @@ GPU_FIGURES = (
 
 
 def _gpu_figures(lines: Sequence[Line]) -> list[str]:
-    """Return the figures of one part, and why a measurement is missing."""
+    """Return the figures of one part, and the reason if a measurement is missing."""
     figures = []
     errors = [line["error"] for line in lines if "error" in line]
     if errors:
@@ -266,7 +271,7 @@ def _gpu_figures(lines: Sequence[Line]) -> list[str]:
         figures += [words.format(line[key]) for line in lines if key in line]
     for line in lines:
         if "failed" in line:
-            # The reason follows the command that failed; the place in the code follows the reason.
+            # The reason comes after the command that failed, and before the place in the code.
             reason = line["failed"].rpartition("autoreg_pretrain: ")[2]
             figures.append(reason.split(" (")[0].split("; it was")[0])
     return figures
@@ -289,10 +294,12 @@ def classification_scores(kind: str) -> str:
             continue
         cases = f"{line['cases']} ({line['patients']})"
         scores = [score_text(line.get(name)) for name in ("auc", "balanced_accuracy")]
-        features = line.get("features")
-        tile = sizes_text(features["tile_size_vox"]) if features else "-"
-        spacing = sizes_text(features["spacing_mm"]) if features else "-"
-        tiles = [spacing, tile] if kind == "frozen" else []
+        tiles = []
+        if kind == "frozen":
+            features = line.get("features")
+            tiles = ["-", "-"]
+            if features:
+                tiles = [sizes_text(features["spacing_mm"]), sizes_text(features["tile_size_vox"])]
         rows.append([line["set"], line["task"], line["what"], cases, *tiles, *scores])
     tiles = ["voxel, mm (z, y, x)", "tile"] if kind == "frozen" else []
     header = ["set", "task", "what", "cases (patients)", *tiles, "AUC", "balanced accuracy"]
@@ -318,17 +325,18 @@ HEADS = {"tuned": "scaled", "unscaled": "as they are"}
 
 
 def classification_settings() -> str:
-    """Return how every set was fine-tuned, and the time of all epochs of its five folds."""
+    """Return the settings of every set's fine-tuning, and the time of all epochs of five folds."""
     rows = {}
     for line in lines_of("classification.jsonl"):
-        if line["kind"] in HEADS:
-            minutes = [f"{seconds / 60:.0f}" for seconds in line["seconds_of_epochs"].values()]
-            spacing, patch = sizes_text(line["spacing_mm"]), sizes_text(line["patch_vox"])
-            steps = line["epochs"] * line["iterations_per_epoch"]
-            rate = f"{line['rates']['pretrained']:g}"
-            settings = [spacing, patch, line["batch"], steps, rate, line["balance"]]
-            heads = HEADS[line["kind"]]
-            rows[line["set"], heads] = [line["set"], heads, *settings, " / ".join(minutes)]
+        if line["kind"] not in HEADS:
+            continue
+        minutes = [f"{seconds / 60:.0f}" for seconds in line["seconds_of_epochs"].values()]
+        spacing, patch = sizes_text(line["spacing_mm"]), sizes_text(line["patch_vox"])
+        steps = line["epochs"] * line["iterations_per_epoch"]
+        rate = f"{line['rates']['pretrained']:g}"
+        settings = [spacing, patch, line["batch"], steps, rate, line["balance"]]
+        heads = HEADS[line["kind"]]
+        rows[line["set"], heads] = [line["set"], heads, *settings, " / ".join(minutes)]
     header = ["set", "features", "voxel, mm (z, y, x)", "patch", "batch", "steps", "rate"]
     return markdown([*header, "balance", "minutes, pretrained / scratch"], list(rows.values()))
 
@@ -337,13 +345,13 @@ def classification_map() -> str:
     """Return how well the sets of the map of scans separate."""
     rows = []
     for line in lines_of("classification.jsonl"):
-        if line["kind"] == "map":
-            for name, share in line["nearest_neighbour_of_own_set"].items():
-                described = line["features"][name]
-                tile = sizes_text(described["tile_size_vox"])
-                rows.append(
-                    [name, described["encoder"], tile, line["scans"][name], f"{100 * share:.0f} %"],
-                )
+        if line["kind"] != "map":
+            continue
+        for name, share in line["nearest_neighbour_of_own_set"].items():
+            features = line["features"][name]
+            tile = sizes_text(features["tile_size_vox"])
+            percent = f"{100 * share:.0f} %"
+            rows.append([name, features["encoder"], tile, line["scans"][name], percent])
     return markdown(["set", "encoder", "tile", "scans", "nearest neighbour of the same set"], rows)
 
 
@@ -368,8 +376,13 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def filled(page: str) -> str:
-    """Return the page with every table made anew."""
-    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", page)
+    """Return the page with all of its tables made from the results."""
+
+    def made(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        return f"{begin}{TABLES[name]()}\n{end}"
+
+    return TABLE.sub(made, page)
 
 
 def main() -> int:
@@ -389,7 +402,7 @@ def main() -> int:
             file.write_text(made, encoding="utf-8")
         elif made != page:
             num_different += 1
-            print(f"{file} is not what its results say; run: python benchmarks/measured.py")
+            print(f"{file} differs from its results; run: python benchmarks/measured.py")
     return int(num_different > 0)
 
 

@@ -1,7 +1,6 @@
-"""What a step really takes: its peak of memory, on a GPU by the allocator's own count, on a CPU by
-following every tensor.
+"""The peak of memory of a step, and the plans and batches of the benchmarks.
 
-And the one place where the benchmarks make their plans and batches.
+On a GPU the allocator counts the memory. On a CPU every tensor is counted.
 """
 
 import weakref
@@ -30,11 +29,11 @@ NUM_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Setting:
-    """Where ``gpu.py`` runs.
+    """The device and the limits of ``gpu.py``.
 
     Attributes:
-        is_small: the miniature for a CPU.
-        minutes: the most that one part may take.
+        is_small: everything is small, for a CPU.
+        minutes: limit for one part.
         folder: for the scans and runs of the parts that type commands; parts of one call share it.
     """
 
@@ -61,24 +60,28 @@ def plan_of(encoder: EncoderSize, crop: Size, micro: int, *settings: str) -> Pla
         settings: as after ``--set``; they come last.
     """
     pool = Pool(1, (1.0, 1.0, 1.0), crop, volume(crop), None)
-    wishes = Overrides(encoder=encoder.name, batch_size=2 * micro, num_steps=NUM_STEPS)
+    overrides = Overrides(encoder=encoder.name, batch_size=2 * micro, num_steps=NUM_STEPS)
     hardware = Hardware("cuda", PLENTY_GIB)
-    planned = make_plan("benchmark", pool, hardware, wishes, 0, {}, lambda *_: (0.0, 0.0))
+    planned = make_plan("benchmark", pool, hardware, overrides, 0, {}, lambda *_: (0.0, 0.0))
 
+    changes = []
     sizes = {"crop_size_vox": crop, "block_tokens": encoder.block_tokens}
-    fixed = [f"sequence.{name}={','.join(map(str, size))}" for name, size in sizes.items()]
-    return check(override(planned, [*fixed, f"optim.micro_batch_size={micro}", *settings]))
+    for name, size in sizes.items():
+        text = ",".join(str(side) for side in size)
+        changes.append(f"sequence.{name}={text}")
+    changes += [f"optim.micro_batch_size={micro}", *settings]
+    return check(override(planned, changes))
 
 
 def batch_of(plan: Plan, num_samples: int) -> Batch:
-    """Return random crops, all to be mirrored on the device; a quarter of every second one is
-    padding.
+    """Return random crops, all of which are flipped on the device.
+
+    A quarter of every second crop is padding.
     """
     size = plan.sequence.crop_size_vox
     generator = torch.Generator().manual_seed(0)
-    ids = torch.from_numpy(
-        block_ids(grid_of(size, plan.encoder.token_size_vox), plan.sequence.block_tokens),
-    )
+    grid = grid_of(size, plan.encoder.token_size_vox)
+    ids = torch.from_numpy(block_ids(grid, plan.sequence.block_tokens))
     num_blocks = int(ids.max()) + 1
 
     if plan.sequence.order == "random":
@@ -101,8 +104,9 @@ def batch_of(plan: Plan, num_samples: int) -> Batch:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are alive on the CPU, and the most there were; what an operation
-    needs inside itself is not seen.
+    """Bytes of the tensors that are alive on the CPU, and their largest number so far.
+
+    Memory that an operation uses only inside is not counted.
     """
 
     def __init__(self) -> None:
@@ -133,11 +137,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object], held: list[torch.Tensor], device: torch.device) -> int:
-    """The most bytes in use while ``run`` runs.
+    """Return the largest number of bytes in use while ``run`` runs.
 
     Args:
-        held: tensors that are there before and count: parameters, moments, inputs. On a GPU all
-            that is there counts.
+        held: tensors that exist before and are counted: parameters, moments, inputs. On a GPU all
+            existing tensors are counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -154,8 +158,7 @@ def peak_bytes(run: Callable[[], object], held: list[torch.Tensor], device: torc
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference over the largest value."""
-    return float(
-        (found.float() - expected.float()).abs().max()
-        / expected.float().abs().max().clamp(min=1e-12),
-    )
+    """Return the largest difference over the largest value."""
+    difference = (found.float() - expected.float()).abs().max()
+    largest = expected.float().abs().max().clamp(min=1e-12)
+    return float(difference / largest)

@@ -1,5 +1,6 @@
-"""Keep what a measurement found, whatever happens next: lines on disk at once, parts that cannot
-run on.
+"""Keep the results of measurements even if a later one fails.
+
+Every line is on disk before the next measurement begins, and no part can run longer than its limit.
 """
 
 import json
@@ -21,12 +22,11 @@ GRACE_S = 10
 
 @dataclass(frozen=True)
 class Recorder:
-    """Prints lines and appends them to a file, as JSON, each of them on disk before the next is
-    measured.
+    """Prints lines and appends them to a file as JSON, each on disk before the next is measured.
 
     Attributes:
-        path: of the file; None to print only.
-        common: what every line says too: device, commit, versions.
+        path: the file; None to print only.
+        common: content that is added to every line: device, commit, versions.
     """
 
     path: Path | None
@@ -41,16 +41,17 @@ class Recorder:
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({**line, **self.common}) + "\n")
             handle.flush()
-            # A machine that is taken away loses what is only in the cache of the system.
+            # If the machine stops, lines that are only in the cache of the system are lost.
             os.fsync(handle.fileno())
 
     def add_all(self, part: Line, lines: Iterable[Line]) -> bool:
         """Record lines as they are made; an exception becomes the last line.
 
-        Returns whether there was none.
-
         Args:
-            part: what to say of the lines if making them fails, e.g. {"part": "attention"}.
+            part: content of that last line, e.g. {"part": "attention"}.
+
+        Returns:
+            whether there was no exception.
         """
         started = time.monotonic()
         try:
@@ -76,7 +77,7 @@ def in_words(line: Line) -> str:
 
 
 def read_lines(path: Path | None) -> list[Line]:
-    """Return the lines that a file holds; none where there is no file."""
+    """Return the lines that a file holds; none if there is no file."""
     if path is None or not path.exists():
         return []
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
@@ -86,7 +87,7 @@ def run_bounded(command: Sequence[str], limit_s: float) -> str | None:
     """Run a command and everything that it starts for at most ``limit_s`` seconds.
 
     Returns:
-        None if it ended with exit code 0, else what happened in words.
+        None if it ended with exit code 0, else a message.
     """
     process = subprocess.Popen(command, start_new_session=True)
     try:
@@ -99,15 +100,17 @@ def run_bounded(command: Sequence[str], limit_s: float) -> str | None:
         raise
     if code == 0:
         return None
-    return f"ended with exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+    if code > 0:
+        return f"ended with exit code {code}"
+    return f"killed by {signal.Signals(-code).name}"
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a session of its own, together with all that it started."""
+    """End a process that leads a session, and all processes that it started."""
     _signal_group(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
-    # Whatever the leader left behind, and the leader if it did not listen.
+    # Processes that the leader left behind, and the leader if it ignored the first signal.
     _signal_group(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -118,7 +121,7 @@ def _signal_group(leader: int, number: signal.Signals) -> None:
 
 
 def commit_of(folder: Path) -> str:
-    """Return the short commit of a checkout; "" where the folder is none."""
+    """Return the short commit of a checkout; "" if the folder is not one."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -128,7 +131,7 @@ def commit_of(folder: Path) -> str:
 
 
 def python_command(script: Path, *arguments: str) -> list[str]:
-    """Return the command that runs a script with this interpreter, without what torch says of its
-    own future.
+    """Return the command that runs a script with this interpreter, without torch's warnings about
+    future versions.
     """
     return [sys.executable, "-u", "-W", "ignore::FutureWarning", str(script), *arguments]

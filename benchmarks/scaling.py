@@ -1,17 +1,17 @@
-"""How well two processes use two devices: the same crops per process and step, so that a perfect
-pair takes as long as one alone.
+"""Compare the training step of two processes on two devices with that of one process.
 
-One and two processes take turns in one run, so that what else the machine does meets both. A step
-is the training loop's own - loading, forward, backward, the sum over processes, the update -
-without held-out scans and checkpoints. On CUDA each process has a GPU; on a CPU each computes with
-one thread, which says something only where two cores are free.
+Every process has the same crops per step, so that with perfect scaling both steps take equally
+long. One and two processes take turns in one run, so that other work on the machine slows both
+down. A step is that of the training loop: loading, forward, backward, the sum over processes, and
+the update, without validation scans and checkpoints. On CUDA each process has a GPU. On a CPU each
+process computes with one thread, which is a useful measurement only if two cores are free.
 
-    python benchmarks/scaling.py --steps 20 --repeats 5 python benchmarks/scaling.py --device cuda
-    --encoder primus_b --crop 96 96 96 --batch 8 --steps 50 --repeats 5
+    python benchmarks/scaling.py --steps 20 --repeats 5
+    python benchmarks/scaling.py --device cuda --encoder primus_b --crop 96 96 96 --batch 8 \\
+        --steps 50 --repeats 5
 
-One JSON line goes to ``benchmarks/results/scaling.jsonl``: seconds per step of both, medians over
-    repeats, and the efficiency, one over
-two.
+One JSON line goes to ``benchmarks/results/scaling.jsonl``: the seconds per step of both (medians
+over repeats), and the efficiency, which is the time of one process divided by that of two.
 """
 
 import argparse
@@ -33,9 +33,7 @@ WARM_UP = 3
 
 
 class Noise:
-    """Samples of noise with a prefix of half the blocks: what is drawn costs the same in every
-    process.
-    """
+    """Samples of noise with a prefix of half the blocks, which cost the same in every process."""
 
     def __init__(self, plan: Any):
         from nnunet_autoreg.sampling.kinds import num_blocks
@@ -46,9 +44,8 @@ class Noise:
         """Sample ``number`` of a step."""
         from nnunet_autoreg.sampling.sample import Sample
 
-        voxels = (
-            np.random.default_rng([step, number]).normal(size=(1, 1, *self.size)).astype(np.float32)
-        )
+        generator = np.random.default_rng([step, number])
+        voxels = generator.normal(size=(1, 1, *self.size)).astype(np.float32)
         return Sample(
             voxels,
             np.ones((1, *self.size), dtype=bool),
@@ -58,7 +55,7 @@ class Noise:
 
 
 def plan_of(args: argparse.Namespace, size: int) -> Any:
-    """A plan of raster sequences of single tokens, with so many crops per process."""
+    """Return a plan of raster sequences of single tokens, with ``--batch`` crops per process."""
     from nnunet_autoreg.model.sizes import encoder_size
     from nnunet_autoreg.objectives.prediction_plan import PredictionPlan
     from nnunet_autoreg.plan import (
@@ -83,7 +80,7 @@ def plan_of(args: argparse.Namespace, size: int) -> Any:
 
 
 def measure(args: argparse.Namespace) -> float:
-    """Seconds per step in this process, after a warm-up."""
+    """Return the seconds per step in this process, after a warm-up."""
     import torch
     from torch.distributed import TCPStore
 
@@ -99,12 +96,8 @@ def measure(args: argparse.Namespace) -> float:
     )
     world = SINGLE_PROCESS
     if size > 1:
-        world = join(
-            TCPStore("127.0.0.1", args.port, size, rank == 0, timeout=timedelta(minutes=5)),
-            rank,
-            size,
-            device,
-        )
+        store = TCPStore("127.0.0.1", args.port, size, rank == 0, timeout=timedelta(minutes=5))
+        world = join(store, rank, size, device)
     torch.manual_seed(0)
     plan = plan_of(args, size)
     objective = build_objective(plan)
@@ -125,34 +118,19 @@ def measure(args: argparse.Namespace) -> float:
 
 
 def together(args: argparse.Namespace, size: int, port: int) -> float:
-    """Seconds per step of ``size`` processes: what the main one measured."""
-    words = [
-        sys.executable,
-        __file__,
-        "--device",
-        args.device,
-        "--encoder",
-        args.encoder,
-        "--batch",
-        str(args.batch),
-        "--steps",
-        str(args.steps),
-        "--sharding",
-        args.sharding,
-        "--crop",
-        *map(str, args.crop),
-        "--size",
-        str(size),
-        "--port",
-        str(port),
-    ]
-    processes = [
-        subprocess.Popen([*words, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]
-    said = [process.communicate()[0] for process in processes]
+    """Return the seconds per step of ``size`` processes, as the main one measured them."""
+    command = [sys.executable, __file__, "--device", args.device, "--encoder", args.encoder]
+    command += ["--batch", str(args.batch), "--steps", str(args.steps)]
+    command += ["--sharding", args.sharding, "--crop", *(str(side) for side in args.crop)]
+    command += ["--size", str(size), "--port", str(port)]
+
+    processes = []
+    for rank in range(size):
+        line = [*command, "--rank", str(rank)]
+        processes.append(subprocess.Popen(line, stdout=subprocess.PIPE, text=True))
+    printed = [process.communicate()[0] for process in processes]
     assert all(process.returncode == 0 for process in processes)
-    return float(said[0])
+    return float(printed[0])
 
 
 def main() -> None:

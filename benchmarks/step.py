@@ -1,21 +1,23 @@
-"""Seconds per training step: ours against the obvious way, interleaved, beside the noise of a
-baseline against itself.
+"""Compare the seconds of our training step with those of a baseline.
 
-Pretraining: width 768, depth 12, 512 tokens of 16^3 (a 128^3 crop), against a plain
-    re-implementation of AR-SSL4M's way - START and END,
-a dense float mask built per sample on the host, raw-volume patch embedding - in float32, without
-compilation. On a GPU ours runs as training does (bf16, compiled, FlexAttention), the baseline once
-more in bf16, and a line also says the memory of a sample and the share of the measured peak of bf16
-matrix products.
-Fine-tuning: our trainer's step against the step of nnU-Net's own trainer of that network, both on
-    the same network and batch.
+The baseline is measured twice, and the difference between both shows the noise. The steps are
+interleaved.
+
+Pretraining: width 768, depth 12, 512 tokens of 16^3 (a 128^3 crop). The baseline is a plain
+    re-implementation of the method of AR-SSL4M: START and END tokens, a dense float mask that is
+    built per sample on the host, and patches embedded from the raw volume. It computes in float32
+    without compilation. On a GPU our step runs as in training (bf16, compiled, FlexAttention), and
+    the baseline runs once more in bf16. A line then also holds the memory of a sample, and the
+    share of the measured peak of bf16 matrix products.
+Fine-tuning: our trainer's step is compared with the step of nnU-Net's own trainer of that network,
+    both on the same network and batch.
 
     python benchmarks/step.py pretraining --repeats 7 --batch 1
     python benchmarks/step.py finetuning  --repeats 7 --patch 64
     python benchmarks/step.py finetuning  --repeats 7 --patch 64 --encoder resenc_tiny
 
-A JSON line is written as soon as an arm has been built and has made three steps alone, so that a
-run that is cut off keeps the arms it has measured; the last lines have the interleaved steps and,
+A JSON line is written as soon as an arm has been built and has made three steps, so that a run that
+is interrupted keeps the arms that it has measured. The last lines have the interleaved steps and,
 on a GPU, memory. They go to ``--out``, by default ``benchmarks/results/step.jsonl``.
 """
 
@@ -27,6 +29,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from measuring import peak_bytes, plan_of
@@ -42,10 +45,13 @@ from nnunet_autoreg.plan import EncoderPlan, Plan
 from nnunet_autoreg.pretrain.training_step import TrainingStep, matmul_peak, step_flops
 from nnunet_autoreg.sampling.sample import Batch
 
+if TYPE_CHECKING:
+    from nnunet_autoreg.finetune.block import AutoregBlock
+
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 WIDTH, DEPTH, HEADS, TOKEN, SIDE = 768, 12, 12, 16, 128
 NUM_TOKENS = (SIDE // TOKEN) ** 3
-STEPS_ALONE = 3
+NUM_FIRST_STEPS = 3
 
 
 class PlainBlock(nn.Module):
@@ -63,16 +69,13 @@ class PlainBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        h = self.norm1(x)
+        normed = self.norm1(x)  # (B, T, WIDTH)
         q, k, v = (
-            layer(h).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            layer(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (B, HEADS, T, WIDTH / HEADS)
             for layer in (self.query, self.key, self.value)
         )
-        x = x + self.out(
-            functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            .transpose(1, 2)
-            .flatten(2),
-        )
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -88,7 +91,7 @@ class PlainModel(nn.Module):
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, TOKEN**3)
 
     def forward(self, volume: Tensor, mask: Tensor) -> Tensor:
-        x = self.embed(volume).flatten(2).transpose(1, 2) + self.position
+        x = self.embed(volume).flatten(2).transpose(1, 2) + self.position  # (B, T, WIDTH)
         start, end = (self.special.weight[i].expand(x.shape[0], 1, -1) for i in (1, 2))
         x = torch.cat([start, x, end], dim=1)
         for block in self.blocks:
@@ -97,17 +100,17 @@ class PlainModel(nn.Module):
 
 
 def host_mask(prefixes: list[int]) -> Tensor:
-    """The dense additive mask of every sample, built on the host in float32."""
+    """Build the dense additive mask of every sample on the host, (B, 1, T, T) float32."""
     index = torch.arange(NUM_TOKENS + 2)
-    masks = [
-        torch.where(index[None, :] <= torch.clamp(index[:, None], min=p), 0.0, float("-inf"))
-        for p in prefixes
-    ]
+    masks = []
+    for prefix in prefixes:
+        last_seen = torch.clamp(index[:, None], min=prefix)
+        masks.append(torch.where(index[None, :] <= last_seen, 0.0, float("-inf")))
     return torch.stack(masks)[:, None]
 
 
 def plain_step(batch: int, device: torch.device, half: bool = False) -> Callable[[Tensor], None]:
-    """The baseline's step on crops (B, 1, Z, Y, X), in float32 or under bf16 autocast."""
+    """Return the baseline's step on crops (B, 1, Z, Y, X), in float32 or under bf16 autocast."""
     torch.manual_seed(0)
     model = PlainModel().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -123,14 +126,10 @@ def plain_step(batch: int, device: torch.device, half: bool = False) -> Callable
             .unfold(4, TOKEN, TOKEN)
             .reshape(batch, NUM_TOKENS, -1)
         )
-        target = (patches - patches.mean(-1, keepdim=True)) / (
-            patches.var(-1, keepdim=True) + 1e-6
-        ).sqrt()
-        weight = (
-            torch.stack([torch.arange(NUM_TOKENS) >= p for p in prefixes])
-            .to(device)[:, :, None]
-            .float()
-        )
+        deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        target = (patches - patches.mean(-1, keepdim=True)) / deviation
+        is_predicted = torch.stack([torch.arange(NUM_TOKENS) >= prefix for prefix in prefixes])
+        weight = is_predicted.to(device)[:, :, None].float()
         loss = ((predicted - target).square() * weight).sum() / (weight.sum() * TOKEN**3)
         optimizer.zero_grad()
         loss.backward()
@@ -165,16 +164,18 @@ def our_plan(batch: int, compiled: bool = True) -> Plan:
 
 
 def our_batch(crops: Tensor) -> Batch:
-    """Crops (B, 1, Z, Y, X) as sequences with random prefixes."""
+    """Return crops (B, 1, Z, Y, X) as sequences with random prefixes."""
     batch = crops.shape[0]
     valid_mask = torch.ones((batch, 1, *crops.shape[2:]), dtype=torch.bool)
     order_index = torch.arange(NUM_TOKENS).expand(batch, -1)
-    return Batch(crops[:, None], valid_mask, order_index, torch.randint(1, NUM_TOKENS, (batch,)))
+    prefix = torch.randint(1, NUM_TOKENS, (batch,))
+    return Batch(crops[:, None], valid_mask, order_index, prefix)
 
 
 def our_step(batch: int, device: torch.device) -> Callable[[Tensor], None]:
-    """Our step as training makes it: compiled and in bf16 on a GPU, with clipping and the
-    loss-spike guard.
+    """Return our step as in training.
+
+    It is compiled and in bf16 on a GPU, and has gradient clipping and the loss-spike guard.
     """
     torch.manual_seed(0)
     plan = our_plan(batch)
@@ -191,8 +192,9 @@ def memory_of(
     batch: int,
     device: torch.device,
 ) -> Line:
-    """Return the MiB that one more sample takes, from the peaks of a batch and of twice that batch
-    on a GPU.
+    """Return the MiB that one more sample takes on a GPU.
+
+    They follow from the peaks of a batch and of twice that batch.
     """
     peaks = []
     for size in (batch, 2 * batch):
@@ -202,18 +204,17 @@ def memory_of(
         peaks.append(peak_bytes(partial(step, crops), [], device))
         del step, crops
         torch.cuda.empty_cache()
-    return {"mib_per_sample": round((peaks[1] - peaks[0]) / batch / 2**20, 1)}
+    bytes_per_sample = (peaks[1] - peaks[0]) / batch
+    return {"mib_per_sample": round(bytes_per_sample / 2**20, 1)}
 
 
 def share_of_peak(batch: int, seconds: float, device: torch.device) -> Line:
     """Return the share of the measured matrix peak that our step reaches on a GPU."""
     objective = build_objective(our_plan(1, compiled=False))
     objective.module.to(device)
+    single = our_batch(torch.randn(1, 1, SIDE, SIDE, SIDE)).to(device)
     with autocast(device):
-        flops = batch * step_flops(
-            objective,
-            our_batch(torch.randn(1, 1, SIDE, SIDE, SIDE)).to(device),
-        )
+        flops = batch * step_flops(objective, single)
     peak = matmul_peak(device)
     return {
         "share_of_peak": round(flops / seconds / peak, 3),
@@ -228,17 +229,55 @@ def finetuning_steps(
     batch: int,
     device: torch.device,
 ) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
-    """What makes ours, stock and stock again: the trainers' own ``train_step`` on equal networks,
-    loss and batch.
+    """Return functions that make our step, the stock step, and the stock step again.
+
+    They are the trainers' own ``train_step`` on equal networks, with equal loss and batch.
     """
-    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
-    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
 
     from nnunet_autoreg.finetune.block import AutoregBlock, Recipe
     from nnunet_autoreg.finetune.families import recipe_values
+    from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
+
+    size = encoder_size(name)
+    encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
+    block = AutoregBlock(encoder, None, Recipe(num_epochs=150, **recipe_values(encoder)))
+    is_deep = block.recipe.deep_supervision
+
+    # One target for each resolution of deep supervision.
+    edges = [patch]
+    if is_deep:
+        edges = [patch >> level for level in range(size.arguments["n_stages"] - 1)]
+    targets = [torch.randint(0, 3, (batch, 1, edge, edge, edge)).float() for edge in edges]
+
+    make = partial(finetuning_step, block, patch, targets, device)
+    stock = nnUNetTrainer if is_deep else nnUNet_Primus_S_Trainer
+    return {
+        "ours": partial(make, AutoregPretrainedTrainer, True),
+        "baseline": partial(make, stock, False),
+        "baseline again": partial(make, stock, False),
+    }
+
+
+def finetuning_step(
+    block: "AutoregBlock",
+    patch: int,
+    targets: list[Tensor],
+    device: torch.device,
+    trainer_class: type,
+    ours: bool,
+) -> Callable[[Tensor], None]:
+    """Return the step of a trainer on a new network.
+
+    Args:
+        targets: label maps (B, 1, Z, Y, X) of every resolution.
+        ours: whether it is our trainer, with its optimiser and rates.
+    """
+    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
     from nnunet_autoreg.finetune.network import build_network
     from nnunet_autoreg.finetune.recipe import (
         IterationRates,
@@ -246,84 +285,73 @@ def finetuning_steps(
         make_schedule,
         parameter_groups,
     )
-    from nnunet_autoreg.trainers.autoreg_trainers import AutoregPretrainedTrainer
 
-    size = encoder_size(name)
-    encoder = EncoderPlan(size.name, size.class_path, size.arguments, size.token_size)
-    block = AutoregBlock(encoder, None, Recipe(num_epochs=150, **recipe_values(encoder)))
-    recipe, is_deep = block.recipe, block.recipe.deep_supervision
-    shapes = (
-        [patch >> level for level in range(size.arguments["n_stages"] - 1)] if is_deep else [patch]
+    recipe = block.recipe
+    rate = recipe.pretrained_rate
+    is_deep = recipe.deep_supervision
+    torch.manual_seed(0)
+    network = build_network(block, (patch,) * 3, 1, 3, deep_supervision=is_deep).to(device)
+
+    loss: nn.Module = DC_and_CE_loss(
+        {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False},
+        {},
+        weight_ce=1,
+        weight_dice=1,
+        dice_class=MemoryEfficientSoftDiceLoss,
     )
-    targets = [torch.randint(0, 3, (batch, 1, edge, edge, edge)).float() for edge in shapes]
-    weights = [0.5**level for level in range(len(shapes) - 1)] + [0.0]
+    if is_deep:
+        weights = [0.5**level for level in range(len(targets) - 1)]
+        loss = DeepSupervisionWrapper(loss, [*weights, 0.0])
 
-    def made(trainer_class: type, ours: bool) -> Callable[[Tensor], None]:
-        torch.manual_seed(0)
-        network = build_network(block, (patch,) * 3, 1, 3, deep_supervision=is_deep).to(device)
-        loss = DC_and_CE_loss(
-            {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False},
-            {},
-            weight_ce=1,
-            weight_dice=1,
-            dice_class=MemoryEfficientSoftDiceLoss,
+    rates = None
+    if ours:
+        optimizer = make_optimizer(parameter_groups(network, recipe), recipe, rate)
+        schedule = make_schedule(recipe, rate, 150, 250, len(targets[0]))
+        rates = IterationRates(optimizer, schedule, 250)
+    else:
+        optimizer = stock_optimizer(network, rate, is_deep)
+
+    uses_float16 = device.type == "cuda" and not (ours and has_bf16(device))
+    trainer = trainer_class.__new__(trainer_class)
+    vars(trainer).update(
+        device=device,
+        network=network,
+        optimizer=optimizer,
+        block=block,
+        has_bf16=has_bf16(device),
+        current_epoch=0,
+        iteration=0,
+        loss=loss,
+        lr_scheduler=rates,
+        grad_scaler=torch.GradScaler("cuda") if uses_float16 else None,
+    )
+    target = targets if is_deep else targets[0]
+    return lambda crops: trainer.train_step({"data": crops, "target": target})
+
+
+def stock_optimizer(network: nn.Module, rate: float, is_deep: bool) -> torch.optim.Optimizer:
+    """Return the optimiser of nnU-Net's own trainer of a CNN, or of a Primus."""
+    if is_deep:
+        return torch.optim.SGD(
+            network.parameters(),
+            rate,
+            weight_decay=3e-5,
+            momentum=0.99,
+            nesterov=True,
         )
-        rate = recipe.pretrained_rate
-        if ours:
-            optimizer = make_optimizer(parameter_groups(network, recipe), recipe, rate)
-        elif is_deep:
-            optimizer = torch.optim.SGD(
-                network.parameters(),
-                rate,
-                weight_decay=3e-5,
-                momentum=0.99,
-                nesterov=True,
-            )
-        else:
-            optimizer = torch.optim.AdamW(
-                network.parameters(),
-                rate,
-                weight_decay=5e-2,
-                betas=(0.9, 0.98),
-                fused=True,
-            )
-        trainer = trainer_class.__new__(trainer_class)
-        vars(trainer).update(
-            device=device,
-            network=network,
-            optimizer=optimizer,
-            block=block,
-            has_bf16=has_bf16(device),
-            current_epoch=0,
-            iteration=0,
-            loss=DeepSupervisionWrapper(loss, weights) if is_deep else loss,
-            lr_scheduler=IterationRates(
-                optimizer,
-                make_schedule(recipe, rate, 150, 250, batch),
-                250,
-            )
-            if ours
-            else None,
-            grad_scaler=torch.GradScaler("cuda")
-            if device.type == "cuda" and not (ours and has_bf16(device))
-            else None,
-        )
-        return lambda crops: trainer.train_step(
-            {"data": crops, "target": targets if is_deep else targets[0]},
-        )
-
-    stock = nnUNetTrainer if is_deep else nnUNet_Primus_S_Trainer
-    return {
-        "ours": partial(made, AutoregPretrainedTrainer, True),
-        "baseline": partial(made, stock, False),
-        "baseline again": partial(made, stock, False),
-    }
+    return torch.optim.AdamW(
+        network.parameters(),
+        rate,
+        weight_decay=5e-2,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
 
 
-def alone(step: Callable[[Tensor], None], crops: Tensor, device: torch.device) -> list[float]:
+def first_steps(step: Callable[[Tensor], None], crops: Tensor, device: torch.device) -> list[float]:
     """Return the seconds of an arm's first steps, the first of which compiles."""
     seconds = []
-    for _ in range(STEPS_ALONE):
+    for _ in range(NUM_FIRST_STEPS):
         start = time.perf_counter()
         step(crops)
         if device.type == "cuda":
@@ -338,8 +366,10 @@ def measure(
     repeats: int,
     device: torch.device,
 ) -> dict[str, list[float]]:
-    """Seconds of each step, one of each in turn, after one warm-up round; every round begins with
-    another, as places are not alike.
+    """Return the seconds of each step, after one warm-up round.
+
+    A round makes one step of each. Every round begins with another one, because a step may depend
+    on the one before it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(repeats + 1):
@@ -369,7 +399,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--encoder",
         default="primus_s",
-        help="of the fine-tuning: primus_s, or a resenc",
+        help="encoder of the fine-tuning: primus_s, or a resenc",
     )
     p.add_argument(
         "--out",
@@ -384,7 +414,7 @@ def arms_of(
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Callable[[], Callable[[Tensor], None]]]:
-    """Return what makes the step of every arm, in the order in which they are built."""
+    """Return functions that make the steps of the arms, in the order in which they are built."""
     if args.what == "finetuning":
         return finetuning_steps(args.encoder, args.patch, args.batch, device)
     arms = {
@@ -398,17 +428,19 @@ def arms_of(
 
 
 def main() -> None:
-    """Measure each arm alone, then all of them interleaved; record a line after each."""
+    """Measure the first steps of each arm, then the steps of all arms interleaved."""
     args = parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    edge = SIDE if args.what == "pretraining" else args.patch
-    crops = torch.randn(args.batch, 1, edge, edge, edge, device=device)
-    encoder = args.encoder if args.what == "finetuning" else None
     on_gpu = device.type == "cuda"
+    is_finetuning = args.what == "finetuning"
+    edge = args.patch if is_finetuning else SIDE
+    crops = torch.randn(args.batch, 1, edge, edge, edge, device=device)
+
+    device_name = f"cpu, {torch.get_num_threads()} threads"
+    if on_gpu:
+        device_name = torch.cuda.get_device_name()
     common: Line = {
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name,
         "commit": commit_of(Path(__file__).parent),
         "versions": {name: version(name) for name in ("torch", "nnunetv2")},
     }
@@ -416,7 +448,7 @@ def main() -> None:
     same: Line = {
         "part": "step",
         "what": args.what,
-        "encoder": encoder,
+        "encoder": args.encoder if is_finetuning else None,
         "batch": args.batch,
         "edge": edge,
     }
@@ -425,32 +457,28 @@ def main() -> None:
     for name, make in arms_of(args, device).items():
         start = time.perf_counter()
         steps[name] = make()
-        built = round(time.perf_counter() - start, 2)
-        recorder.add(
-            {
-                **same,
-                "arm": name,
-                "built_s": built,
-                "first_steps_s": alone(steps[name], crops, device),
-            },
-        )
+        built_s = round(time.perf_counter() - start, 2)
+        first_s = first_steps(steps[name], crops, device)
+        recorder.add({**same, "arm": name, "built_s": built_s, "first_steps_s": first_s})
 
     seconds = measure(steps, crops, args.repeats, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rounded = {}
+    for name, values in seconds.items():
+        rounded[name] = [round(value, 4) for value in values]
+    noise = medians["baseline again"] / medians["baseline"]
     recorder.add(
         {
             **same,
             "repeats": args.repeats,
-            "seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
-            "median_s": {name: round(v, 4) for name, v in medians.items()},
+            "seconds": rounded,
+            "median_s": {name: round(median, 4) for name, median in medians.items()},
             "ours_over_baseline": round(medians["ours"] / medians["baseline"], 3),
-            "baseline_again_over_baseline": round(
-                medians["baseline again"] / medians["baseline"],
-                3,
-            ),
+            "baseline_again_over_baseline": round(noise, 3),
         },
     )
-    if args.what == "pretraining" and on_gpu:
+
+    if not is_finetuning and on_gpu:
         recorder.add({**same, "arm": "ours", **share_of_peak(args.batch, medians["ours"], device)})
         steps.clear()
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
-"""SIGTERM at random moments of one pretraining on large scans: seconds to exit, exit code, lines,
-processes and temporary files that are left.
+"""Send SIGTERM at random moments of one pretraining on large scans.
 
-The same line is typed again after every stop, so that stops fall into indexing, checking,
-preprocessing and training. What is stopped is a fork of this process, which has imported
-everything.
+Measured are the seconds to exit, the exit code, the printed lines, and the processes and temporary
+files that are left. The same line is typed again after every stop, so that stops fall into
+indexing, checking, preprocessing and training. The stopped process is a fork of this process, which
+has imported everything.
 
     python benchmarks/stops.py --stops 20 --finish
 
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ AIM_S = 10.0
 
 
 class StoppedHome(Home):
-    """A run in a session of its own, so that everything that it starts can be found."""
+    """A run in a separate session, so that all processes that it starts can be found."""
 
     def stop_after(self, seconds: float, in_training: bool) -> dict[str, object] | None:
         """Type the line and stop it after a time; None if it ended before.
@@ -62,7 +61,8 @@ class StoppedHome(Home):
         # Helpers of Python end by themselves a moment later.
         time.sleep(1)
 
-        lines = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
+        printed = log.read_bytes()[before:].decode(errors="replace")
+        lines = printed.strip().splitlines()
         own = [line for line in lines if line.startswith("autoreg_pretrain: ")]
         line = own[-1] if own else ""
         return {
@@ -78,16 +78,19 @@ class StoppedHome(Home):
         }
 
     def _wait_for_step(self, pid: int) -> int | None:
-        """Wait until a step is trained; returns the exit code if the process ends before."""
-        metrics = self.folder / "metrics.jsonl"
-        before = metrics.read_bytes() if metrics.is_file() else b""
+        """Wait until a step is trained. Return the exit code if the process ends before."""
+        before = self._metrics()
         code = None
-        while code is None and (metrics.read_bytes() if metrics.is_file() else b"") == before:
+        while code is None and self._metrics() == before:
             code = self._wait(pid, 0.2)
         return code
 
+    def _metrics(self) -> bytes:
+        metrics = self.folder / "metrics.jsonl"
+        return metrics.read_bytes() if metrics.is_file() else b""
+
     def _wait(self, pid: int, seconds: float) -> int | None:
-        """Return the exit code, or None if the process goes on for longer."""
+        """Return the exit code, or None if the process runs for longer."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -108,8 +111,13 @@ def processes_of(session: int) -> list[int]:
         text=True,
         check=True,
     ).stdout
-    rows = [row.split() for row in listed.splitlines()]
-    return [int(pid) for pid, found, state in rows if int(found) == session and state[0] != "Z"]
+    processes = []
+    for row in listed.splitlines():
+        pid, found_session, state = row.split()
+        is_zombie = state.startswith("Z")
+        if int(found_session) == session and not is_zombie:
+            processes.append(int(pid))
+    return processes
 
 
 def write_scans(folder: Path, number: int, side: int, num_spacings: int) -> None:
@@ -131,25 +139,27 @@ def write_scans(folder: Path, number: int, side: int, num_spacings: int) -> None
             small.GetDirection(),
         )
 
-        # An interpolated scan alone would compress too well.
+        # Without noise an interpolated scan would compress too well.
         array_ZYX = SimpleITK.GetArrayFromImage(large)
         array_ZYX *= 2000 / array_ZYX.max()
         noise = np.random.default_rng(index)
         array_ZYX += noise.standard_normal(array_ZYX.shape, dtype=np.float32) * 20
 
         image = SimpleITK.GetImageFromArray(array_ZYX.astype(np.int16))
-        image.SetSpacing([float(0.5 + 0.1 * (index % num_spacings))] * 3)
+        spacing_mm = 0.5 + 0.1 * (index % num_spacings)
+        image.SetSpacing([spacing_mm] * 3)
         ending = "nii" if index % 2 else "nrrd"
         SimpleITK.WriteImage(image, str(folder / f"scan_{index}.{ending}"))
 
 
 def activity(line: str, by_files: str) -> str:
-    """Return what the run was doing: as its last line says, or by its files if it says nothing."""
+    """Return the activity of a run from its last line, or from its files if there is no line."""
     found = re.search(r"while ([^,;:(]+)", line)
     return re.sub(r"\d+", "N", found[1]).strip() if found else by_files
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """Return the arguments."""
     p = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -165,11 +175,15 @@ def main() -> None:
         help="count the moments from the first step that a line trains",
     )
     p.add_argument("--finish", action="store_true", help="let the last run finish at the end")
-    p.add_argument("--spacings", type=int, default=3, help="how many voxel sizes the scans have")
-    p.add_argument("--seed", type=int, default=0, help="of the moments")
+    p.add_argument("--spacings", type=int, default=3, help="number of voxel sizes of the scans")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the moments")
     p.add_argument("--folder", help="where the scans are written (default: a temporary folder)")
-    args = p.parse_args()
+    return p
 
+
+def main() -> None:
+    """Stop runs until there are enough stops, and record them in one line."""
+    args = parser().parse_args()
     import_everything()
     moments = random.Random(args.seed)
     stops: list[dict[str, object]] = []
@@ -181,7 +195,7 @@ def main() -> None:
         while len(stops) < args.stops:
             found = home.stop_after(moments.uniform(0, args.latest), args.in_training)
             if found is None:
-                # Finished before the stop came: the next run begins from the beginning.
+                # The run finished before it was stopped, so that a new run begins.
                 number += 1
                 home = StoppedHome(Path(temporary) / f"run {number}", scans, args.steps)
                 continue
@@ -191,7 +205,10 @@ def main() -> None:
         left = len(home.temporary_files())
 
     seconds = sorted(float(str(stop["exit_s"])) for stop in stops)
-    phases = Counter(str(stop["phase"]) for stop in stops)
+    stops_by_phase: dict[str, list[float]] = {}
+    for stop in stops:
+        exit_s = float(str(stop["exit_s"]))
+        stops_by_phase.setdefault(str(stop["phase"]), []).append(exit_s)
     record = {
         **about(args),
         "benchmark": "stops",
@@ -200,10 +217,7 @@ def main() -> None:
         "cases": f"{args.cases} real scans resampled to {args.side}^3 voxels of 16 bits",
         "load": round(os.getloadavg()[1], 1),
         "num_stops": len(stops),
-        "stops_by_phase": {
-            name: sorted(float(str(stop["exit_s"])) for stop in stops if stop["phase"] == name)
-            for name in phases
-        },
+        "stops_by_phase": {phase: sorted(values) for phase, values in stops_by_phase.items()},
         "stops_after_s": [stop["after_s"] for stop in stops],
         "exit_s": seconds,
         "median_s": seconds[len(seconds) // 2],
@@ -218,9 +232,8 @@ def main() -> None:
     }
     append_json_line(RESULTS.with_name("stops.jsonl"), record)
     print(json.dumps(record, indent=2))
-    is_good = (
-        record["num_code_130"] == len(stops) and seconds[-1] <= AIM_S and not code and not left
-    )
+    is_in_time = seconds[-1] <= AIM_S
+    is_good = record["num_code_130"] == len(stops) and is_in_time and not code and not left
     sys.exit(0 if is_good else 1)
 
 

@@ -39,7 +39,7 @@ import numpy as np
 from nnunet_autoreg.corpus.find import find_scans
 from nnunet_autoreg.corpus.index import index_scans
 from nnunet_autoreg.corpus.rows import ScanRow
-from nnunet_autoreg.geometry import Size, Spacing, volume
+from nnunet_autoreg.geometry import Size, Spacing, as_size, volume
 from nnunet_autoreg.plan import IntensityWindow
 from nnunet_autoreg.store import case as store_case
 from nnunet_autoreg.store.case import StoredCase
@@ -75,17 +75,19 @@ PREPROCESSING_SETS = (
 
 
 def rows_of(dataset: str, num: int) -> list[ScanRow]:
-    """The first usable scans of a dataset of nnUNet_raw."""
-    candidates = [c for c in find_scans([dataset], []) if not c.status][:num]
-    return list(index_scans(candidates, set(), 1).usable)
+    """Return the first usable scans of a dataset of nnUNet_raw."""
+    candidates = [candidate for candidate in find_scans([dataset], []) if not candidate.status]
+    index = index_scans(candidates[:num], set(), 1)
+    return list(index.usable)
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """(CPU seconds of this process and of children that ended meanwhile, wall seconds)."""
+    """Return CPU seconds of this process and of children that ended meanwhile, and wall seconds."""
 
     def cpu() -> float:
-        uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(use.ru_utime + use.ru_stime for use in uses)
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        of_children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return own.ru_utime + own.ru_stime + of_children.ru_utime + of_children.ru_stime
 
     start, start_cpu = time.perf_counter(), cpu()
     work()
@@ -97,30 +99,38 @@ def interleaved(
     repeats: int,
     warm_up: bool,
 ) -> dict[str, dict[str, list[float]]]:
-    """Every way once per round, in turning order; one round before, not counted, if ``warm_up``."""
-    seconds: dict[str, dict[str, list[float]]] = {
-        name: {"cpu_s": [], "wall_s": []} for name in ways
-    }
+    """Measure every way once per round. Each round begins with another way.
+
+    Args:
+        warm_up: do one more round before, which is not counted.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for name in ways:
+        seconds[name] = {"cpu_s": [], "wall_s": []}
+
     names = list(ways)
     for number in range(-int(warm_up), repeats):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            spent = timed(ways[name])
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            cpu_s, wall_s = timed(ways[name])
             if number >= 0:
-                for key, value in zip(("cpu_s", "wall_s"), spent, strict=True):
-                    seconds[name][key].append(value)
+                seconds[name]["cpu_s"].append(cpu_s)
+                seconds[name]["wall_s"].append(wall_s)
     return seconds
 
 
 def write_line(line: dict[str, Any], seconds: dict[str, dict[str, list[float]]], per: int) -> None:
     """Append and print a result; ``per`` is the number of crops or cases that a round handles."""
-    medians = {
-        name: {key: statistics.median(values) / per for key, values in kinds.items()}
-        for name, kinds in seconds.items()
-    }
-    spread = {
-        name: [round(f(kinds["cpu_s"]) / per, 6) for f in (min, max)]
-        for name, kinds in seconds.items()
-    }
+    medians: dict[str, dict[str, float]] = {}
+    spread = {}
+    cpu_of: dict[str, float] = {}
+    for name, kinds in seconds.items():
+        cpu_of[name] = statistics.median(kinds["cpu_s"]) / per
+        wall_s = statistics.median(kinds["wall_s"]) / per
+        medians[name] = {"cpu_s": round(cpu_of[name], 6), "wall_s": round(wall_s, 6)}
+        fastest, slowest = min(kinds["cpu_s"]), max(kinds["cpu_s"])
+        spread[name] = [round(fastest / per, 6), round(slowest / per, 6)]
+
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent,
@@ -131,11 +141,9 @@ def write_line(line: dict[str, Any], seconds: dict[str, dict[str, list[float]]],
     line = {
         **line,
         "per_round": per,
-        "median_s_each": {
-            n: {k: round(v, 6) for k, v in kinds.items()} for n, kinds in medians.items()
-        },
+        "median_s_each": medians,
         "cpu_s_each_min_max": spread,
-        "ours_over_baseline_cpu": round(medians["ours"]["cpu_s"] / medians["baseline"]["cpu_s"], 3),
+        "ours_over_baseline_cpu": round(cpu_of["ours"] / cpu_of["baseline"], 3),
         "cores": os.cpu_count(),
         "shared_machine": True,
         "commit": commit.stdout.strip(),
@@ -149,7 +157,7 @@ def write_line(line: dict[str, Any], seconds: dict[str, dict[str, list[float]]],
 
 
 def bench_crops(repeats: int, num_crops: int) -> None:
-    """Crops per second and core, set by set."""
+    """Measure crops per second and core, set by set."""
     for name, dataset, num, spacing, crop in CROP_SETS:
         with tempfile.TemporaryDirectory() as folder:
             rows = rows_of(dataset, num)
@@ -163,18 +171,14 @@ def bench_crops(repeats: int, num_crops: int) -> None:
             for n, start, size in draws:
                 block, chunk = layout_of(cases[n].shape_vox)
                 touched += blocks_touched(start, size, block, chunk) * volume(block)
-            sizes = {
-                who: sum(
-                    p.stat().st_size
-                    for p in (Path(folder) / who).rglob("*.b2nd")
-                    if "_seg" not in p.name
-                )
-                for who in ("ours", "theirs")
-            }
-            per_s = {
-                way: round(num_crops / statistics.median(kinds["cpu_s"]))
-                for way, kinds in seconds.items()
-            }
+            sizes = {}
+            for format_name in ("ours", "theirs"):
+                files = (Path(folder) / format_name).rglob("*.b2nd")
+                images = [file for file in files if "_seg" not in file.name]
+                sizes[format_name] = sum(file.stat().st_size for file in images)
+            per_s = {}
+            for way, kinds in seconds.items():
+                per_s[way] = round(num_crops / statistics.median(kinds["cpu_s"]))
             write_line(
                 {
                     "what": "crops",
@@ -193,8 +197,9 @@ def bench_crops(repeats: int, num_crops: int) -> None:
 
 
 def save_as_nnunet(folder: Path, cases: list[StoredCase], crop: Size) -> Any:
-    """The same arrays in nnU-Net's format, as its preprocessor lays them out for this patch size,
-    with empty label maps.
+    """Write the same arrays in nnU-Net's format, with empty label maps.
+
+    The layout is that of nnU-Net's preprocessor for this patch size.
     """
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
@@ -216,17 +221,18 @@ def save_as_nnunet(folder: Path, cases: list[StoredCase], crop: Size) -> Any:
 
 
 def draw_crops(cases: list[StoredCase], crop: Size, num: int) -> list[tuple[int, Size, Size]]:
-    """(case, start, size), uniform over cases and places, clipped to the case."""
-    generator, draws = np.random.default_rng(0), []
+    """Draw (case, start, size) uniformly over cases and positions, clipped to the case."""
+    generator = np.random.default_rng(0)
+    draws = []
     for _ in range(num):
         n = int(generator.integers(len(cases)))
-        size = tuple(min(a, b) for a, b in zip(crop, cases[n].shape_vox, strict=True))
-        start = tuple(
-            int(generator.integers(b - a + 1))
-            for a, b in zip(size, cases[n].shape_vox, strict=True)
-        )
-        draws.append((n, start, size))
-    return draws  # type: ignore[return-value]
+        start, size = [], []
+        for wanted, extent in zip(crop, cases[n].shape_vox, strict=True):
+            side = min(wanted, extent)
+            size.append(side)
+            start.append(int(generator.integers(extent - side + 1)))
+        draws.append((n, as_size(start), as_size(size)))
+    return draws
 
 
 def crop_ways(
@@ -234,12 +240,12 @@ def crop_ways(
     theirs: Any,
     draws: list[tuple[int, Size, Size]],
 ) -> dict[str, Callable[[], object]]:
-    """The readings to compare; they must give the same voxels."""
+    """Return the readings to compare; they must give the same voxels."""
     opened = [theirs.load_case(str(n))[0] for n in range(len(cases))]
 
     def part(array: Any, start: Size, size: Size) -> Any:
-        z, y, x = (slice(a, a + n) for a, n in zip(start, size, strict=True))
-        return np.asarray(array[:, z, y, x])
+        (z, y, x), (depth, height, width) = start, size
+        return np.asarray(array[:, z : z + depth, y : y + height, x : x + width])
 
     def ours() -> None:
         for n, start, size in draws:
@@ -270,7 +276,7 @@ def crop_ways(
 
 
 def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
-    """Seconds per case of the commands and of the functions behind them, on one core."""
+    """Measure the seconds per case of the commands, and of their functions, on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     for number, dataset, num in (entry for entry in PREPROCESSING_SETS if entry[0] in chosen):
         with tempfile.TemporaryDirectory() as folder:
@@ -287,19 +293,8 @@ def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
                 assert done.returncode == 0, done.stderr[-2000:]
 
             run("nnUNetv2_plan_and_preprocess", "-d", number, "--no_pp", "-npfp", "1")
-            ours = (
-                "autoreg_pretrain",
-                "-d",
-                number,
-                "--name",
-                "x",
-                "--steps",
-                "1",
-                "--batch",
-                "1",
-                "--device",
-                "cpu",
-            )
+            length = ("--steps", "1", "--batch", "1")
+            ours = ("autoreg_pretrain", "-d", number, "--name", "x", *length, "--device", "cpu")
             run(*ours, "--dry-run")
             made = Path(environment["nnUNet_preprocessed"])
 
@@ -331,8 +326,10 @@ def bench_preprocessing(repeats: int, chosen: list[str]) -> None:
 
 
 def link_subset(folder: Path, dataset: str, num: int) -> dict[str, str]:
-    """nnU-Net folders with links to the first cases of a raw dataset; returns the environment that
-    names them.
+    """Make nnU-Net's folders with links to the first cases of a raw dataset.
+
+    Returns:
+        the environment that names these folders.
     """
     source = Path(os.environ["nnUNet_raw"]) / dataset  # noqa: SIM112
     target = folder / "raw" / dataset
@@ -365,8 +362,9 @@ def function_ways(
     made: Path,
     folder: Path,
 ) -> dict[str, Callable[[], object]]:
-    """Preprocessing and writing one scan after the other in this process, without label maps: ours
-    and nnU-Net's.
+    """Return our and nnU-Net's functions that preprocess and write scans, without label maps.
+
+    They handle one scan after the other in this process.
     """
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
