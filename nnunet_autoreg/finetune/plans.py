@@ -128,8 +128,8 @@ def make_block(
     reasons = {
         "weights": choice.reason,
         "encoder": encoder_reason,
-        "recipe.num_epochs": f"{task.num_cases} labelled cases: {EPOCHS_FEW} epochs up to "
-        f"{FEW_CASES}, else {EPOCHS_MANY}",
+        "recipe.num_epochs": f"{task.num_cases} labelled cases: {EPOCHS_FEW} epochs for up to "
+        f"{FEW_CASES} cases, {EPOCHS_MANY} for more",
         "recipe.pretrained_rate": rate_reason(encoder),
     }
     recipe = Recipe(num_epochs=num_epochs, **recipe_values(encoder))

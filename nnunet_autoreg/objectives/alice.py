@@ -10,9 +10,12 @@ train the student:
 - reconstruction of the hidden voxels.
 
 The teacher is a running mean of the student. Its scores are centred and sharpened, which keeps it
-from giving all images the same answer or every answer equally often. Pairs are those that semantic
-sequences find: no foreign network matches them. A batch whose sequences have one image is trained
-too: it is then compared with itself.
+from giving all images the same answer or every answer equally often. The paper finds pairs by a
+network that was trained elsewhere; here semantic sequences give them. A batch whose sequences have
+one image is trained too: each image is then compared with itself.
+
+"Classes" and "patches" are named after the heads of DINO: scores of prototypes for a whole volume
+and for one token.
 
 Shape suffixes: as in ``alice_networks`` and ``alice_crops``.
 """
@@ -49,7 +52,7 @@ from nnunet_autoreg.sampling.sampler import SequenceSampler
 
 WARM_SHARE = 0.1
 """Share of the run in which the teacher's temperature rises."""
-LEAST_SHARED, MOST_SHARED = 0.02, 0.999
+MIN_PROTOTYPE_ENTROPY, MAX_TOKEN_ENTROPY = 0.02, 0.999
 """Entropy of the prototypes, as a share of the largest possible: below the first limit all tokens
 get the same one, and above the second every token gets all of them alike."""
 
@@ -261,7 +264,7 @@ class Alice(Objective):
             mean_O = message[:-1] / message[-1].clamp(min=1)
             centre_O.lerp_(mean_O.to(centre_O.dtype), 1 - settings.centre_momentum)
 
-        # A cold teacher would be sure of its answers before they mean anything.
+        # As in DINO, the teacher's temperature rises in the first part of a run.
         start, end = settings.teacher_temperature
         share_warm = min(1.0, share_done / WARM_SHARE)
         state.temperature.fill_(start + (end - start) * share_warm)
@@ -295,15 +298,15 @@ class Alice(Objective):
         shared, _ = health["prototype_entropy"]
         each, _ = health["teacher_entropy_patches"]
         # Written so that NaN is a sign of collapse as well.
-        if not shared >= LEAST_SHARED:
+        if not shared >= MIN_PROTOTYPE_ENTROPY:
             signs.append(
                 f"the teacher gives all tokens the same prototype (entropy {shared:.2g} of the "
-                f"largest, limit {LEAST_SHARED:g})",
+                f"largest, limit {MIN_PROTOTYPE_ENTROPY:g})",
             )
-        if each > MOST_SHARED:
+        if each > MAX_TOKEN_ENTROPY:
             signs.append(
                 f"the teacher gives every token all prototypes alike (entropy {each:.4f} of the "
-                f"largest, limit {MOST_SHARED:g})",
+                f"largest, limit {MAX_TOKEN_ENTROPY:g})",
             )
         return signs
 

@@ -258,7 +258,11 @@ class Objective:
         return []
 
     def transferable_state(self) -> dict[str, Tensor]:
-        """Return the encoder's weights under the downstream network's keys."""
+        """Return the weights that fine-tuning loads, under the downstream network's keys.
+
+        These are those of the encoder and, if the objective trains one for it, of the decoder. All
+        processes call this together, because sharded weights are gathered.
+        """
         raise NotImplementedError
 
     def adaptation(self) -> Adaptation:

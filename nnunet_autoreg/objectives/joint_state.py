@@ -20,9 +20,12 @@ from nnunet_autoreg.sampling.sample import Batch
 
 MOMENTUM = 0.9
 """Of the running means and deviations."""
-LEAST_DEVIATION, LEAST_LENGTH = 1e-3, 1.0
-"""Smaller deviations, as a share of the mean, are taken as this. Shorter embeddings than the second
-stay short: rounding of projections that are all alike is not blown up, and shows as a collapse."""
+LEAST_DEVIATION = 1e-3
+"""Least deviation by which embeddings are divided, as a share of their typical mean. The typical
+mean is taken as at least this."""
+LEAST_LENGTH = 1.0
+"""Embeddings that are shorter are not made longer. If all projections are alike, what is left of
+them is rounding: it then stays small, and shows as a collapse."""
 MOST_BALANCED = 8192
 """Embeddings of the bank by which clusters are balanced after a step, evenly spread over it."""
 
@@ -31,7 +34,7 @@ class JointState(nn.Module):
     """What training changes without gradients.
 
     These are banks of embeddings, whose rows belong to cases by their number among all cases of the
-    run; running means and deviations by which embeddings are standardised, one row each for
+    run (with more cases than rows, several cases share a row); running means and deviations by which embeddings are standardised, one row each for
     ``SLABS``, ``IMAGES`` and ``VOLUMES``; and the balance of the clusters.
 
     Attributes:
@@ -84,7 +87,7 @@ class JointState(nn.Module):
         self.volume_share.fill_(self.phase_in)
 
     def standardised(self, projected_D: Tensor, kind: int) -> Tensor:
-        """Return embeddings (..., D) of length 1, after the mean of their kind was taken away.
+        """Return embeddings (..., D) of length at most 1, without the mean of their kind.
 
         A mean that all have in common would grow until all embeddings are alike. SwAV's head has a
         batch norm against that. Running statistics do the same, and do not depend on the batch.

@@ -515,14 +515,15 @@ class Checkpoints:
                 f"stopped after step {step}; the state is saved: type the same line again to "
                 "continue"
             )
-        kept = (
-            f"the checkpoint of step {self.saved_step} is kept"
-            if self.saved_step
-            else "there was no checkpoint yet"
-        )
+        stopped = f"stopped after step {step}, because what follows takes too long to finish"
+        if not self.saved_step:
+            return (
+                f"{stopped}; there was no checkpoint yet: type the same line again to begin the "
+                "training again"
+            )
         return (
-            f"stopped in step {step + 1}, which takes too long to finish; {kept}: type the same "
-            "line again to continue from there"
+            f"{stopped}; the checkpoint of step {self.saved_step} is kept: type the same line again "
+            "to continue from there"
         )
 
 

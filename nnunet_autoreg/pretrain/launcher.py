@@ -141,8 +141,9 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
     Args:
         main: the command, which finds its arguments in ``sys.argv``.
     """
-    from torch import multiprocessing as torch_processes
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+    from torch.multiprocessing.spawn import start_processes
 
     # torch warns of every process that it ends.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -158,7 +159,7 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
     arguments = (environ, lines, main, list(argv))
     with interruption_held_back():
         # CUDA does not survive a fork.
-        context = torch_processes.start_processes(  # type: ignore[no-untyped-call]
+        context = start_processes(  # type: ignore[no-untyped-call]
             begin_process,
             arguments,
             size,
@@ -177,11 +178,11 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
             while not context.join():
                 pass
             return 0
-        except torch_processes.ProcessRaisedException as error:
+        except ProcessRaisedException as error:
             # A bug, which keeps its traceback.
             print(error, file=sys.stderr, flush=True)
             return 1
-        except torch_processes.ProcessExitedException as error:
+        except ProcessExitedException as error:
             rank, code = error.error_index, error.exit_code
 
     # After a stop, an error is only a consequence of it. Otherwise, what the main process says

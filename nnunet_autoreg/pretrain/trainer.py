@@ -111,7 +111,8 @@ class Trainer:
             )
         self.validation_batches = [batch for batches in by_kind.values() for batch in batches]
 
-        # Before the step is set up, which from then on adds up every gradient over all processes.
+        # Measured before the step is set up: afterwards, every backward pass communicates with the
+        # other processes.
         has_sample = bool(self.validation_batches) and not self.is_sharded
         sample = self.validation_batches[0] if has_sample else None
         self.throughput = measure_throughput(plan, objective, device, sample, world.size)
@@ -166,7 +167,7 @@ class Trainer:
             dead_workers_in_one_line(),
             closing(loaded) as prepared,
         ):
-            clock = time.monotonic()
+            timer = StepTimer(start)
             for step, batch in zip(steps, self.data_wait.timed(prepared), strict=True):
                 loss, norm = self.train_step(step, batch)
                 self.progress.step = step + 1
@@ -174,11 +175,11 @@ class Trainer:
 
                 if self._is_due(self.plan.run.log_every):
                     self._check_bad_steps(step, metrics)
-                    error = float(loss)  # waits for the device
-                    elapsed = time.monotonic() - clock
-                    self._log_step(metrics, step, error, float(norm), elapsed)
-                    self._show_progress(bar, doing, error, elapsed)
-                    clock = time.monotonic()
+                    loss_value = float(loss)  # waits for the device
+                    elapsed, seconds = timer.read(step + 1)
+                    self._log_step(metrics, step, loss_value, float(norm), elapsed, seconds)
+                    self._show_progress(bar, doing, loss_value, seconds)
+                    timer.begin(step + 1)
 
                 # Validation and checkpoints do not count as time of a step.
                 paused = time.monotonic()
@@ -197,7 +198,7 @@ class Trainer:
                     else:
                         self._draw_report(metrics)
                 pause = time.monotonic() - paused
-                clock += pause
+                timer.exclude(pause)
                 bar.exclude(pause)
 
                 if stopping:
@@ -218,8 +219,9 @@ class Trainer:
         """
         self.checkpoints.require_folder()
         try:
-            # Drawing may take longer than a stop may, and the next checkpoint draws again. In a row
-            # of bad steps no checkpoint was made, and the state is saved before the run ends.
+            # Drawing may take longer than a stopped process may live, and the next checkpoint draws
+            # again. In a row of bad steps no checkpoint was made, and the state is saved before the
+            # run ends.
             is_saved = self.checkpoints.saved_step == self.progress.step
             with phase("drawing the report"), stops_raised() if is_saved else nullcontext():
                 if self.world.is_main:
@@ -227,7 +229,8 @@ class Trainer:
                 self.after_checkpoint()
             self.world.wait()
         except (InterruptedRunError, RuntimeError) as error:
-            # A process that hears of a stop first leaves the drawing, and the others lose it.
+            # The first process that notices a stop leaves the drawing, and the others lose the
+            # connection to it.
             if not stop_requested():
                 raise
             raise InterruptedRunError(self.checkpoints.line_if_forced()) from error
@@ -243,43 +246,43 @@ class Trainer:
             return NoMetrics(path)
         return MetricsFile(path, start, open_sinks(self.folder, self.plan.name, start))
 
-    def _show_progress(self, bar: ProgressBar, doing: Phase, error: float, elapsed: float) -> None:
-        """Show how far training is on the bar, and where a command says what it is doing.
+    def _show_progress(self, bar: ProgressBar, doing: Phase, loss: float, seconds: float) -> None:
+        """Show how far training is, on the bar and in the text of the current phase.
 
         Args:
-            error: loss of this step.
-            elapsed: seconds since the last log entry.
+            loss: loss of this step.
+            seconds: time of a step.
         """
-        seconds = elapsed / self.plan.run.log_every
         throughput = self.throughput.metrics(seconds)
-        bar.set_postfix_str(postfix(error, throughput))
+        bar.set_postfix_str(postfix(loss, throughput))
 
         step, num_steps = self.progress.step, self.plan.optim.num_steps
         left = duration(seconds * (num_steps - step))
-        doing.progress = f"step {step:,} of {num_steps:,}, error {error:.3f}, about {left} left"
+        doing.progress = f"step {step:,} of {num_steps:,}, loss {loss:.3f}, about {left} left"
 
     def _log_step(
         self,
         metrics: MetricsFile,
         step: int,
-        error: float,
+        loss: float,
         norm: float,
         elapsed: float,
+        seconds: float,
     ) -> None:
-        """Write what the newest steps have shown, and warn once if they wait long for data.
+        """Write the metrics of the newest steps, and warn once if they wait long for data.
 
         Args:
-            error, norm: loss and norm of the gradient of this step.
+            loss, norm: loss and norm of the gradient of this step.
             elapsed: seconds since the last log entry.
+            seconds: mean time of the steps since then.
         """
         self.checkpoints.require_folder()
         # JSON has no NaN. Steps that are skipped for it are counted in metrics of their own.
-        if math.isfinite(error) and math.isfinite(norm):
-            self._log_error(metrics, step, error)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._log_error(metrics, step, loss)
             metrics.log(step, "gradient_norm", norm, "1")
         metrics.log(step, "lr", learning_rate(self.plan.optim, step), "1")
 
-        seconds = elapsed / self.plan.run.log_every
         metrics.log(step, "step_time", seconds, "s")
         for name, (value, unit) in self.throughput.metrics(seconds).items():
             metrics.log(step, name, value, unit)
@@ -320,7 +323,7 @@ class Trainer:
 
 
 def validation_batch_size(plan: Plan) -> int:
-    """Return a power of two.
+    """Return the batch size of validation: a power of two, which divides the number of samples.
 
     The same samples are then used for validation, regardless of the memory and the number of
     processes.
@@ -328,6 +331,32 @@ def validation_batch_size(plan: Plan) -> int:
     micro_batch_size = plan.optim.micro_batch_size or plan.optim.batch_size
     size = min(micro_batch_size, plan.optim.batch_size, NUM_VALIDATION_SAMPLES)
     return 1 << int(math.log2(size))
+
+
+class StepTimer:
+    """Measures the time of the steps between two log entries.
+
+    Args:
+        num_done: steps that are done when the measurement begins.
+    """
+
+    def __init__(self, num_done: int):
+        self.begin(num_done)
+
+    def begin(self, num_done: int) -> None:
+        """Begin the next measurement."""
+        self.num_done = num_done
+        self.start = time.monotonic()
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out a pause that has just ended."""
+        self.start += seconds
+
+    def read(self, num_done: int) -> tuple[float, float]:
+        """Return the seconds since the measurement began, and their mean over the steps since."""
+        elapsed = time.monotonic() - self.start
+        # Fewer steps than usual were done after a resume, and before the last entry of a run.
+        return elapsed, elapsed / (num_done - self.num_done)
 
 
 @dataclass(frozen=True)

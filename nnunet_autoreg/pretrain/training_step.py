@@ -515,11 +515,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return used / GIB if sys.platform == "darwin" else used * 1024 / GIB
 
 
-def postfix(error: float, values: dict[str, tuple[float, str]]) -> str:
+def postfix(loss: float, values: dict[str, tuple[float, str]]) -> str:
     """Return the text behind the progress bar, which shows the step and the time left itself."""
     tokens_per_second, _ = values["tokens_per_second"]
     memory_gib, _ = values["peak_memory"]
-    parts = [f"error {error:.3f}", f"{amount(tokens_per_second)} tokens/s"]
+    parts = [f"loss {loss:.3f}", f"{amount(tokens_per_second)} tokens/s"]
 
     if "share_of_peak" in values:
         share, _ = values["share_of_peak"]

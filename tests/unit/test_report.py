@@ -822,7 +822,7 @@ def test_throughput_knows_no_share_of_a_peak_that_was_not_measured(objective, ba
         },
     )
 
-    assert shown == "error 0.512, 120,000 tokens/s, 50 % of peak, 1.3 GiB"
+    assert shown == "loss 0.512, 120,000 tokens/s, 50 % of peak, 1.3 GiB"
 
 
 def test_a_report_that_fails_is_logged_and_the_one_before_stays(run_folder, caplog):
