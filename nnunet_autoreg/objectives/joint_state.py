@@ -34,8 +34,9 @@ class JointState(nn.Module):
     """What training changes without gradients.
 
     These are banks of embeddings, whose rows belong to cases by their number among all cases of the
-    run (with more cases than rows, several cases share a row); running means and deviations by which embeddings are standardised, one row each for
-    ``SLABS``, ``IMAGES`` and ``VOLUMES``; and the balance of the clusters.
+    run (with more cases than rows, several cases share a row); running means and deviations by
+    which embeddings are standardised, one row each for ``SLABS``, ``IMAGES`` and ``VOLUMES``; and
+    the balance of the clusters.
 
     Attributes:
         phase_in: share of their weights with which volumes and hidden slabs count, 0 to 1. It

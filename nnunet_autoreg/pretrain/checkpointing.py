@@ -522,8 +522,8 @@ class Checkpoints:
                 "training again"
             )
         return (
-            f"{stopped}; the checkpoint of step {self.saved_step} is kept: type the same line again "
-            "to continue from there"
+            f"{stopped}; the checkpoint of step {self.saved_step} is kept: type the same line "
+            "again to continue from there"
         )
 
 

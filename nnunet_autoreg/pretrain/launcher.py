@@ -142,8 +142,11 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
         main: the command, which finds its arguments in ``sys.argv``.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
-    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
-    from torch.multiprocessing.spawn import start_processes
+    from torch.multiprocessing.spawn import (
+        ProcessExitedException,
+        ProcessRaisedException,
+        start_processes,
+    )
 
     # torch warns of every process that it ends.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -156,12 +159,11 @@ def launch_processes(main: Callable[[], int], argv: Sequence[str], size: int) ->
         "LOCAL_WORLD_SIZE": str(size),
     }
     lines: Any = multiprocessing.get_context("spawn").SimpleQueue()
-    arguments = (environ, lines, main, list(argv))
     with interruption_held_back():
         # CUDA does not survive a fork.
         context = start_processes(  # type: ignore[no-untyped-call]
             begin_process,
-            arguments,
+            (environ, lines, main, list(argv)),
             size,
             join=False,
             start_method="spawn",

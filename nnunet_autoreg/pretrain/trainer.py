@@ -167,7 +167,7 @@ class Trainer:
             dead_workers_in_one_line(),
             closing(loaded) as prepared,
         ):
-            timer = StepTimer(start)
+            clock = StepClock(start)
             for step, batch in zip(steps, self.data_wait.timed(prepared), strict=True):
                 loss, norm = self.train_step(step, batch)
                 self.progress.step = step + 1
@@ -176,10 +176,10 @@ class Trainer:
                 if self._is_due(self.plan.run.log_every):
                     self._check_bad_steps(step, metrics)
                     loss_value = float(loss)  # waits for the device
-                    elapsed, seconds = timer.read(step + 1)
+                    elapsed, seconds = clock.read(step + 1)
                     self._log_step(metrics, step, loss_value, float(norm), elapsed, seconds)
                     self._show_progress(bar, doing, loss_value, seconds)
-                    timer.begin(step + 1)
+                    clock.begin(step + 1)
 
                 # Validation and checkpoints do not count as time of a step.
                 paused = time.monotonic()
@@ -198,7 +198,7 @@ class Trainer:
                     else:
                         self._draw_report(metrics)
                 pause = time.monotonic() - paused
-                timer.exclude(pause)
+                clock.exclude(pause)
                 bar.exclude(pause)
 
                 if stopping:
@@ -333,7 +333,7 @@ def validation_batch_size(plan: Plan) -> int:
     return 1 << int(math.log2(size))
 
 
-class StepTimer:
+class StepClock:
     """Measures the time of the steps between two log entries.
 
     Args:
