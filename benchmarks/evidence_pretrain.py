@@ -214,15 +214,23 @@ def pretrain(
 
     sample = batches[0]
     assert isinstance(sample, Batch), "the first batch was drawn before"
-    costs = {
-        "flops_per_step": flops_per_step(plan, train_step, sample, device),
-        **spent,
-        "skipped_steps": train_step.guard.statistics().skipped,
-        "loss": notes["curve"],
-        "parameters": sum(tensor.numel() for tensor in objective.module.parameters()),
-    }
+    costs = {**_costs(plan, train_step, sample, device), **spent, "loss": notes["curve"]}
     results.append({**identity, **_sizes(plan, data), **costs, **circumstances(device)})
     return True
+
+
+def _costs(
+    plan: Plan,
+    train_step: TrainingStep,
+    sample: Batch,
+    device: torch.device,
+) -> dict[str, Any]:
+    parameters = train_step.module.parameters()
+    return {
+        "flops_per_step": flops_per_step(plan, train_step, sample, device),
+        "skipped_steps": train_step.guard.statistics().skipped,
+        "parameters": sum(tensor.numel() for tensor in parameters),
+    }
 
 
 def _new_or_restored(

@@ -43,7 +43,7 @@ def check(plan: Plan) -> Plan:
     Raises:
         PlanError: a value is impossible or ill-posed; the message says what to set instead.
     """
-    _check_names(plan)
+    check_names(plan)
     _check_encoder(plan.encoder)
     _check_numbers(plan)
     _check_blocks(plan)
@@ -112,8 +112,12 @@ def _check_variety(plan: Plan) -> None:
         )
 
 
-def _check_names(plan: Plan) -> None:
-    """Refuse unknown names, and an order that the predictor cannot learn."""
+def check_names(plan: Plan) -> None:
+    """Refuse unknown names, and an order that the predictor cannot learn.
+
+    Raises:
+        PlanError: the message says what to set instead.
+    """
     s = plan.sequence
     named = {
         "sequence.order": (s.order, ORDERS),

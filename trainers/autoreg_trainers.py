@@ -356,8 +356,8 @@ class AutoregPretrainedTrainer(_AutoregTrainer):
 class AutoregScratchTrainer(_AutoregTrainer):
     """Train the same network from random weights.
 
-    Plan, length, augmentation and steps are the same; only the learning rate is the best one for
-    training from scratch.
+    Plan, length, augmentation and steps are the same. Only the learning rate is the best one for
+    training from scratch, and there is no stage in which only the decoder is trained.
     """
 
     uses_weights = False

@@ -41,15 +41,20 @@ def pretraining_cost(folder: Path) -> Cost | None:
         log.warning("the FLOPs of '%s' could not be counted (%s)", folder.name, reason)
 
     step_times = []
+    steps_timed = []
+    num_done = 0
     for line in read_lines(folder / "metrics.jsonl"):
         is_number = isinstance(line["value"], int | float)
         if line["name"] == "step_time" and is_number:
+            # Each entry is the mean over the steps since the one before.
             step_times.append(float(line["value"]))
+            steps_timed.append(int(line["step"]) + 1 - num_done)
+            num_done = int(line["step"]) + 1
 
-    # Not every step is logged, so the mean of those that are is multiplied by their number.
     seconds = None
     if step_times:
-        seconds = round(statistics.fmean(step_times) * plan.optim.num_steps, 1)
+        mean_s = statistics.fmean(step_times, weights=steps_timed)
+        seconds = round(mean_s * plan.optim.num_steps, 1)
     return Cost(flops, num_samples, seconds)
 
 

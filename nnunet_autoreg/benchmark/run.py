@@ -76,7 +76,7 @@ def worker(folder: Path, environment: Mapping[str, str]) -> int:
 def epochs_of(steps: int) -> tuple[int, int]:
     """Return the number of epochs and of steps in each, together at most ``steps``.
 
-    These are about 40 epochs of 25 to 250 steps.
+    An epoch has a fortieth of the steps, at least 25 and at most 250.
     """
     # Every epoch ends with validation patches, which must neither be rare nor cost much.
     least = min(steps, FEWEST_PER_EPOCH)

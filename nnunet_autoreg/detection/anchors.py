@@ -116,11 +116,11 @@ def plan_anchors(
     _warn_about_unreachable(unreachable, strides[0])
 
     # The plan is a file that people read.
-    rounded = [as_spacing([round(float(v), 3) for v in shape]) for shape in shapes]
+    rounded = np.round(np.asarray(shapes, dtype=np.float64), 3).tolist()
     return AnchorPlan(
         stages=tuple(stages),
         strides_vox=tuple(as_size(stride) for stride in strides),
-        shapes_vox=tuple(rounded),
+        shapes_vox=tuple(as_spacing(shape) for shape in rounded),
         mean_iou=round(mean_iou, 4),
         unreachable=unreachable,
     )

@@ -37,6 +37,7 @@ from nnunet_autoreg.model.sizes import ENCODERS
 from nnunet_autoreg.nnunet_api import dataset_number
 from nnunet_autoreg.objective_kinds import objective_kinds, presets, with_objective
 from nnunet_autoreg.plan import DEFAULT_OBJECTIVE, KINDS, Plan, literal, override
+from nnunet_autoreg.plan_check import check_names
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.records import (
@@ -199,7 +200,8 @@ def check_inputs(request: Request, card: EncoderCard | None = None) -> None:
         card: card of the weights that ``--init`` names.
 
     Raises:
-        UsageError: a path does not exist, or a setting is unknown or mistyped.
+        UsageError: a path does not exist.
+        PlanError: a setting is unknown, mistyped, or has an unknown name as its value.
     """
     parse_kinds(request.sequences)
     check_paths(request)
@@ -224,7 +226,7 @@ def check_inputs(request: Request, card: EncoderCard | None = None) -> None:
                 {},
                 lambda *_: (0.0, 0.0),
             )
-            override(with_presets(plan, request), list(request.settings))
+            check_names(override(with_presets(plan, request), list(request.settings)))
             return
         except PlanError as error:
             errors.append(error)

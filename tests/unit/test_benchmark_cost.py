@@ -47,8 +47,12 @@ def test_sequences_of_contrasts_and_structures_are_counted() -> None:
 def test_the_cost_of_a_run_is_that_of_its_samples(tmp_path: Path) -> None:
     plan = make_plan()
     write_json(tmp_path / "plan.json", plan)
-    # Half a second per step, in the middle and at the end of 10 steps of 2 samples.
-    times = [{"step": step, "name": "step_time", "value": 0.5, "unit": "s"} for step in (5, 10)]
+    # 10 steps of 2 samples: the first 8 took 0.5 s each, and the last 2 took 1 s each. Steps of
+    # metrics are counted from 0.
+    times = [
+        {"step": 7, "name": "step_time", "value": 0.5, "unit": "s"},
+        {"step": 9, "name": "step_time", "value": 1.0, "unit": "s"},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
 
     cost = pretraining_cost(tmp_path)
@@ -56,7 +60,8 @@ def test_the_cost_of_a_run_is_that_of_its_samples(tmp_path: Path) -> None:
     assert cost is not None
     assert cost.samples == 10 * 2
     assert cost.flops == pytest.approx(20 * flops_per_sample(plan))
-    assert cost.seconds == pytest.approx(5.0)
+    # 8 x 0.5 s + 2 x 1 s. The mean of both entries times 10 would be 7.5 s.
+    assert cost.seconds == pytest.approx(6.0)
 
 
 def test_weights_without_a_plan_have_no_known_cost(tmp_path: Path) -> None:

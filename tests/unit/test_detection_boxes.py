@@ -101,6 +101,7 @@ def test_nms_keeps_what_the_definition_keeps_over_several_blocks():
     kept = plain_nms(boxes, scores, 0.2)
     assert bx.nms(boxes, scores, 0.2).tolist() == kept
     assert bx.nms(boxes, scores, 0.2, max_kept=3).tolist() == kept[:3]
+    assert bx.nms(boxes, scores, 0.2, max_kept=0).tolist() == []
     assert bx.nms(boxes[:0], scores[:0], 0.2).tolist() == []
 
 
@@ -128,7 +129,7 @@ def test_nms_of_5000_boxes_compares_each_pair_once_in_a_few_large_steps(monkeypa
     assert len(bx.nms(boxes, scores, 0.5)) > 4000
     # A block is compared with itself and once with all that follow: a little more than half of all
     # pairs in two calls per block.
-    num_blocks = math.ceil(5000 / bx.BLOCK)
+    num_blocks = math.ceil(5000 / bx.CHUNK)
     assert len(pairs) == 2 * num_blocks
     assert sum(pairs) < 0.55 * 5000**2
 

@@ -21,7 +21,7 @@ from nnunet_autoreg import checkpoint
 from nnunet_autoreg.errors import AutoregError, CheckpointError, InterruptedRunError, StoreError
 from nnunet_autoreg.plan import OptimPlan, RunPlan
 from nnunet_autoreg.pretrain.distributed import World
-from nnunet_autoreg.pretrain.trainer import Trainer
+from nnunet_autoreg.pretrain.trainer import StepClock, Trainer
 from nnunet_autoreg.report.charts import draw_progress
 from nnunet_autoreg.report.metrics import MetricsFile, read_lines
 from nnunet_autoreg.sampling.sample import collate
@@ -369,3 +369,22 @@ def test_metrics_of_repeated_steps_and_a_torn_line_are_dropped(tmp_path):
     draw_progress(tmp_path / "none.jsonl", tmp_path / "p.png")
 
     assert (tmp_path / "p.png").exists()
+
+
+def test_the_time_of_a_step_is_over_the_steps_since_the_last_entry(monkeypatch):
+    # The clock shows 100 s when the measurement begins, at step 10.
+    now = [100.0]
+    monkeypatch.setattr("nnunet_autoreg.pretrain.trainer.time.monotonic", lambda: now[0])
+    clock = StepClock(10)
+
+    # 6 s for 3 steps, of which 3 s are a validation: 1 s per step.
+    now[0] = 106.0
+    clock.exclude(3.0)
+    first = clock.read(13)
+    clock.begin(13)
+    # A run that ends after one more step has an entry for only this step.
+    now[0] = 106.5
+    last = clock.read(14)
+
+    assert first == (3.0, 1.0)
+    assert last == (0.5, 0.5)

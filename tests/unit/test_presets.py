@@ -310,3 +310,10 @@ def test_a_setting_of_either_family_passes_while_the_encoder_is_open(setting: st
 
     with refused(PlanError, "plan-unknown-key", "optim.lrr", "optim.lr"):
         check_inputs(Request("run", ("4",), settings=("optim.lrr=1",)).check())
+
+
+def test_an_unknown_value_of_a_setting_is_refused_before_scans_are_read() -> None:
+    request = Request("run", ("4",), settings=("sequence.order=randm",)).check()
+
+    with refused(PlanError, "plan-unknown-name", "sequence.order", "'randm'", "random"):
+        check_inputs(request)
