@@ -40,21 +40,19 @@ def pretraining_cost(folder: Path) -> Cost | None:
         reason = message_lines[0] if message_lines else type(error).__name__
         log.warning("the FLOPs of '%s' could not be counted (%s)", folder.name, reason)
 
-    step_times = []
-    steps_timed = []
-    num_done = 0
+    seconds_timed = 0.0
+    num_timed = 0
     for line in read_lines(folder / "metrics.jsonl"):
         is_number = isinstance(line["value"], int | float)
         if line["name"] == "step_time" and is_number:
             # Each entry is the mean over the steps since the one before.
-            step_times.append(float(line["value"]))
-            steps_timed.append(int(line["step"]) + 1 - num_done)
-            num_done = int(line["step"]) + 1
+            num_new = int(line["step"]) + 1 - num_timed
+            seconds_timed += float(line["value"]) * num_new
+            num_timed += num_new
 
     seconds = None
-    if step_times:
-        mean_s = statistics.fmean(step_times, weights=steps_timed)
-        seconds = round(mean_s * plan.optim.num_steps, 1)
+    if num_timed:
+        seconds = round(seconds_timed / num_timed * plan.optim.num_steps, 1)
     return Cost(flops, num_samples, seconds)
 
 
