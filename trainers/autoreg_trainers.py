@@ -81,8 +81,8 @@ class _AutoregTrainer(nnUNetTrainer):
         class_path = self.block.encoder.class_path
         self.is_stock_model = self.segments and runs_on_stock(class_path, plans)
         if self.is_stock_model:
+            # nnU-Net writes these plans into the results folder and the checkpoints.
             plans = stock_plans(plans)
-        # From here on, nnU-Net writes these plans into the results folder and the checkpoints.
         super().__init__(plans, configuration, fold, dataset_json, device)
 
         recipe = self.block.recipe

@@ -154,7 +154,7 @@ def _budget(minutes: float, paces: Mapping[str, float]) -> dict[str, Any]:
     Raises:
         AutoregError: that is less than one step.
     """
-    slowest = max(paces, key=lambda arm: paces[arm])
+    slowest = max(paces, key=lambda run: paces[run])
     pace = paces[slowest]
     steps = int(TRAINING_SHARE * minutes * 60 / pace)
     if steps < 1:
@@ -163,7 +163,7 @@ def _budget(minutes: float, paces: Mapping[str, float]) -> dict[str, Any]:
             code="benchmark-budget-too-small",
         )
 
-    rounded = {arm: round(seconds, 4) for arm, seconds in paces.items()}
+    rounded = {run: round(seconds, 4) for run, seconds in paces.items()}
     return {"steps": steps, "seconds_per_step": rounded}
 
 

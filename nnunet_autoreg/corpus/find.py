@@ -119,9 +119,9 @@ class _Finder:
     folders: set[str] = field(default_factory=set)
     listed_labels: set[str] = field(default_factory=set)
 
-    def _is_image(self, name: str) -> bool:
+    def _is_wanted(self, name: str) -> bool:
         """Return whether a file is listed by its ending."""
-        return _is_image(name) or (self.images and is_picture(name))
+        return _is_volume_file(name) or (self.images and is_picture(name))
 
     def add_given(self, given: Path) -> None:
         """Add a path given with -i: a folder, a dataset, a part of a dataset, or one file."""
@@ -138,7 +138,7 @@ class _Finder:
         is_part = folder.name in DATASET_FOLDERS and is_dataset(folder.parent)
         if folder.is_file():
             self.add_given_file(folder)
-        elif is_part and self._is_nnunets(folder.parent):
+        elif is_part and self._has_nnunet_json(folder.parent):
             self.add_dataset(folder.parent, only=folder.name)
         else:
             self.add_folder(folder)
@@ -150,15 +150,18 @@ class _Finder:
         root = path.parent
         if is_archive(path.name):
             self.add_archive(path, root, dicom)
-        elif self._is_image(path.name) or not (
-            may_be_dicom(path.name) and dicom.add_file(path, path)
-        ):
-            # A file of unknown kind is listed as well, so that its row says why it is not used.
-            self.add_file(path, root, labels)
+        else:
+            is_in_series = False
+            if not self._is_wanted(path.name) and may_be_dicom(path.name):
+                # The path is also its name: there is no folder that it could be named after.
+                is_in_series = dicom.add_file(path, path)
+            if not is_in_series:
+                # A file of unknown kind is listed as well, so that its row says why it is not used.
+                self.add_file(path, root, labels)
         self._add_dicom(root, dicom)
         self._report_labels(root, labels)
 
-    def _is_nnunets(self, folder: Path) -> bool:
+    def _has_nnunet_json(self, folder: Path) -> bool:
         """Return whether ``dataset.json`` is nnU-Net's.
 
         In a folder that was not given as a dataset it may be anything.
@@ -221,7 +224,7 @@ class _Finder:
             # One row for all images of a folder that is not read.
             count = 0
             for _, _, names in os.walk(path):
-                count += sum(map(_is_image, names))
+                count += sum(map(_is_volume_file, names))
             if count:
                 status, kind = "ignored", "images outside imagesTr and imagesTs"
                 if path.name.startswith("labels"):
@@ -238,9 +241,9 @@ class _Finder:
         for path in _listing(folder / part):
             if path.name.startswith("."):
                 others["hidden"] += 1
-            elif self._is_image(path.name):
+            elif self._is_wanted(path.name):
                 images.append(path)
-            elif not _holds_voxels(path):
+            elif not _is_img_of_pair(path):
                 others[_ending(path.name)] += 1
 
         positions = channel_positions(images, len(described.channels))
@@ -299,7 +302,7 @@ class _Finder:
         pending = [root]
         while pending:
             folder = pending.pop()
-            if is_dataset(folder) and self._is_nnunets(folder):
+            if is_dataset(folder) and self._has_nnunet_json(folder):
                 self.add_dataset(folder)
                 continue
             deeper = self._visit(root, folder, others, labels, dicom)
@@ -338,16 +341,16 @@ class _Finder:
         deeper = []
         for path in entries:
             if path.name.startswith("."):
-                if _is_image(path.name) or path.is_dir():
+                if _is_volume_file(path.name) or path.is_dir():
                     reason = "its name begins with a dot; rename it to use it"
                     self.scans.leave_out(path, root.name, _below(path, root), "hidden", reason)
                 else:
                     others["hidden"] += 1
-            elif self._is_image(path.name):
+            elif self._is_wanted(path.name):
                 self.add_file(path, root, labels)
             elif path.is_dir():
                 deeper.append(path)
-            elif _holds_voxels(path):
+            elif _is_img_of_pair(path):
                 continue
             elif is_archive(path.name):
                 self.add_archive(path, root, dicom)
@@ -406,9 +409,9 @@ class _Finder:
             others["hidden"] += 1
         elif member.suffix.lower() in VOXEL_ENDINGS:
             others[f"{member.suffix.lower()} (its data is another file: unpack the archive)"] += 1
-        elif self._is_image(name) and is_label_name(inside):
+        elif self._is_wanted(name) and is_label_name(inside):
             others["label maps"] += 1
-        elif self._is_image(name):
+        elif self._is_wanted(name):
             where = _below(path, root)
             case = f"{where}/{inside}"
             facts = _of_name(f"{root.name}/{where}", inside, name)
@@ -505,11 +508,11 @@ def _below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path != root else "."
 
 
-def _is_image(name: str) -> bool:
+def _is_volume_file(name: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS)
 
 
-def _holds_voxels(path: Path) -> bool:
+def _is_img_of_pair(path: Path) -> bool:
     """Return whether a file is the .img of a NIfTI pair, whose .hdr is listed for both."""
     name = path.name
     stem = name[: -len(".gz")] if name.lower().endswith(".img.gz") else name

@@ -1,6 +1,6 @@
 """Load pretrained weights into a network.
 
-Everything is checked and adapted on the CPU first, then copied, then described in one table.
+Everything is checked, adapted on the CPU and described in one table; then it is copied.
 """
 
 import os
@@ -40,7 +40,7 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @dataclass(frozen=True)
 class Target:
-    """Hold the network's side of a transfer of weights.
+    """What the weights are loaded for: the images and the patch of the fine-tuning.
 
     Attributes:
         num_image_channels: number of image channels, without the one-hot channels of a cascade.
@@ -132,7 +132,9 @@ def load_encoder(
     expected_share: float,
     with_decoder: bool = True,
 ) -> WeightTable:
-    """Copy all pretrained weights into ``network``, or none, and return a table of the tensors.
+    """Copy the pretrained weights into ``network``, and return a table of the tensors.
+
+    If anything does not fit, nothing is copied.
 
     Args:
         network: without wrappers such as DDP or torch.compile. Its attributes name its encoder,

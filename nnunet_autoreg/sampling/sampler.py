@@ -18,9 +18,11 @@ from nnunet_autoreg.sampling.sample import Sample
 from nnunet_autoreg.store.case import StoredCase
 
 TRAINING, VALIDATION = "training", "held-out"
-"""Purposes of a sample. All random numbers depend on these words, so they must not change."""
+"""Purposes of a sample. All random numbers depend on these words, so they must not change. An
+objective may have a further purpose, for samples that are neither trained nor validated on."""
 
-VALIDATION_PREFIXES = (0.0, 0.25, 0.5, 0.75)
+VALIDATION_PREFIX_SHARES = (0.0, 0.25, 0.5, 0.75)
+"""Shares of the blocks that validation samples are given in turn. At least one block is given."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ class SequenceSampler:
         """Draw one sequence.
 
         All random choices derive from (run seed, purpose, ids); the kind only from the first id.
-        Only training samples are rotated, zoomed and corrupted. Validation samples have fixed
-        prefixes, so that errors can be compared between validations and between plans.
+        Only training samples are rotated, zoomed and corrupted. Validation samples are given the
+        same shares of their blocks every time, so that errors can be compared between validations
+        and between plans.
+
+        Args:
+            ids: step and number of a training sample; the number of any other sample.
         """
         plan, pool = self.plan, as_pool(cases)
         seed = plan.run.seed
@@ -89,6 +95,7 @@ class SequenceSampler:
                 corruption_generator = rng.generator(seed, f"{purpose}: corruption", *ids)
                 corruption = draw_corruption(share, corruption_generator)
                 sample = replace(sample, corruption=corruption)
+            # Objectives that keep banks of cases need to know which row of the batch this is.
             if sample.case_id is not None:
                 sample = replace(sample, number=ids[-1])
             return sample
@@ -100,7 +107,7 @@ class SequenceSampler:
         # Kinds take turns; each kind goes through all prefixes.
         num_kinds = len(possible_kinds(plan, pool))
         turn = ids[0] // num_kinds
-        prefix_share = VALIDATION_PREFIXES[turn % len(VALIDATION_PREFIXES)]
+        prefix_share = VALIDATION_PREFIX_SHARES[turn % len(VALIDATION_PREFIX_SHARES)]
         prefix = int(prefix_share * num_blocks(plan, kind))
         return replace(sample, prefix=max(1, prefix))
 
