@@ -92,9 +92,12 @@ class _AutoregTrainer(nnUNetTrainer):
         self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
 
-        # With fewer than three resolutions, nnU-Net's weights of the coarser outputs are 0 / 0.
-        num_resolutions = len(self.configuration_manager.pool_op_kernel_sizes)
-        self.enable_deep_supervision = recipe.deep_supervision and num_resolutions > 2
+        # With fewer than three resolutions, nnU-Net's weights of the coarser outputs are 0 / 0. The
+        # plans of a transformer have no resolutions, and it has no coarser outputs.
+        self.enable_deep_supervision = False
+        if recipe.deep_supervision:
+            num_resolutions = len(self.configuration_manager.pool_op_kernel_sizes)
+            self.enable_deep_supervision = num_resolutions > 2
         self.has_bf16 = has_bf16(self.device)
         if self.has_bf16:
             # Only float16 needs scaled gradients.

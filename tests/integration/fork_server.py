@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 
 
 def serve(child):
@@ -24,6 +25,9 @@ def serve(child):
             code = 70
             try:
                 code = child(request)
+            except BaseException:
+                # Otherwise nobody would see it: the fork ends without Python's own exit.
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
