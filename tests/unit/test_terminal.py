@@ -6,6 +6,7 @@ import re
 import shlex
 from importlib import import_module
 from importlib.metadata import entry_points
+from types import ModuleType
 
 import pytest
 
@@ -178,6 +179,14 @@ def test_a_mistyped_value_or_option_gets_a_close_match(line, words, capsys):
     assert all(word in message for word in words), message
 
 
+def hooked_look_up():
+    """Return the bridge's look-up around a stock one that finds nothing."""
+    module = ModuleType("stock")
+    module.recursive_find_python_class = lambda folder, class_name, current: None
+    bridge._wrap_lookup(module)
+    return module.recursive_find_python_class
+
+
 @pytest.mark.parametrize(
     ("room", "name", "close"),
     [
@@ -188,7 +197,7 @@ def test_a_mistyped_value_or_option_gets_a_close_match(line, words, capsys):
 )
 def test_nnunets_look_up_suggests_our_closest_name(room, name, close, capsys, monkeypatch):
     monkeypatch.setattr(bridge, "_suggested", set())
-    look_up = bridge._with_our_classes(lambda folder, class_name, module: None)
+    look_up = hooked_look_up()
 
     found = [look_up("", name, room), look_up("", name, room)]
 
@@ -198,7 +207,7 @@ def test_nnunets_look_up_suggests_our_closest_name(room, name, close, capsys, mo
 
 
 def test_names_of_others_get_no_suggestion(capsys):
-    look_up = bridge._with_our_classes(lambda folder, class_name, module: None)
+    look_up = hooked_look_up()
 
     assert look_up("", "nnUNetTrainerX", bridge.TRAINERS_ROOM) is None
     assert look_up("", "AutoregPlaner", "nnunetv2.inference") is None
