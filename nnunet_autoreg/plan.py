@@ -1,7 +1,7 @@
 """The plan of a pretraining run: every value that can be chosen, written before work begins."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -469,6 +469,23 @@ def check_positive(values: Mapping[str, float]) -> None:
             raise PlanError(
                 f"{key}={number} must be a number greater than 0",
                 code="plan-out-of-range",
+            )
+
+
+def check_known(values: Mapping[str, tuple[str, Collection[str]]]) -> None:
+    """Refuse names that do not exist.
+
+    Args:
+        values: new value and known ones, by key of the plan.
+
+    Raises:
+        PlanError: the message names key, value and the closest name (code "plan-unknown-name").
+    """
+    for key, (value, known) in values.items():
+        if value not in known:
+            raise PlanError(
+                f"{key}: '{value}' does not exist; {did_you_mean(value, known)}",
+                code="plan-unknown-name",
             )
 
 

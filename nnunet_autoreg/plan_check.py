@@ -27,6 +27,7 @@ from nnunet_autoreg.plan import (
     SHARDINGS,
     EncoderPlan,
     Plan,
+    check_known,
     check_not_negative,
     check_positive,
 )
@@ -126,12 +127,7 @@ def check_names(plan: Plan) -> None:
         "objective.name": (plan.objective.name, objective_kinds()),
         "run.sharding": (plan.run.sharding, SHARDINGS),
     }
-    for key, (value, known) in named.items():
-        if value not in known:
-            raise PlanError(
-                f"{key}: '{value}' does not exist; {did_you_mean(value, known)}",
-                code="plan-unknown-name",
-            )
+    check_known(named)
     if s.order == "random" and s.predictor == "next":
         raise PlanError(
             "sequence.order=random with sequence.predictor=next is ill-posed: the position no "

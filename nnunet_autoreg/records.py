@@ -196,6 +196,12 @@ TEMPORARY_FILES = ".*.*.tmp"
 """What a killed ``atomic_path`` may leave behind."""
 
 
+def remove_temporary(folder: Path, pattern: str = TEMPORARY_FILES) -> None:
+    """Remove the temporary files that a killed ``atomic_path`` has left in a folder."""
+    for torn in folder.glob(pattern):
+        torn.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which replaces it if the block ends well.

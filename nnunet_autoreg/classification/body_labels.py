@@ -14,7 +14,7 @@ from nnunet_autoreg.downstream.label_maps import LABELS, first_channels, write_l
 from nnunet_autoreg.downstream.scans import file_image
 from nnunet_autoreg.errors import ClassesError, ScanError
 from nnunet_autoreg.io.parts import ScanPart
-from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, read_object
+from nnunet_autoreg.records import MEND_YOURS, read_object, remove_temporary
 
 BODY = 1
 MOST_NONZERO = 0.99
@@ -62,8 +62,7 @@ def write_body_labels(dataset: Path) -> tuple[ClassTable, list[str]]:
         )
     labels.mkdir(exist_ok=True)
     # Left behind by a run that was killed.
-    for unfinished in labels.glob(TEMPORARY_FILES):
-        unfinished.unlink()
+    remove_temporary(labels)
 
     channels = read_dataset_json(dataset).channels
     is_ct = bool(channels) and channels[0].casefold() == "ct"

@@ -38,7 +38,7 @@ from nnunet_autoreg.detection.instances import (
 from nnunet_autoreg.downstream.label_maps import LABELS, first_channels, write_label_map
 from nnunet_autoreg.errors import ObjectsError, UsageError
 from nnunet_autoreg.geometry import Size, Spacing, as_size, as_spacing
-from nnunet_autoreg.records import MEND_YOURS, TEMPORARY_FILES, atomic_path, read_object
+from nnunet_autoreg.records import MEND_YOURS, atomic_path, read_object, remove_temporary
 
 INSTANCES, BOXES = "instancesTr", "boxesTr"
 RAW_VARIABLE = "nnUNet_raw"
@@ -360,8 +360,7 @@ def write_box_labels(dataset: Path) -> list[str]:
         )
 
     # Left behind by a run that was killed.
-    for unfinished in labels.glob(TEMPORARY_FILES):
-        unfinished.unlink()
+    remove_temporary(labels)
 
     source = ObjectSource(labels, dataset, described, reader=None)
     for case in wanted:

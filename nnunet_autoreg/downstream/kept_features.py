@@ -22,7 +22,7 @@ from nnunet_autoreg.downstream.encoder import PretrainedEncoder
 from nnunet_autoreg.downstream.scans import Scan, facts_of
 from nnunet_autoreg.errors import UsageError
 from nnunet_autoreg.geometry import as_size, as_spacing
-from nnunet_autoreg.records import atomic_path, differences, to_jsonable
+from nnunet_autoreg.records import atomic_path, differences, remove_temporary, to_jsonable
 
 FORMAT = 1
 MOST_NAMED = 3
@@ -141,8 +141,7 @@ class KeptFeatures:
         """Remove the folder, and what a kill has left while the files of ``-o`` were written."""
         shutil.rmtree(self.folder, ignore_errors=True)
         for written in (self.output, self.output.with_suffix(".json")):
-            for torn in written.parent.glob(f".{escape(written.name)}.*.tmp"):
-                torn.unlink(missing_ok=True)
+            remove_temporary(written.parent, f".{escape(written.name)}.*.tmp")
 
 
 def _scan_of(name: str, arrays: Mapping[str, NDArray[Any]]) -> EmbeddedScan:

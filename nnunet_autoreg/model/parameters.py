@@ -38,9 +38,12 @@ def weights_under(network: nn.Module, prefixes: tuple[str, ...]) -> dict[str, Te
             continue
         seen.add(id(value))
 
-        whole = value.detach()
-        if isinstance(value, DTensor):
-            # Gather before moving: nccl gathers nothing that is on the CPU.
-            whole = whole.full_tensor()
-        kept[key] = whole.to("cpu", torch.float32).contiguous()
+        # Gather before moving: nccl gathers nothing that is on the CPU.
+        kept[key] = whole(value).to("cpu", torch.float32).contiguous()
     return kept
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor's values, without gradient; a sharded one is gathered in all processes."""
+    values = tensor.detach()
+    return values.full_tensor() if isinstance(values, DTensor) else values

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.parameters import whole
 from nnunet_autoreg.model.sequence import from_tokens, to_tokens
 from nnunet_autoreg.objectives.alice_crops import Crops, crops_of, student_voxels
 from nnunet_autoreg.objectives.alice_matches import match_counts
@@ -43,7 +44,6 @@ from nnunet_autoreg.objectives.base import (
     Processes,
     Reconstruction,
     TokenFeatures,
-    whole,
 )
 from nnunet_autoreg.objectives.targets import full_precision
 from nnunet_autoreg.plan import Plan
@@ -155,7 +155,7 @@ class Alice(Objective):
         counted_NS = crops.valid.gather(1, crops.visible).float()
         truth_NTP = self._true_voxels(crops)
         supervised_NTP = self._supervised(crops).float()
-        counts = self._counts(crops)
+        counts = self._counts(crops, supervised_NTP)
         error_NTP = (outputs.voxels.float() - truth_NTP).square() * supervised_NTP
         terms = {
             "reconstruction": LossTerm(
@@ -243,7 +243,8 @@ class Alice(Objective):
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Return the numbers of voxels, volumes and tokens that the terms sum over."""
-        return self._counts(crops_of(batch, self.plan))
+        crops = crops_of(batch, self.plan)
+        return self._counts(crops, self._supervised(crops).float())
 
     def after_step(self, step: int, processes: Processes, statistics: Mapping[str, Tensor]) -> None:
         """Move teacher, centres and temperature on."""
@@ -375,10 +376,10 @@ class Alice(Objective):
             return crops.valid_mask
         return crops.valid_mask & ~crops.is_visible[:, :, None]
 
-    def _counts(self, crops: Crops) -> dict[str, Tensor]:
+    def _counts(self, crops: Crops, supervised_NTP: Tensor) -> dict[str, Tensor]:
         device = crops.valid.device
         return {
-            "reconstruction": self._supervised(crops).float().sum(),
+            "reconstruction": supervised_NTP.sum(),
             "classes": torch.full((), float(len(crops.valid)), device=device),
             "patches": crops.valid.gather(1, crops.visible).float().sum(),
         }

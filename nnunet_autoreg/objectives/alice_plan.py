@@ -5,13 +5,14 @@ Light: it imports no torch.
 
 from dataclasses import dataclass, replace
 
-from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import features_per_token
 from nnunet_autoreg.objective_kinds import FigureOfMerit
 from nnunet_autoreg.plan import (
     EncoderPlan,
     ObjectivePlan,
     Plan,
+    check_known,
     check_layers,
     check_not_negative,
     check_positive,
@@ -171,12 +172,7 @@ def check_alice(plan: Plan) -> None:
         "objective.casa": (settings.casa, CASA_FORMS),
         "objective.export": (settings.export, EXPORTS),
     }
-    for key, (value, known) in named.items():
-        if value not in known:
-            raise PlanError(
-                f"{key}: '{value}' does not exist; {did_you_mean(value, known)}",
-                code="plan-unknown-name",
-            )
+    check_known(named)
 
     if s.order != "random" or s.prefix != "fixed":
         raise PlanError(

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
@@ -268,9 +267,3 @@ class Objective:
     def adaptation(self) -> Adaptation:
         """Return the keys of the parts that fine-tuning may have to adapt."""
         raise NotImplementedError
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """Return a parameter's values; sharded weights are gathered in all processes."""
-    value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value

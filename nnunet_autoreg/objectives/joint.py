@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nnunet_autoreg.geometry import as_size, grid_of, volume
 from nnunet_autoreg.model.card import Adaptation
+from nnunet_autoreg.model.parameters import whole
 from nnunet_autoreg.model.sequence import to_tokens
 from nnunet_autoreg.objective_kinds import SliceGroup
 from nnunet_autoreg.objectives.base import (
@@ -32,7 +33,6 @@ from nnunet_autoreg.objectives.base import (
     Objective,
     Processes,
     TokenFeatures,
-    whole,
 )
 from nnunet_autoreg.objectives.clusters import codes_of, swapped_losses
 from nnunet_autoreg.objectives.joint_networks import JointNetwork, scores_of

@@ -6,13 +6,14 @@ Light: it imports no torch.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nnunet_autoreg.errors import PlanError, did_you_mean
+from nnunet_autoreg.errors import PlanError
 from nnunet_autoreg.families import family_of, has_transformer
 from nnunet_autoreg.objective_kinds import FigureOfMerit
 from nnunet_autoreg.plan import (
     EncoderPlan,
     ObjectivePlan,
     Plan,
+    check_known,
     check_layers,
     check_not_negative,
     check_positive,
@@ -230,12 +231,7 @@ def _check_values(settings: PredictionPlan) -> None:
         "objective.target": (settings.target, TARGETS),
         "objective.unknown_mark": (settings.unknown_mark, UNKNOWN_MARKS),
     }
-    for key, (value, known) in named.items():
-        if value not in known:
-            raise PlanError(
-                f"{key}: '{value}' does not exist; {did_you_mean(value, known)}",
-                code="plan-unknown-name",
-            )
+    check_known(named)
 
     under_root = settings.variance_floor + settings.variance_epsilon
     positive = {

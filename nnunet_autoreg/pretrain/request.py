@@ -41,10 +41,10 @@ from nnunet_autoreg.plan_check import check_names
 from nnunet_autoreg.planning.make import make_plan
 from nnunet_autoreg.planning.pool import Hardware, Overrides, Pool
 from nnunet_autoreg.records import (
-    TEMPORARY_FILES,
     differences,
     from_jsonable,
     read_json,
+    remove_temporary,
     to_jsonable,
     write_json,
 )
@@ -434,8 +434,7 @@ def locked(folder: Path, instead: str = "use another --name") -> Iterator[None]:
 
     try:
         # A process that was killed may have left half-written files behind.
-        for torn in folder.glob(TEMPORARY_FILES):
-            torn.unlink()
+        remove_temporary(folder)
         yield
     finally:
         lock.release()

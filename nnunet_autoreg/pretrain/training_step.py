@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nnunet_autoreg.geometry import grid_of, volume
 from nnunet_autoreg.machine import GIB
@@ -29,7 +28,7 @@ from nnunet_autoreg.model.compilation import (
     place_on,
     run_by,
 )
-from nnunet_autoreg.model.parameters import is_decayed
+from nnunet_autoreg.model.parameters import is_decayed, whole
 from nnunet_autoreg.objectives.base import LossTerms, Objective
 from nnunet_autoreg.plan import OptimPlan, Plan, RunPlan
 from nnunet_autoreg.pretrain.data import micro_batches
@@ -178,8 +177,8 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         loss, statistics = self._backward(batch)
 
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.optim.clip_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        clip_norm = self.plan.optim.clip_norm
+        norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), clip_norm))
 
         # A bad step changes no weight.
         is_bad = self.guard.judge(loss, norm)
